@@ -1,0 +1,99 @@
+"""Published weights, downloaded once: resumed after a break, checked by hash, in the cache by rename or not at all."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dinoexport import files
+from dinoexport.errors import WeightsError
+from dinoexport.recipe import WeightFile
+from dinoexport.spec import Progress
+
+_TIMEOUT_S = 30
+_ATTEMPTS = 4
+_CHUNK_BYTES = 1 << 20
+_BROKEN_CONNECTION = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+
+
+def cache_folder() -> Path:
+    """`$DINOEXPORT_CACHE`, else the XDG cache folder."""
+    chosen = os.environ.get("DINOEXPORT_CACHE")
+    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{xdg}/dinoexport").expanduser()
+
+
+def cached_path(file: WeightFile) -> Path:
+    """Where the file lies once it is downloaded. Only the last part of the address is used as a name."""
+    name = Path(urlsplit(file.url).path).name or "weights"
+    return cache_folder() / "weights" / file.sha256[:16] / name
+
+
+def fetch(file: WeightFile, *, progress: Progress) -> Path:
+    """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
+    path = cached_path(file)
+    with files.disk_errors(path.parent), files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"):
+        if path.exists():
+            if files.sha256(path, progress=progress) == file.sha256:
+                return path
+            path.unlink()  # damaged on disk: get it again
+        part = path.with_name(path.name + ".part")
+        for fresh_start in (False, True):
+            _download(file, part, path, progress)
+            if files.sha256(part, progress=progress) == file.sha256:
+                os.replace(part, path)
+                return path
+            part.unlink()
+            if fresh_start:
+                break
+    raise WeightsError(
+        f"{file.url} does not have the recorded SHA-256 {file.sha256}, also not when downloaded afresh.",
+        next_step="Do not use that file. Get the weights elsewhere and give them as --weights PATH.",
+    )
+
+
+def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> None:
+    """Fills `part` up to the file's end, going on where it stops and trying again a few times."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            if _go_on(file, part, progress):
+                return
+            reason = "the connection ended early"
+        except urllib.error.HTTPError as error:
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # nothing is left to get; the hash decides whether that is right
+            reason = f"the server answered {error.code} {error.reason}"
+            if error.code < http.client.INTERNAL_SERVER_ERROR:
+                break
+        except _BROKEN_CONNECTION as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        if attempt + 1 < _ATTEMPTS:
+            time.sleep(0.2 * 2**attempt)
+    kept = part.stat().st_size if part.exists() else 0
+    raise WeightsError(
+        f"{file.url} could not be downloaded: {reason}.",
+        next_step=f"Run it again where there is a network ({kept} bytes are kept and resumed), or put the file at {path}, "
+        "or give a local file as --weights PATH.",
+    )
+
+
+def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
+    """One connection's worth; True when the server says nothing is missing."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        if response.status != http.client.PARTIAL_CONTENT:
+            have = 0  # this server does not resume
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else file.size_bytes or 0
+        with part.open("ab" if have else "wb") as out:
+            while chunk := response.read(_CHUNK_BYTES):
+                out.write(chunk)
+                have += len(chunk)
+                progress(f"downloading {cached_path(file).name}", have, total)
+    return not total or have >= total

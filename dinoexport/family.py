@@ -1,0 +1,124 @@
+"""What a model family brings, and how one is found.
+
+A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of dinoexport
+knows families only through the protocols below, so a decoder with a cache is added as files, without an edit here.
+Nothing but `pieces` and `reference` may import torch: a bundle is validated on machines that do not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dinoexport.errors import UsageError
+from dinoexport.recipe import Recipe
+from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Weight, closest
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP = "dinoexport.families"
+# Tensor name in the family's own layout -> its shape.
+Shapes = Mapping[str, tuple[int, ...]]
+# Reads one tensor of a checkpoint as float32.
+Read = Callable[[str], "Array"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a graph that is traced once, however often it is used.
+
+    example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
+    The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
+    never looked at.
+    """
+
+    name: str
+    module: torch.nn.Module
+    example_inputs: Mapping[str, torch.Tensor]
+    dynamic: Mapping[str, Mapping[int, str]]
+    output_count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One use of a piece: which values go in and come out, and which weights its parameters hold here."""
+
+    piece: Piece
+    scope: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: Mapping[str, Weight]
+
+
+class Model(Protocol):
+    """One variant of a family, as a recipe describes it."""
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The signatures of the model's ONNX graphs."""
+
+    @property
+    def tensors(self) -> Shapes:
+        """Every tensor the model needs, in the layout the family's authors publish."""
+
+    @property
+    def optional_tensors(self) -> frozenset[str]:
+        """Tensors a checkpoint may hold though inference does not use them."""
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
+
+    def synthetic(self, name: str, seed: int) -> Array:
+        """The tensor `name` of the made-up checkpoint `seed`: the same on every machine, and nothing vanishingly small."""
+
+    def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
+        """The graph as calls of traced pieces, first to last. Imports torch."""
+
+    def reference(
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+    ) -> list[dict[str, Array]]:
+        """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch."""
+
+    def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
+        """The same questions answered by the authors' own code, where this machine has it. Imports torch."""
+
+    def case(self, table: Mapping[str, Any], folder: Path) -> Case:
+        """The validation case that `table` describes; files it names lie in `folder`."""
+
+    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+        """Cases made of a user's own files, and a line for every file that could not be used."""
+
+    def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
+        """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        """Intended use, limits and bias, as the authors' model card states them."""
+
+
+class Family(Protocol):
+    """A kind of model."""
+
+    def model(self, recipe: Recipe) -> Model:
+        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
+
+    def table_schemas(self) -> Mapping[str, Any]:
+        """JSON schemas of the recipe tables that are the family's own: `model` and `graph`."""
+
+
+def find(name: str) -> Family:
+    """The installed family called `name`."""
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in found:
+        raise UsageError(
+            f"No model family {name!r} is installed.{closest(name, tuple(found))}",
+            next_step=f"Installed families: {', '.join(sorted(found)) or 'none; reinstall dinoexport'}.",
+        )
+    family: Family = found[name].load()
+    return family
+
+

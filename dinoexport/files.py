@@ -1,0 +1,104 @@
+"""Files that are complete or absent: hashing, renaming, locking. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinoexport.errors import BuildError, DinoexportError, MissingRequirement
+from dinoexport.spec import Progress, silent
+
+_CHUNK_BYTES = 1 << 22
+
+
+def sha256(path: Path, *, progress: Progress = silent) -> str:
+    """The file's SHA-256 in hex, read in pieces."""
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(f"hashing {path.name}", done, total)
+    return digest.hexdigest()
+
+
+@contextmanager
+def lock(path: Path, *, doing: str) -> Iterator[None]:
+    """Holds `path` against other processes; a BuildError at once when another one is `doing` it."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(
+                f"Another process is {doing}.", next_step="Wait for it, or choose another place."
+            ) from None
+        yield
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts the folder `new` at `old`; what was there is gone afterwards, and back if the exchange fails.
+
+    POSIX renames no folder onto a full one, so the old one steps aside first; `recover` undoes a crash in between.
+    """
+    aside = _aside(old)
+    if old.exists():
+        os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        recover(old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Brings back what `replace_folder` had moved aside when it was killed between its two renames."""
+    aside = _aside(folder)
+    if aside.exists():
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """The same content at `destination`, without a second copy where the file system allows it."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns an OSError met while writing below `where` into one sentence with what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(where, error) from error
+
+
+def disk_error(where: Path, error: OSError) -> DinoexportError:
+    """What went wrong with the disk, and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MissingRequirement(
+            f"No room left while writing to {where}: {error.strerror}.",
+            next_step="Free some space, or choose another place; finished stages are kept and reused.",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return MissingRequirement(
+            f"{where} cannot be written: {error.strerror}.", next_step="Choose a place you may write to."
+        )
+    return BuildError(f"Writing to {where} failed: {error}.", next_step="Look at the disk, then run it again.")

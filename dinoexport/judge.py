@@ -1,0 +1,149 @@
+"""Cases against limits: is the candidate's answer still PyTorch's? Imports nothing that builds.
+
+A verdict is a conjunction: every output of every case holds every limit, every refusal happens, and there is at least one
+figure. NaN never holds a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from dinoexport.errors import InputRefused
+from dinoexport.metrics import Distance, distance
+from dinoexport.recipe import Limits
+from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
+
+# Answers one case's inputs with named outputs.
+Candidate = Callable[[Arrays], dict[str, "Array"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One limit as it was applied. holds: whether `value` is on the right side; false for NaN."""
+
+    figure: str
+    value: float
+    limit: float
+    reason: str
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One output of one case. `problem` is set instead of figures when there was nothing to measure."""
+
+    case: str
+    why: str
+    output: str
+    shape: tuple[int, ...]
+    distance: Distance | None
+    bounds: tuple[Bound, ...]
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether this row speaks for the candidate."""
+        return not self.problem and bool(self.bounds) and all(bound.holds for bound in self.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All rows of one candidate. `reference` and `candidate` say in words what was compared."""
+
+    candidate: str
+    reference: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row passed; an empty report proves nothing and fails."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that did not pass."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    def to_json(self) -> dict[str, object]:
+        """Every figure, ready for json.dumps."""
+        rows = [{**asdict(row), "shape": list(row.shape), "passed": row.passed} for row in self.rows]
+        return {"passed": self.passed, "candidate": self.candidate, "reference": self.reference, "rows": rows}
+
+
+def judge(
+    candidate: Candidate,
+    expectations: Sequence[Expectation],
+    refusals: Sequence[Case],
+    limits: Limits,
+    *,
+    candidate_name: str,
+    reference_name: str,
+    progress: Progress = silent,
+) -> Report:
+    """Puts every case to the candidate and measures every output against the expectation."""
+    rows: list[Row] = []
+    total = len(expectations) + len(refusals)
+    for done, expectation in enumerate(expectations, start=1):
+        rows += _judge_case(candidate(expectation.case.inputs), expectation, limits)
+        progress(f"judging {candidate_name}", done, total)
+    rows += [_judge_refusal(candidate, case) for case in refusals]
+    return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows))
+
+
+def _judge_case(answers: Arrays, expectation: Expectation, limits: Limits) -> list[Row]:
+    rows = []
+    for name in sorted(expectation.outputs.keys() | answers.keys()):
+        expected, answer = expectation.outputs.get(name), answers.get(name)
+        measured, problem = None, ""
+        if expected is None:
+            problem = "an output the reference does not have"
+        elif answer is None:
+            problem = "the candidate does not have this output"
+        else:
+            try:
+                measured = distance(answer, expected)
+            except ValueError as error:
+                problem = str(error)
+        rows.append(
+            Row(
+                case=expectation.case.name,
+                why=expectation.case.why,
+                output=name,
+                shape=() if expected is None else expected.shape,
+                distance=measured,
+                bounds=_bounds(measured, limits, expectation.own_error.get(name)) if measured else (),
+                problem=problem,
+            )
+        )
+    return rows
+
+
+def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
+    def at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
+        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
+
+    def at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
+        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
+
+    bounds = [
+        at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
+        at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min.value, limits.cosine_mean_min.reason),
+        at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min.value, limits.cosine_p01_min.reason),
+        at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min.value, limits.cosine_worst_min.reason),
+    ]
+    times = limits.times_own_error_max
+    if times is not None and own_error is not None:
+        bounds.append(at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
+    return tuple(bounds)
+
+
+def _judge_refusal(candidate: Candidate, case: Case) -> Row:
+    """The candidate must not accept these inputs; 1 stands for refused."""
+    try:
+        candidate(case.inputs)
+        refused = 0.0
+    except InputRefused:
+        refused = 1.0
+    bound = Bound(figure="refused", value=refused, limit=1.0, reason=case.why, holds=refused == 1.0)
+    return Row(case=case.name, why=case.why, output="(refusal)", shape=(), distance=None, bounds=(bound,))

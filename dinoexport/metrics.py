@@ -1,0 +1,61 @@
+"""Distances between two arrays of vectors, in float64 NumPy. The last axis is the vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dinoexport.spec import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far a candidate is from the reference.
+
+    relative_l2: ||candidate - reference|| / ||reference||. cosine_*: over vectors. max_abs: in the values' own unit.
+    NaN anywhere in the candidate makes every figure NaN and `finite` false.
+    """
+
+    relative_l2: float
+    cosine_mean: float
+    cosine_p01: float
+    cosine_worst: float
+    max_abs: float
+    finite: bool
+
+
+def distance(candidate: Array, reference: Array) -> Distance:
+    """The distance of `candidate` from `reference`, both (..., D) of the same shape.
+
+    Raises ValueError when the shapes differ or there is nothing to compare.
+    """
+    import numpy as np
+
+    if candidate.shape != reference.shape:
+        raise ValueError(f"shape {candidate.shape} where the reference has {reference.shape}")
+    if reference.size == 0:
+        raise ValueError("nothing to compare: the reference is empty")
+    ours = candidate.reshape(-1, candidate.shape[-1]).astype(np.float64)
+    theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    if not np.isfinite(ours).all():
+        nan = float("nan")
+        return Distance(relative_l2=nan, cosine_mean=nan, cosine_p01=nan, cosine_worst=nan, max_abs=nan, finite=False)
+    difference = ours - theirs
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    # A zero vector has no direction: equal to another zero vector, orthogonal to anything else.
+    both_zero = ~ours.any(axis=1) & ~theirs.any(axis=1)
+    cosines = np.where(norms > 0, (ours * theirs).sum(axis=1) / np.where(norms > 0, norms, 1), both_zero)
+    return Distance(
+        relative_l2=_ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(theirs))),
+        cosine_mean=float(cosines.mean()),
+        cosine_p01=float(np.percentile(cosines, 1)),
+        cosine_worst=float(cosines.min()),
+        max_abs=float(np.abs(difference).max()),
+        finite=True,
+    )
+
+
+def _ratio(difference: float, scale: float) -> float:
+    """difference / scale, where nothing over nothing is no difference."""
+    if scale > 0:
+        return difference / scale
+    return 0.0 if difference == 0 else float("inf")

@@ -1,0 +1,267 @@
+"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193; registers: Darcet et al. 2023, arXiv:2309.16588): ViT-S/B/L/g, patch 14.
+
+The family's contract with dinoexport. Upstream code: github.com/facebookresearch/dinov2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinoexport.errors import UsageError
+from dinoexport.family import Call, Piece, Read, Shapes
+from dinoexport.models.dinov2 import cases, layouts, synthetic
+from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
+from dinoexport.recipe import Recipe, parse
+from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+_PIXELS = f"RGB scaled to 0..1, minus mean {IMAGE_MEAN}, divided by deviation {IMAGE_STD}"
+_BYTES = "RGB bytes 0..255; the graph normalises them with ImageNet's mean and deviation"
+
+
+class Dinov2:
+    """The family `dinov2`."""
+
+    def model(self, recipe: Recipe) -> Dinov2Model:
+        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
+        arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
+        choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
+        try:
+            choices.chosen_blocks(arch.depth)
+        except ValueError as error:
+            raise UsageError(
+                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose blocks the model has."
+            ) from None
+        wanted = {"batch", "height", "width"}
+        if set(recipe.profile) != wanted:
+            raise UsageError(
+                f"recipe {recipe.name}, [profile]: has {sorted(recipe.profile)}, needs {sorted(wanted)}.",
+                next_step="Give each dynamic dimension its min, opt and max.",
+            )
+        ends = [(d, r.min, r.max) for d, r in recipe.profile.items() if d != "batch"]
+        if wrong := [f"{d} {low}..{high}" for d, low, high in ends if low % PATCH or high % PATCH]:
+            raise UsageError(
+                f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {PATCH}.",
+                next_step=f"Patches are {PATCH} pixels a side; 14, 224, 518 and 1022 are legal.",
+            )
+        return Dinov2Model(recipe=recipe, arch=arch, choices=choices)
+
+    def table_schemas(self) -> Mapping[str, Any]:
+        """JSON schemas of the recipe tables that are the family's own."""
+        return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dinov2Model:
+    """One DINOv2 variant: what `dinoexport.family.Model` asks for."""
+
+    recipe: Recipe
+    arch: Architecture
+    choices: GraphChoices
+
+    @cached_property
+    def graphs(self) -> tuple[Graph, ...]:
+        """One graph, `model`: images in, class, register and patch tokens out."""
+        dim, registers = self.arch.embed_dim, self.arch.register_count
+        multiple = PATCH if self.choices.sizes == "strict" else 1
+        dims = tuple(
+            limits.dim(name, multiple_of=1 if name == "batch" else multiple)
+            for name, limits in sorted(self.recipe.profile.items())
+        )
+        if self.choices.input == "pixels":
+            image = Tensor(name="pixels", dtype="float32", shape=("batch", 3, "height", "width"), meaning=_PIXELS)
+        else:
+            image = Tensor(name="images", dtype="uint8", shape=("batch", "height", "width", 3), meaning=_BYTES)
+        outputs = []
+        for block, prefix in self._heads:
+            last = not prefix
+            where = "the last block" if last else f"block {block}"
+            outputs.append(_tokens(f"{prefix}class_token", ("batch", dim), f"class token of {where}"))
+            if last and registers:
+                outputs.append(_tokens("register_tokens", ("batch", registers, dim), "register tokens"))
+            outputs.append(
+                _tokens(f"{prefix}patch_tokens", ("batch", "patches", dim), f"patch tokens of {where}, row by row")
+            )
+        return (Graph(name="model", inputs=(image,), outputs=tuple(outputs), dims=dims),)
+
+    @cached_property
+    def _heads(self) -> tuple[tuple[int, str], ...]:
+        """(block, prefix of its outputs' names): the chosen blocks, then the last one as the model's own answer."""
+        chosen = self.choices.chosen_blocks(self.arch.depth)
+        return (*((i, f"block_{i}_") for i in chosen), (self.arch.depth - 1, ""))
+
+    @property
+    def tensors(self) -> Shapes:
+        """The published checkpoint's tensors."""
+        return self.arch.tensors
+
+    @property
+    def optional_tensors(self) -> frozenset[str]:
+        """`mask_token` serves training only; timm's files have none."""
+        return frozenset({"mask_token"})
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """See `layouts`."""
+        return layouts.adapt(found, read)
+
+    def synthetic(self, name: str, seed: int) -> Array:
+        """See `synthetic`."""
+        return synthetic.tensor(name, self.tensors[name], seed)
+
+    def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
+        """Stem, each block, and a head for each block that is an output."""
+        import torch
+
+        from dinoexport.models.dinov2 import fold
+        from dinoexport.models.dinov2.graph import Block, Head, Stem
+
+        body = torch.float16 if self.recipe.precision is Precision.FP16 else torch.float32
+        residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
+        folded = fold.Folded(arch=self.arch, read=read)
+        tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
+
+        def over_tokens(name: str, module: torch.nn.Module, output_count: int) -> Piece:
+            return Piece(
+                name=name,
+                module=module,
+                example_inputs={"tokens": tokens},
+                dynamic={"tokens": {0: "batch", 1: "tokens"}},
+                output_count=output_count,
+            )
+
+        from_bytes = self.choices.input == "images"
+        height, width = 17 * PATCH, 19 * PATCH  # neither native nor square: nothing to specialise on
+        example = torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
+        image_name = graph.inputs[0].name
+        stem = Piece(
+            name="stem",
+            module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
+            example_inputs={image_name: example},
+            dynamic={
+                image_name: {
+                    axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)
+                }
+            },
+            output_count=1,
+        )
+        block = over_tokens("block", Block(self.arch, body=body, residual=residual), 1)
+        registers = self.arch.register_count > 0
+        last_head = over_tokens("head", Head(self.arch, with_registers=True), 3 if registers else 2)
+        chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False), 2)
+
+        def sequence() -> Iterator[Call]:
+            yield Call(
+                piece=stem, scope="stem", inputs=(image_name,), outputs=("stem_tokens",), weights=folded.stem()
+            )
+            value = "stem_tokens"
+            for i in range(self.arch.depth):
+                yield Call(
+                    piece=block,
+                    scope=f"blocks.{i}",
+                    inputs=(value,),
+                    outputs=(f"blocks.{i}_tokens",),
+                    weights=folded.block(i),
+                )
+                value = f"blocks.{i}_tokens"
+                for head_block, prefix in self._heads:
+                    if head_block == i:
+                        names = tuple(t.name for t in graph.outputs if _belongs(t.name, prefix))
+                        yield Call(
+                            piece=chosen_head if prefix else last_head,
+                            scope=f"{prefix}norm",
+                            inputs=(value,),
+                            outputs=names,
+                            weights=folded.head(),
+                        )
+
+        return tuple(sequence())
+
+    def reference(
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+    ) -> list[dict[str, Array]]:
+        """The plain upstream formulation; see `reference`."""
+        import torch
+
+        from dinoexport.models.dinov2 import reference
+
+        dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+        answers = reference.tokens_of(
+            self.arch,
+            lambda name: torch.from_numpy(read(name)).to(dtype),
+            [torch.from_numpy(self._normalised(arrays)) for arrays in inputs],
+            blocks=[block for block, _ in self._heads],
+            block_done=lambda done: progress(f"PyTorch {precision}", done, self.arch.depth),
+        )
+        return [self._named({i: t.float().numpy() for i, t in tokens.items()}) for tokens in answers]
+
+    def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
+        """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
+        from dinoexport.models.dinov2 import hub
+
+        blocks = [block for block, _ in self._heads]
+        answers = hub.tokens_of(
+            self.recipe.name, self.arch, read, [self._normalised(arrays) for arrays in inputs], blocks, progress
+        )
+        return [self._named(tokens) for tokens in answers]
+
+    def _normalised(self, arrays: Arrays) -> Array:
+        """The case's image as normalised pixels (B, 3, H, W), whichever input the graph takes."""
+        if "pixels" in arrays:
+            return arrays["pixels"]
+        return cases.normalised(arrays["images"])
+
+    def _named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
+        """Normalised tokens by block, under the graph's output names."""
+        prefix_count = 1 + self.arch.register_count
+        outputs: dict[str, Array] = {}
+        for block, prefix in self._heads:
+            tokens = tokens_BND[block]
+            outputs[f"{prefix}class_token"] = np.ascontiguousarray(tokens[:, 0])
+            if not prefix and self.arch.register_count:
+                outputs["register_tokens"] = np.ascontiguousarray(tokens[:, 1:prefix_count])
+            outputs[f"{prefix}patch_tokens"] = np.ascontiguousarray(tokens[:, prefix_count:])
+        return outputs
+
+    def case(self, table: Mapping[str, Any], folder: Path) -> Case:
+        """A noise image of a given size, or a photograph prepared as upstream's evaluation does; see `cases`."""
+        return cases.read_case(table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict")
+
+    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+        """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
+        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+
+    def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
+        """One call of the one graph."""
+        return runners["model"](inputs)
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md)."""
+        return {
+            "model": f"DINOv2 {self.recipe.name}: {GRID * PATCH}-pixel ViT, patch {PATCH}, trained on LVD-142M",
+            "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the mean "
+            "patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on patch tokens.",
+            "limits": f"An image whose sides are no multiples of {PATCH} is cropped to the closest smaller multiple. "
+            "Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
+            "bias": "Despite training without annotations, significant biases remain toward rich households from "
+            "Western countries.",
+        }
+
+
+def _tokens(name: str, shape: tuple[int | str, ...], meaning: str) -> Tensor:
+    return Tensor(name=name, dtype="float32", shape=shape, meaning=f"{meaning}, after the final norm")
+
+
+def _belongs(output: str, prefix: str) -> bool:
+    return output.startswith(prefix) if prefix else not output.startswith("block_")
+
+
+FAMILY = Dinov2()

@@ -1,0 +1,96 @@
+"""DINOv2's validation cases: noise of a given size, and photographs prepared as upstream's evaluation does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dinoexport import images
+from dinoexport.errors import UsageError
+from dinoexport.models.dinov2 import synthetic
+from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, PATCH
+from dinoexport.recipe import Frozen, parse
+from dinoexport.spec import Array, Case, Progress
+
+
+class CaseTable(Frozen):
+    """One `[[cases]]` entry: noise with batch, height and width, or photographs."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    why: str = Field(min_length=10)
+    batch: int = Field(default=1, ge=1)
+    height: int | None = Field(default=None, ge=PATCH)
+    width: int | None = Field(default=None, ge=PATCH)
+    seed: int = 0
+    photographs: tuple[str, ...] = ()
+    prepare: Literal["evaluation", "own_size"] = "evaluation"
+
+    @model_validator(mode="after")
+    def _noise_or_photographs(self) -> Self:
+        if bool(self.photographs) == (self.height is not None and self.width is not None):
+            raise ValueError("give height and width, or photographs")
+        if self.prepare == "own_size" and len(self.photographs) > 1:
+            raise ValueError("photographs of their own size make no batch: one a case")
+        if any(Path(name).name != name for name in self.photographs):
+            raise ValueError("photographs are names of files in the folder `images`, not paths")
+        return self
+
+
+def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict: bool) -> Case:
+    """The case `table` describes; photographs lie in `folder`/images.
+
+    as_bytes: the model takes uint8 (B, H, W, 3) instead of normalised pixels (B, 3, H, W).
+    strict: the model refuses sizes that are no multiples of 14, so noise of such a size is a case of refusal.
+    """
+    entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
+    if entry.photographs:
+        loaded = [images.load(folder / "images" / name) for name in entry.photographs]
+        if entry.prepare == "evaluation":
+            pictures = np.stack([images.for_evaluation(image) for image in loaded])
+        else:
+            pictures = np.asarray(loaded[0])[np.newaxis]
+            if strict:
+                pictures = cropped(pictures)
+        return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes))
+    assert entry.height is not None and entry.width is not None
+    refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
+    size = (entry.batch, entry.height, entry.width, entry.seed)
+    noise = {"images": synthetic.images(*size)} if as_bytes else {"pixels": synthetic.pixels(*size)}
+    return Case(name=entry.name, why=entry.why, inputs=noise, expect_refusal=refused)
+
+
+def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """A case for each image directly in `folder` or below, and a line for each file that is none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES and path.is_file())
+    found, skipped = [], []
+    for done, path in enumerate(paths, start=1):
+        try:
+            picture = images.for_evaluation(images.load(path))[np.newaxis]
+        except UsageError as error:
+            skipped.append(error.message)
+            continue
+        name = path.relative_to(folder).as_posix()
+        found.append(Case(name=name, why="a photograph of the user's", inputs=_inputs(picture, as_bytes)))
+        progress("reading images", done, len(paths))
+    return tuple(found), tuple(skipped)
+
+
+def cropped(pictures_BHW3: Array) -> Array:
+    """The closest smaller multiple of 14 of each side, top left kept, as the model card says."""
+    height, width = (side // PATCH * PATCH for side in pictures_BHW3.shape[1:3])
+    return np.ascontiguousarray(pictures_BHW3[:, :height, :width])
+
+
+def normalised(pictures_BHW3: Array) -> Array:
+    """uint8 RGB (B, H, W, 3) to float32 (B, 3, H, W), as torchvision's ToTensor and Normalize."""
+    scaled = pictures_BHW3.astype(np.float32) / np.float32(255)
+    values = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def _inputs(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
+    return {"images": np.ascontiguousarray(pictures_BHW3)} if as_bytes else {"pixels": normalised(pictures_BHW3)}

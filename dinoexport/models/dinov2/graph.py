@@ -1,0 +1,170 @@
+"""The DINOv2 ViT in the form that is traced: every weight folded into its final layout, nothing but what TensorRT fuses.
+
+Three pieces make every variant: the stem (pixels to tokens), a block (tokens to tokens) and the head (tokens to named
+outputs). Suffixes name axes: B images, N tokens, D width, H and W pixels, h and w patches, I and O in and out.
+The plain formulation that judges this one is in `reference.py`; they share no code on purpose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, NORM_EPSILON, PATCH, Architecture
+
+# The position table is extended by this many replicated rows and columns on each side: a bicubic kernel reaches two
+# samples past the edge, and PyTorch's interpolate clamps indices there.
+TABLE_BORDER = 2
+
+
+def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A tensor of the graph. Its values come from the checkpoint when the file is written."""
+    return nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel, branch-free, zero from a distance of 2 on.
+
+    Equal to PyTorch's two polynomials. A form with floor and four taps was folded wrongly by OpenVINO once the shape
+    was static (error 0.5), so all samples are weighed instead of four picked.
+    """
+    u, v = F.relu(2 - distance), F.relu(1 - distance)
+    return (-a * u * u * (u - 1)) + (4 * a + 3) * v * v - 2 * v * v * v
+
+
+class Stem(nn.Module):
+    """Pixels (B, 3, H, W) to tokens (B, 1 + R + h*w, D), in float32 throughout.
+
+    A stride-14 convolution floors, so a size that is no multiple of 14 loses its right and lower rest, as the model
+    card asks. With `from_bytes` the input is uint8 (B, H, W, 3) instead.
+    """
+
+    def __init__(self, arch: Architecture, *, from_bytes: bool, residual: torch.dtype) -> None:
+        super().__init__()
+        dim = arch.embed_dim
+        self.antialias = arch.register_count > 0
+        self.prefix_count = 1 + arch.register_count
+        self.residual = residual
+        border = 0 if self.antialias else TABLE_BORDER
+        self.table_size = GRID + 2 * border
+        self.border = border
+        self.from_bytes = from_bytes
+        self.kernel_OIHW = _parameter(dim, 3, PATCH, PATCH)
+        self.bias_O = _parameter(dim)
+        self.prefix_1RD = _parameter(1, self.prefix_count, dim)
+        self.table_hwD = _parameter(self.table_size, self.table_size * dim)
+        if from_bytes:
+            # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
+            std = torch.tensor(IMAGE_STD)
+            self.register_buffer("scale_C", (1 / (255 * std)).view(3, 1, 1))
+            self.register_buffer("shift_C", (-torch.tensor(IMAGE_MEAN) / std).view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.from_bytes:
+            # Cast before Transpose: TensorRT does not transpose uint8.
+            image = image.float().permute(0, 3, 1, 2) * self.scale_C + self.shift_C
+        patches_BDhw = F.conv2d(image, self.kernel_OIHW, self.bias_O, stride=PATCH)
+        h, w = patches_BDhw.shape[2:]
+        patches_BND = patches_BDhw.flatten(2).transpose(1, 2)
+        tokens_BND = F.pad(patches_BND, (0, 0, self.prefix_count, 0)) + self._positions(h, w)
+        return tokens_BND.to(self.residual)
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """Class token, registers and the position table resized to h x w patches, (1, 1 + R + h*w, D).
+
+        Resizing is separable, so it is two small matrix products with weights that follow from h and w. Upstream
+        (vision_transformer.py, interpolate_pos_encoding) takes the table untouched on its native grid.
+        """
+        index_h, index_w = torch.arange(h, dtype=torch.float32), torch.arange(w, dtype=torch.float32)
+        count_h, count_w = torch.full((1,), h, dtype=torch.float32), torch.full((1,), w, dtype=torch.float32)
+        if self.antialias:
+            weights_h = self._antialiased_weights(index_h, count_h)
+            weights_w = self._antialiased_weights(index_w, count_w)
+        else:
+            # 0.1 everywhere but on the native grid: upstream's "historical kludge", interpolate_offset.
+            offset = 0.1 * ((count_h - GRID).abs() + (count_w - GRID).abs()).clamp(max=1)
+            weights_h = self._offset_weights(index_h, count_h + offset)
+            weights_w = self._offset_weights(index_w, count_w + offset)
+        rows = (weights_h @ self.table_hwD).unflatten(-1, (self.table_size, -1))
+        patches = (weights_w @ rows).flatten(0, 1).unsqueeze(0)
+        return torch.cat((self.prefix_1RD, patches), dim=1)
+
+    def _offset_weights(self, index: Tensor, size: Tensor) -> Tensor:
+        """Bicubic weights (n, 41) of models without registers: scale (n + offset) / 37, a = -0.75, edges replicated."""
+        source = (index + 0.5) * (GRID / size) - 0.5
+        samples = torch.arange(self.table_size, dtype=torch.float32) - self.border
+        return _cubic((source.unsqueeze(1) - samples).abs(), a=-0.75)
+
+    def _antialiased_weights(self, index: Tensor, size: Tensor) -> Tensor:
+        """Bicubic weights (n, 37) of models with registers: antialiased, a = -0.5, each row normalised to one."""
+        step = GRID / size
+        centre = (index + 0.5) * step
+        samples = torch.arange(GRID, dtype=torch.float32) + 0.5
+        weights = _cubic((centre.unsqueeze(1) - samples).abs() / step.clamp(min=1), a=-0.5)
+        return weights / weights.sum(dim=1, keepdim=True)
+
+
+class Block(nn.Module):
+    """Tokens (B, N, D) to tokens (B, N, D).
+
+    Attention is spelt out as MatMul, Softmax, MatMul with the scale inside q's weights: TensorRT's fused attention wants
+    it before the first product. LayerScale is inside the projections. LayerNorm stays one op, fp32 inside: decomposed
+    in fp16 it overflows.
+    """
+
+    def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
+        super().__init__()
+        dim, hidden = arch.embed_dim, arch.hidden_dim
+        self.dim, self.num_heads, self.body, self.swiglu = dim, arch.num_heads, body, arch.feed_forward == "swiglu"
+        for norm in ("norm1", "norm2"):
+            self.register_parameter(f"{norm}_weight_D", _parameter(dim, dtype=residual))
+            self.register_parameter(f"{norm}_bias_D", _parameter(dim, dtype=residual))
+        self.qkv_weight_IO, self.qkv_bias_O = _parameter(dim, 3 * dim, dtype=body), _parameter(3 * dim, dtype=body)
+        self.proj_weight_IO, self.proj_bias_O = _parameter(dim, dim, dtype=body), _parameter(dim, dtype=body)
+        first = 2 * hidden if self.swiglu else hidden
+        self.first_weight_IO, self.first_bias_O = _parameter(dim, first, dtype=body), _parameter(first, dtype=body)
+        self.last_weight_IO, self.last_bias_O = _parameter(hidden, dim, dtype=body), _parameter(dim, dtype=body)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        attended = self._attention(self._norm(tokens_BND, "norm1"))
+        tokens_BND = tokens_BND + attended.to(tokens_BND.dtype)
+        fed = self._feed_forward(self._norm(tokens_BND, "norm2"))
+        return tokens_BND + fed.to(tokens_BND.dtype)
+
+    def _norm(self, tokens_BND: Tensor, name: str) -> Tensor:
+        weight, bias = self.get_parameter(f"{name}_weight_D"), self.get_parameter(f"{name}_bias_D")
+        return F.layer_norm(tokens_BND, (self.dim,), weight, bias, NORM_EPSILON).to(self.body)
+
+    def _attention(self, x_BND: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1))
+            for part in (x_BND @ self.qkv_weight_IO + self.qkv_bias_O).split(self.dim, dim=-1)
+        )
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        mixed = scores.softmax(dim=-1) @ v.transpose(1, 2)
+        return mixed.transpose(1, 2).flatten(2) @ self.proj_weight_IO + self.proj_bias_O
+
+    def _feed_forward(self, x_BND: Tensor) -> Tensor:
+        hidden = x_BND @ self.first_weight_IO + self.first_bias_O
+        if self.swiglu:
+            gate, value = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(hidden)
+        return hidden @ self.last_weight_IO + self.last_bias_O
+
+
+class Head(nn.Module):
+    """Tokens (B, 1 + R + N, D) through the final norm, in float32, to class (B, D), register and patch tokens."""
+
+    def __init__(self, arch: Architecture, *, with_registers: bool) -> None:
+        super().__init__()
+        self.dim, self.prefix_count = arch.embed_dim, 1 + arch.register_count
+        self.with_registers = with_registers and arch.register_count > 0
+        self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
+
+    def forward(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
+        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
+        registers = (normed[:, 1 : self.prefix_count],) if self.with_registers else ()
+        return (normed[:, 0], *registers, normed[:, self.prefix_count :])

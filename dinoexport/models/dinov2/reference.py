@@ -1,0 +1,109 @@
+"""The plain upstream formulation of DINOv2 in PyTorch: what judges.
+
+Written after dinov2/models/vision_transformer.py and dinov2/layers of the upstream repository, with its tensor names,
+`F.interpolate`, scaled-dot-product attention and LayerScale kept. It shares no code with `graph.py`, so a wrong fold or a
+wrong resize there cannot agree with itself here; the official implementation's numbers pin it in the tests.
+
+Blocks are the outer loop and images the inner one: a block's weights are read once, used on every case and dropped, so
+ViT-g in fp32 needs the memory of one block and of the cases' tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoexport.models.dinov2.config import GRID, NORM_EPSILON, PATCH, Architecture
+
+Load = Callable[[str], Tensor]
+
+
+@torch.inference_mode()
+def tokens_of(
+    arch: Architecture,
+    load: Load,
+    images_B3HW: Sequence[Tensor],
+    *,
+    blocks: Sequence[int],
+    block_done: Callable[[int], None],
+) -> list[dict[int, Tensor]]:
+    """Normalised tokens (B, 1 + R + N, D) of each image batch after each block in `blocks`.
+
+    load: tensor name -> weights in the dtype to compute in. Images of any size are cropped first, top left kept.
+    """
+    streams = [_embed(arch, load, image) for image in images_B3HW]
+    norm_weight, norm_bias = load("norm.weight"), load("norm.bias")
+    kept: list[dict[int, Tensor]] = [{} for _ in streams]
+    for i in range(arch.depth):
+        # A list comprehension would hold two generations of tokens at once.
+        weights = {
+            name.removeprefix(f"blocks.{i}."): load(name) for name in arch.tensors if name.startswith(f"blocks.{i}.")
+        }
+        for j in range(len(streams)):
+            streams[j] = _block(arch, weights, streams[j])
+            if i in blocks:
+                kept[j][i] = F.layer_norm(streams[j], (arch.embed_dim,), norm_weight, norm_bias, NORM_EPSILON)
+        block_done(i + 1)
+    return kept
+
+
+def _embed(arch: Architecture, load: Load, image: Tensor) -> Tensor:
+    """prepare_tokens_with_masks: patch embedding, class token, position embedding, then registers after the class."""
+    height, width = (side // PATCH * PATCH for side in image.shape[-2:])
+    kernel = load("patch_embed.proj.weight")
+    image = image[..., :height, :width].to(kernel.dtype)
+    patches = F.conv2d(image, kernel, load("patch_embed.proj.bias"), stride=PATCH).flatten(2).transpose(1, 2)
+    batch = patches.shape[0]
+    tokens = torch.cat((load("cls_token").expand(batch, -1, -1), patches), dim=1)
+    tokens = tokens + position_embedding(load("pos_embed"), height, width, registers=arch.register_count > 0)
+    if arch.register_count:
+        registers = load("register_tokens").expand(batch, -1, -1)
+        tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
+    return tokens
+
+
+def position_embedding(table: Tensor, height: int, width: int, *, registers: bool) -> Tensor:
+    """interpolate_pos_encoding: the table (1, 1 + 37*37, D) for an image of height x width pixels.
+
+    Published without registers: interpolate_offset 0.1, no antialias; with registers: offset 0, antialias (dinov2/hub).
+    """
+    h, w = height // PATCH, width // PATCH
+    if h == w == GRID:
+        return table
+    class_position, patch_positions = table[:, :1], table[:, 1:]
+    side = math.isqrt(patch_positions.shape[1])
+    grid = patch_positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if registers:
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+    else:
+        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+    assert grid.shape[-2:] == (h, w)
+    return torch.cat((class_position, grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)
+
+
+def _block(arch: Architecture, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """dinov2/layers/block.py in evaluation: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (arch.embed_dim,), weights[f"{name}.weight"], weights[f"{name}.bias"], NORM_EPSILON)
+
+    batch, count, dim = tokens.shape
+    qkv = linear("attn.qkv", norm("norm1", tokens)).reshape(batch, count, 3, arch.num_heads, dim // arch.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, dim)
+    tokens = tokens + linear("attn.proj", attended) * weights["ls1.gamma"]
+
+    x = norm("norm2", tokens)
+    if arch.feed_forward == "swiglu":
+        gate, value = linear("mlp.w12", x).chunk(2, dim=-1)
+        fed = linear("mlp.w3", F.silu(gate) * value)
+    else:
+        fed = linear("mlp.fc2", F.gelu(linear("mlp.fc1", x)))
+    return tokens + fed * weights["ls2.gamma"]

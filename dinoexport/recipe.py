@@ -1,0 +1,202 @@
+"""What to build and what counts as right, as frozen data parsed from TOML.
+
+Three kinds of file, each refused by name at the first unknown key: recipes (`recipes/*.toml` or a user's own path),
+targets (`recipes/targets/*.toml`) and validations (`validate/*.toml`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dinoexport import shipped
+from dinoexport.errors import UsageError
+from dinoexport.spec import Dim, Precision, closest
+
+# A name becomes part of file names, so it may hold nothing a path could use.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """The base of all data read from files: immutable, and an unknown key is an error, not a typo that does nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class WeightFile(Frozen):
+    """One published file of weights."""
+
+    url: str = Field(pattern=r"^https?://", description="Where the file is published.")
+    sha256: Sha256 = Field(description="The hash the file must have.")
+    size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
+
+
+class Range(Frozen):
+    """Smallest, most likely and largest value of a dynamic dimension."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"needs min <= opt <= max, has {self.min}, {self.opt}, {self.max}")
+        return self
+
+    def dim(self, name: str, *, multiple_of: int = 1) -> Dim:
+        """This range as a graph's dimension."""
+        return Dim(name=name, min=self.min, opt=self.opt, max=self.max, multiple_of=multiple_of)
+
+
+class Recipe(Frozen):
+    """Everything that decides what a build makes. `model` and `graph` are the family's own tables."""
+
+    name: Name = Field(description="The variant's name.")
+    family: Name = Field(description="The model family that understands `model` and `graph`.")
+    validation: Name = Field(description="The file of cases and limits, without `.toml`.")
+    precision: Precision = Field(default=Precision.FP32, description="Arithmetic of the graph's body.")
+    licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
+    graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
+    profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
+    weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
+
+
+class Target(Frozen):
+    """A kind of machine the bundle is meant for. `precisions` lists the fastest sensible one first, with its reason."""
+
+    name: Name
+    description: str
+    runtime: Literal["onnxruntime"]
+    precisions: dict[Precision, str] = Field(min_length=1)
+
+
+class Limit(Frozen):
+    """A number that decides, and why it is this number."""
+
+    value: float
+    reason: str = Field(min_length=20)
+
+
+class Limits(Frozen):
+    """What a candidate of one precision must hold, per output and per case."""
+
+    relative_l2_max: Limit
+    cosine_mean_min: Limit
+    cosine_p01_min: Limit
+    cosine_worst_min: Limit
+    times_own_error_max: Limit | None = None
+
+
+class Validation(Frozen):
+    """What counts as right: limits per precision, and cases in the family's own terms."""
+
+    limits: dict[Precision, Limits]
+    cases: tuple[dict[str, Any], ...] = Field(min_length=1)
+
+
+FrozenT = TypeVar("FrozenT", bound=Frozen)
+
+
+def parse(kind: type[FrozenT], table: Mapping[str, Any], *, where: str) -> FrozenT:
+    """The `kind` that `table` describes; a UsageError that names every wrong key of `where` otherwise."""
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        problems = "; ".join(_problem(kind, details) for details in error.errors())
+        raise UsageError(
+            f"{where}: {problems}", next_step="dinoexport schema prints every key a recipe may have."
+        ) from None
+
+
+def _problem(kind: type[BaseModel], details: Any) -> str:
+    key = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {key!r}.{closest(str(details['loc'][-1]), _keys(kind))}"
+    if details["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"{key!r}: {details['msg']}" if key else str(details["msg"])
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    """All keys of `kind` and of the tables inside it, for did-you-mean."""
+    definitions = [kind.model_json_schema(), *kind.model_json_schema().get("$defs", {}).values()]
+    return sorted({key for definition in definitions for key in definition.get("properties", {})})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in `path`; a UsageError when it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
+
+
+def variants() -> tuple[str, ...]:
+    """The names of the shipped recipes."""
+    return shipped.names("recipes")
+
+
+def load(variant_or_path: str) -> Recipe:
+    """The shipped recipe of that name, or the user's own recipe at that path.
+
+    A recipe may start from a shipped one with `base = "NAME"` and then holds only what differs.
+    """
+    if variant_or_path.endswith(".toml"):
+        path = Path(variant_or_path)
+        table = read_toml(path)
+        base = table.pop("base", None)
+        if base is not None:
+            table = _merged(read_toml(_shipped_path(str(base))), table)
+        return parse(Recipe, table, where=str(path))
+    path = _shipped_path(variant_or_path)
+    return parse(Recipe, read_toml(path), where=path.name)
+
+
+def _shipped_path(name: str) -> Path:
+    if name not in variants():
+        raise UsageError(
+            f"There is no variant {name!r}.{closest(name, variants())}",
+            next_step="dinoexport list shows all variants; a recipe of your own is given as a path ending in .toml.",
+        )
+    return shipped.folder("recipes") / f"{name}.toml"
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path]:
+    """The validation called `name` and the folder its files are in: beside the user's recipe first, then the shipped one."""
+    folders = [folder for folder in (beside, shipped.folder("validate")) if folder is not None]
+    for folder in folders:
+        path = folder / f"{name}.toml"
+        if path.is_file():
+            return parse(Validation, read_toml(path), where=str(path)), folder
+    raise UsageError(
+        f"There is no validation {name!r}: looked for {name}.toml in {', '.join(map(str, folders))}.",
+        next_step="Put the file beside your recipe, or name a shipped one.",
+    )
+
+
+def load_target(name: str) -> Target:
+    """The shipped target of that name."""
+    known = shipped.names("recipes/targets")
+    if name not in known:
+        raise UsageError(
+            f"There is no target {name!r}.{closest(name, known)}", next_step="dinoexport list shows all targets."
+        )
+    path = shipped.folder("recipes/targets") / f"{name}.toml"
+    return parse(Target, read_toml(path), where=path.name)

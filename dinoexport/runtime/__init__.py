@@ -1,0 +1,54 @@
+"""Runtimes: each opens something that maps named arrays to named arrays.
+
+A runner checks its inputs against the graph's signature first, so that every runtime refuses the same things in the same
+words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dinoexport.errors import InputRefused
+from dinoexport.spec import Arrays, Dim, Graph
+
+
+def check_inputs(graph: Graph, arrays: Arrays) -> None:
+    """Raises InputRefused when names, dtypes, ranks, fixed or dynamic dimensions are not the graph's."""
+    wanted = {tensor.name: tensor for tensor in graph.inputs}
+    if wanted.keys() != arrays.keys():
+        raise InputRefused(
+            f"Inputs are {sorted(arrays)}, the graph {graph.name} takes {sorted(wanted)}.", next_step="Rename them."
+        )
+    seen: dict[str, int] = {}
+    dims = {dim.name: dim for dim in graph.dims}
+    for name, tensor in wanted.items():
+        array = arrays[name]
+        if str(array.dtype) != tensor.dtype or array.ndim != len(tensor.shape):
+            raise InputRefused(
+                f"{name} is {array.dtype} with {array.ndim} axes, needs {tensor.dtype} {tensor.shape}.",
+                next_step=f"{name} is: {tensor.meaning}.",
+            )
+        for size, expected in zip(array.shape, tensor.shape, strict=True):
+            if isinstance(expected, int) and size != expected:
+                raise InputRefused(f"{name} has shape {array.shape}, needs {tensor.shape}.", next_step="Reshape it.")
+            if isinstance(expected, str):
+                if seen.setdefault(expected, size) != size:
+                    raise InputRefused(
+                        f"The inputs disagree on {expected}: {seen[expected]} and {size}.", next_step="Make them agree."
+                    )
+                _check_dim(expected, size, dims)
+
+
+def _check_dim(name: str, size: int, dims: Mapping[str, Dim]) -> None:
+    dim = dims.get(name)
+    if dim is None:
+        return
+    if not dim.min <= size <= dim.max:
+        raise InputRefused(f"{name} {size} is outside {dim.min} to {dim.max}.", next_step="Resize or split the input.")
+    if size % dim.multiple_of:
+        below = size // dim.multiple_of * dim.multiple_of
+        nearest = [s for s in (below, below + dim.multiple_of) if dim.min <= s <= dim.max]
+        raise InputRefused(
+            f"{name} {size} is no multiple of {dim.multiple_of}.",
+            next_step=f"The nearest legal sizes are {' and '.join(map(str, nearest))}.",
+        )

@@ -1,0 +1,46 @@
+"""ONNX Runtime, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dinoexport.errors import BuildError, missing_package
+from dinoexport.runtime import check_inputs
+from dinoexport.spec import Array, Arrays, Graph, Runner
+
+
+def version() -> str:
+    """ONNX Runtime's version."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def open_graph(path: Path, graph: Graph, *, threads: int | None = None) -> Runner:
+    """A runner of the ONNX file at `path`. threads: None lets ONNX Runtime decide.
+
+    Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise missing_package("onnxruntime", "cpu") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Idle threads of several sessions in one process otherwise spin against each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes share no public base but Exception
+        raise BuildError(
+            f"ONNX Runtime refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."
+        ) from error
+    names = [tensor.name for tensor in graph.outputs]
+
+    def run(arrays: Arrays) -> dict[str, Array]:
+        check_inputs(graph, arrays)
+        return dict(zip(names, session.run(names, dict(arrays)), strict=True))
+
+    return run

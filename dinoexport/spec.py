@@ -1,0 +1,109 @@
+"""The vocabulary all stages share. Standard library only, so it can be imported anywhere.
+
+Shapes are written outermost first; a `str` in a shape is a dynamic dimension's name.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+    Arrays = Mapping[str, Array]
+    # Anything that maps a graph's named inputs to its named outputs: a session, an engine, a server.
+    Runner = Callable[[Arrays], dict[str, Array]]
+else:  # names other modules can import without NumPy being loaded
+    Array = Arrays = Runner = object
+
+Shape = tuple[int | str, ...]
+# What long work reports: (what is being done, units done, units in all; 0 in all means unknown).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(_doing: str, _done: int, _total: int) -> None:
+    """The `Progress` of a caller who does not want to know."""
+
+
+class Precision(enum.StrEnum):
+    """The arithmetic of a graph's body. What stays fp32 all the same is the family's decision."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """A dynamic dimension and the range it may take."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A named input or output of a graph; `meaning` gives its unit or normalisation in words."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The signature of one ONNX graph of a model."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One tensor of the exported graph; `read` makes its float32 values only when they are wanted."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One question put to the model: named inputs, and why this question is asked.
+
+    `expect_refusal` marks inputs the model must not accept; no reference exists for them.
+    """
+
+    name: str
+    why: str
+    inputs: Arrays
+    expect_refusal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """A case together with what PyTorch answered.
+
+    outputs: float32 arrays by output name. own_error: output name -> the relative L2 error PyTorch itself
+    makes on this case in the candidate's precision (empty for fp32).
+    """
+
+    case: Case
+    outputs: Arrays
+    own_error: Mapping[str, float] = field(default_factory=dict)
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """` Did you mean …?` for a misspelt word, or nothing when no known word is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
