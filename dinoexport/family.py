@@ -96,6 +96,10 @@ class Model(Protocol):
         """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
 
     @property
+    def facts(self) -> Mapping[str, int | str]:
+        """What tells this variant from its sisters, for a listing: widths, depths, counts."""
+
+    @property
     def card(self) -> Mapping[str, str]:
         """Intended use, limits and bias, as the authors' model card states them."""
 
@@ -110,15 +114,19 @@ class Family(Protocol):
         """JSON schemas of the recipe tables that are the family's own: `model` and `graph`."""
 
 
+def installed() -> tuple[str, ...]:
+    """The names of the families that are installed."""
+    return tuple(sorted({entry.name for entry in entry_points(group=GROUP)}))
+
+
 def find(name: str) -> Family:
     """The installed family called `name`."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in found:
-        raise UsageError(
-            f"No model family {name!r} is installed.{closest(name, tuple(found))}",
-            next_step=f"Installed families: {', '.join(sorted(found)) or 'none; reinstall dinoexport'}.",
-        )
-    family: Family = found[name].load()
-    return family
+    for entry in entry_points(group=GROUP, name=name):
+        family: Family = entry.load()
+        return family
+    raise UsageError(
+        f"No model family {name!r} is installed.{closest(name, installed())}",
+        next_step=f"Installed families: {', '.join(installed()) or 'none; reinstall dinoexport'}.",
+    )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
 
-from dinoexport.errors import InputRefused
+from dinoexport.errors import DinoexportError, InputRefused
 from dinoexport.metrics import Distance, distance
 from dinoexport.recipe import Limits
 from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
@@ -66,8 +68,8 @@ class Report:
         return tuple(row for row in self.rows if not row.passed)
 
     def to_json(self) -> dict[str, object]:
-        """Every figure, ready for json.dumps."""
-        rows = [{**asdict(row), "shape": list(row.shape), "passed": row.passed} for row in self.rows]
+        """Every figure, ready for json.dumps; null stands for NaN and Inf, which JSON does not have."""
+        rows = [{**_without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
         return {"passed": self.passed, "candidate": self.candidate, "reference": self.reference, "rows": rows}
 
 
@@ -85,13 +87,19 @@ def judge(
     rows: list[Row] = []
     total = len(expectations) + len(refusals)
     for done, expectation in enumerate(expectations, start=1):
-        rows += _judge_case(candidate(expectation.case.inputs), expectation, limits)
+        rows += _judge_case(candidate, expectation, limits)
         progress(f"judging {candidate_name}", done, total)
     rows += [_judge_refusal(candidate, case) for case in refusals]
     return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows))
 
 
-def _judge_case(answers: Arrays, expectation: Expectation, limits: Limits) -> list[Row]:
+def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) -> list[Row]:
+    answers: dict[str, Array] = {}
+    failure = "the candidate does not have this output"
+    try:
+        answers = candidate(expectation.case.inputs)
+    except DinoexportError as error:
+        failure = error.message
     rows = []
     for name in sorted(expectation.outputs.keys() | answers.keys()):
         expected, answer = expectation.outputs.get(name), answers.get(name)
@@ -99,7 +107,7 @@ def _judge_case(answers: Arrays, expectation: Expectation, limits: Limits) -> li
         if expected is None:
             problem = "an output the reference does not have"
         elif answer is None:
-            problem = "the candidate does not have this output"
+            problem = failure
         else:
             try:
                 measured = distance(answer, expected)
@@ -147,3 +155,11 @@ def _judge_refusal(candidate: Candidate, case: Case) -> Row:
         refused = 1.0
     bound = Bound(figure="refused", value=refused, limit=1.0, reason=case.why, holds=refused == 1.0)
     return Row(case=case.name, why=case.why, output="(refusal)", shape=(), distance=None, bounds=(bound,))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -41,6 +41,10 @@ def open_graph(path: Path, graph: Graph, *, threads: int | None = None) -> Runne
 
     def run(arrays: Arrays) -> dict[str, Array]:
         check_inputs(graph, arrays)
-        return dict(zip(names, session.run(names, dict(arrays)), strict=True))
+        try:
+            return dict(zip(names, session.run(names, dict(arrays)), strict=True))
+        except Exception as error:
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
 
     return run

@@ -243,6 +243,17 @@ class Dinov2Model:
         return runners["model"](inputs)
 
     @property
+    def facts(self) -> Mapping[str, int | str]:
+        """Width, depth, heads, feed-forward and registers."""
+        return {
+            "width": self.arch.embed_dim,
+            "depth": self.arch.depth,
+            "heads": self.arch.num_heads,
+            "feed_forward": f"{self.arch.feed_forward} {self.arch.hidden_dim}",
+            "registers": self.arch.register_count,
+        }
+
+    @property
     def card(self) -> Mapping[str, str]:
         """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md)."""
         return {

@@ -1,0 +1,241 @@
+"""A bundle: one folder that says what it holds, proves it, and is complete or absent.
+
+    manifest.json       what is here, what it was made from, what was measured
+    NAME.onnx(.data)    the graphs with their external weights
+    reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
+    report.json         every figure of the verdict
+
+Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dinoexport import files
+from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.recipe import Frozen, Limits, Sha256
+from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Tensor, silent
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REFERENCE = "reference.npz"
+REPORT = "report.json"
+# A plain file name: no separator, no leading dot, so no path out of the bundle.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
+Verdict = Literal["passed", "rejected", "unjudged"]
+
+
+class BundleFile(Frozen):
+    """One file of the bundle besides the manifest."""
+
+    name: FileName
+    stage: str
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+
+
+class CheckpointFacts(Frozen):
+    """Where the weights came from. sha256 is the file's, or that of the rule for synthetic weights."""
+
+    source: str
+    sha256: Sha256
+    licence: str
+
+
+class GraphFacts(Frozen):
+    """A graph's signature as data."""
+
+    name: FileName
+    file: FileName
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+    dims: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, graph: Graph, file: str) -> GraphFacts:
+        """The facts of `graph`, which lies in `file`."""
+        return cls(
+            name=graph.name,
+            file=file,
+            inputs=tuple(_plain(tensor) for tensor in graph.inputs),
+            outputs=tuple(_plain(tensor) for tensor in graph.outputs),
+            dims=tuple(_plain(dim) for dim in graph.dims),
+        )
+
+    def graph(self) -> Graph:
+        """The signature these facts describe."""
+
+        def tensors(plain: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
+            return tuple(Tensor(**{**t, "shape": tuple(t["shape"])}) for t in plain)
+
+        return Graph(
+            name=self.name,
+            inputs=tensors(self.inputs),
+            outputs=tensors(self.outputs),
+            dims=tuple(Dim(**dim) for dim in self.dims),
+        )
+
+
+class Manifest(Frozen):
+    """Everything a bundle says about itself."""
+
+    schema_version: Literal[1] = SCHEMA
+    variant: str
+    family: str
+    precision: Precision
+    target: str
+    verdict: Verdict
+    recipe: dict[str, Any]
+    checkpoint: CheckpointFacts
+    graphs: tuple[GraphFacts, ...]
+    files: tuple[BundleFile, ...]
+    stage_keys: dict[str, Sha256]
+    versions: dict[str, str]
+    card: dict[str, str]
+    report: dict[str, Any]
+    created: datetime
+
+    def to_bytes(self) -> bytes:
+        """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
+        content = self.model_dump(mode="json")
+        return _canonical({**content, "manifest_sha256": hashlib.sha256(_canonical(content)).hexdigest()})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """The manifest in `raw`; a ValidationFailed when it is damaged, or from another schema."""
+        try:
+            content = json.loads(raw)
+            if not isinstance(content, dict):
+                raise ValueError("not an object")
+            if content.get("schema_version") != SCHEMA:
+                raise UsageError(
+                    f"{MANIFEST} has schema version {content.get('schema_version')!r}; this dinoexport reads {SCHEMA}.",
+                    next_step="Use the dinoexport that built the bundle, or build it again.",
+                )
+            digest = content.pop("manifest_sha256", None)
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise _damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
+        except (ValueError, UnicodeDecodeError, RecursionError) as error:
+            raise _damaged(f"{MANIFEST} is not readable: {error}") from None
+        if raw != manifest.to_bytes() or digest != hashlib.sha256(_canonical(content)).hexdigest():
+            raise _damaged(f"{MANIFEST} was changed after it was written")
+        return manifest
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Tensor | Dim) -> dict[str, Any]:
+    plain = asdict(value)
+    return {**plain, "shape": list(plain["shape"])} if "shape" in plain else plain
+
+
+def _damaged(problem: str) -> ValidationFailed:
+    return ValidationFailed(f"The bundle is damaged: {problem}.", next_step="Copy it again, or build it again.")
+
+
+def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progress = silent) -> tuple[BundleFile, ...]:
+    """Hash and size of the files `names` in `folder`, which `stage` wrote."""
+    return tuple(
+        BundleFile(
+            name=name,
+            stage=stage,
+            sha256=files.sha256(folder / name, progress=progress),
+            size_bytes=(folder / name).stat().st_size,
+        )
+        for name in names
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`; its files are not looked at."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one.")
+    return Manifest.from_bytes(path.read_bytes())
+
+
+def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
+    """The manifest of the bundle in `folder`, after every file's size and hash were found to be what it says."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.files, progress=progress)
+    return manifest
+
+
+def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progress = silent) -> None:
+    """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes."""
+    for file in wanted:
+        path = folder / file.name
+        if path.is_symlink() or not path.is_file():
+            raise _damaged(f"{file.name} is missing or no regular file")
+        if path.stat().st_size != file.size_bytes:
+            raise _damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
+        if files.sha256(path, progress=progress) != file.sha256:
+            raise _damaged(f"{file.name} does not have the SHA-256 in the manifest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a bundle carries to be judged by. `name` says in words who answered."""
+
+    name: str
+    limits: Limits
+    expectations: tuple[Expectation, ...]
+    refusals: tuple[Case, ...]
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    """Inputs, PyTorch's answers and limits as one .npz; the same content gives the same bytes."""
+    import numpy as np
+
+    arrays: dict[str, Array] = {}
+    entries = []
+    cases = [(e.case, e.outputs, dict(e.own_error)) for e in reference.expectations]
+    for i, (case, outputs, own_error) in enumerate([*cases, *((case, {}, {}) for case in reference.refusals)]):
+        arrays |= {f"{i}/in/{name}": array for name, array in case.inputs.items()}
+        arrays |= {f"{i}/out/{name}": array for name, array in outputs.items()}
+        entries.append({"name": case.name, "why": case.why, "refused": case.expect_refusal, "own_error": own_error})
+    index = {"reference": reference.name, "limits": reference.limits.model_dump(mode="json"), "cases": entries}
+    arrays["index.json"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_reference(path: Path) -> Reference:
+    """The reference in `path`; a ValidationFailed when it is damaged."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        index = json.loads(arrays.pop("index.json").tobytes())
+        expectations, refusals = [], []
+        for i, entry in enumerate(index["cases"]):
+            inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
+            outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
+            case = Case(name=entry["name"], why=entry["why"], inputs=inputs, expect_refusal=entry["refused"])
+            if case.expect_refusal:
+                refusals.append(case)
+            else:
+                expectations.append(Expectation(case=case, outputs=outputs, own_error=entry["own_error"]))
+        limits = Limits.model_validate(index["limits"])
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise _damaged(f"{path.name} is not readable: {error}") from None
+    return Reference(
+        name=index["reference"], limits=limits, expectations=tuple(expectations), refusals=tuple(refusals)
+    )

@@ -1,0 +1,326 @@
+"""The verbs. The only module that prints or exits; nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from dinoexport.errors import DinoexportError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dinoexport.judge import Report
+    from dinoexport.spec import Progress
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+EXIT_CODES = (
+    "Exit codes: 0 ok, 1 validation failed, 2 usage or recipe, 3 weights, 4 environment, 5 build, 130 interrupted."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help answers in two thirds of the time
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    help="Take a model's checkpoint to a served engine, and prove on the way that its outputs are still PyTorch's.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or your own recipe.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."),
+]
+PrecisionOption = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: what the recipe says.")]
+TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
+Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]
+ReferenceOption = Annotated[str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")]
+
+
+@app.command("list", epilog=EXIT_CODES)
+def list_(as_json: Json = False) -> None:
+    """Show all variants and targets."""
+    with _reporting(as_json):
+        from dinoexport import listing
+
+        found = listing.everything()
+        if as_json:
+            _print_json(found)
+            return
+        _print(_table("Variants", found["variants"]))
+        _print(_table("Targets", found["targets"]))
+
+
+@app.command(epilog=EXIT_CODES)
+def build(
+    variant: Variant,
+    weights: Weights = None,
+    precision: PrecisionOption = None,
+    target: TargetOption = "cpu",
+    out: Out = None,
+    force: Force = False,
+    keep_rejected: Annotated[
+        bool, typer.Option("--keep-rejected", help="Publish a bundle that failed too, marked rejected.")
+    ] = False,
+    reference: ReferenceOption = "plain",
+    as_json: Json = False,
+) -> None:
+    """Build a bundle and judge it against PyTorch; publish it only if it passes."""
+    with _reporting(as_json):
+        from dinoexport import pipeline
+
+        order = pipeline.order(
+            variant,
+            weights=weights,
+            precision=_precision(precision),
+            target=target,
+            out=out,
+            judge_code=_choice("reference", reference, ("plain", "hub")),
+        )
+        try:
+            with _progress() as progress:
+                built = pipeline.build(order, force=force, keep_rejected=keep_rejected, progress=progress)
+        except pipeline.Rejected as rejected:
+            _show_report(rejected.report, to_stderr=as_json)
+            _fail(rejected, as_json, verdict="rejected", report=rejected.report.to_json())
+        assert built.report is not None
+        if as_json:
+            _print_json(_built_facts(built) | {"report": built.report.to_json()})
+            return
+        _show_report(built.report)
+        _say_reused(built)
+        _print(f"\nBundle: {built.folder}")
+        _print(f"Next:   dinoexport inspect {built.folder}")
+        _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    variant: Variant,
+    weights: Weights = None,
+    precision: PrecisionOption = None,
+    target: TargetOption = "cpu",
+    out: Out = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Only write the ONNX: a bundle marked unjudged."""
+    with _reporting(as_json):
+        from dinoexport import pipeline
+
+        order = pipeline.order(variant, weights=weights, precision=_precision(precision), target=target, out=out)
+        with _progress() as progress:
+            built = pipeline.export_only(order, progress=progress, force=force)
+        if as_json:
+            _print_json(_built_facts(built))
+            return
+        _say_reused(built)
+        _print(f"Bundle: {built.folder}   UNJUDGED: nothing was measured")
+        _print(f"Next:   dinoexport build {variant} makes a judged one")
+
+
+@app.command(epilog=EXIT_CODES)
+def validate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
+    ] = None,
+    weights: Weights = None,
+    reference: ReferenceOption = "plain",
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
+    with _reporting(as_json):
+        from dinoexport import proof
+        from dinoexport.errors import ValidationFailed
+
+        with _progress() as progress:
+            validated = proof.validate(
+                bundle,
+                images=images,
+                weights=weights,
+                judge_code=_choice("reference", reference, ("plain", "hub")),
+                progress=progress,
+            )
+        facts = {"skipped": list(validated.skipped)}
+        if as_json and validated.report.passed:
+            _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
+            return
+        _show_report(validated.report, to_stderr=as_json)
+        for line in validated.skipped:
+            _print(f"skipped: {line}", to_stderr=as_json)
+        if not validated.report.passed:
+            failed = ValidationFailed(
+                f"{bundle} does not give PyTorch's outputs on this machine.",
+                next_step="The table shows each figure beside its limit.",
+            )
+            _fail(failed, as_json, report=validated.report.to_json(), **facts)
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder, or an ONNX file.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a bundle or an ONNX file holds. Nothing is run."""
+    with _reporting(as_json):
+        from dinoexport import listing
+
+        found = listing.of_path(path)
+        if as_json:
+            _print_json(found)
+            return
+        for title, content in found.items():
+            _print(_table(title, content) if isinstance(content, list) else _facts(title, content))
+
+
+@app.command(epilog=EXIT_CODES)
+def schema(as_json: Json = False) -> None:
+    """Print the JSON schema of a recipe."""
+    with _reporting(as_json):
+        from dinoexport import listing
+
+        _print_json(listing.recipe_schema())
+
+
+def main() -> NoReturn:
+    """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+    sys.exit(0)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[None]:
+    """Ends in an error's own exit code, with one sentence on stderr or one object on stdout."""
+    try:
+        yield
+    except DinoexportError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. Nothing half written is left; finished stages are reused.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
+    if as_json:
+        _print_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
+    typer.echo(f"error: {error.message}", err=True)
+    if error.next_step:
+        typer.echo(f"  next: {error.next_step}", err=True)
+    sys.exit(error.exit_code)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress line per piece of work on stderr, drawn only on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def report(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = bars.add_task(doing, total=total or None)
+                if not console.is_terminal:
+                    typer.echo(f"{doing} ...", err=True)
+            bars.update(tasks[doing], completed=done, total=total or None)
+
+        yield report
+
+
+def _precision(word: str | None) -> Any:
+    from dinoexport.spec import Precision
+
+    return None if word is None else Precision(_choice("precision", word, tuple(Precision)))
+
+
+def _choice(option: str, word: str, known: tuple[str, ...]) -> Any:
+    from dinoexport.errors import UsageError
+    from dinoexport.spec import closest
+
+    if word not in known:
+        raise UsageError(f"--{option} {word!r} is unknown.{closest(word, known)}", next_step=f"Use {', '.join(known)}.")
+    return word
+
+
+def _built_facts(built: Any) -> dict[str, Any]:
+    return {"bundle": str(built.folder), "verdict": built.manifest.verdict, "reused": list(built.reused)}
+
+
+def _say_reused(built: Any) -> None:
+    if built.reused:
+        _print(f"Reused: {', '.join(built.reused)} (nothing they depend on changed; --force makes them again)")
+
+
+def _show_report(report: Report, *, to_stderr: bool = False) -> None:
+    """The verdict as a table: a row for each output of each case."""
+    from dinoexport import listing
+
+    verdict = "PASSED" if report.passed else "FAILED"
+    title = f"{verdict}: {report.candidate}, against {report.reference}"
+    _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
+
+
+def _print(what: Table | str, *, to_stderr: bool = False) -> None:
+    from rich.console import Console
+
+    if isinstance(what, str):
+        typer.echo(what, err=to_stderr)
+        return
+    console = Console(stderr=to_stderr)
+    # A pipe has no width; 80 columns would cut the figures off.
+    (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _facts(title: str, facts: dict[str, str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, value)
+    return table
+

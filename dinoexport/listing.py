@@ -1,0 +1,155 @@
+"""What the verbs `list`, `inspect` and `schema` show, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinoexport import bundle, family, recipe, shipped
+from dinoexport.errors import UsageError, missing_package
+from dinoexport.recipe import Recipe, load, load_target
+
+if TYPE_CHECKING:
+    from dinoexport.judge import Report, Row
+
+Rows = list[dict[str, Any]]
+
+
+def everything() -> dict[str, Rows]:
+    """Variants with their sizes and licences, and targets."""
+    return {
+        "variants": sorted(map(_variant, map(load, recipe.variants())), key=lambda row: row["parameters"]),
+        "targets": [
+            {"target": t.name, "runtime": t.runtime, "precisions": list(t.precisions), "machine": t.description}
+            for t in map(load_target, shipped.names("recipes/targets"))
+        ],
+    }
+
+
+def _variant(loaded: Recipe) -> dict[str, Any]:
+    model = family.find(loaded.family).model(loaded)
+    optional = model.optional_tensors
+    parameters = sum(math.prod(shape) for name, shape in model.tensors.items() if name not in optional)
+    sizes = [file.size_bytes for file in loaded.weights]
+    known = [size for size in sizes if size is not None]
+    return {
+        "variant": loaded.name,
+        "parameters": parameters,
+        **model.facts,
+        "published_bytes": sum(known) if known and len(known) == len(sizes) else None,
+        "licence": loaded.licence,
+    }
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, with the tables of every installed family."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "A shipped recipe to start from; this file then holds only what differs.",
+    }
+    for table in ("model", "graph"):
+        options = [family.find(name).table_schemas()[table] for name in family.installed()]
+        schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
+    # With `base` any key may be left out.
+    schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+    return schema
+
+
+def of_path(path: Path) -> dict[str, Any]:
+    """What a bundle or an ONNX file holds, by title: a dict of facts or a list of rows."""
+    if path.suffix == ".onnx":
+        return _of_onnx(path)
+    manifest = bundle.read_manifest(path)
+    report = manifest.report
+    return {
+        "Bundle": {
+            "verdict": manifest.verdict,
+            "variant": manifest.variant,
+            "precision": manifest.precision.value,
+            "target": manifest.target,
+            "weights": manifest.checkpoint.source,
+            "weights' SHA-256": manifest.checkpoint.sha256,
+            "licence": manifest.checkpoint.licence,
+            "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
+            "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
+            + ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
+            **manifest.card,
+        },
+        "Inputs and outputs": [
+            {"graph": g.name, "": side, "name": t["name"], "dtype": t["dtype"], "shape": _shape(t["shape"]), "meaning": t["meaning"]}
+            for g in manifest.graphs
+            for side, tensors in (("in", g.inputs), ("out", g.outputs))
+            for t in tensors
+        ],
+        "Dimensions": [dim for g in manifest.graphs for dim in g.dims],
+        "Files": [
+            {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
+        ],
+    }
+
+
+def _of_onnx(path: Path) -> dict[str, Any]:
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise missing_package("onnx", "export") from None
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UsageError(f"{path} is no readable ONNX file: {error}.", next_step="Check the path.") from None
+    graph = model.graph
+    weights = {id(t): math.prod(t.dims) for t in graph.initializer}
+    facts = {
+        "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
+        "nodes": f"{len(graph.node)}: " + ", ".join(f"{op} {n}" for op, n in Counter(n.op_type for n in graph.node).most_common()),
+        "weights": f"{sum(weights.values()):,} in {len(weights)} tensors",
+        "external data": ", ".join(sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})) or "none",
+        **{prop.key: prop.value for prop in model.metadata_props},
+    }
+    tensors = [("in", value) for value in graph.input] + [("out", value) for value in graph.output]
+    return {
+        "ONNX": facts,
+        "Inputs and outputs": [
+            {
+                "": side,
+                "name": value.name,
+                "dtype": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
+                "shape": _shape([d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]),
+            }
+            for side, value in tensors
+        ],
+    }
+
+
+def _shape(shape: list[int | str]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def report_rows(report: Report) -> Rows:
+    """A row for each output of each case: its figures and, where it failed, the limits it missed."""
+    return [_report_row(row) for row in report.rows]
+
+
+def _report_row(row: Row) -> dict[str, Any]:
+    figures = row.distance
+    missed = "; ".join(f"{b.figure} {_figure(b.value)}, limit {_figure(b.limit)}" for b in row.bounds if not b.holds)
+    limit = min((b.limit for b in row.bounds if b.figure == "relative_l2"), default=math.nan)
+    return {
+        "case": row.case,
+        "output": row.output,
+        "shape": _shape(list(row.shape)),
+        "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
+        "limit": "" if math.isnan(limit) else f"{limit:.1e}",
+        "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
+        "largest abs": "" if figures is None else f"{figures.max_abs:.1e}",
+        "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
+    }
+
+
+def _figure(value: float) -> str:
+    return json.dumps(float(f"{value:.4g}")) if math.isfinite(value) else str(value)

@@ -1,0 +1,265 @@
+"""The whole flow: recipe -> checkpoint -> traced graph -> ONNX -> judged against PyTorch -> bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dinoexport
+from dinoexport import bundle, family, files, judge, proof
+from dinoexport.bundle import CheckpointFacts, GraphFacts, Manifest, Verdict
+from dinoexport.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.export import export
+from dinoexport.family import Model
+from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
+from dinoexport.spec import Array, Case, Precision, Progress, silent
+from dinoexport.workspace import Stage, Workspace, key_of, workspace
+
+# What decides a stage's bytes besides our own code.
+_TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+_RUNTIMES = ("onnxruntime", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to build, with every decision made and every impossible one already refused."""
+
+    recipe: Recipe
+    model: Model
+    target: Target
+    limits: Limits
+    cases: tuple[Case, ...]
+    weights: str | None
+    judge_code: proof.Judge
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A published bundle. reused: the stages whose results were taken over."""
+
+    folder: Path
+    manifest: Manifest
+    reused: tuple[str, ...]
+    report: judge.Report | None = None
+
+
+class Rejected(ValidationFailed):
+    """The build's tokens are not PyTorch's. `report` says where."""
+
+    def __init__(self, message: str, *, next_step: str, report: judge.Report, folder: Path | None) -> None:
+        super().__init__(message, next_step=next_step)
+        self.report = report
+        self.folder = folder
+
+
+def order(
+    variant_or_path: str,
+    *,
+    weights: str | None = None,
+    precision: Precision | None = None,
+    target: str = "cpu",
+    out: Path | None = None,
+    judge_code: proof.Judge = "plain",
+) -> Order:
+    """Reads recipe, target and validation, and refuses what cannot be built before any work is done."""
+    recipe = load(variant_or_path)
+    if precision is not None:
+        recipe = recipe.model_copy(update={"precision": precision})
+    machine = load_target(target)
+    if recipe.precision not in machine.precisions:
+        possible = ", ".join(machine.precisions)
+        raise UsageError(f"{target} has no {recipe.precision}.", next_step=f"It has: {possible}.")
+    model = family.find(recipe.family).model(recipe)
+    beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
+    validation, folder = load_validation(recipe.validation, beside=beside)
+    return Order(
+        recipe=recipe,
+        model=model,
+        target=machine,
+        limits=proof.limits_for(validation, recipe.precision),
+        cases=proof.cases_of(model, validation, folder),
+        weights=weights,
+        judge_code=judge_code,
+        out=out or Path("bundles") / f"{recipe.name}-{recipe.precision}-{machine.name}",
+    )
+
+
+def build(order: Order, *, force: bool = False, keep_rejected: bool = False, progress: Progress = silent) -> Built:
+    """Takes a checkpoint to a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
+
+    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised.
+    """
+    with workspace(order.out, force=force, progress=progress) as work:
+        _check_disk(order)
+        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+        exported = _export_stage(work, order, checkpoint)
+        reference = _reference_stage(work, order, checkpoint)
+        judged, report = _judge_stage(work, order, exported, reference)
+        stages = {stage.name: stage for stage in (exported, reference, judged)}
+        if report.passed or keep_rejected:
+            manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
+            work.publish(stages, manifest)
+    if not report.passed:
+        raise _rejected(order, report, published=keep_rejected)
+    reused = tuple(stage.name for stage in (exported, reference) if stage.reused)
+    return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
+
+
+def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
+    """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    with workspace(order.out, force=force, progress=progress) as work:
+        _check_disk(order)
+        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+        exported = _export_stage(work, order, checkpoint)
+        manifest = _manifest(order, checkpoint, {"export": exported}, "unjudged", {})
+        work.publish({"export": exported}, manifest)
+    return Built(folder=order.out, manifest=manifest, reused=("export",) if exported.reused else ())
+
+
+def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+    recipe = order.recipe.model_dump(mode="json")
+    versions = _versions(_TRACERS)
+    metadata = {
+        "dinoexport.variant": order.recipe.name,
+        "dinoexport.checkpoint": checkpoint.source,
+        "dinoexport.checkpoint_sha256": checkpoint.sha256,
+        "dinoexport.licence": order.recipe.licence,
+        "dinoexport.recipe": json.dumps(recipe, sort_keys=True),
+        "dinoexport.versions": json.dumps(versions, sort_keys=True),
+    }
+
+    def make(folder: Path) -> None:
+        for graph in order.model.graphs:
+            calls = order.model.calls(graph, checkpoint.read)
+            export(graph, calls, folder, metadata=metadata, progress=work.progress)
+
+    return work.stage("export", key_of(code=_code(order), metadata=metadata), make)
+
+
+def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+    def make(folder: Path) -> None:
+        reference = proof.ask_pytorch(
+            order.model,
+            checkpoint,
+            order.cases,
+            order.limits,
+            precision=order.recipe.precision,
+            judge_code=order.judge_code,
+            progress=work.progress,
+        )
+        bundle.write_reference(folder / bundle.REFERENCE, reference)
+
+    key = key_of(
+        code=_code(order),
+        checkpoint=checkpoint.sha256,
+        recipe=order.recipe.model_dump(mode="json"),
+        limits=order.limits.model_dump(mode="json"),
+        cases=[(case.name, case.why, case.expect_refusal, _digest(case.inputs)) for case in order.cases],
+        judge_code=order.judge_code,
+        versions=_versions(_TRACERS),
+    )
+    return work.stage("reference", key, make)
+
+
+def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stage) -> tuple[Stage, judge.Report]:
+    """Judges what lies on the disk: the very files that will be published, read back."""
+    stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+    graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
+    candidate = proof.open_candidate(order.model, graphs)
+    report = proof.judged(candidate, stored, proof.candidate_name(order.recipe.precision), progress=work.progress)
+    content = {**report.to_json(), "versions": _versions(_RUNTIMES), "machine": platform.machine()}
+
+    def make(folder: Path) -> None:
+        (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    return work.stage("judge", key_of(report=content), make), report
+
+
+def _manifest(
+    order: Order, checkpoint: Checkpoint, stages: Mapping[str, Stage], verdict: Verdict, report: dict[str, Any]
+) -> Manifest:
+    return Manifest(
+        variant=order.recipe.name,
+        family=order.recipe.family,
+        precision=order.recipe.precision,
+        target=order.target.name,
+        verdict=verdict,
+        recipe=order.recipe.model_dump(mode="json"),
+        checkpoint=CheckpointFacts(
+            source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence
+        ),
+        graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
+        files=tuple(file for stage in stages.values() for file in stage.files),
+        stage_keys={name: stage.key for name, stage in stages.items()},
+        versions=_versions((*_TRACERS, "onnxruntime")) | {"python": platform.python_version()},
+        card=dict(order.model.card),
+        report=report,
+        created=datetime.now(UTC),
+    )
+
+
+def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejected:
+    worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    if published:
+        message = f"{order.out} was published, marked rejected: its outputs are not PyTorch's ({worst})."
+    else:
+        message = f"Nothing was published: the outputs are not PyTorch's ({worst})."
+    return Rejected(
+        message,
+        next_step="The table shows each figure beside its limit; --keep-rejected keeps the bundle to look at.",
+        report=report,
+        folder=order.out if published else None,
+    )
+
+
+def _check_disk(order: Order) -> None:
+    """Refuses a build the disk cannot hold, before it is begun."""
+    import math
+
+    width = 2 if order.recipe.precision is Precision.FP16 else 4
+    needed = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
+    needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())
+    free = shutil.disk_usage(order.out.absolute().parent).free
+    if free < needed:
+        raise MissingRequirement(
+            f"The bundle needs about {needed / 1e9:.1f} GB; {order.out.parent} has {free / 1e9:.1f} GB free.",
+            next_step="Free some space, or choose another --out.",
+        )
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {"dinoexport": dinoexport.__version__}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _code(order: Order) -> str:
+    """The hash of our own code and the family's: a stage made by other code is another stage."""
+    own = Path(dinoexport.__file__)
+    brought = Path(sys.modules[type(order.model).__module__].__file__ or own)
+    sources = {path for module in (own, brought) for path in _sources(module)}
+    return key_of(sources=[files.sha256(path) for path in sorted(sources)])
+
+
+def _sources(module: Path) -> tuple[Path, ...]:
+    """A package's source files, or the one file of a module that is no package."""
+    return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)
+
+
+def _digest(arrays: Mapping[str, Array]) -> dict[str, str]:
+    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}

@@ -1,0 +1,197 @@
+"""From cases to a verdict: PyTorch's answers, a candidate opened from a bundle, and the judge between them.
+
+Nothing here builds. Judging a bundle by the reference it carries needs neither torch nor the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Literal
+
+from dinoexport import bundle, family, judge
+from dinoexport.bundle import Manifest, Reference
+from dinoexport.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.errors import UsageError, ValidationFailed, missing_package
+from dinoexport.family import Model
+from dinoexport.metrics import distance
+from dinoexport.recipe import Limits, Recipe, Validation, parse
+from dinoexport.runtime import ort
+from dinoexport.spec import Array, Arrays, Case, Expectation, Graph, Precision, Progress, Runner, silent
+
+Judge = Literal["plain", "hub"]
+# How many of a user's images are held at once; a folder of any size is judged in such steps.
+_IMAGES_AT_ONCE = 64
+
+
+def cases_of(model: Model, validation: Validation, folder: Path) -> tuple[Case, ...]:
+    """All cases of a validation; files they name lie in `folder`."""
+    return tuple(model.case(table, folder) for table in validation.cases)
+
+
+def limits_for(validation: Validation, precision: Precision) -> Limits:
+    """The limits of a precision; a UsageError when the validation has none, for a verdict needs limits."""
+    if precision not in validation.limits:
+        raise UsageError(
+            f"The validation has no limits for {precision}.", next_step=f"Add [limits.{precision}] with reasons."
+        )
+    return validation.limits[precision]
+
+
+def ask_pytorch(
+    model: Model,
+    checkpoint: Checkpoint,
+    cases: Sequence[Case],
+    limits: Limits,
+    *,
+    precision: Precision,
+    judge_code: Judge,
+    progress: Progress = silent,
+) -> Reference:
+    """PyTorch's fp32 answers to `cases` and, where the limits ask for it, what PyTorch's own `precision` loses on them."""
+    try:
+        import torch
+    except ImportError:
+        raise missing_package("torch", "export") from None
+    asked = [case for case in cases if not case.expect_refusal]
+    inputs = [case.inputs for case in asked]
+    if judge_code == "hub":
+        answers = model.upstream(checkpoint.read, inputs, progress=progress)
+        name = "PyTorch fp32, the authors' own code"
+    else:
+        answers = model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
+        name = "PyTorch fp32, plain upstream formulation"
+    own_errors: list[Mapping[str, float]] = [{} for _ in asked]
+    if limits.times_own_error_max is not None:
+        lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
+        own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+    return Reference(
+        name=f"{name} (torch {torch.__version__})",
+        limits=limits,
+        expectations=tuple(
+            Expectation(case=case, outputs=outputs, own_error=own)
+            for case, outputs, own in zip(asked, answers, own_errors, strict=True)
+        ),
+        refusals=tuple(case for case in cases if case.expect_refusal),
+    )
+
+
+def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
+    """Relative L2 per output. Where PyTorch's own low precision overflows it says nothing about a candidate: left out."""
+    errors = {name: distance(ours[name], exact[name]).relative_l2 for name in exact}
+    return {name: error for name, error in errors.items() if isfinite(error)}
+
+
+def open_candidate(model: Model, graphs: Mapping[Path, Graph]) -> judge.Candidate:
+    """The exported graphs in ONNX Runtime, as the function from a case's inputs to its outputs."""
+    runners: dict[str, Runner] = {graph.name: ort.open_graph(path, graph) for path, graph in graphs.items()}
+
+    def answer(inputs: Arrays) -> dict[str, Array]:
+        return model.drive(runners, inputs)
+
+    return answer
+
+
+def candidate_name(precision: Precision) -> str:
+    """What the verdict is about, in words."""
+    return f"ONNX Runtime {ort.version()} on the CPU, {precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used."""
+
+    manifest: Manifest
+    report: judge.Report
+    skipped: tuple[str, ...] = ()
+
+
+def validate(
+    folder: Path,
+    *,
+    images: Path | None = None,
+    weights: str | None = None,
+    judge_code: Judge = "plain",
+    progress: Progress = silent,
+) -> Validated:
+    """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
+
+    Every byte is checked first. `images` needs torch and the weights the bundle was made from: `weights`, or where the
+    manifest says they came from. Raises ValidationFailed for a damaged bundle; a failed verdict is in the result.
+    """
+    manifest = bundle.verify(folder, progress=progress)
+    recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+    model = family.find(manifest.family).model(recipe)
+    if images is None and manifest.verdict == "unjudged":
+        raise UsageError(
+            f"{folder} was exported without a reference, so there is nothing to judge it by.",
+            next_step="dinoexport build makes a judged bundle.",
+        )
+    candidate = open_candidate(model, {folder / g.file: g.graph() for g in manifest.graphs})
+    name = candidate_name(manifest.precision)
+    if images is None:
+        reference = bundle.read_reference(folder / bundle.REFERENCE)
+        return Validated(manifest=manifest, report=judged(candidate, reference, name, progress=progress))
+    cases, skipped = _user_cases(model, images, progress)
+    checkpoint = _same_weights(model, recipe, manifest, weights, progress)
+    limits = _limits_of(folder, manifest, recipe)
+    reports = []
+    for start in range(0, len(cases), _IMAGES_AT_ONCE):
+        chunk = cases[start : start + _IMAGES_AT_ONCE]
+        reference = ask_pytorch(
+            model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+        )
+        reports.append(judged(candidate, reference, name, progress=progress))
+    rows = tuple(row for report in reports for row in report.rows)
+    report = judge.Report(candidate=name, reference=reports[0].reference, rows=rows)
+    return Validated(manifest=manifest, report=report, skipped=skipped)
+
+
+def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
+    """The judge's report on `candidate`, called `name`, by everything the reference holds."""
+    return judge.judge(
+        candidate,
+        reference.expectations,
+        reference.refusals,
+        reference.limits,
+        candidate_name=name,
+        reference_name=reference.name,
+        progress=progress,
+    )
+
+
+def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    if not images.is_dir():
+        raise UsageError(f"There is no folder {images}.", next_step="Give a folder of images as --images.")
+    cases, skipped = model.cases_from(images, progress=progress)
+    if not cases:
+        listed = "".join(f"\n  {line}" for line in skipped)
+        raise UsageError(f"{images} holds no image that can be read.{listed}", next_step="Give another folder.")
+    return cases, skipped
+
+
+def _same_weights(
+    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+) -> Checkpoint:
+    """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""
+    made_from = manifest.checkpoint
+    published = any(file.sha256 == made_from.sha256 for file in recipe.weights)
+    source = weights or (None if published else made_from.source)
+    checkpoint = open_checkpoint(model, recipe, source, progress=progress)
+    if checkpoint.sha256 != made_from.sha256:
+        raise ValidationFailed(
+            f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, SHA-256 {made_from.sha256}.",
+            next_step="Give those weights as --weights PATH.",
+        )
+    return checkpoint
+
+
+def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
+    if manifest.verdict == "unjudged":
+        from dinoexport.recipe import load_validation
+
+        validation, _ = load_validation(recipe.validation, beside=None)
+        return limits_for(validation, manifest.precision)
+    return bundle.read_reference(folder / bundle.REFERENCE).limits

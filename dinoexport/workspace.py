@@ -1,0 +1,139 @@
+"""The stages of a build: each made once, kept beside the bundle until it is published, and reused only if its key matches.
+
+A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoexport import bundle, download, files
+from dinoexport.bundle import BundleFile, Manifest
+from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.spec import Progress
+
+_INDEX = "stage.json"
+
+
+def key_of(**parts: Any) -> str:
+    """A stage's key: the hash of everything its result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A finished stage: its files in `folder`, and whether they were there already."""
+
+    name: str
+    key: str
+    folder: Path
+    files: tuple[BundleFile, ...]
+    reused: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Where one bundle is being built. `out` is the bundle's place, `folder` the hidden one beside it."""
+
+    out: Path
+    folder: Path
+    force: bool
+    progress: Progress
+
+    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Stage:
+        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
+        folder = self.folder / f"{name}-{key[:16]}"
+        if not self.force:
+            found = self._kept(folder) or self._from_previous(name, key, folder)
+            if found is not None:
+                return Stage(name=name, key=key, folder=folder, files=found, reused=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = self._empty(f"{name}.partial")
+        make(partial)
+        made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
+        self._finish(partial, folder, made)
+        return Stage(name=name, key=key, folder=folder, files=made, reused=False)
+
+    def publish(self, stages: Mapping[str, Stage], manifest: Manifest) -> None:
+        """Puts all stages' files and the manifest at `out`, at once, and clears the workspace."""
+        ready = self._empty("publish.partial")
+        for stage in stages.values():
+            for file in stage.files:
+                files.link_or_copy(stage.folder / file.name, ready / file.name)
+        (ready / bundle.MANIFEST).write_bytes(manifest.to_bytes())
+        files.replace_folder(ready, self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _empty(self, name: str) -> Path:
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def _finish(self, partial: Path, folder: Path, made: tuple[BundleFile, ...]) -> None:
+        (partial / _INDEX).write_text(json.dumps([file.model_dump() for file in made]))
+        os.rename(partial, folder)
+
+    def _kept(self, folder: Path) -> tuple[BundleFile, ...] | None:
+        """What an interrupted build left finished, if every byte of it is still as it was."""
+        try:
+            made = tuple(BundleFile.model_validate(f) for f in json.loads((folder / _INDEX).read_text()))
+            bundle.check_files(folder, made, progress=self.progress)
+        except (OSError, ValueError, DinoexportError):
+            return None
+        return made
+
+    def _from_previous(self, name: str, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
+        """The same stage of the bundle that stands at `out`, linked, if its key and bytes are right."""
+        try:
+            manifest = bundle.read_manifest(self.out)
+            if manifest.stage_keys.get(name) != key:
+                return None
+            made = tuple(file for file in manifest.files if file.stage == name)
+            bundle.check_files(self.out, made, progress=self.progress)
+        except DinoexportError:
+            return None
+        partial = self._empty(f"{name}.partial")
+        for file in made:
+            files.link_or_copy(self.out / file.name, partial / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._finish(partial, folder, made)
+        return made
+
+
+@contextmanager
+def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspace]:
+    """The workspace for a bundle at `out`, held against other processes.
+
+    Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
+    """
+    out = out.absolute()
+    _check_place(out)
+    folder = out.with_name(f".{out.name}.work")
+    lock = download.cache_folder() / "locks" / key_of(out=str(out))
+    with files.disk_errors(lock.parent), files.lock(lock, doing=f"building {out}"), files.disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.recover(out)
+        if force:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield Workspace(out=out, folder=folder, force=force, progress=progress)
+        finally:
+            for partial in folder.glob("*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                folder.rmdir()  # succeeds only when no finished stage is in it
+
+
+def _check_place(out: Path) -> None:
+    """A folder that is no bundle is somebody's data: it is never replaced."""
+    if out.exists() and not (out / bundle.MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
