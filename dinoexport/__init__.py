@@ -1,3 +1,3 @@
-"""dinoexport: a vision-transformer checkpoint goes in, a bundle proven to give PyTorch's tokens comes out."""
+"""dinoexport: a checkpoint goes in, a bundle proven to give PyTorch's outputs comes out."""
 
 __version__ = "0.1.0"

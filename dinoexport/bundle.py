@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,7 +25,7 @@ from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.recipe import Frozen, Limits, Sha256
 from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Tensor, silent
 
-SCHEMA = 1
+SCHEMA: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
@@ -115,7 +115,7 @@ class Manifest(Frozen):
         try:
             content = json.loads(raw)
             if not isinstance(content, dict):
-                raise ValueError("not an object")
+                raise TypeError("it is no object")
             if content.get("schema_version") != SCHEMA:
                 raise UsageError(
                     f"{MANIFEST} has schema version {content.get('schema_version')!r}; this dinoexport reads {SCHEMA}.",
@@ -127,7 +127,7 @@ class Manifest(Frozen):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise _damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
-        except (ValueError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise _damaged(f"{MANIFEST} is not readable: {error}") from None
         if raw != manifest.to_bytes() or digest != hashlib.sha256(_canonical(content)).hexdigest():
             raise _damaged(f"{MANIFEST} was changed after it was written")
@@ -164,7 +164,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle in `folder`; its files are not looked at."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UsageError(f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one.")
+        raise UsageError(
+            f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
+        )
     return Manifest.from_bytes(path.read_bytes())
 
 
@@ -211,7 +213,8 @@ def write_reference(path: Path, reference: Reference) -> None:
     index = {"reference": reference.name, "limits": reference.limits.model_dump(mode="json"), "cases": entries}
     arrays["index.json"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        stored: Any = arrays  # typed for the keyword NumPy 2 added
+        np.savez(file, **stored)
 
 
 def read_reference(path: Path) -> Reference:
@@ -236,6 +239,4 @@ def read_reference(path: Path) -> Reference:
         limits = Limits.model_validate(index["limits"])
     except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise _damaged(f"{path.name} is not readable: {error}") from None
-    return Reference(
-        name=index["reference"], limits=limits, expectations=tuple(expectations), refusals=tuple(refusals)
-    )
+    return Reference(name=index["reference"], limits=limits, expectations=tuple(expectations), refusals=tuple(refusals))

@@ -1,7 +1,7 @@
 """Where weights come from: the published files, a local file in a layout the family knows, or `synthetic:SEED`.
 
-No pickled code is ever run, a tensor is read only when it is wanted, and everything missing, unexpected or mis-shaped is
-listed before anything is.
+No pickled code is ever run, a tensor is read only when it is wanted, and everything missing, unexpected or mis-shaped
+is listed before that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SYNTHETIC = "synthetic:"
 class Checkpoint:
     """Weights that are known to fit a model.
 
-    source: what the user would recognise: an address, a path, or synthetic:SEED. sha256: of the file; of the rule and the
-    seed for synthetic weights, which have no file. read: a tensor in the published layout, float32, finite.
+    source: what the user would recognise: an address, a path, or synthetic:SEED. sha256: of the file, or of the rule
+    and the seed for synthetic weights, which have no file. read: a tensor in the published layout, float32, finite.
     """
 
     source: str
@@ -73,7 +73,8 @@ def _synthetic(model: Model, source: str) -> Checkpoint:
             raise ValueError
     except ValueError:
         raise UsageError(
-            f"{source!r} is no synthetic checkpoint.", next_step="Write synthetic:SEED with a whole number, synthetic:0."
+            f"{source!r} is no synthetic checkpoint.",
+            next_step="Write synthetic:SEED with a whole number, synthetic:0.",
         ) from None
     identity = f"{source}:{sorted(model.tensors.items())}"
     return Checkpoint(
@@ -90,7 +91,9 @@ def _local(path: Path) -> tuple[Path, ...]:
             return shards
         raise WeightsError(f"{path} holds no .safetensors file.", next_step="Give the weights file itself.")
     if not path.is_file():
-        raise WeightsError(f"There is no file {path}.", next_step="Check --weights, or leave it out for the published ones.")
+        raise WeightsError(
+            f"There is no file {path}.", next_step="Check --weights, or leave it out for the published ones."
+        )
     return (path,)
 
 

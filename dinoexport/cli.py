@@ -38,13 +38,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or your own recipe.")]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."),
+    typer.Option(
+        metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."
+    ),
 ]
 PrecisionOption = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: what the recipe says.")]
 TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
 Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]
-ReferenceOption = Annotated[str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")]
+ReferenceOption = Annotated[
+    str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")
+]
 
 
 @app.command("list", epilog=EXIT_CODES)
@@ -323,4 +327,3 @@ def _facts(title: str, facts: dict[str, str]) -> Table:
     for key, value in facts.items():
         table.add_row(key, value)
     return table
-

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, missing_package
 from dinoexport.family import Call, Piece
@@ -61,7 +61,9 @@ def export(
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError(f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it.") from error
+        raise BuildError(
+            f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
+        ) from error
     return path, path.with_name(f"{path.name}.data")
 
 
@@ -109,16 +111,17 @@ def _copy_dims(model: ir.Model) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in list(model.graph):
-        if node.op_type != "Reshape" or node.outputs[0].shape is None or node.inputs[0].shape is None:
+        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
+        if source is None or result is None or source.shape is None or result.shape is None:
             continue
-        before, after = node.inputs[0].shape.dims, node.outputs[0].shape.dims
+        before, after = source.shape.dims, result.shape.dims
         constant = [
             size if isinstance(size, int) else 0 if i < len(before) and before[i] == size else -1
             for i, size in enumerate(after)
         ]
         if constant.count(-1) > 1 or constant == list(after):
             continue
-        tensor = ir.tensor(np.array(constant, np.int64), name=f"{node.outputs[0].name}_shape")
+        tensor = ir.tensor(np.array(constant, np.int64), name=f"{result.name}_shape")
         shape = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([len(constant)]))
         shape.type = ir.TensorType(ir.DataType.INT64)
         model.graph.register_initializer(shape)
@@ -147,8 +150,7 @@ def _assemble(
             initializers.append(inner[parameter])
         for constant in piece.initializers.values():
             inner[constant] = _shared(constant, constants)
-        for node in piece:
-            nodes.append(_copied(node, inner, call.scope))
+        nodes.extend(_copied(node, inner, call.scope) for node in piece)
         for name, output in zip(call.outputs, piece.outputs, strict=True):
             values[name] = inner[output]
             values[name].name = name
@@ -163,8 +165,7 @@ def _assemble(
         opset_imports={"": OPSET},
         name=graph.name,
     )
-    model = ir.Model(ir_graph, ir_version=10, producer_name="dinoexport", metadata_props=dict(metadata))
-    return model
+    return ir.Model(ir_graph, ir_version=10, producer_name="dinoexport", metadata_props=dict(metadata))
 
 
 def _value(tensor: Tensor) -> ir.Value:
@@ -184,7 +185,7 @@ def _weight(call: Call, parameter: ir.Value) -> ir.Value:
     assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, (call.scope, parameter.name)
     name = f"{call.scope}.{parameter.name}"
 
-    def read() -> ir.Tensor:
+    def read() -> ir.Tensor[Any]:
         array = np.ascontiguousarray(weight.read(), dtype=dtype.numpy())
         assert array.shape == weight.shape, (name, array.shape, weight.shape)
         return ir.Tensor(array, name=name)
@@ -204,7 +205,7 @@ def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -
         name = f"constant_{len(constants)}"
         constants[key] = ir.Value(
             name=name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.numpy().shape),
             type=ir.TensorType(constant.dtype),
             const_value=ir.Tensor(tensor.numpy(), name=name),
         )

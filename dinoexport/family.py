@@ -1,7 +1,8 @@
 """What a model family brings, and how one is found.
 
-A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of dinoexport
-knows families only through the protocols below, so a decoder with a cache is added as files, without an edit here.
+A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of
+dinoexport knows families only through the protocols below, so a decoder with a cache is added as files, without an edit
+here.
 Nothing but `pieces` and `reference` may import torch: a bundle is validated on machines that do not have it.
 """
 
@@ -73,7 +74,7 @@ class Model(Protocol):
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
     def synthetic(self, name: str, seed: int) -> Array:
-        """The tensor `name` of the made-up checkpoint `seed`: the same on every machine, and nothing vanishingly small."""
+        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small."""
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The graph as calls of traced pieces, first to last. Imports torch."""
@@ -128,5 +129,3 @@ def find(name: str) -> Family:
         f"No model family {name!r} is installed.{closest(name, installed())}",
         next_step=f"Installed families: {', '.join(installed()) or 'none; reinstall dinoexport'}.",
     )
-
-

@@ -1,7 +1,7 @@
 """Cases against limits: is the candidate's answer still PyTorch's? Imports nothing that builds.
 
-A verdict is a conjunction: every output of every case holds every limit, every refusal happens, and there is at least one
-figure. NaN never holds a limit.
+A verdict is a conjunction: every output of every case holds every limit, every refusal happens, and there is at least
+one figure. NaN never holds a limit.
 """
 
 from __future__ import annotations

@@ -80,7 +80,14 @@ def of_path(path: Path) -> dict[str, Any]:
             **manifest.card,
         },
         "Inputs and outputs": [
-            {"graph": g.name, "": side, "name": t["name"], "dtype": t["dtype"], "shape": _shape(t["shape"]), "meaning": t["meaning"]}
+            {
+                "graph": g.name,
+                "": side,
+                "name": t["name"],
+                "dtype": t["dtype"],
+                "shape": _shape(t["shape"]),
+                "meaning": t["meaning"],
+            }
             for g in manifest.graphs
             for side, tensors in (("in", g.inputs), ("out", g.outputs))
             for t in tensors
@@ -106,9 +113,13 @@ def _of_onnx(path: Path) -> dict[str, Any]:
     weights = {id(t): math.prod(t.dims) for t in graph.initializer}
     facts = {
         "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
-        "nodes": f"{len(graph.node)}: " + ", ".join(f"{op} {n}" for op, n in Counter(n.op_type for n in graph.node).most_common()),
+        "nodes": f"{len(graph.node)}: "
+        + ", ".join(f"{op} {n}" for op, n in Counter(n.op_type for n in graph.node).most_common()),
         "weights": f"{sum(weights.values()):,} in {len(weights)} tensors",
-        "external data": ", ".join(sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})) or "none",
+        "external data": ", ".join(
+            sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})
+        )
+        or "none",
         **{prop.key: prop.value for prop in model.metadata_props},
     }
     tensors = [("in", value) for value in graph.input] + [("out", value) for value in graph.output]

@@ -55,7 +55,7 @@ def distance(candidate: Array, reference: Array) -> Distance:
 
 
 def _ratio(difference: float, scale: float) -> float:
-    """difference / scale, where nothing over nothing is no difference."""
+    """The quotient, where nothing over nothing is no difference."""
     if scale > 0:
         return difference / scale
     return 0.0 if difference == 0 else float("inf")

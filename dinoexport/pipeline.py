@@ -196,9 +196,7 @@ def _manifest(
         target=order.target.name,
         verdict=verdict,
         recipe=order.recipe.model_dump(mode="json"),
-        checkpoint=CheckpointFacts(
-            source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence
-        ),
+        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},

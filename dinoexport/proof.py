@@ -50,7 +50,7 @@ def ask_pytorch(
     judge_code: Judge,
     progress: Progress = silent,
 ) -> Reference:
-    """PyTorch's fp32 answers to `cases` and, where the limits ask for it, what PyTorch's own `precision` loses on them."""
+    """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too."""
     try:
         import torch
     except ImportError:
@@ -79,7 +79,7 @@ def ask_pytorch(
 
 
 def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
-    """Relative L2 per output. Where PyTorch's own low precision overflows it says nothing about a candidate: left out."""
+    """Relative L2 per output. Where PyTorch's own precision overflows it says nothing about a candidate: left out."""
     errors = {name: distance(ours[name], exact[name]).relative_l2 for name in exact}
     return {name: error for name, error in errors.items() if isfinite(error)}
 
@@ -182,7 +182,8 @@ def _same_weights(
     checkpoint = open_checkpoint(model, recipe, source, progress=progress)
     if checkpoint.sha256 != made_from.sha256:
         raise ValidationFailed(
-            f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, SHA-256 {made_from.sha256}.",
+            f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "
+            f"SHA-256 {made_from.sha256}.",
             next_step="Give those weights as --weights PATH.",
         )
     return checkpoint

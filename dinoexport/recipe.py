@@ -179,7 +179,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path]:
-    """The validation called `name` and the folder its files are in: beside the user's recipe first, then the shipped one."""
+    """The validation called `name` and the folder of its files: beside the user's recipe, else the shipped one."""
     folders = [folder for folder in (beside, shipped.folder("validate")) if folder is not None]
     for folder in folders:
         path = folder / f"{name}.toml"

@@ -1,6 +1,7 @@
-"""The stages of a build: each made once, kept beside the bundle until it is published, and reused only if its key matches.
+"""A build's stages: each made once, kept beside the bundle until it is published, reused only if its key matches.
 
-A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears the same way.
+A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears the same
+way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runtimes: each opens something that maps named arrays to named arrays.
 
-A runner checks its inputs against the graph's signature first, so that every runtime refuses the same things in the same
-words.
+A runner checks its inputs against the graph's signature first, so that every runtime refuses the same things in the
+same words.
 """
 
 from __future__ import annotations

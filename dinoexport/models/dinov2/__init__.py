@@ -18,7 +18,7 @@ from dinoexport.family import Call, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor, Weight
+from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -139,17 +139,15 @@ class Dinov2Model:
 
         from_bytes = self.choices.input == "images"
         height, width = 17 * PATCH, 19 * PATCH  # neither native nor square: nothing to specialise on
-        example = torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
+        example = (
+            torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
+        )
         image_name = graph.inputs[0].name
         stem = Piece(
             name="stem",
             module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
             example_inputs={image_name: example},
-            dynamic={
-                image_name: {
-                    axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)
-                }
-            },
+            dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
             output_count=1,
         )
         block = over_tokens("block", Block(self.arch, body=body, residual=residual), 1)
@@ -158,9 +156,7 @@ class Dinov2Model:
         chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False), 2)
 
         def sequence() -> Iterator[Call]:
-            yield Call(
-                piece=stem, scope="stem", inputs=(image_name,), outputs=("stem_tokens",), weights=folded.stem()
-            )
+            yield Call(piece=stem, scope="stem", inputs=(image_name,), outputs=("stem_tokens",), weights=folded.stem())
             value = "stem_tokens"
             for i in range(self.arch.depth):
                 yield Call(
@@ -232,7 +228,9 @@ class Dinov2Model:
 
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """A noise image of a given size, or a photograph prepared as upstream's evaluation does; see `cases`."""
-        return cases.read_case(table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict")
+        return cases.read_case(
+            table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
+        )
 
     def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
@@ -258,8 +256,9 @@ class Dinov2Model:
         """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md)."""
         return {
             "model": f"DINOv2 {self.recipe.name}: {GRID * PATCH}-pixel ViT, patch {PATCH}, trained on LVD-142M",
-            "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the mean "
-            "patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on patch tokens.",
+            "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the "
+            "mean patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on "
+            "patch tokens.",
             "limits": f"An image whose sides are no multiples of {PATCH} is cropped to the closest smaller multiple. "
             "Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
             "bias": "Despite training without annotations, significant biases remain toward rich households from "

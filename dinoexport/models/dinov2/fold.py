@@ -1,4 +1,4 @@
-"""The traced graph's tensors, made from the published ones: transposed, scaled and stacked once, when the file is written.
+"""The traced graph's tensors, made from the published ones as the file is written: transposed, scaled, stacked.
 
 All folds are exact in exact arithmetic and happen in float32 before any cast: attention's scale goes into q (a power of
 two for every published variant, so not even a rounding), LayerScale into the projection before it, and the class

@@ -1,4 +1,4 @@
-"""The DINOv2 ViT in the form that is traced: every weight folded into its final layout, nothing but what TensorRT fuses.
+"""The DINOv2 ViT as it is traced: every weight folded into its final layout, nothing but what TensorRT fuses.
 
 Three pieces make every variant: the stem (pixels to tokens), a block (tokens to tokens) and the head (tokens to named
 outputs). Suffixes name axes: B images, N tokens, D width, H and W pixels, h and w patches, I and O in and out.
@@ -40,6 +40,9 @@ class Stem(nn.Module):
     card asks. With `from_bytes` the input is uint8 (B, H, W, 3) instead.
     """
 
+    byte_scale: Tensor
+    byte_shift: Tensor
+
     def __init__(self, arch: Architecture, *, from_bytes: bool, residual: torch.dtype) -> None:
         super().__init__()
         dim = arch.embed_dim
@@ -57,13 +60,14 @@ class Stem(nn.Module):
         if from_bytes:
             # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
             std = torch.tensor(IMAGE_STD)
-            self.register_buffer("scale_C", (1 / (255 * std)).view(3, 1, 1))
-            self.register_buffer("shift_C", (-torch.tensor(IMAGE_MEAN) / std).view(3, 1, 1))
+            self.register_buffer("byte_scale", (1 / (255 * std)).view(3, 1, 1))
+            self.register_buffer("byte_shift", (-torch.tensor(IMAGE_MEAN) / std).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
+        """Tokens (B, 1 + R + h*w, D) in the residual stream's dtype."""
         if self.from_bytes:
             # Cast before Transpose: TensorRT does not transpose uint8.
-            image = image.float().permute(0, 3, 1, 2) * self.scale_C + self.shift_C
+            image = image.float().permute(0, 3, 1, 2) * self.byte_scale + self.byte_shift
         patches_BDhw = F.conv2d(image, self.kernel_OIHW, self.bias_O, stride=PATCH)
         h, w = patches_BDhw.shape[2:]
         patches_BND = patches_BDhw.flatten(2).transpose(1, 2)
@@ -108,9 +112,9 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Tokens (B, N, D) to tokens (B, N, D).
 
-    Attention is spelt out as MatMul, Softmax, MatMul with the scale inside q's weights: TensorRT's fused attention wants
-    it before the first product. LayerScale is inside the projections. LayerNorm stays one op, fp32 inside: decomposed
-    in fp16 it overflows.
+    Attention is spelt out as MatMul, Softmax, MatMul with the scale inside q's weights: TensorRT's fused attention
+    wants it before the first product. LayerScale is inside the projections. LayerNorm stays one op, fp32 inside:
+    decomposed in fp16 it overflows.
     """
 
     def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
@@ -127,6 +131,7 @@ class Block(nn.Module):
         self.last_weight_IO, self.last_bias_O = _parameter(hidden, dim, dtype=body), _parameter(dim, dtype=body)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Computes x + attention(norm1(x)), then x + feed_forward(norm2(x))."""
         attended = self._attention(self._norm(tokens_BND, "norm1"))
         tokens_BND = tokens_BND + attended.to(tokens_BND.dtype)
         fed = self._feed_forward(self._norm(tokens_BND, "norm2"))
@@ -137,12 +142,10 @@ class Block(nn.Module):
         return F.layer_norm(tokens_BND, (self.dim,), weight, bias, NORM_EPSILON).to(self.body)
 
     def _attention(self, x_BND: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1))
-            for part in (x_BND @ self.qkv_weight_IO + self.qkv_bias_O).split(self.dim, dim=-1)
-        )
+        qkv = x_BND @ self.qkv_weight_IO + self.qkv_bias_O
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split(self.dim, dim=-1))
         scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        mixed = scores.softmax(dim=-1) @ v.transpose(1, 2)
+        mixed: Tensor = scores.softmax(dim=-1) @ v.transpose(1, 2)
         return mixed.transpose(1, 2).flatten(2) @ self.proj_weight_IO + self.proj_bias_O
 
     def _feed_forward(self, x_BND: Tensor) -> Tensor:
@@ -165,6 +168,7 @@ class Head(nn.Module):
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
+        """(class tokens, register tokens if they are wanted, patch tokens)."""
         normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
         registers = (normed[:, 1 : self.prefix_count],) if self.with_registers else ()
         return (normed[:, 0], *registers, normed[:, self.prefix_count :])

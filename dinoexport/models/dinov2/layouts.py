@@ -1,8 +1,8 @@
 """Checkpoints of DINOv2 in the layouts people have, seen in the one upstream publishes.
 
-Known: upstream training checkpoints (a `teacher` dict, `backbone.` prefix, blocks in chunks), Hugging Face's `Dinov2Model`
-and `Dinov2WithRegistersModel`, and timm's. What a layout is, is read off its names and shapes alone; a name nobody knows
-stays as it is, so the loader can list it.
+Known: upstream training checkpoints (a `teacher` dict, `backbone.` prefix, blocks in chunks), Hugging Face's
+`Dinov2Model` and `Dinov2WithRegistersModel`, and timm's. What a layout is, is read off its names and shapes alone; a
+name nobody knows stays as it is, so the loader can list it.
 """
 
 from __future__ import annotations
@@ -108,13 +108,12 @@ def _stacked(parts: list[_View]) -> _View:
 
 
 def _from_timm(views: dict[str, _View]) -> dict[str, _View]:
-    """timm packs SwiGLU as fc1 and fc2, calls registers `reg_token`, and adds the class token's position to it."""
+    """Undoes timm: it packs SwiGLU as fc1 and fc2, calls registers reg_token, adds the class token's position to it."""
     renamed: dict[str, _View] = {}
     for name, view in views.items():
         block = re.match(r"(blocks\.\d+\.mlp)\.(fc1|fc2)\.(weight|bias)$", name)
-        if block and _is_packed(views, block[1]):
-            name = f"{block[1]}.{'w12' if block[2] == 'fc1' else 'w3'}.{block[3]}"
-        renamed[name] = view
+        packed = block and _is_packed(views, block[1])
+        renamed[f"{block[1]}.{'w12' if block[2] == 'fc1' else 'w3'}.{block[3]}" if block and packed else name] = view
     if "reg_token" in renamed and "pos_embed" in renamed:
         renamed["register_tokens"] = renamed.pop("reg_token")
         positions = renamed["pos_embed"]

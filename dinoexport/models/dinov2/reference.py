@@ -1,8 +1,8 @@
 """The plain upstream formulation of DINOv2 in PyTorch: what judges.
 
 Written after dinov2/models/vision_transformer.py and dinov2/layers of the upstream repository, with its tensor names,
-`F.interpolate`, scaled-dot-product attention and LayerScale kept. It shares no code with `graph.py`, so a wrong fold or a
-wrong resize there cannot agree with itself here; the official implementation's numbers pin it in the tests.
+`F.interpolate`, scaled-dot-product attention and LayerScale kept. It shares no code with `graph.py`, so a wrong fold or
+a wrong resize there cannot agree with itself here; the official implementation's numbers pin it in the tests.
 
 Blocks are the outer loop and images the inner one: a block's weights are read once, used on every case and dropped, so
 ViT-g in fp32 needs the memory of one block and of the cases' tokens.

@@ -1,7 +1,7 @@
 """Made-up DINOv2 weights and images, the same on every machine.
 
-Each value follows from (seed, tensor name) alone through NumPy's frozen `RandomState`. Magnitudes are those of a trained
-model: with LayerScale at its initial 1e-5 every block would vanish, and every comparison would pass.
+Each value follows from (seed, tensor name) alone through NumPy's frozen `RandomState`. Magnitudes are those of a
+trained model: with LayerScale at its initial 1e-5 every block would vanish, and every comparison would pass.
 """
 
 from __future__ import annotations

@@ -1,0 +1,34 @@
+# make demo   build ViT-S/14 from made-up weights, judge it, say what to do next
+# make test   everything CI runs: format, lint, types, import contracts, tests
+#
+# Both set themselves up in .venv; a second call does no set-up again.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench clean
+
+demo: $(READY)
+	$(BIN)/dinoexport build vits14 --weights synthetic:0
+
+test: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 --dist worksteal
+
+bench: $(READY)
+	$(BIN)/python benchmarks/build_cost.py
+
+# timm asks for torchvision, which brings gigabytes of CUDA; its state dicts, all we use it for, need none of that.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
