@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from dinoexport import files
 from dinoexport.errors import UsageError, ValidationFailed
@@ -31,6 +31,8 @@ REFERENCE = "reference.npz"
 REPORT = "report.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
+# A thousand times what a real manifest takes; what is larger is none, and is not read.
+_MANIFEST_MAX_BYTES = 1 << 26
 Verdict = Literal["passed", "rejected", "unjudged"]
 
 
@@ -71,17 +73,19 @@ class GraphFacts(Frozen):
             dims=tuple(_plain(dim) for dim in graph.dims),
         )
 
+    @model_validator(mode="after")
+    def _describes_a_graph(self) -> Self:
+        self.graph()
+        return self
+
     def graph(self) -> Graph:
         """The signature these facts describe."""
-
-        def tensors(plain: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
-            return tuple(Tensor(**{**t, "shape": tuple(t["shape"])}) for t in plain)
-
+        tensors = TypeAdapter(tuple[Tensor, ...])
         return Graph(
             name=self.name,
-            inputs=tensors(self.inputs),
-            outputs=tensors(self.outputs),
-            dims=tuple(Dim(**dim) for dim in self.dims),
+            inputs=tensors.validate_python(self.inputs),
+            outputs=tensors.validate_python(self.outputs),
+            dims=TypeAdapter(tuple[Dim, ...]).validate_python(self.dims),
         )
 
 
@@ -104,6 +108,14 @@ class Manifest(Frozen):
     report: dict[str, Any]
     created: datetime
 
+    @model_validator(mode="after")
+    def _lists_what_is_opened(self) -> Self:
+        """A file that is not listed has no hash to hold, so nobody may be sent to it."""
+        needed = {graph.file for graph in self.graphs} | (set() if self.verdict == "unjudged" else {REFERENCE})
+        if missing := sorted(needed - {file.name for file in self.files}):
+            raise ValueError(f"files lacks {', '.join(missing)}")
+        return self
+
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
         content = self.model_dump(mode="json")
@@ -121,15 +133,16 @@ class Manifest(Frozen):
                     f"{MANIFEST} has schema version {content.get('schema_version')!r}; this dinoexport reads {SCHEMA}.",
                     next_step="Use the dinoexport that built the bundle, or build it again.",
                 )
-            digest = content.pop("manifest_sha256", None)
+            content.pop("manifest_sha256", None)
             manifest = cls.model_validate(content)
+            unchanged = raw == manifest.to_bytes()  # its own hash included
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise _damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise _damaged(f"{MANIFEST} is not readable: {error}") from None
-        if raw != manifest.to_bytes() or digest != hashlib.sha256(_canonical(content)).hexdigest():
+        if not unchanged:
             raise _damaged(f"{MANIFEST} was changed after it was written")
         return manifest
 
@@ -163,11 +176,17 @@ def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progre
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle in `folder`; its files are not looked at."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
-        )
-    return Manifest.from_bytes(path.read_bytes())
+    try:
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
+            )
+        if path.stat().st_size > _MANIFEST_MAX_BYTES:
+            raise _damaged(f"{MANIFEST} has {path.stat().st_size} bytes, more than any manifest")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
+    return Manifest.from_bytes(raw)
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
@@ -181,12 +200,30 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
     """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes."""
     for file in wanted:
         path = folder / file.name
-        if path.is_symlink() or not path.is_file():
-            raise _damaged(f"{file.name} is missing or no regular file")
-        if path.stat().st_size != file.size_bytes:
-            raise _damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
-        if files.sha256(path, progress=progress) != file.sha256:
-            raise _damaged(f"{file.name} does not have the SHA-256 in the manifest")
+        try:
+            if path.is_symlink() or not path.is_file():
+                raise _damaged(f"{file.name} is missing or no regular file")
+            if path.stat().st_size != file.size_bytes:
+                raise _damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
+            if files.sha256(path, progress=progress) != file.sha256:
+                raise _damaged(f"{file.name} does not have the SHA-256 in the manifest")
+        except OSError as error:
+            raise _damaged(f"{file.name} cannot be read: {error.strerror}") from None
+
+
+class _StoredCase(Frozen):
+    name: str
+    why: str
+    refused: bool
+    own_error: dict[str, float]
+
+
+class _Index(Frozen):
+    """What `index.json` in a reference.npz holds beside the arrays."""
+
+    reference: str
+    limits: Limits
+    cases: tuple[_StoredCase, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +246,9 @@ def write_reference(path: Path, reference: Reference) -> None:
     for i, (case, outputs, own_error) in enumerate([*cases, *((case, {}, {}) for case in reference.refusals)]):
         arrays |= {f"{i}/in/{name}": array for name, array in case.inputs.items()}
         arrays |= {f"{i}/out/{name}": array for name, array in outputs.items()}
-        entries.append({"name": case.name, "why": case.why, "refused": case.expect_refusal, "own_error": own_error})
-    index = {"reference": reference.name, "limits": reference.limits.model_dump(mode="json"), "cases": entries}
-    arrays["index.json"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+        entries.append(_StoredCase(name=case.name, why=case.why, refused=case.expect_refusal, own_error=own_error))
+    index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
+    arrays["index.json"] = np.frombuffer(_canonical(index.model_dump(mode="json")), np.uint8)
     with path.open("wb") as file:
         stored: Any = arrays  # typed for the keyword NumPy 2 added
         np.savez(file, **stored)
@@ -219,24 +256,23 @@ def write_reference(path: Path, reference: Reference) -> None:
 
 def read_reference(path: Path) -> Reference:
     """The reference in `path`; a ValidationFailed when it is damaged."""
-    import zipfile
-
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        index = json.loads(arrays.pop("index.json").tobytes())
-        expectations, refusals = [], []
-        for i, entry in enumerate(index["cases"]):
-            inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
-            outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
-            case = Case(name=entry["name"], why=entry["why"], inputs=inputs, expect_refusal=entry["refused"])
-            if case.expect_refusal:
-                refusals.append(case)
-            else:
-                expectations.append(Expectation(case=case, outputs=outputs, own_error=entry["own_error"]))
-        limits = Limits.model_validate(index["limits"])
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        index = _Index.model_validate(json.loads(arrays.pop("index.json").tobytes()))
+    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base
         raise _damaged(f"{path.name} is not readable: {error}") from None
-    return Reference(name=index["reference"], limits=limits, expectations=tuple(expectations), refusals=tuple(refusals))
+    expectations, refusals = [], []
+    for i, entry in enumerate(index.cases):
+        inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
+        outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
+        case = Case(name=entry.name, why=entry.why, inputs=inputs, expect_refusal=entry.refused)
+        if case.expect_refusal:
+            refusals.append(case)
+        else:
+            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error))
+    return Reference(
+        name=index.reference, limits=index.limits, expectations=tuple(expectations), refusals=tuple(refusals)
+    )

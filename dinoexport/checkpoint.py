@@ -7,10 +7,11 @@ is listed before that.
 from __future__ import annotations
 
 import hashlib
-import pickle
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     import torch
 
 _SYNTHETIC = "synthetic:"
+_ZIP_START = b"PK\x03\x04"
+# Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
+_DICTS_DEEP_MAX = 8
+_ENTRIES_MAX = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +61,22 @@ def open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progres
         digests = [file.sha256 for file in wanted.weights]
         shown = ", ".join(file.url for file in wanted.weights)
     else:
-        paths = _local(Path(source))
-        digests = [files.sha256(path, progress=progress) for path in paths]
-        shown = str(source)
-    found, read = _merged([_open(path) for path in paths])
-    shapes, adapted = model.adapt(found, read)
+        shown = source
+        try:
+            paths = _local(Path(source))
+            digests = [files.sha256(path, progress=progress) for path in paths]
+        except OSError as error:
+            raise WeightsError(
+                f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
+            ) from None
+    found, read = _merged({path: _open(path) for path in paths})
+    if not found:
+        raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
+    # Checked as the file has it, so that the error names the file's own tensor.
+    shapes, adapted = model.adapt(found, _finite(read, shown))
     _check(model, wanted, shapes, shown)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Checkpoint(source=shown, sha256=digest, read=_finite(adapted, shown))
+    return Checkpoint(source=shown, sha256=digest, read=adapted)
 
 
 def _synthetic(model: Model, source: str) -> Checkpoint:
@@ -76,6 +89,7 @@ def _synthetic(model: Model, source: str) -> Checkpoint:
             f"{source!r} is no synthetic checkpoint.",
             next_step="Write synthetic:SEED with a whole number, synthetic:0.",
         ) from None
+    source = f"{_SYNTHETIC}{seed}"  # 07 and 7 are the same weights
     identity = f"{source}:{sorted(model.tensors.items())}"
     return Checkpoint(
         source=source,
@@ -99,12 +113,12 @@ def _local(path: Path) -> tuple[Path, ...]:
 
 def _open(path: Path) -> tuple[Shapes, Read]:
     with path.open("rb") as file:
-        start = file.read(8)
-    if len(start) < len(b"PK\x03\x04"):
-        raise WeightsError(f"{path} is empty or all but empty.", next_step="Get the file again.")
+        start = file.read(len(_ZIP_START))
+    if len(start) < len(_ZIP_START):
+        raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if start.startswith(b"PK\x03\x04"):
+    if start == _ZIP_START:
         return _open_zip(path)
     raise WeightsError(
         f"{path} is neither a .safetensors file nor the zip that torch.save writes since PyTorch 1.6.",
@@ -115,8 +129,9 @@ def _open(path: Path) -> tuple[Shapes, Read]:
 def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
     try:
         import safetensors
-    except ImportError:
-        raise missing_package("safetensors", "export") from None
+        import torch  # noqa: F401 (NumPy has no bfloat16, so the tensors are torch's)
+    except ImportError as error:
+        raise missing_package(error.name or "safetensors", "export") from None
     try:
         file = safetensors.safe_open(path, framework="pt")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -124,7 +139,7 @@ def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
         raise WeightsError(
             f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
         ) from None
-    return shapes, lambda name: _float32(name, file.get_tensor(name))
+    return shapes, _reader(path, file.get_tensor)
 
 
 def _open_zip(path: Path) -> tuple[Shapes, Read]:
@@ -136,17 +151,20 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
     _check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+        tensors = _tensors(content)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
+        # Torch's own text advises to load it unsafely.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise WeightsError(
+                f"{path} holds pickled objects besides tensors ({code[1]}); nothing of it was run.",
+                next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
+            ) from None
         raise WeightsError(
-            f"{path} holds pickled objects besides tensors; it was not run ({_first_line(error)}).",
-            next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
+            f"{path} is damaged or no torch.save file ({_first_line(error)}).", next_step="Get the file again."
         ) from None
-    except (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
-        raise WeightsError(
-            f"{path} is no intact torch.save file ({_first_line(error)}).", next_step="Get the file again."
-        ) from None
-    tensors = dict(_tensors(content, prefix=""))
-    return {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: _float32(name, tensors[name])
+    return shapes, _reader(path, tensors.__getitem__)
 
 
 def _check_zip(path: Path) -> None:
@@ -154,7 +172,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # zipfile raises seven classes on damaged directories
         raise WeightsError(f"{path} is truncated or damaged ({error}).", next_step="Get the file again.") from None
     size = path.stat().st_size
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
@@ -164,29 +182,65 @@ def _check_zip(path: Path) -> None:
         )
 
 
-def _tensors(content: Any, *, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(content: Any) -> dict[str, torch.Tensor]:
+    """The tensors in nested dicts by dotted name; a ValueError when the nesting does not end."""
     import torch
 
-    if isinstance(content, torch.Tensor):
-        yield prefix, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _tensors(value, prefix=f"{prefix}.{key}" if prefix else str(key))
-
-
-def _float32(name: str, tensor: torch.Tensor) -> Array:
-    if not tensor.is_floating_point():
-        raise WeightsError(
-            f"The tensor {name} is {tensor.dtype}, not floating point.", next_step="Give unquantised weights."
+    tensors: dict[str, torch.Tensor] = {}
+    level: list[tuple[str, Any]] = [("", content)]
+    for _depth in range(_DICTS_DEEP_MAX):
+        tensors |= {name: value for name, value in level if isinstance(value, torch.Tensor)}
+        inside = (
+            (f"{name}.{key}" if name else str(key), value)
+            for name, entries in level
+            if isinstance(entries, Mapping)
+            for key, value in entries.items()
         )
-    array: Array = tensor.detach().float().contiguous().numpy()
-    return array
+        level = list(islice(inside, _ENTRIES_MAX + 1))
+        if not level:
+            return tensors
+        if len(level) > _ENTRIES_MAX:
+            break
+    raise ValueError(f"dicts more than {_DICTS_DEEP_MAX} deep or of more than {_ENTRIES_MAX} entries")
 
 
-def _merged(opened: list[tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
-    readers = {name: read for shapes, read in opened for name in shapes}
-    shapes = {name: shape for found, _ in opened for name, shape in found.items()}
-    return shapes, lambda name: readers[name](name)
+def _reader(path: Path, get: Callable[[str], torch.Tensor]) -> Read:
+    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values."""
+
+    def read(name: str) -> Array:
+        try:
+            tensor = get(name)
+            floating = tensor.is_floating_point()
+            array: Array | None = tensor.detach().float().contiguous().numpy() if floating else None
+        except Exception as error:  # what a format can hold but NumPy cannot
+            raise WeightsError(
+                f"The tensor {name} of {path} cannot be read ({_first_line(error)}).",
+                next_step="Give plain float weights.",
+            ) from None
+        if array is None:
+            raise WeightsError(
+                f"The tensor {name} of {path} is {tensor.dtype}, not floating point.",
+                next_step="Give unquantised weights.",
+            )
+        return array
+
+    return read
+
+
+def _merged(opened: Mapping[Path, tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
+    """The shards of one checkpoint as one; a tensor that two of them hold is a WeightsError."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    holders: dict[str, Path] = {}
+    for path, (found, _) in opened.items():
+        if twice := shapes.keys() & found.keys():
+            name = min(twice)
+            raise WeightsError(
+                f"{path} and {holders[name]} both hold {name}: they are not parts of one checkpoint.",
+                next_step="Give the one file you want.",
+            )
+        shapes |= found
+        holders |= dict.fromkeys(found, path)
+    return shapes, lambda name: opened[holders[name]][1](name)
 
 
 def _finite(read: Read, source: str) -> Read:

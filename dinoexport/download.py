@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from dinoexport import files
 from dinoexport.errors import WeightsError
@@ -18,7 +19,7 @@ from dinoexport.spec import Progress
 _TIMEOUT_S = 30
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
-_BROKEN_CONNECTION = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+_NAME_LENGTH_MAX = 100
 
 
 def cache_folder() -> Path:
@@ -29,32 +30,41 @@ def cache_folder() -> Path:
 
 
 def cached_path(file: WeightFile) -> Path:
-    """Where the file lies once it is downloaded. Only the last part of the address is used as a name."""
-    name = Path(urlsplit(file.url).path).name or "weights"
-    return cache_folder() / "weights" / file.sha256[:16] / name
+    """Where the file lies once it is downloaded.
+
+    The last part of the address is its name, less all that could lead out of the folder or hide there (`..`, `.lock`).
+    """
+    last = re.split(r"[?#]", file.url, maxsplit=1)[0].rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-_NAME_LENGTH_MAX:].strip(".")
+    return cache_folder() / "weights" / file.sha256[:16] / (name or "weights")
 
 
 def fetch(file: WeightFile, *, progress: Progress) -> Path:
     """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
     path = cached_path(file)
-    with files.disk_errors(path.parent), files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"):
-        if path.exists():
-            if files.sha256(path, progress=progress) == file.sha256:
+    with files.disk_errors(path.parent):
+        # Without the lock: the file came by rename, and two builds at once may read it.
+        if _is_intact(file, path, progress):
+            return path
+        with files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"):
+            if _is_intact(file, path, progress):  # another process was faster
                 return path
-            path.unlink()  # damaged on disk: get it again
-        part = path.with_name(path.name + ".part")
-        for fresh_start in (False, True):
-            _download(file, part, path, progress)
-            if files.sha256(part, progress=progress) == file.sha256:
-                os.replace(part, path)
-                return path
-            part.unlink()
-            if fresh_start:
-                break
+            path.unlink(missing_ok=True)  # damaged on disk: get it again
+            part = path.with_name(path.name + ".part")
+            for _start in ("where the last one stopped", "afresh"):
+                _download(file, part, path, progress)
+                if _is_intact(file, part, progress):
+                    os.replace(part, path)
+                    return path
+                part.unlink()
     raise WeightsError(
         f"{file.url} does not have the recorded SHA-256 {file.sha256}, also not when downloaded afresh.",
         next_step="Do not use that file. Get the weights elsewhere and give them as --weights PATH.",
     )
+
+
+def _is_intact(file: WeightFile, path: Path, progress: Progress) -> bool:
+    return path.exists() and files.sha256(path, progress=progress) == file.sha256
 
 
 def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> None:
@@ -65,12 +75,13 @@ def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> N
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            error.close()
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and part.exists():
                 return  # nothing is left to get; the hash decides whether that is right
             reason = f"the server answered {error.code} {error.reason}"
             if error.code < http.client.INTERNAL_SERVER_ERROR:
                 break
-        except _BROKEN_CONNECTION as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address at all
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt + 1 < _ATTEMPTS:
             time.sleep(0.2 * 2**attempt)
@@ -90,11 +101,20 @@ def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
         if response.status != http.client.PARTIAL_CONTENT:
             have = 0  # this server does not resume
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else file.size_bytes or 0
-        with part.open("ab" if have else "wb") as out:
-            while chunk := response.read(_CHUNK_BYTES):
+        length: int | None = response.length
+        total = have + length if length is not None else file.size_bytes or 0
+        with files.disk_errors(part), part.open("ab" if have else "wb") as out:
+            for chunk in _chunks(response):
                 out.write(chunk)
                 have += len(chunk)
                 progress(f"downloading {cached_path(file).name}", have, total)
     return not total or have >= total
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body in pieces. A network's OSError is renamed, for a full disk raises the same class."""
+    try:
+        while chunk := response.read(_CHUNK_BYTES):
+            yield chunk
+    except OSError as error:
+        raise http.client.HTTPException(str(error) or type(error).__name__) from error

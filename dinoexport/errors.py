@@ -5,6 +5,8 @@ Programming mistakes of our own stay `assert` and `TypeError`; they are not part
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class DinoexportError(Exception):
     """An error with one clear sentence and, in `next_step`, what the user can do about it."""
@@ -57,3 +59,14 @@ def missing_package(package: str, extra: str) -> MissingRequirement:
         f"{package} is not installed, and this step needs it.",
         next_step=f"pip install 'dinoexport[{extra}]'",
     )
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raises `missing_package` for the first of `packages`, which `extra` brings, that is not installed."""
+    for package in packages:
+        try:
+            found = find_spec(package) is not None
+        except ValueError:  # what find_spec says of a module that was put out of action
+            found = False
+        if not found:
+            raise missing_package(package, extra)

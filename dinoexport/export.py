@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport.errors import BuildError, missing_package
+from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
+# What an export needs besides the base dependencies.
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
 def export(
@@ -39,11 +41,10 @@ def export(
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
-    try:
-        import onnx
-        import onnx_ir as ir
-    except ImportError as error:
-        raise missing_package(error.name or "onnx", "export") from None
+    require("export", *PACKAGES)
+    import onnx
+    import onnx_ir as ir
+
     pieces = {call.piece.name: call.piece for call in calls}
     traced = {}
     for done, (name, piece) in enumerate(pieces.items(), start=1):

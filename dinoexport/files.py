@@ -92,12 +92,15 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def disk_error(where: Path, error: OSError) -> DinoexportError:
     """What went wrong with the disk, and what to do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    # NumPy's tofile reports a short write in words only: "56448 requested and 50000 written".
+    short_write = error.errno is None and "requested and" in str(error)
+    if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MissingRequirement(
-            f"No room left while writing to {where}: {error.strerror}.",
+            f"No room left while writing to {where}: {error.strerror or error}.",
             next_step="Free some space, or choose another place; finished stages are kept and reused.",
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    # EEXIST: where a folder is needed lies a file.
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return MissingRequirement(
             f"{where} cannot be written: {error.strerror}.", next_step="Choose a place you may write to."
         )

@@ -25,7 +25,7 @@ class ImageError(UsageError):
     """A file that is no usable image."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path.name}: {problem}.", next_step="Replace the file, or leave it out.")
+        super().__init__(f"{path}: {problem}.", next_step="Replace the file, or leave it out.")
 
 
 def load(path: Path) -> Image.Image:
@@ -33,28 +33,32 @@ def load(path: Path) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(path, f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} Mpx")
-            upright = ImageOps.exif_transpose(image)
-            return _eight_bit(upright).convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(path, "no such file") from None
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ImageError(path, "no such file")
+        with warnings.catch_warnings():
+            # Pillow warns of harmless oddities, and of large images, which are refused below.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(path, f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} Mpx")
+                upright = ImageOps.exif_transpose(image)
+                return _eight_bit(upright, image.format).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports damaged files with all of these.
         raise ImageError(path, f"not a readable image ({error})") from None
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     """16-bit grey scaled to 8 bits: Pillow's own conversion clips it at 255."""
     import numpy as np
     from PIL import Image
 
-    if not image.mode.startswith(("I", "F")):
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        values = np.asarray(image, dtype=np.float64)
+    # Older Pillows open 16-bit PNG as "I", which elsewhere is 32-bit.
+    if image.mode in ("I", "F") and file_format != "PNG":
+        raise ValueError("32-bit grey has no agreed range")
+    values = np.asarray(image, dtype=np.float64)
     return Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
 
 

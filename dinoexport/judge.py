@@ -89,7 +89,9 @@ def judge(
     for done, expectation in enumerate(expectations, start=1):
         rows += _judge_case(candidate, expectation, limits)
         progress(f"judging {candidate_name}", done, total)
-    rows += [_judge_refusal(candidate, case) for case in refusals]
+    for done, case in enumerate(refusals, start=len(expectations) + 1):
+        rows.append(_judge_refusal(candidate, case))
+        progress(f"judging {candidate_name}", done, total)
     return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows))
 
 
@@ -101,13 +103,19 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
     except DinoexportError as error:
         failure = error.message
     rows = []
-    for name in sorted(expectation.outputs.keys() | answers.keys()):
+    # Without a row of its own, a case the reference has no answer to would vanish from the verdict.
+    names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
+    for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
         measured, problem = None, ""
-        if expected is None:
+        if not name:
+            problem = "the reference has no answer to this case"
+        elif expected is None:
             problem = "an output the reference does not have"
         elif answer is None:
             problem = failure
+        elif answer.dtype != expected.dtype:
+            problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
         else:
             try:
                 measured = distance(answer, expected)
@@ -147,14 +155,18 @@ def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tupl
 
 
 def _judge_refusal(candidate: Candidate, case: Case) -> Row:
-    """The candidate must not accept these inputs; 1 stands for refused."""
+    """The candidate must not accept these inputs; 1 stands for refused. Breaking on them is no refusal."""
+    refused, problem = 0.0, ""
     try:
         candidate(case.inputs)
-        refused = 0.0
     except InputRefused:
         refused = 1.0
+    except DinoexportError as error:
+        problem = error.message
     bound = Bound(figure="refused", value=refused, limit=1.0, reason=case.why, holds=refused == 1.0)
-    return Row(case=case.name, why=case.why, output="(refusal)", shape=(), distance=None, bounds=(bound,))
+    return Row(
+        case=case.name, why=case.why, output="(refusal)", shape=(), distance=None, bounds=(bound,), problem=problem
+    )
 
 
 def _without_nan(value: Any) -> Any:

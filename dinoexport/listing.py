@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import bundle, family, recipe, shipped
-from dinoexport.errors import UsageError, missing_package
+from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
 
 if TYPE_CHECKING:
@@ -100,11 +100,10 @@ def of_path(path: Path) -> dict[str, Any]:
 
 
 def _of_onnx(path: Path) -> dict[str, Any]:
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError:
-        raise missing_package("onnx", "export") from None
+    require("export", "onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:

@@ -12,7 +12,7 @@ class Distance:
     """How far a candidate is from the reference.
 
     relative_l2: ||candidate - reference|| / ||reference||. cosine_*: over vectors. max_abs: in the values' own unit.
-    NaN anywhere in the candidate makes every figure NaN and `finite` false.
+    NaN or Inf on either side makes every figure NaN and `finite` false: neither can speak for the other then.
     """
 
     relative_l2: float
@@ -26,17 +26,17 @@ class Distance:
 def distance(candidate: Array, reference: Array) -> Distance:
     """The distance of `candidate` from `reference`, both (..., D) of the same shape.
 
-    Raises ValueError when the shapes differ or there is nothing to compare.
+    Raises ValueError when the shapes differ or the reference holds no vector.
     """
     import numpy as np
 
     if candidate.shape != reference.shape:
         raise ValueError(f"shape {candidate.shape} where the reference has {reference.shape}")
-    if reference.size == 0:
-        raise ValueError("nothing to compare: the reference is empty")
+    if reference.ndim == 0 or reference.size == 0:
+        raise ValueError("nothing to compare: the reference holds no vector")
     ours = candidate.reshape(-1, candidate.shape[-1]).astype(np.float64)
     theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
-    if not np.isfinite(ours).all():
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         nan = float("nan")
         return Distance(relative_l2=nan, cosine_mean=nan, cosine_p01=nan, cosine_worst=nan, max_abs=nan, finite=False)
     difference = ours - theirs

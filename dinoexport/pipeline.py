@@ -18,8 +18,8 @@ import dinoexport
 from dinoexport import bundle, family, files, judge, proof
 from dinoexport.bundle import CheckpointFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
-from dinoexport.export import export
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
 from dinoexport.spec import Array, Case, Precision, Progress, silent
@@ -100,6 +100,8 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
 
     With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised.
     """
+    require("export", *PACKAGES)
+    require("cpu", "onnxruntime")
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
@@ -118,6 +120,7 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
 
 def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
     """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    require("export", *PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)

@@ -14,7 +14,7 @@ from typing import Literal
 from dinoexport import bundle, family, judge
 from dinoexport.bundle import Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
-from dinoexport.errors import UsageError, ValidationFailed, missing_package
+from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, parse
@@ -51,10 +51,9 @@ def ask_pytorch(
     progress: Progress = silent,
 ) -> Reference:
     """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too."""
-    try:
-        import torch
-    except ImportError:
-        raise missing_package("torch", "export") from None
+    require("export", "torch")
+    import torch
+
     asked = [case for case in cases if not case.expect_refusal]
     inputs = [case.inputs for case in asked]
     if judge_code == "hub":

@@ -6,8 +6,9 @@ targets (`recipes/targets/*.toml`) and validations (`validate/*.toml`).
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -80,7 +81,8 @@ class Target(Frozen):
 class Limit(Frozen):
     """A number that decides, and why it is this number."""
 
-    value: float
+    # An infinite limit would be none at all.
+    value: float = Field(allow_inf_nan=False)
     reason: str = Field(min_length=20)
 
 
@@ -116,18 +118,27 @@ def parse(kind: type[FrozenT], table: Mapping[str, Any], *, where: str) -> Froze
 
 
 def _problem(kind: type[BaseModel], details: Any) -> str:
-    key = ".".join(str(part) for part in details["loc"])
+    loc = tuple(part for part in details["loc"] if part != "[key]")
+    key = ".".join(map(str, loc))
     if details["type"] == "extra_forbidden":
-        return f"unknown key {key!r}.{closest(str(details['loc'][-1]), _keys(kind))}"
+        return f"unknown key {key!r}.{closest(str(loc[-1]), _keys(kind, loc[:-1]))}"
     if details["type"] == "missing":
         return f"key {key!r} is missing"
+    if details["type"] in ("enum", "literal_error"):
+        known = re.findall("'(.*?)'", details["ctx"]["expected"])
+        return f"{key!r}: {details['msg']}.{closest(str(details['input']), known)}"
     return f"{key!r}: {details['msg']}" if key else str(details["msg"])
 
 
-def _keys(kind: type[BaseModel]) -> list[str]:
-    """All keys of `kind` and of the tables inside it, for did-you-mean."""
-    definitions = [kind.model_json_schema(), *kind.model_json_schema().get("$defs", {}).values()]
-    return sorted({key for definition in definitions for key in definition.get("properties", {})})
+def _keys(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys that the table at `loc` inside a `kind` may have, for did-you-mean."""
+    schema = table = kind.model_json_schema()
+    for part in loc:
+        table = table.get("properties", {}).get(part) or table.get("additionalProperties") or table["items"]
+        references = (option.get("$ref") for option in (table, *table.get("anyOf", ())))
+        if reference := next(filter(None, references), None):
+            table = schema["$defs"][reference.rpartition("/")[2]]
+    return sorted(table.get("properties", {}))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # besides its own error tomllib lets these two through
         raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
 
 
@@ -185,8 +196,9 @@ def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path
         path = folder / f"{name}.toml"
         if path.is_file():
             return parse(Validation, read_toml(path), where=str(path)), folder
+    near = closest(name, [path.stem for folder in folders for path in sorted(folder.glob("*.toml"))])
     raise UsageError(
-        f"There is no validation {name!r}: looked for {name}.toml in {', '.join(map(str, folders))}.",
+        f"There is no validation {name!r}: looked for {name}.toml in {', '.join(map(str, folders))}.{near}",
         next_step="Put the file beside your recipe, or name a shipped one.",
     )
 

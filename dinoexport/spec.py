@@ -106,4 +106,4 @@ def closest(word: str, known: Sequence[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f" Did you mean '{near[0]}'?" if near else ""

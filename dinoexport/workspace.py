@@ -16,12 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dinoexport import bundle, download, files
 from dinoexport.bundle import BundleFile, Manifest
 from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.recipe import Frozen
 from dinoexport.spec import Progress
 
 _INDEX = "stage.json"
+
+
+class _Index(Frozen):
+    """What a stage's folder says of itself: its whole key, of which the folder's name has only the beginning."""
+
+    key: str
+    files: tuple[BundleFile, ...]
 
 
 def key_of(**parts: Any) -> str:
@@ -53,14 +63,14 @@ class Workspace:
         """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
         folder = self.folder / f"{name}-{key[:16]}"
         if not self.force:
-            found = self._kept(folder) or self._from_previous(name, key, folder)
+            found = self._kept(key, folder) or self._from_previous(name, key, folder)
             if found is not None:
                 return Stage(name=name, key=key, folder=folder, files=found, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
         partial = self._empty(f"{name}.partial")
         make(partial)
         made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
-        self._finish(partial, folder, made)
+        self._finish(partial, key, folder, made)
         return Stage(name=name, key=key, folder=folder, files=made, reused=False)
 
     def publish(self, stages: Mapping[str, Stage], manifest: Manifest) -> None:
@@ -79,18 +89,18 @@ class Workspace:
         folder.mkdir(parents=True)
         return folder
 
-    def _finish(self, partial: Path, folder: Path, made: tuple[BundleFile, ...]) -> None:
-        (partial / _INDEX).write_text(json.dumps([file.model_dump() for file in made]))
+    def _finish(self, partial: Path, key: str, folder: Path, made: tuple[BundleFile, ...]) -> None:
+        (partial / _INDEX).write_text(_Index(key=key, files=made).model_dump_json())
         os.rename(partial, folder)
 
-    def _kept(self, folder: Path) -> tuple[BundleFile, ...] | None:
-        """What an interrupted build left finished, if every byte of it is still as it was."""
+    def _kept(self, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
+        """What an interrupted build left finished, if its key is the same and every byte still as it was."""
         try:
-            made = tuple(BundleFile.model_validate(f) for f in json.loads((folder / _INDEX).read_text()))
-            bundle.check_files(folder, made, progress=self.progress)
-        except (OSError, ValueError, DinoexportError):
+            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
+            bundle.check_files(folder, index.files, progress=self.progress)
+        except (OSError, ValidationError, DinoexportError):
             return None
-        return made
+        return index.files if index.key == key else None
 
     def _from_previous(self, name: str, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
         """The same stage of the bundle that stands at `out`, linked, if its key and bytes are right."""
@@ -106,7 +116,7 @@ class Workspace:
         for file in made:
             files.link_or_copy(self.out / file.name, partial / file.name)
         shutil.rmtree(folder, ignore_errors=True)
-        self._finish(partial, folder, made)
+        self._finish(partial, key, folder, made)
         return made
 
 
@@ -116,13 +126,13 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
     Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
     """
-    out = out.absolute()
-    _check_place(out)
+    out = Path(os.path.realpath(out))  # a link stays a link, and its target has one lock under every name
     folder = out.with_name(f".{out.name}.work")
     lock = download.cache_folder() / "locks" / key_of(out=str(out))
     with files.disk_errors(lock.parent), files.lock(lock, doing=f"building {out}"), files.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         files.recover(out)
+        _check_place(out)
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -135,6 +145,10 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
 
 def _check_place(out: Path) -> None:
-    """A folder that is no bundle is somebody's data: it is never replaced."""
-    if out.exists() and not (out / bundle.MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    """A folder that is no bundle is somebody's data: it is never replaced. A damaged bundle, or an old one, may be."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    manifest = out / bundle.MANIFEST
+    # Web apps and others have a file of this name too; only ours carries a hash of itself.
+    if not (manifest.is_file() and b'"manifest_sha256"' in manifest.read_bytes()):
         raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")

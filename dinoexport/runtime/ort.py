@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dinoexport.errors import BuildError, missing_package
+from dinoexport.errors import BuildError, require
 from dinoexport.runtime import check_inputs
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
@@ -21,10 +21,9 @@ def open_graph(path: Path, graph: Graph, *, threads: int | None = None) -> Runne
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise missing_package("onnxruntime", "cpu") from None
+    require("cpu", "onnxruntime")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Idle threads of several sessions in one process otherwise spin against each other.

@@ -31,11 +31,14 @@ class CaseTable(Frozen):
 
     @model_validator(mode="after")
     def _noise_or_photographs(self) -> Self:
-        if bool(self.photographs) == (self.height is not None and self.width is not None):
-            raise ValueError("give height and width, or photographs")
+        of_noise, given = {"batch", "height", "width", "seed"}, self.model_fields_set
+        if self.photographs and (stray := sorted(of_noise & given)):
+            raise ValueError(f"{', '.join(stray)}: of noise only, not of photographs")
+        if not self.photographs and ("prepare" in given or self.height is None or self.width is None):
+            raise ValueError("give height and width, or photographs and how to prepare them")
         if self.prepare == "own_size" and len(self.photographs) > 1:
             raise ValueError("photographs of their own size make no batch: one a case")
-        if any(Path(name).name != name for name in self.photographs):
+        if any(name in ("", "..") or Path(name).name != name for name in self.photographs):
             raise ValueError("photographs are names of files in the folder `images`, not paths")
         return self
 
@@ -48,11 +51,13 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
     """
     entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
     if entry.photographs:
-        loaded = [images.load(folder / "images" / name) for name in entry.photographs]
+        paths = [folder / "images" / name for name in entry.photographs]
         if entry.prepare == "evaluation":
-            pictures = np.stack([images.for_evaluation(image) for image in loaded])
+            pictures = np.stack([_prepared(path) for path in paths])
         else:
-            pictures = np.asarray(loaded[0])[np.newaxis]
+            pictures = np.asarray(images.load(paths[0]))[np.newaxis]
+            if min(pictures.shape[1:3]) < PATCH:
+                raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
             if strict:
                 pictures = cropped(pictures)
         return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes))
@@ -64,19 +69,30 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
 
 
 def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-    """A case for each image directly in `folder` or below, and a line for each file that is none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES and path.is_file())
+    """A case for each image directly in `folder` or below, and a line for each file that is none; hidden ones aside."""
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
     found, skipped = [], []
     for done, path in enumerate(paths, start=1):
+        progress("reading images", done, len(paths))
         try:
-            picture = images.for_evaluation(images.load(path))[np.newaxis]
-        except UsageError as error:
+            if path.suffix.lower() not in images.SUFFIXES:
+                raise images.ImageError(path, f"not one of {', '.join(images.FORMATS)} by its name")
+            picture = _prepared(path)[np.newaxis]
+        except images.ImageError as error:
             skipped.append(error.message)
             continue
         name = path.relative_to(folder).as_posix()
         found.append(Case(name=name, why="a photograph of the user's", inputs=_inputs(picture, as_bytes)))
-        progress("reading images", done, len(paths))
     return tuple(found), tuple(skipped)
+
+
+def _prepared(path: Path) -> Array:
+    """The photograph as upstream's evaluation prepares it; an ImageError that names the file otherwise."""
+    image = images.load(path)
+    try:
+        return images.for_evaluation(image)
+    except UsageError as error:
+        raise images.ImageError(path, error.message.rstrip(".")) from None
 
 
 def cropped(pictures_BHW3: Array) -> Array:

@@ -51,7 +51,6 @@ class Stem(nn.Module):
         self.residual = residual
         border = 0 if self.antialias else TABLE_BORDER
         self.table_size = GRID + 2 * border
-        self.border = border
         self.from_bytes = from_bytes
         self.kernel_OIHW = _parameter(dim, 3, PATCH, PATCH)
         self.bias_O = _parameter(dim)
@@ -96,17 +95,21 @@ class Stem(nn.Module):
 
     def _offset_weights(self, index: Tensor, size: Tensor) -> Tensor:
         """Bicubic weights (n, 41) of models without registers: scale (n + offset) / 37, a = -0.75, edges replicated."""
-        source = (index + 0.5) * (GRID / size) - 0.5
-        samples = torch.arange(self.table_size, dtype=torch.float32) - self.border
-        return _cubic((source.unsqueeze(1) - samples).abs(), a=-0.75)
+        return _cubic(self._distances(index, size), a=-0.75)
 
     def _antialiased_weights(self, index: Tensor, size: Tensor) -> Tensor:
         """Bicubic weights (n, 37) of models with registers: antialiased, a = -0.5, each row normalised to one."""
-        step = GRID / size
-        centre = (index + 0.5) * step
-        samples = torch.arange(GRID, dtype=torch.float32) + 0.5
-        weights = _cubic((centre.unsqueeze(1) - samples).abs() / step.clamp(min=1), a=-0.5)
+        weights = _cubic(self._distances(index, size) / (GRID / size).clamp(min=1), a=-0.5)
         return weights / weights.sum(dim=1, keepdim=True)
+
+    def _distances(self, index: Tensor, size: Tensor) -> Tensor:
+        """How far patch i of n lies from each sample of the table, in samples.
+
+        Measured from the middle, where PyTorch measures from the edge: the same numbers at half the rounding.
+        """
+        from_middle = (index + 0.5 - size / 2) * (GRID / size)
+        samples = torch.arange(self.table_size, dtype=torch.float32) - self.table_size // 2
+        return (from_middle.unsqueeze(1) - samples).abs()
 
 
 class Block(nn.Module):

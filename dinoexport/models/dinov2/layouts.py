@@ -17,8 +17,8 @@ from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 
 # Parts of training checkpoints and of classifiers built on the backbone that are not the backbone.
-_HEADS = re.compile(r"^(dino_head|ibot_head|classifier|head)\.")
-_WRAPPERS = ("teacher.", "model.", "module.", "backbone.", "dinov2_with_registers.", "dinov2.")
+_NOT_BACKBONE = re.compile(r"^(dino_head|ibot_head|classifier|head|optimizer)\.")
+_WRAPPERS = re.compile(r"^(?:(?:teacher|state_dict|model|module|backbone|dinov2_with_registers|dinov2)\.)*")
 _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 _HF_BLOCK = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
 
@@ -52,12 +52,14 @@ class _View:
 
 def adapt(found: Shapes, read: Read) -> tuple[Shapes, Read]:
     """(name -> shape, reader) in the published layout for a checkpoint whose tensors are `found`."""
-    views = {
-        _bare(name): _View(shape=shape, read=_reader(read, name))
-        for name, shape in found.items()
-        if _chosen(name, found) and not _HEADS.match(_bare(name))
-    }
-    if "embeddings.cls_token" in views:
+    views: dict[str, _View] = {}
+    # In a training checkpoint only the teacher counts: it is what upstream evaluates and publishes.
+    for name in [name for name in found if _is_teacher(name)] or found:
+        bare = _CHUNKED_BLOCK.sub(r"blocks.\1.", _WRAPPERS.sub("", name))
+        if not _NOT_BACKBONE.match(bare):
+            # The second tensor of one name keeps the file's own, so that the loader lists it.
+            views[name if bare in views else bare] = _View(shape=found[name], read=_reader(read, name))
+    if any(_HF_BLOCK.match(name) for name in views):
         views = _from_hugging_face(views)
     views = _from_timm(views)
     return {name: view.shape for name, view in views.items()}, lambda name: views[name].read()
@@ -67,15 +69,9 @@ def _reader(read: Read, name: str) -> Callable[[], Array]:
     return lambda: read(name)
 
 
-def _chosen(name: str, found: Shapes) -> bool:
-    """In a training checkpoint only the teacher counts: it is what upstream evaluates and publishes."""
-    return name.startswith("teacher.") or not any(other.startswith("teacher.") for other in found)
-
-
-def _bare(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return _CHUNKED_BLOCK.sub(r"blocks.\1.", name)
+def _is_teacher(name: str) -> bool:
+    wrappers = _WRAPPERS.match(name)
+    return wrappers is not None and "teacher" in wrappers[0].split(".")
 
 
 def _from_hugging_face(views: dict[str, _View]) -> dict[str, _View]:
@@ -90,10 +86,12 @@ def _from_hugging_face(views: dict[str, _View]) -> dict[str, _View]:
         if block and attention:
             stem = f"encoder.layer.{block[1]}.attention.attention"
             parts = [views.get(f"{stem}.{part}.{attention[2]}") for part in _HF_QKV]
-            whole = [part for part in parts if part is not None]
+            whole = [part for part in parts if part is not None and part.shape == view.shape != ()]
             if len(whole) == len(parts):
                 renamed[f"blocks.{block[1]}.attn.qkv.{attention[2]}"] = _stacked(whole)
-                continue
+            else:
+                renamed[name] = view
+            continue
         for theirs, ours in _HF_INSIDE.items():
             inside = inside.replace(theirs, ours)
         renamed[f"blocks.{block[1]}.{inside}" if block else name] = view
@@ -114,9 +112,9 @@ def _from_timm(views: dict[str, _View]) -> dict[str, _View]:
         block = re.match(r"(blocks\.\d+\.mlp)\.(fc1|fc2)\.(weight|bias)$", name)
         packed = block and _is_packed(views, block[1])
         renamed[f"{block[1]}.{'w12' if block[2] == 'fc1' else 'w3'}.{block[3]}" if block and packed else name] = view
-    if "reg_token" in renamed and "pos_embed" in renamed:
+    positions = renamed.get("pos_embed")
+    if "reg_token" in renamed and positions is not None and len(positions.shape) == 3:
         renamed["register_tokens"] = renamed.pop("reg_token")
-        positions = renamed["pos_embed"]
         batch, count, dim = positions.shape
         renamed["pos_embed"] = _View(
             shape=(batch, 1 + count, dim),
@@ -128,4 +126,6 @@ def _from_timm(views: dict[str, _View]) -> dict[str, _View]:
 def _is_packed(views: dict[str, _View], mlp: str) -> bool:
     """Whether the first matrix makes twice what the last one takes: gate and value in one."""
     first, last = views.get(f"{mlp}.fc1.weight"), views.get(f"{mlp}.fc2.weight")
-    return first is not None and last is not None and first.shape[0] == 2 * last.shape[-1]
+    if first is None or last is None or not first.shape or not last.shape:
+        return False
+    return first.shape[0] == 2 * last.shape[-1]

@@ -1,0 +1,119 @@
+"""The kit every family must pass: whatever it models, these hold. A family's tests call `check` with a model.
+
+Values only, never shapes alone: the traced pieces run by PyTorch, the exported files run by ONNX Runtime, and the plain
+reference must agree on every case, and every tensor of the checkpoint must matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoexport import proof
+from dinoexport.export import export
+from dinoexport.family import Call, Model, Read
+from dinoexport.metrics import distance
+from dinoexport.spec import Arrays, Case, Graph, Precision, silent
+
+LIMIT = 1e-5
+
+
+def check(model: Model, cases: Sequence[Case], folder: Path, *, seed: int = 7) -> None:
+    """All of the kit on one fp32 model."""
+
+    def read(name: str) -> Any:
+        return model.synthetic(name, seed)
+
+    inputs = [case.inputs for case in cases]
+    expected = reference(model, read, inputs)
+    _signature(model)
+    _weights_are_the_same_every_time(model, seed)
+    _agree(eagerly(model, read, inputs), expected)
+    _agree(exported(model, read, inputs, folder), expected)
+    _every_tensor_matters(model, read, inputs, expected)
+
+
+def reference(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str, Any]]:
+    """The plain formulation's answers."""
+    return model.reference(read, inputs, precision=Precision.FP32, progress=silent)
+
+
+@torch.inference_mode()
+def run_calls(calls: Sequence[Call], graph: Graph, arrays: Arrays) -> dict[str, Any]:
+    """A graph's traced pieces run by PyTorch, with the weights the exporter would write."""
+    values = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for call in calls:
+        for name, parameter in call.piece.module.named_parameters():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(call.weights[name].read())))
+        results = call.piece.module(*(values[name] for name in call.inputs))
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        values |= dict(zip(call.outputs, results, strict=True))
+    return {tensor.name: values[tensor.name].numpy() for tensor in graph.outputs}
+
+
+def eagerly(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str, Any]]:
+    """Each case driven through the traced modules, without ONNX."""
+    calls = {graph.name: (graph, model.calls(graph, read)) for graph in model.graphs}
+    runners = {
+        name: (lambda arrays, g=graph, c=graph_calls: run_calls(c, g, arrays))
+        for name, (graph, graph_calls) in calls.items()
+    }
+    return [model.drive(runners, arrays) for arrays in inputs]
+
+
+def export_to(folder: Path, model: Model, read: Read) -> None:
+    """All graphs of the model as ONNX in `folder`."""
+    for graph in model.graphs:
+        export(graph, model.calls(graph, read), folder, metadata={})
+
+
+def exported(model: Model, read: Read, inputs: Sequence[Arrays], folder: Path) -> list[dict[str, Any]]:
+    """Each case driven through the exported files."""
+    export_to(folder, model, read)
+    candidate = proof.open_candidate(model, {folder / f"{graph.name}.onnx": graph for graph in model.graphs})
+    return [candidate(arrays) for arrays in inputs]
+
+
+def _agree(answers: Sequence[Arrays], expected: Sequence[Arrays]) -> None:
+    for ours, theirs in zip(answers, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert distance(ours[name], theirs[name]).relative_l2 <= LIMIT, name
+
+
+def _signature(model: Model) -> None:
+    names = [graph.name for graph in model.graphs]
+    assert len(set(names)) == len(names) >= 1
+    for graph in model.graphs:
+        tensors = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
+        assert len(set(tensors)) == len(tensors)
+        assert all(tensor.meaning for tensor in (*graph.inputs, *graph.outputs))
+
+
+def _weights_are_the_same_every_time(model: Model, seed: int) -> None:
+    for name, shape in model.tensors.items():
+        once, again, other = (model.synthetic(name, s) for s in (seed, seed, seed + 1))
+        assert once.dtype == np.float32 and once.shape == shape, name
+        assert np.array_equal(once, again) and not np.array_equal(once, other), name
+
+
+def _every_tensor_matters(model: Model, read: Read, inputs: Sequence[Arrays], expected: Sequence[Arrays]) -> None:
+    """Turning any tensor over moves some output far past the limit: nothing in the made-up weights can hide a bug."""
+    for changed in model.tensors:
+        if changed in model.optional_tensors:
+            continue
+
+        def turned(name: str, changed: str = changed) -> Any:
+            return np.ascontiguousarray(np.flip(read(name))) if name == changed else read(name)
+
+        moved = reference(model, turned, inputs)
+        worst = max(
+            distance(ours[name], theirs[name]).relative_l2
+            for ours, theirs in zip(moved, expected, strict=True)
+            for name in theirs
+        )
+        assert worst > 100 * LIMIT, f"{changed} hardly matters: {worst:.1e}"
