@@ -144,6 +144,7 @@ def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tupl
 
     bounds = [
         at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
+        at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
         at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min.value, limits.cosine_mean_min.reason),
         at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min.value, limits.cosine_p01_min.reason),
         at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min.value, limits.cosine_worst_min.reason),

@@ -54,9 +54,16 @@ def recipe_schema() -> dict[str, Any]:
     for table in ("model", "graph"):
         options = [family.find(name).table_schemas()[table] for name in family.installed()]
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
-    # With `base` any key may be left out.
-    schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
-    return schema
+    # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
+    required = schema.pop("required")
+    return {**_nothing_required(schema), "anyOf": [{"required": ["base"]}, {"required": required}]}
+
+
+def _nothing_required(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        kept = {key: value for key, value in schema.items() if key != "required" or not isinstance(value, list)}
+        return {key: _nothing_required(value) for key, value in kept.items()}
+    return [_nothing_required(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def of_path(path: Path) -> dict[str, Any]:
@@ -155,6 +162,7 @@ def _report_row(row: Row) -> dict[str, Any]:
         "shape": _shape(list(row.shape)),
         "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
         "limit": "" if math.isnan(limit) else f"{limit:.1e}",
+        "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
         "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
         "largest abs": "" if figures is None else f"{figures.max_abs:.1e}",
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",

@@ -11,11 +11,14 @@ from dinoexport.spec import Array
 class Distance:
     """How far a candidate is from the reference.
 
-    relative_l2: ||candidate - reference|| / ||reference||. cosine_*: over vectors. max_abs: in the values' own unit.
+    relative_l2: ||candidate - reference|| / ||reference|| over everything. worst_l2: the same of the worst single
+    vector, which sees one that is only too long, as no cosine does. cosine_*: over vectors. max_abs: in the values' own
+    unit.
     NaN or Inf on either side makes every figure NaN and `finite` false: neither can speak for the other then.
     """
 
     relative_l2: float
+    worst_l2: float
     cosine_mean: float
     cosine_p01: float
     cosine_worst: float
@@ -38,14 +41,24 @@ def distance(candidate: Array, reference: Array) -> Distance:
     theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         nan = float("nan")
-        return Distance(relative_l2=nan, cosine_mean=nan, cosine_p01=nan, cosine_worst=nan, max_abs=nan, finite=False)
+        return Distance(
+            relative_l2=nan,
+            worst_l2=nan,
+            cosine_mean=nan,
+            cosine_p01=nan,
+            cosine_worst=nan,
+            max_abs=nan,
+            finite=False,
+        )
     difference = ours - theirs
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    errors, lengths = np.linalg.norm(difference, axis=1), np.linalg.norm(theirs, axis=1)
+    norms = np.linalg.norm(ours, axis=1) * lengths
     # A zero vector has no direction: equal to another zero vector, orthogonal to anything else.
     both_zero = ~ours.any(axis=1) & ~theirs.any(axis=1)
     cosines = np.where(norms > 0, (ours * theirs).sum(axis=1) / np.where(norms > 0, norms, 1), both_zero)
     return Distance(
         relative_l2=_ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(theirs))),
+        worst_l2=max(map(_ratio, errors.tolist(), lengths.tolist())),
         cosine_mean=float(cosines.mean()),
         cosine_p01=float(np.percentile(cosines, 1)),
         cosine_worst=float(cosines.min()),

@@ -90,6 +90,7 @@ class Limits(Frozen):
     """What a candidate of one precision must hold, per output and per case."""
 
     relative_l2_max: Limit
+    worst_l2_max: Limit
     cosine_mean_min: Limit
     cosine_p01_min: Limit
     cosine_worst_min: Limit

@@ -145,10 +145,17 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
 
 def _check_place(out: Path) -> None:
-    """A folder that is no bundle is somebody's data: it is never replaced. A damaged bundle, or an old one, may be."""
+    """What is no bundle is somebody's data: it is never replaced. A damaged bundle, or an old one, may be."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     manifest = out / bundle.MANIFEST
     # Web apps and others have a file of this name too; only ours carries a hash of itself.
-    if not (manifest.is_file() and b'"manifest_sha256"' in manifest.read_bytes()):
+    content = manifest.read_bytes() if manifest.is_file() else b""
+    if b'"manifest_sha256"' not in content:
         raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
+    listed = {bundle.MANIFEST} | {path.name for path in out.iterdir() if json.dumps(path.name).encode() in content}
+    if added := sorted({path.name for path in out.iterdir()} - listed):
+        raise UsageError(
+            f"{out} holds what no build put there: {', '.join(added)}.",
+            next_step="Move that away first, or choose another --out: a bundle is replaced as a whole.",
+        )

@@ -20,6 +20,7 @@ def test_figures_worked_out_by_hand() -> None:
     # The first vector is equal, the second turned by a right angle: the difference is (0, 0), (5, -5).
     assert distance(candidate, reference) == Distance(
         relative_l2=1.0,  # sqrt(50) / sqrt(50)
+        worst_l2=pytest.approx(2**0.5),  # sqrt(50) / 5
         cosine_mean=0.5,
         cosine_p01=pytest.approx(0.01),  # a hundredth of the way from 0 to 1
         cosine_worst=0.0,
@@ -65,7 +66,14 @@ def test_what_is_not_finite_has_no_figures(bad: float, side: str) -> None:
     broken[1, 17, 3] = bad
     found = distance(clean if side == "reference" else broken, clean if side == "candidate" else broken)
     assert not found.finite
-    figures = (found.relative_l2, found.cosine_mean, found.cosine_p01, found.cosine_worst, found.max_abs)
+    figures = (
+        found.relative_l2,
+        found.worst_l2,
+        found.cosine_mean,
+        found.cosine_p01,
+        found.cosine_worst,
+        found.max_abs,
+    )
     assert all(math.isnan(figure) for figure in figures)
 
 

@@ -237,6 +237,13 @@ def test_base_alone_is_that_recipe(tmp_path: Path) -> None:
     jsonschema.validate(read_toml(path), recipe_schema())
 
 
+def test_a_partial_table_on_a_base_fits_the_schema_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "vits14"\n[model]\ndepth = 6\n[profile.height]\nmax = 518\n')
+    assert load(str(path)).profile["height"].max == 518
+    jsonschema.validate(read_toml(path), recipe_schema())
+
+
 @pytest.mark.parametrize("base", ['"vits41"', '"../vits14"', "5", "[]"])
 def test_an_unknown_base_is_refused(tmp_path: Path, base: str) -> None:
     path = tmp_path / "mine.toml"

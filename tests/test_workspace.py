@@ -342,6 +342,15 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(place: Path, names: dict[s
     assert all((out / name).read_text() == content for name, content in names.items())
 
 
+def test_a_bundle_with_a_users_file_in_it_is_not_replaced(place: Path) -> None:
+    out = place / "out"
+    build(out, Maker())
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        build(out, Maker(), key=key_of(weights="b"))
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_a_file_is_never_replaced(place: Path) -> None:
     (place / "out").write_text("mine")
     with pytest.raises(UsageError, match="is no bundle"):
