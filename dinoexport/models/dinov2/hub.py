@@ -33,8 +33,8 @@ def _checkout() -> Path:
 def _load_model(variant: str) -> Any:
     """Upstream's `dinov2_{variant}` with its own random weights."""
     checkout, entry = _checkout(), f"dinov2_{variant}"
-    # Read when upstream's layers are imported: xFormers' attention, which they use where it is installed, has no CPU
-    # kernel.
+    # Upstream's layers read this when they are imported. Where xFormers is installed they would use its attention,
+    # which has no kernel for the CPU (facebookresearch/xformers issue 1143).
     os.environ.setdefault("XFORMERS_DISABLED", "1")
     try:
         return torch.hub.load(str(checkout), entry, source="local", pretrained=False)
