@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import download, files, recipe
-from dinoexport.errors import DinoexportError, UsageError, WeightsError, missing_package
+from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
 from dinoexport.family import Model, Read, Shapes, find
 from dinoexport.recipe import Recipe
 from dinoexport.spec import Array, Progress
@@ -127,11 +127,9 @@ def _open(path: Path) -> tuple[Shapes, Read]:
 
 
 def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
-    try:
-        import safetensors
-        import torch  # noqa: F401 (NumPy has no bfloat16, so the tensors are torch's)
-    except ImportError as error:
-        raise missing_package(error.name or "safetensors", "export") from None
+    require("export", "safetensors", "torch")  # NumPy has no bfloat16, so the tensors are torch's
+    import safetensors
+
     try:
         file = safetensors.safe_open(path, framework="pt")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -144,10 +142,9 @@ def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
 
 def _open_zip(path: Path) -> tuple[Shapes, Read]:
     """The tensors of a `torch.save` file, mapped from disk; nested dicts become dotted names."""
-    try:
-        import torch
-    except ImportError:
-        raise missing_package("torch", "export") from None
+    require("export", "torch")
+    import torch
+
     _check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -223,10 +223,15 @@ def _reporting(as_json: bool) -> Iterator[None]:
 def _fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
     if as_json:
         _print_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
-    typer.echo(f"error: {error.message}", err=True)
+    typer.echo(f"error: {_printable(error.message)}", err=True)
     if error.next_step:
-        typer.echo(f"  next: {error.next_step}", err=True)
+        typer.echo(f"  next: {_printable(error.next_step)}", err=True)
     sys.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: names in a hostile file must not steer the user's terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager

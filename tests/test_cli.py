@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -156,6 +157,15 @@ def test_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path
     result = run("export", TINY, "--weights", "synthetic:5", "--out", str(tmp_path / "bundle"))
     assert result.exit_code == 4 and "pip install 'dinoexport[export]'" in result.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_hostile_name_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    import safetensors.numpy
+
+    path = tmp_path / "hostile.safetensors"
+    safetensors.numpy.save_file({"\x1b[2Jgone": np.zeros(3, np.float32)}, path)
+    result = run("build", TINY, "--weights", str(path), "--out", str(tmp_path / "bundle"))
+    assert result.exit_code == 3 and "\x1b" not in result.stderr and "\\x1b[2Jgone" in result.stderr
 
 
 def test_inspect_shows_what_a_user_needs(bundle_folder: Path) -> None:
