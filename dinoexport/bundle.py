@@ -4,6 +4,7 @@
     NAME.onnx(.data)    the graphs with their external weights
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
+    NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
 
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
 """
@@ -29,6 +30,7 @@ SCHEMA: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
+ENGINES = "engines.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 # A thousand times what a real manifest takes; what is larger is none, and is not read.
@@ -89,6 +91,25 @@ class GraphFacts(Frozen):
         )
 
 
+class EngineFacts(Frozen):
+    """An engine compiled from the graph of the same name. executed: `never`, until a GPU has run and judged it."""
+
+    file: FileName
+    runtime: Literal["tensorrt_rtx"]
+    runtime_version: str
+    compute_capabilities: tuple[str, ...]
+    precision: Precision
+    profile: dict[str, tuple[tuple[int, ...], ...]]
+    size_bytes: int = Field(gt=0)
+    weight_bytes: int = Field(gt=0)
+    attentions: int
+    fused_attentions: int
+    build_s: float
+    peak_memory_bytes: int
+    log: FileName
+    executed: Literal["never"] = "never"
+
+
 class Manifest(Frozen):
     """Everything a bundle says about itself."""
 
@@ -101,6 +122,7 @@ class Manifest(Frozen):
     recipe: dict[str, Any]
     checkpoint: CheckpointFacts
     graphs: tuple[GraphFacts, ...]
+    engines: tuple[EngineFacts, ...] = ()
     files: tuple[BundleFile, ...]
     stage_keys: dict[str, Sha256]
     versions: dict[str, str]
@@ -111,7 +133,8 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _lists_what_is_opened(self) -> Self:
         """A file that is not listed has no hash to hold, so nobody may be sent to it."""
-        needed = {graph.file for graph in self.graphs} | (set() if self.verdict == "unjudged" else {REFERENCE})
+        needed = {graph.file for graph in self.graphs} | {engine.file for engine in self.engines}
+        needed |= set() if self.verdict == "unjudged" else {REFERENCE}
         if missing := sorted(needed - {file.name for file in self.files}):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self

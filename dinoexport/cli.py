@@ -104,6 +104,7 @@ def build(
         _show_report(built.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
+        _print_engines(built.manifest)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
 
@@ -161,6 +162,7 @@ def validate(
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
+        _print_engines(validated.manifest, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -289,6 +291,13 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     verdict = "PASSED" if report.passed else "FAILED"
     title = f"{verdict}: {report.candidate}, against {report.reference}"
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
+
+
+def _print_engines(manifest: Any, *, to_stderr: bool = False) -> None:
+    from dinoexport import listing
+
+    for line in listing.engine_lines(manifest):
+        _print(line, to_stderr=to_stderr)
 
 
 def _print(what: Table | str, *, to_stderr: bool = False) -> None:

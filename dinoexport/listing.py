@@ -23,7 +23,13 @@ def everything() -> dict[str, Rows]:
     return {
         "variants": sorted(map(_variant, map(load, recipe.variants())), key=lambda row: row["parameters"]),
         "targets": [
-            {"target": t.name, "runtime": t.runtime, "precisions": list(t.precisions), "machine": t.description}
+            {
+                "target": t.name,
+                "runtime": t.runtime,
+                "SM": list(t.compute_capabilities),
+                "precisions": list(t.precisions),
+                "machine": t.description,
+            }
             for t in map(load_target, shipped.names("recipes/targets"))
         ],
     }
@@ -99,11 +105,45 @@ def of_path(path: Path) -> dict[str, Any]:
             for side, tensors in (("in", g.inputs), ("out", g.outputs))
             for t in tensors
         ],
+        **_engines(manifest),
         "Dimensions": [dim for g in manifest.graphs for dim in g.dims],
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
     }
+
+
+def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
+    rows = [
+        {
+            "engine": e.file,
+            "runtime": f"{e.runtime} {e.runtime_version}",
+            "SM": list(e.compute_capabilities),
+            "precision": e.precision.value,
+            "bytes": e.size_bytes,
+            "fused attention": f"{e.fused_attentions} of {e.attentions}",
+            "executed": e.executed,
+        }
+        for e in manifest.engines
+    ]
+    return {"Engines": rows} if rows else {}
+
+
+def engine_lines(manifest: bundle.Manifest) -> list[str]:
+    """What a user must know of each engine: what it is, that it was not run, and what to be careful about."""
+    lines = []
+    for e in manifest.engines:
+        lines.append(
+            f"Engine: {e.file} for SM {', '.join(e.compute_capabilities)}, {e.runtime} {e.runtime_version}, "
+            f"{e.precision}, {e.size_bytes / 1e6:.1f} MB. Compiled; executed: {e.executed}."
+        )
+        if e.fused_attentions < e.attentions:
+            lines.append(
+                f"        warning: attention is fused in {e.fused_attentions} of {e.attentions} places"
+                + ("; TensorRT fuses it in fp16 only." if e.precision == "fp32" else ".")
+            )
+    caution = load_target(manifest.target).caution if manifest.engines else ""
+    return [*lines, *([f"        caution: {caution}"] if caution else [])]
 
 
 def _of_onnx(path: Path) -> dict[str, Any]:

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, family, files, judge, proof
-from dinoexport.bundle import CheckpointFacts, GraphFacts, Manifest, Verdict
+from dinoexport import bundle, engine, family, files, judge, proof
+from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
-from dinoexport.spec import Array, Case, Precision, Progress, silent
+from dinoexport.spec import Array, Case, Graph, Precision, Progress, silent
 from dinoexport.workspace import Stage, Workspace, key_of, workspace
 
 # What decides a stage's bytes besides our own code.
 _TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "numpy")
+_COMPILERS = ("tensorrt_rtx_cu13", "polygraphy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Order:
 
     recipe: Recipe
     model: Model
+    precision: Precision
     target: Target
     limits: Limits
     cases: tuple[Case, ...]
@@ -73,25 +75,24 @@ def order(
     judge_code: proof.Judge = "plain",
 ) -> Order:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done."""
-    recipe = load(variant_or_path)
-    if precision is not None:
-        recipe = recipe.model_copy(update={"precision": precision})
-    machine = load_target(target)
-    if recipe.precision not in machine.precisions:
-        possible = ", ".join(machine.precisions)
-        raise UsageError(f"{target} has no {recipe.precision}.", next_step=f"It has: {possible}.")
+    recipe, machine = load(variant_or_path), load_target(target)
+    chosen = precision or recipe.precision or next(iter(machine.precisions))
+    if chosen not in machine.precisions:
+        raise UsageError(f"{target} has no {chosen}.", next_step=f"It has: {', '.join(machine.precisions)}.")
+    recipe = recipe.model_copy(update={"precision": chosen})
     model = family.find(recipe.family).model(recipe)
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
     return Order(
         recipe=recipe,
         model=model,
+        precision=chosen,
         target=machine,
-        limits=proof.limits_for(validation, recipe.precision),
+        limits=proof.limits_for(validation, chosen),
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        out=out or Path("bundles") / f"{recipe.name}-{recipe.precision}-{machine.name}",
+        out=out or Path("bundles") / f"{recipe.name}-{chosen}-{machine.name}",
     )
 
 
@@ -100,8 +101,7 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
 
     With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised.
     """
-    require("export", *PACKAGES)
-    require("cpu", "onnxruntime")
+    _require_packages(order)
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
@@ -109,12 +109,15 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         reference = _reference_stage(work, order, checkpoint)
         judged, report = _judge_stage(work, order, exported, reference)
         stages = {stage.name: stage for stage in (exported, reference, judged)}
+        if report.passed and order.target.runtime == "tensorrt_rtx":
+            stages["engine"] = _engine_stage(work, order, exported)
         if report.passed or keep_rejected:
             manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
             work.publish(stages, manifest)
     if not report.passed:
         raise _rejected(order, report, published=keep_rejected)
-    reused = tuple(stage.name for stage in (exported, reference) if stage.reused)
+    # A verdict is never reused: this machine has just judged, even if every figure came out as before.
+    reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
     return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
 
 
@@ -157,7 +160,7 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
             checkpoint,
             order.cases,
             order.limits,
-            precision=order.recipe.precision,
+            precision=order.precision,
             judge_code=order.judge_code,
             progress=work.progress,
         )
@@ -180,7 +183,7 @@ def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stag
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
     graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
     candidate = proof.open_candidate(order.model, graphs)
-    report = proof.judged(candidate, stored, proof.candidate_name(order.recipe.precision), progress=work.progress)
+    report = proof.judged(candidate, stored, proof.candidate_name(order.precision), progress=work.progress)
     content = {**report.to_json(), "versions": _versions(_RUNTIMES), "machine": platform.machine()}
 
     def make(folder: Path) -> None:
@@ -189,18 +192,66 @@ def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stag
     return work.stage("judge", key_of(report=content), make), report
 
 
+def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
+    """An engine from each judged graph. Compiled, not run: the verdict stays the graph's own."""
+
+    def make(folder: Path) -> None:
+        facts = [
+            _compile(work, order, exported.folder / f"{graph.name}.onnx", graph, folder) for graph in order.model.graphs
+        ]
+        content = [engine_facts.model_dump(mode="json") for engine_facts in facts]
+        (folder / bundle.ENGINES).write_text(json.dumps(content, indent=1) + "\n")
+
+    key = key_of(
+        code=_code(order),
+        exported=[file.sha256 for file in exported.files],
+        target=order.target.model_dump(mode="json"),
+        versions=_versions(_COMPILERS),
+    )
+    return work.stage("engine", key, make)
+
+
+def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
+    made = engine.build(
+        onnx, graph, folder, compute_capabilities=order.target.compute_capabilities, progress=work.progress
+    )
+    return EngineFacts(
+        file=made.path.name,
+        runtime="tensorrt_rtx",
+        runtime_version=made.runtime_version,
+        compute_capabilities=made.compute_capabilities,
+        precision=order.precision,
+        profile=engine.profile_shapes(graph),
+        size_bytes=made.size_bytes,
+        weight_bytes=made.weight_bytes,
+        attentions=made.attentions,
+        fused_attentions=made.fused_attentions,
+        build_s=round(made.build_s, 1),
+        peak_memory_bytes=made.peak_memory_bytes,
+        log=made.log.name,
+    )
+
+
+def _engines(stages: Mapping[str, Stage]) -> tuple[EngineFacts, ...]:
+    if "engine" not in stages:
+        return ()
+    content = json.loads((stages["engine"].folder / bundle.ENGINES).read_text())
+    return tuple(EngineFacts.model_validate(facts) for facts in content)
+
+
 def _manifest(
     order: Order, checkpoint: Checkpoint, stages: Mapping[str, Stage], verdict: Verdict, report: dict[str, Any]
 ) -> Manifest:
     return Manifest(
         variant=order.recipe.name,
         family=order.recipe.family,
-        precision=order.recipe.precision,
+        precision=order.precision,
         target=order.target.name,
         verdict=verdict,
         recipe=order.recipe.model_dump(mode="json"),
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
+        engines=_engines(stages),
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},
         versions=_versions((*_TRACERS, "onnxruntime")) | {"python": platform.python_version()},
@@ -224,11 +275,19 @@ def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejecte
     )
 
 
+def _require_packages(order: Order) -> None:
+    """Everything a build will need, asked for before its first minute is spent."""
+    require("export", *PACKAGES)
+    require("cpu", "onnxruntime")
+    if order.target.runtime == "tensorrt_rtx":
+        require("rtx", *engine.PACKAGES)
+
+
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
     import math
 
-    width = 2 if order.recipe.precision is Precision.FP16 else 4
+    width = 2 if order.precision is Precision.FP16 else 4
     needed = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())
     free = shutil.disk_usage(order.out.absolute().parent).free

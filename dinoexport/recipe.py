@@ -61,7 +61,9 @@ class Recipe(Frozen):
     name: Name = Field(description="The variant's name.")
     family: Name = Field(description="The model family that understands `model` and `graph`.")
     validation: Name = Field(description="The file of cases and limits, without `.toml`.")
-    precision: Precision = Field(default=Precision.FP32, description="Arithmetic of the graph's body.")
+    precision: Precision | None = Field(
+        default=None, description="Arithmetic of the graph's body. Default: the first the target has."
+    )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
@@ -70,11 +72,17 @@ class Recipe(Frozen):
 
 
 class Target(Frozen):
-    """A kind of machine the bundle is meant for. `precisions` lists the fastest sensible one first, with its reason."""
+    """A kind of machine the bundle is meant for. `precisions` lists the fastest sensible one first, with its reason.
+
+    compute_capabilities: the GPUs an engine is compiled for; empty where the ONNX itself is what runs. caution: what a
+    user must know of this target before relying on it.
+    """
 
     name: Name
     description: str
-    runtime: Literal["onnxruntime"]
+    runtime: Literal["onnxruntime", "tensorrt_rtx"]
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
+    caution: str = ""
     precisions: dict[Precision, str] = Field(min_length=1)
 
 

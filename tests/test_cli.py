@@ -61,7 +61,8 @@ def test_list() -> None:
     ]  # fmt: skip
     assert listed["variants"][0]["published_bytes"] == 88283115
     assert all(row["licence"].startswith("Apache-2.0") for row in listed["variants"])
-    assert [row["target"] for row in listed["targets"]] == ["cpu"]
+    targets = {row["target"]: row["SM"] for row in listed["targets"]}
+    assert targets["cpu"] == [] and targets["a100"] == ["8.0"] and targets["rtx"] == ["8.6", "8.9", "12.0"]
     shown = run("list").stdout
     assert "vitg14_reg" in shown and "1,136,485,376" in shown and "swiglu 4096" in shown
 
@@ -71,7 +72,7 @@ def test_list() -> None:
     [
         (("build", "vits15"), 2, "Did you mean 'vits14'?"),
         (("build", "vits14", "--precision", "fp61"), 2, "Did you mean 'fp16'?"),
-        (("build", "vits14", "--target", "gpu"), 2, "There is no target 'gpu'"),
+        (("build", "vits14", "--target", "rtx5091"), 2, "Did you mean 'rtx5090'?"),
         (("build", "vits14", "--reference", "hubb"), 2, "Did you mean 'hub'?"),
         (("build", "absent.toml"), 2, "cannot be read"),
         (("build", "vits14", "--weights", "absent.pth"), 3, "There is no file absent.pth"),
