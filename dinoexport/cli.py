@@ -42,7 +42,9 @@ Weights = Annotated[
         metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."
     ),
 ]
-PrecisionOption = Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Default: what the recipe says.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option(metavar="fp32|fp16", help="Default: the recipe's, else the target's first.")
+]
 TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
 Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("seek", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "seek")
 
 DATA = Path(__file__).parent / "data"
 

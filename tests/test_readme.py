@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dinoexport import cli, pipeline, recipe
+from dinoexport import cli, pipeline, recipe, shipped
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,9 +45,9 @@ def test_every_verb_and_option_is_documented() -> None:
         assert f"`dinoexport {verb}" in README, verb
         for parameter in command.params:
             for option in parameter.opts:
-                if option.startswith("--") and option not in ("--help", "--target"):
+                if option.startswith("--") and option != "--help":
                     assert option in README, f"{verb} {option}"
-    assert all(f"`{name}`" in README for name in recipe.variants())
+    assert all(f"`{name}`" in README for name in (*recipe.variants(), *shipped.names("recipes/targets")))
     assert cli.EXIT_CODES in README
 
 
@@ -82,7 +82,8 @@ def test_recipe_example(tmp_path: Path) -> None:
 def test_bundle_layout_is_the_documented_one() -> None:
     (layout,) = [block for kind, block in BLOCKS if kind == "" and block.startswith("bundles/")]
     documented = set(re.findall(r"^  (\S+)  ", layout, flags=re.MULTILINE))
-    assert documented == {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json"}
+    always = {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json"}
+    assert documented == always | {"model.rtx"}
 
 
 def test_help_of_every_verb() -> None:
