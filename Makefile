@@ -1,14 +1,16 @@
-# make demo   build ViT-S/14 from made-up weights, judge it, say what to do next
-# make test   everything CI runs: format, lint, types, import contracts, tests
+# make demo      build ViT-S/14 from made-up weights, judge it, say what to do next
+# make test      everything CI runs: format, lint, types, import contracts, tests
+# make bench     what a build costs beside a plain export and the PyTorch runs
+# make engines   every variant compiled to an fp16 engine: seconds, memory, size
 #
-# Both set themselves up in .venv; a second call does no set-up again.
+# All set themselves up in .venv; a second call does no set-up again.
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench engines clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0
@@ -22,6 +24,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/build_cost.py
+
+engines: $(READY)
+	$(BIN)/python benchmarks/engines.py
 
 # timm asks for torchvision, which brings gigabytes of CUDA; its state dicts, all we use it for, need none of that.
 $(READY): pyproject.toml constraints.txt

@@ -24,6 +24,8 @@ from dinoexport.spec import Array, Progress
 if TYPE_CHECKING:
     import torch
 
+# How much of a mapped file may be read before it is mapped anew.
+_MAPPED_BYTES_MAX = 256 * 2**20
 _SYNTHETIC = "synthetic:"
 _ZIP_START = b"PK\x03\x04"
 # Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
@@ -137,7 +139,7 @@ def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
         raise WeightsError(
             f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
         ) from None
-    return shapes, _reader(path, file.get_tensor)
+    return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor)
 
 
 def _open_zip(path: Path) -> tuple[Shapes, Read]:
@@ -146,10 +148,12 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
     import torch
 
     _check_zip(path)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return _tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        tensors = _tensors(content)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
     except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
         # Torch's own text advises to load it unsafely.
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -161,7 +165,7 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
         raise WeightsError(
             f"{path} is damaged or no torch.save file ({_first_line(error)}).", next_step="Get the file again."
         ) from None
-    return shapes, _reader(path, tensors.__getitem__)
+    return shapes, _reader(path, lambda: tensors().__getitem__)
 
 
 def _check_zip(path: Path) -> None:
@@ -201,12 +205,21 @@ def _tensors(content: Any) -> dict[str, torch.Tensor]:
     raise ValueError(f"dicts more than {_DICTS_DEEP_MAX} deep or of more than {_ENTRIES_MAX} entries")
 
 
-def _reader(path: Path, get: Callable[[str], torch.Tensor]) -> Read:
-    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values."""
+def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> Read:
+    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
+
+    mapped: maps the file and returns what gets a tensor of it. It is mapped anew now and then, for a page that was once
+    read counts as memory of this process until its mapping goes: 4.5 GB for ViT-g.
+    """
+    get, read_bytes = mapped(), 0
 
     def read(name: str) -> Array:
+        nonlocal get, read_bytes
         try:
+            if read_bytes > _MAPPED_BYTES_MAX:
+                get, read_bytes = mapped(), 0
             tensor = get(name)
+            read_bytes += tensor.nbytes
             floating = tensor.is_floating_point()
             array: Array | None = tensor.detach().float().contiguous().numpy() if floating else None
         except Exception as error:  # what a format can hold but NumPy cannot

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
-from dinoexport import download, recipe
+from dinoexport import checkpoint, download, recipe
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import find
 from dinoexport.recipe import WeightFile
@@ -41,6 +42,24 @@ def test_every_value_of_a_local_file_arrives(
         array = checkpoint.read(key)
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, tensor.to(dtype).float().numpy(), err_msg=key)
+
+
+@FORMATS
+def test_a_large_file_is_mapped_anew_as_it_is_read(
+    tmp_path: Path, state: Tensors, name: str, save: Callable[[Path, Tensors], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read does not pile up as memory: no mapping serves much more than the limit, every value is right."""
+    total = sum(tensor.nbytes for tensor in state.values())
+    monkeypatch.setattr(checkpoint, "_MAPPED_BYTES_MAX", total // 10)
+    mapped = []
+    for module, function in ((torch, "load"), (safetensors, "safe_open")):
+        original = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a, o=original, **k: mapped.append(1) or o(*a, **k))
+    read = opened(save(tmp_path / name, state)).read
+    before = len(mapped)
+    for key, tensor in state.items():
+        assert np.array_equal(read(key), tensor.numpy()), key
+    assert len(mapped) - before >= 4
 
 
 def test_parameters_and_strided_tensors_are_read_by_value(tmp_path: Path, state: Tensors) -> None:
