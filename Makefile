@@ -28,11 +28,14 @@ bench: $(READY)
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py
 
+# The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
+PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt
+
 # timm asks for torchvision, which brings gigabytes of CUDA; its state dicts, all we use it for, need none of that.
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
+	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps timm
 	touch $(READY)
 
 clean:

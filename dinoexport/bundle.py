@@ -92,7 +92,7 @@ class GraphFacts(Frozen):
 
 
 class EngineFacts(Frozen):
-    """An engine compiled from the graph of the same name. executed: `never`, until a GPU has run and judged it."""
+    """An engine compiled from a graph. executed: `never`, until a GPU has run and judged it. caution: the target's."""
 
     file: FileName
     runtime: Literal["tensorrt_rtx"]
@@ -108,6 +108,7 @@ class EngineFacts(Frozen):
     peak_memory_bytes: int
     log: FileName
     executed: Literal["never"] = "never"
+    caution: str = ""
 
 
 class Manifest(Frozen):

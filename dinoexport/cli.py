@@ -278,7 +278,12 @@ def _choice(option: str, word: str, known: tuple[str, ...]) -> Any:
 
 
 def _built_facts(built: Any) -> dict[str, Any]:
-    return {"bundle": str(built.folder), "verdict": built.manifest.verdict, "reused": list(built.reused)}
+    return {
+        "bundle": str(built.folder),
+        "verdict": built.manifest.verdict,
+        "reused": list(built.reused),
+        "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
+    }
 
 
 def _say_reused(built: Any) -> None:

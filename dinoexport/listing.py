@@ -142,8 +142,9 @@ def engine_lines(manifest: bundle.Manifest) -> list[str]:
                 f"        warning: attention is fused in {e.fused_attentions} of {e.attentions} places"
                 + ("; TensorRT fuses it in fp16 only." if e.precision == "fp32" else ".")
             )
-    caution = load_target(manifest.target).caution if manifest.engines else ""
-    return [*lines, *([f"        caution: {caution}"] if caution else [])]
+        if e.caution:
+            lines.append(f"        caution: {e.caution}")
+    return lines
 
 
 def _of_onnx(path: Path) -> dict[str, Any]:

@@ -229,6 +229,7 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
         build_s=round(made.build_s, 1),
         peak_memory_bytes=made.peak_memory_bytes,
         log=made.log.name,
+        caution=order.target.caution,
     )
 
 

@@ -43,12 +43,13 @@ def test_wheel_contents(wheel: Path) -> None:
 def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """With the serving extra alone a bundle validates; with the export extra it is built. Versions are CI's."""
     environment = tmp_path / "venv"
-    venv.create(environment, with_pip=True)
+    venv.create(environment, with_pip=False)
     binary = environment / "bin"
 
     def install(extras: str) -> None:
-        pip = [binary / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--constraint", ROOT / "constraints.txt", f"{wheel}[{extras}]"], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", binary / "python", "--quiet", "--disable-pip-version-check"]
+        wanted = ["--constraint", ROOT / "constraints.txt", f"{wheel}[{extras}]"]
+        subprocess.run([*pip, "install", *wanted], check=True)
 
     def dinoexport(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
