@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import dinoexport
 from dinoexport.errors import DinoexportError
 
 if TYPE_CHECKING:
@@ -51,6 +52,21 @@ Force = Annotated[bool, typer.Option("--force", help="Make every stage again, wh
 ReferenceOption = Annotated[
     str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(dinoexport.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("list", epilog=EXIT_CODES)

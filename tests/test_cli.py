@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import dinoexport
 from dinoexport import cli
 from tests.conftest import DATA
 
@@ -45,6 +46,11 @@ def test_help_answers_at_once() -> None:
     assert all(verb in result.stdout for verb in ("build", "export", "validate", "inspect", "list", "schema"))
     assert "Exit codes" in result.stdout
     assert min(times) < 0.3, times
+
+
+def test_version() -> None:
+    shown = run("--version")
+    assert (shown.exit_code, shown.stdout) == (0, f"{dinoexport.__version__}\n")
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

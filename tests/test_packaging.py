@@ -36,7 +36,7 @@ def test_wheel_contents(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    assert {name for name in names if name.startswith("dinoexport/")} == modules | data
+    assert {name for name in names if name.startswith("dinoexport/")} == modules | data | {"dinoexport/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
