@@ -138,7 +138,7 @@ def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stag
     versions = _versions(_TRACERS)
     metadata = {
         "dinoexport.variant": order.recipe.name,
-        "dinoexport.checkpoint": checkpoint.source,
+        # The hash alone: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
         "dinoexport.licence": order.recipe.licence,
         "dinoexport.recipe": json.dumps(recipe, sort_keys=True),

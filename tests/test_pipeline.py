@@ -85,6 +85,22 @@ def test_same_bytes_in_another_process(built: Path, tmp_path: Path) -> None:
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def test_same_weights_at_another_path_are_the_same_graph(tmp_path: Path) -> None:
+    import safetensors.numpy
+
+    order = pipeline.order(TINY)
+    tensors = {name: order.model.synthetic(name, 0) for name in order.model.tensors}
+    graphs = set()
+    for name in ("here", "there"):
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+        weights = str(tmp_path / f"{name}.safetensors")
+        built = pipeline.export_only(pipeline.order(TINY, weights=weights, out=tmp_path / "bundle"))
+        graphs.add((built.folder / "model.onnx").read_bytes())
+        assert built.manifest.checkpoint.source == weights
+    assert len(graphs) == 1 and built.reused == ("export",)
+    assert str(tmp_path).encode() not in graphs.pop()
+
+
 def test_reuse_follows_the_key(built: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
 
