@@ -17,6 +17,7 @@ from dinoexport.recipe import WeightFile
 from dinoexport.spec import Progress
 
 _TIMEOUT_S = 30
+_ELSEWHERE = "set DINOEXPORT_CACHE to a folder with room that you may write to"
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
 _NAME_LENGTH_MAX = 100
@@ -42,7 +43,7 @@ def cached_path(file: WeightFile) -> Path:
 def fetch(file: WeightFile, *, progress: Progress) -> Path:
     """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
     path = cached_path(file)
-    with files.disk_errors(path.parent):
+    with files.disk_errors(path.parent, elsewhere=_ELSEWHERE):
         # Without the lock: the file came by rename, and two builds at once may read it.
         if _is_intact(file, path, progress):
             return path
@@ -103,7 +104,7 @@ def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
             have = 0  # this server does not resume
         length: int | None = response.length
         total = have + length if length is not None else file.size_bytes or 0
-        with files.disk_errors(part), part.open("ab" if have else "wb") as out:
+        with files.disk_errors(part, elsewhere=_ELSEWHERE), part.open("ab" if have else "wb") as out:
             for chunk in _chunks(response):
                 out.write(chunk)
                 have += len(chunk)

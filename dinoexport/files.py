@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement
@@ -29,17 +29,26 @@ def sha256(path: Path, *, progress: Progress = silent) -> str:
 
 @contextmanager
 def lock(path: Path, *, doing: str) -> Iterator[None]:
-    """Holds `path` against other processes; a BuildError at once when another one is `doing` it."""
+    """Holds `path` against other processes; a BuildError at once when another one is `doing` it.
+
+    The holder may remove the file when it is done: who then holds a file that is no longer there tries again.
+    """
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(
-                f"Another process is {doing}.", next_step="Wait for it, or choose another place."
-            ) from None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held, suppress(FileNotFoundError):
+            file = held.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BuildError(
+                    f"Another process is {doing}.", next_step="Wait for it, or choose another place."
+                ) from None
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                kept = held.pop_all()
+                break
+    with kept:
         yield
 
 
@@ -82,26 +91,25 @@ def link_or_copy(source: Path, destination: Path) -> None:
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turns an OSError met while writing below `where` into one sentence with what to do."""
+def disk_errors(where: Path, *, elsewhere: str = "choose a place you may write to") -> Iterator[None]:
+    """Turns an OSError met while writing below `where` into one sentence; `elsewhere` says where else to write."""
     try:
         yield
     except OSError as error:
-        raise disk_error(where, error) from error
+        raise _disk_error(where, error, elsewhere) from error
 
 
-def disk_error(where: Path, error: OSError) -> DinoexportError:
-    """What went wrong with the disk, and what to do about it."""
+def _disk_error(where: Path, error: OSError, elsewhere: str) -> DinoexportError:
     # NumPy's tofile reports a short write in words only: "56448 requested and 50000 written".
     short_write = error.errno is None and "requested and" in str(error)
     if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MissingRequirement(
             f"No room left while writing to {where}: {error.strerror or error}.",
-            next_step="Free some space, or choose another place; finished stages are kept and reused.",
+            next_step=f"Free some space, or {elsewhere}; what is finished is kept and reused.",
         )
     # EEXIST: where a folder is needed lies a file.
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return MissingRequirement(
-            f"{where} cannot be written: {error.strerror}.", next_step="Choose a place you may write to."
+            f"{where} cannot be written: {error.strerror}.", next_step=f"{elsewhere[0].upper()}{elsewhere[1:]}."
         )
     return BuildError(f"Writing to {where} failed: {error}.", next_step="Look at the disk, then run it again.")

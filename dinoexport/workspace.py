@@ -11,14 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dinoexport import bundle, download, files
+from dinoexport import bundle, files
 from dinoexport.bundle import BundleFile, Manifest
 from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.recipe import Frozen
@@ -128,20 +128,24 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
     """
     out = Path(os.path.realpath(out))  # a link stays a link, and its target has one lock under every name
     folder = out.with_name(f".{out.name}.work")
-    lock = download.cache_folder() / "locks" / key_of(out=str(out))
-    with files.disk_errors(lock.parent), files.lock(lock, doing=f"building {out}"), files.disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.recover(out)
-        _check_place(out)
-        if force:
-            shutil.rmtree(folder, ignore_errors=True)
+    with files.disk_errors(out), files.lock(folder / "lock", doing=f"building {out}"):
         try:
+            files.recover(out)
+            _check_place(out)
+            if force:
+                _remove(folder, "*")
             yield Workspace(out=out, folder=folder, force=force, progress=progress)
         finally:
-            for partial in folder.glob("*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
-                folder.rmdir()  # succeeds only when no finished stage is in it
+            _remove(folder, "*.partial")
+            if not any(path.is_dir() for path in folder.glob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    """Removes the stages in `folder` whose names fit, and leaves the lock."""
+    for stage in folder.glob(pattern):
+        if stage.is_dir():
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_place(out: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dinoexport import bundle
+from dinoexport import bundle, files
 from dinoexport.bundle import CheckpointFacts, Manifest
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.spec import Precision, silent
@@ -517,6 +517,25 @@ def test_a_disk_without_links_gets_copies(place: Path, monkeypatch: pytest.Monke
     build(out, make)
     assert build(out, make).reused
     bundle.verify(out)
+
+
+def test_no_cache_is_needed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the home folder is often nobody's to write to."""
+    (place / "file").write_text("")
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(place / "file" / "cache"))
+    build(place / "out", Maker())
+    assert everything_below(place) == ["file", "out", "out/manifest.json", "out/model.onnx"]
+
+
+def test_a_lock_whose_file_was_removed_is_taken_anew(place: Path) -> None:
+    """Two builds in turn: the first one removes the lock's file as it ends, and the second must not hold a ghost."""
+    first = files.lock(place / "lock", doing="building")
+    with first:
+        (place / "lock").unlink()
+        with files.lock(place / "lock", doing="building"):
+            assert (place / "lock").exists()
+            with pytest.raises(BuildError, match="Another process"), files.lock(place / "lock", doing="building"):
+                pass
 
 
 def test_errors_of_our_own_pass_unchanged(place: Path) -> None:
