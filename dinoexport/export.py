@@ -1,8 +1,8 @@
 """Traced pieces to one typed ONNX file with streamed external weights.
 
 A deep model is the same block many times, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by
-graph surgery: tracing ViT-g costs what tracing ViT-S does. Weights are stand-ins while tracing; they go from the
-checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of one tensor.
+graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing; they go from
+the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of one tensor.
 """
 
 from __future__ import annotations

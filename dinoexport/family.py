@@ -41,7 +41,6 @@ class Piece:
     module: torch.nn.Module
     example_inputs: Mapping[str, torch.Tensor]
     dynamic: Mapping[str, Mapping[int, str]]
-    output_count: int
 
 
 @dataclass(frozen=True, kw_only=True)

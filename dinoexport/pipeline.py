@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import sys
@@ -57,12 +58,11 @@ class Built:
 
 
 class Rejected(ValidationFailed):
-    """The build's tokens are not PyTorch's. `report` says where."""
+    """The build's outputs are not PyTorch's. `report` says where."""
 
-    def __init__(self, message: str, *, next_step: str, report: judge.Report, folder: Path | None) -> None:
+    def __init__(self, message: str, *, next_step: str, report: judge.Report) -> None:
         super().__init__(message, next_step=next_step)
         self.report = report
-        self.folder = folder
 
 
 def order(
@@ -266,14 +266,11 @@ def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejecte
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
     if published:
         message = f"{order.out} was published, marked rejected: its outputs are not PyTorch's ({worst})."
+        next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."
     else:
         message = f"Nothing was published: the outputs are not PyTorch's ({worst})."
-    return Rejected(
-        message,
-        next_step="The table shows each figure beside its limit; --keep-rejected keeps the bundle to look at.",
-        report=report,
-        folder=order.out if published else None,
-    )
+        next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."
+    return Rejected(message, next_step=next_step, report=report)
 
 
 def _require_packages(order: Order) -> None:
@@ -286,10 +283,9 @@ def _require_packages(order: Order) -> None:
 
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    import math
-
     width = 2 if order.precision is Precision.FP16 else 4
-    needed = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
+    weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
+    needed = weights * (2 if order.target.runtime == "tensorrt_rtx" else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())
     free = shutil.disk_usage(order.out.absolute().parent).free
     if free < needed:

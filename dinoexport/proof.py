@@ -17,12 +17,12 @@ from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.metrics import distance
-from dinoexport.recipe import Limits, Recipe, Validation, parse
+from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
 from dinoexport.runtime import ort
 from dinoexport.spec import Array, Arrays, Case, Expectation, Graph, Precision, Progress, Runner, silent
 
 Judge = Literal["plain", "hub"]
-# How many of a user's images are held at once; a folder of any size is judged in such steps.
+# How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
 _IMAGES_AT_ONCE = 64
 
 
@@ -190,8 +190,6 @@ def _same_weights(
 
 def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
     if manifest.verdict == "unjudged":
-        from dinoexport.recipe import load_validation
-
         validation, _ = load_validation(recipe.validation, beside=None)
         return limits_for(validation, manifest.precision)
     return bundle.read_reference(folder / bundle.REFERENCE).limits

@@ -1,4 +1,4 @@
-"""What all tests share: variants small enough to build in seconds, and PyTorch held to two threads."""
+"""What all tests share: where the data is, hypothesis profiles, and a cache of each test's own."""
 
 from __future__ import annotations
 

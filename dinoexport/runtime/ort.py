@@ -16,8 +16,8 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def open_graph(path: Path, graph: Graph, *, threads: int | None = None) -> Runner:
-    """A runner of the ONNX file at `path`. threads: None lets ONNX Runtime decide.
+def open_graph(path: Path, graph: Graph) -> Runner:
+    """A runner of the ONNX file at `path`.
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
@@ -28,8 +28,6 @@ def open_graph(path: Path, graph: Graph, *, threads: int | None = None) -> Runne
     options.log_severity_level = 3
     # Idle threads of several sessions in one process otherwise spin against each other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if threads:
-        options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exception classes share no public base but Exception

@@ -63,7 +63,6 @@ class Toy:
             module=Decoder(),
             example_inputs={name: examples[name] for name in names},
             dynamic={t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in graph.inputs},
-            output_count=2,
         )
         weights = {
             "embedding_VD": Weight(shape=(VOCABULARY, WIDTH), read=lambda: read("embedding")),

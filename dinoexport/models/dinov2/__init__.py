@@ -128,13 +128,12 @@ class Dinov2Model:
         folded = fold.Folded(arch=self.arch, read=read)
         tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
 
-        def over_tokens(name: str, module: torch.nn.Module, output_count: int) -> Piece:
+        def over_tokens(name: str, module: torch.nn.Module) -> Piece:
             return Piece(
                 name=name,
                 module=module,
                 example_inputs={"tokens": tokens},
                 dynamic={"tokens": {0: "batch", 1: "tokens"}},
-                output_count=output_count,
             )
 
         from_bytes = self.choices.input == "images"
@@ -148,12 +147,10 @@ class Dinov2Model:
             module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
-            output_count=1,
         )
-        block = over_tokens("block", Block(self.arch, body=body, residual=residual), 1)
-        registers = self.arch.register_count > 0
-        last_head = over_tokens("head", Head(self.arch, with_registers=True), 3 if registers else 2)
-        chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False), 2)
+        block = over_tokens("block", Block(self.arch, body=body, residual=residual))
+        last_head = over_tokens("head", Head(self.arch, with_registers=True))
+        chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False))
 
         def sequence() -> Iterator[Call]:
             yield Call(piece=stem, scope="stem", inputs=(image_name,), outputs=("stem_tokens",), weights=folded.stem())
