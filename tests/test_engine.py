@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import pytest
 
-from dinoexport import bundle, engine, listing, pipeline, proof
+from dinoexport import bundle, child, engine, files, listing, pipeline, plan, profiles, proof
 from dinoexport.errors import BuildError, MissingRequirement
-from dinoexport.spec import Dim, Graph, Precision, Tensor
+from dinoexport.spec import Graph, Precision, Runtime
 from tests import conformance
 from tests.conftest import DATA
 
@@ -30,6 +30,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Graph]:
     return exported(TINY, Precision.FP16, tmp_path_factory.mktemp("tiny"))
 
 
+def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any) -> engine.Engine:
+    """The TensorRT-RTX engine for `targets`, over the graph's whole range unless `changes` say otherwise."""
+    settings = {"runtime": Runtime.TENSORRT_RTX, "profiles": [profiles.profile("whole", graph, {})]} | changes
+    return engine.build(path, graph, folder, compute_capabilities=targets, **settings)
+
+
 @pytest.mark.parametrize(
     ("variant", "precision", "targets"),
     [
@@ -42,7 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Graph]:
 def test_real_variants_compile(variant: str, precision: Precision, targets: tuple[str, ...], tmp_path: Path) -> None:
     """The engine is for the asked GPUs, holds the graph's weights, and in fp16 fuses attention in every block."""
     path, graph = exported(variant, precision, tmp_path)
-    made = engine.build(path, graph, tmp_path, compute_capabilities=targets)
+    made = built(path, graph, tmp_path, *targets)
     assert made.compute_capabilities == targets
     assert made.size_bytes == made.path.stat().st_size
     assert (made.fused_attentions, made.attentions) == (12 if precision is Precision.FP16 else 0, 12)
@@ -57,7 +63,7 @@ def test_real_variants_compile(variant: str, precision: Precision, targets: tupl
 def test_bytes_in_compile_too(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "vits14"\n[graph]\ninput = "images"\n[model]\ndepth = 1\n')
     path, graph = exported(str(tmp_path / "mine.toml"), Precision.FP16, tmp_path)
-    assert engine.build(path, graph, tmp_path, compute_capabilities=["8.9"]).fused_attentions == 1
+    assert built(path, graph, tmp_path, "8.9").fused_attentions == 1
 
 
 def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -> None:
@@ -68,8 +74,10 @@ def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -
     manifest = bundle.verify(order.out)
     (facts,) = manifest.engines
     assert (facts.file, facts.compute_capabilities, facts.executed) == ("model.rtx", ("8.0",), "never")
-    assert facts.profile == {"pixels": ((1, 3, 14, 14), (1, 3, 28, 28), (4, 3, 1022, 1022))}
-    assert engine.read_header(order.out / "model.rtx").version == facts.runtime_version
+    assert facts.profiles == {"whole": {"pixels": ((1, 3, 14, 14), (1, 3, 28, 28), (4, 3, 1022, 1022))}}
+    assert facts.log_sha256 == files.sha256(order.out / facts.log)
+    assert built.engines.not_run == "model.rtx was not run: no GPU here."
+    assert plan.read_header(order.out / "model.rtx").version == facts.runtime_version
     said = "\n".join(listing.engine_lines(manifest))
     assert "executed: never" in said and "caution" in said
     assert proof.validate(order.out).report.passed
@@ -78,26 +86,10 @@ def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -
     assert pipeline.build(order).reused == ("export", "reference")
 
 
-def test_profile_takes_every_dimensions_range() -> None:
-    graph = Graph(
-        name="step",
-        inputs=(
-            Tensor(name="ids", dtype="int64", shape=("batch", 1), meaning="tokens"),
-            Tensor(name="past", dtype="float32", shape=("batch", "length", 8), meaning="cache"),
-        ),
-        outputs=(),
-        dims=(Dim(name="batch", min=1, opt=2, max=4), Dim(name="length", min=3, opt=30, max=300)),
-    )
-    assert engine.profile_shapes(graph) == {
-        "ids": ((1, 1), (2, 1), (4, 1)),
-        "past": ((1, 3, 8), (2, 30, 8), (4, 300, 8)),
-    }
-
-
 def test_a_damaged_graph_is_one_error(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(tiny[0].read_bytes()[:5000])
-    with pytest.raises(BuildError, match="compiler failed"):
-        engine.build(tmp_path / "model.onnx", tiny[1], tmp_path, compute_capabilities=["8.0"])
+    with pytest.raises(BuildError, match="engine failed"):
+        built(tmp_path / "model.onnx", tiny[1], tmp_path, "8.0")
     assert not (tmp_path / "model.rtx").exists()
 
 
@@ -109,17 +101,17 @@ def test_an_unsupported_op_is_named(tiny: tuple[Path, Graph], tmp_path: Path) ->
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "model.onnx.data").write_bytes((tiny[0].parent / "model.onnx.data").read_bytes())
     with pytest.raises(BuildError, match="Softmaxx"):
-        engine.build(tmp_path / "model.onnx", tiny[1], tmp_path, compute_capabilities=["8.0"])
+        built(tmp_path / "model.onnx", tiny[1], tmp_path, "8.0")
 
 
 def test_a_gpu_the_compiler_does_not_know(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="SM90"):
-        engine.build(*tiny, tmp_path, compute_capabilities=["9.0"])
+        built(*tiny, tmp_path, "9.0")
 
 
 def test_too_slow_is_stopped(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="more than 0 s"):
-        engine.build(*tiny, tmp_path, compute_capabilities=["8.0"], timeout_s=0.3)
+        built(*tiny, tmp_path, "8.0", timeout_s=0.3)
     assert not (tmp_path / "model.rtx").exists()
 
 
@@ -148,39 +140,32 @@ def test_a_dying_compiler_is_one_error(
     stand_in.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(stand_in))
     with pytest.raises(error, match=words):
-        engine.build(*tiny, tmp_path, compute_capabilities=["8.0"])
-
-
-def test_headers_that_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "model.rtx"
-    for content in (b"", b"vtrt", b"ftrt" + bytes(100)):
-        path.write_bytes(content)
-        with pytest.raises(BuildError, match=r"no TensorRT-RTX engine"):
-            engine.read_header(path)
+        built(*tiny, tmp_path, "8.0")
 
 
 def test_an_engine_that_is_not_the_one_asked_for(
     tiny: tuple[Path, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut short, for other GPUs, or with other weights: the header gives it away."""
-    made = engine.build(*tiny, tmp_path, compute_capabilities=["8.0"])
+    made = built(*tiny, tmp_path, "8.0")
     right = made.path.read_bytes()
     made.path.write_bytes(right[:-1])
     with pytest.raises(BuildError, match="cut short"):
-        engine.read_header(made.path)
+        plan.read_header(made.path)
 
     def leaves(changed: bytes) -> Any:
-        def run(job: dict[str, Any], *_: Any) -> int:
+        def run(_module: str, job: dict[str, Any], log: Path, **_: Any) -> child.Finished:
             Path(job["engine"]).write_bytes(changed)
-            return 0
+            log.write_text("[V] Total Activation Memory: 1 bytes\n")
+            return child.Finished(said={}, peak_memory_bytes=0)
 
         return run
 
     ampere_and_ada = right[:32] + struct.pack("<I", 0b1100) + right[36:]
-    monkeypatch.setattr(engine, "_run", leaves(ampere_and_ada))
-    with pytest.raises(BuildError, match=r"SM 8\.6, 8\.9, not 8\.0"):
-        engine.build(*tiny, tmp_path, compute_capabilities=["8.0"])
+    monkeypatch.setattr(child, "run", leaves(ampere_and_ada))
+    with pytest.raises(BuildError, match=r"SM 8\.6, 8\.9, not tensorrt_rtx for 8\.0"):
+        built(*tiny, tmp_path, "8.0")
     twice_the_weights = right[:56] + struct.pack("<Q", 2 * made.weight_bytes) + right[64:]
-    monkeypatch.setattr(engine, "_run", leaves(twice_the_weights))
+    monkeypatch.setattr(child, "run", leaves(twice_the_weights))
     with pytest.raises(BuildError, match="not the same model"):
-        engine.build(*tiny, tmp_path, compute_capabilities=["8.0"])
+        built(*tiny, tmp_path, "8.0")
