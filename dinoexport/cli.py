@@ -243,6 +243,31 @@ def schema(as_json: Json = False) -> None:
         _print_json(listing.recipe_schema())
 
 
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what it can build and run, and how to mend what is wrong."""
+    with _reporting(as_json):
+        from dataclasses import asdict
+
+        from dinoexport.doctor import findings
+        from dinoexport.errors import MissingRequirement
+
+        found = findings()
+        wrong = [finding for finding in found if finding.state == "wrong"]
+        rows = [asdict(finding) for finding in found]
+        if as_json and not wrong:
+            _print_json({"findings": rows})
+            return
+        if not as_json:
+            _print(_table("This machine", rows))
+        if wrong:
+            _fail(
+                MissingRequirement(f"{wrong[0].subject}: {wrong[0].found}.", next_step=wrong[0].fix),
+                as_json,
+                findings=rows,
+            )
+
+
 def main() -> NoReturn:
     """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -380,12 +405,13 @@ def _print_json(content: Any) -> None:
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in rows[0] if rows else ():
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))  # no markup: brackets are brackets
     return table
 
 
@@ -399,8 +425,9 @@ def _cell(value: Any) -> str:
 
 def _facts(title: str, facts: dict[str, str]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     for key, value in facts.items():
-        table.add_row(key, value)
+        table.add_row(Text(key), Text(value))
     return table

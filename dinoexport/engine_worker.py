@@ -110,7 +110,7 @@ def _monitor(report: Any) -> Any:
         def __init__(self) -> None:
             base.__init__(self)
             self.phases: dict[str, list[Any]] = {}  # name -> [parent, steps done, steps in all]
-            self.said = ""
+            self.furthest: dict[str, int] = {}  # phases overlap: what was reached is not taken back
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.phases[phase_name] = [parent_phase, 0, max(num_steps, 1)]
@@ -133,10 +133,10 @@ def _monitor(report: Any) -> Any:
                 if parent not in self.phases or parent == name:
                     break
                 name = parent
-            line = json.dumps({"phase": name, "done": round(1000 * part), "total": 1000}) + "\n"
-            if line != self.said:  # kernels are timed by the thousand
-                self.said = line
-                report.write(line)
+            done_permille = round(1000 * part)
+            if done_permille > self.furthest.get(name, -1):  # kernels are timed by the thousand, and said once
+                self.furthest[name] = done_permille
+                report.write(json.dumps({"phase": name, "done": done_permille, "total": 1000}) + "\n")
 
     return Monitor()
 

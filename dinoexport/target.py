@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dinoexport import machine, shipped
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.machine import Gpu
-from dinoexport.recipe import Frozen, Recipe, Target, load_target, parse, read_toml
+from dinoexport.recipe import EngineChoices, Frozen, Recipe, Target, load_target, parse, read_toml
 from dinoexport.spec import Precision, Runtime, closest
 
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
@@ -89,7 +89,7 @@ def _runtime(target: Target, wanted: Runtime | None, recipe: Recipe, gpus: Seque
         raise UsageError(
             f"{target.name} is not built with {wanted}.", next_step=f"It has: {', '.join(target.runtimes)}."
         )
-    possible = [r for r in target.runtimes if r is not Runtime.TENSORRT or _can_build_plan(target, recipe, gpus)]
+    possible = [r for r in target.runtimes if can_build(target, r, recipe.engine, gpus)]
     if wanted and wanted not in possible:
         here = ", ".join(f"{gpu.name} (SM {gpu.compute_capability})" for gpu in gpus) or "no GPU"
         others = " or ".join(f"--runtime {r}" for r in possible)
@@ -100,12 +100,18 @@ def _runtime(target: Target, wanted: Runtime | None, recipe: Recipe, gpus: Seque
     return wanted or possible[0]
 
 
-def _can_build_plan(target: Target, recipe: Recipe, gpus: Sequence[Gpu]) -> bool:
-    """TensorRT measures kernels on the GPU it builds for; `ampere+` plans may be built on any Ampere or newer."""
+def can_build(target: Target, runtime: Runtime, choices: EngineChoices, gpus: Sequence[Gpu]) -> bool:
+    """Whether a machine with `gpus` can build for `runtime` on `target`.
+
+    TensorRT measures kernels on the GPU it builds for; `ampere+` plans may be built on any Ampere or newer. The others
+    need no GPU.
+    """
+    if runtime is not Runtime.TENSORRT:
+        return True
     if not gpus:
         return False
     here = gpus[0].compute_capability
-    if recipe.engine.compatibility == "ampere+":
+    if choices.compatibility == "ampere+":
         return _at_least_ampere(here) and all(map(_at_least_ampere, target.compute_capabilities))
     return here in target.compute_capabilities
 

@@ -8,12 +8,48 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dinoexport import machine
+
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        action="append",
+        default=[],
+        metavar="MARKER",
+        help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
+    )
+
+
+def _missing(marker: str) -> str:
+    """Why tests with this marker cannot run on this machine; empty when they can."""
+    if marker in ("gpu", "tensorrt") and not machine.gpus():
+        return "no NVIDIA GPU here"
+    if marker == "tensorrt" and machine.installed("tensorrt") is None:
+        return "tensorrt is not installed"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers():
+        if reason := _missing(mark.name):
+            if mark.name in item.config.getoption("--require"):
+                pytest.fail(f"--require {mark.name}: {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test sees a GPU only if it says so: the same tests on every machine."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(machine, "gpus", lambda: ())
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,8 @@ import pytest
 
 from dinoexport import bundle, child, engine, files, listing, pipeline, plan, profiles, proof
 from dinoexport.errors import BuildError, MissingRequirement
+from dinoexport.machine import Gpu
+from dinoexport.recipe import EngineChoices
 from dinoexport.spec import Graph, Precision, Runtime
 from tests import conformance
 from tests.conftest import DATA
@@ -169,3 +177,88 @@ def test_an_engine_that_is_not_the_one_asked_for(
     monkeypatch.setattr(child, "run", leaves(twice_the_weights))
     with pytest.raises(BuildError, match="not the same model"):
         built(*tiny, tmp_path, "8.0")
+
+
+@pytest.fixture
+def classic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`standin/tensorrt`, which is not TensorRT, where the build and its child process look for that."""
+    folder = Path(__file__).parent / "standin"
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+A100 = Gpu(
+    index=0, name="NVIDIA A100-SXM4", uuid="GPU-1", compute_capability="8.0", memory_bytes=4 * 10**10, driver="580.1"
+)
+
+
+def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_path: Path, classic: None) -> None:
+    """Polygraphy's classic loader and the worker's classic branch, with TensorRT-RTX's builder under them; no plan."""
+    said: list[tuple[str, int, int]] = []
+    made = built(*tiny, tmp_path, "8.0", runtime=Runtime.TENSORRT, gpu=A100, progress=lambda *what: said.append(what))
+    assert (made.path.name, made.runtime_version) == ("model.plan", "11.4.0.106")
+    assert (made.scratch_bytes, made.weight_bytes) == (12345, None), "what the opened plan says"
+    assert made.fused_attentions == 2, "of the inspector's layers, each once whatever the profile"
+    log = made.log.read_text()
+    assert re.findall(r"Flags +\| \[(.*)\]", log) == ["STRONGLY_TYPED"], "no precision flag, and no TF32"
+    (cache,) = (tmp_path / "cache" / "timing").glob("*.cache")
+    assert cache.name.startswith("NVIDIA-A100-SXM4-580.1-tensorrt-")
+    assert "Loading tactic timing cache" not in log
+    built(*tiny, tmp_path, "8.0", runtime=Runtime.TENSORRT, gpu=A100)
+    assert f"Loading tactic timing cache from {cache}" in made.log.read_text(), "the next build starts from it"
+    building = [done for doing, done, total in said if doing == "compiling the engine: Building engine"]
+    assert building == sorted(building) and building[-1] > 900 and len(building) > 3
+    assert all(total == 1000 for _, _, total in said)
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        (EngineChoices(), (3, "NONE", False, False, False)),
+        (
+            EngineChoices(preset="max", compatibility="ampere+", version_compatible=True),
+            (5, "AMPERE_PLUS", True, False, False),
+        ),
+        (
+            EngineChoices(preset="fast", compatibility="same-cc", weight_streaming=True, strip_weights=True),
+            (1, "SAME_COMPUTE_CAPABILITY", False, True, True),
+        ),
+    ],
+)
+def test_choices_reach_polygraphys_classic_configuration(choices: EngineChoices, expected: Any, classic: None) -> None:
+    """In a process of its own, for Polygraphy reads at import which flavour it drives. Against the stand-in."""
+    script = (
+        "import json, sys; from dinoexport.engine_worker import _classic\n"
+        "c = _classic(json.loads(sys.argv[1]), [])\n"
+        "print(json.dumps([c.builder_optimization_level, c.hardware_compatibility_level.name, c.version_compatible,"
+        " c.weight_streaming, c.strip_plan, c.fp16, c.bf16, c.int8, c.tf32, c.calibrator]))"
+    )
+    job = json.dumps({"choices": choices.model_dump(mode="json"), "timing_cache": None})
+    shown = subprocess.run([sys.executable, "-c", script, job], check=True, capture_output=True, text=True)
+    found = json.loads(shown.stdout.splitlines()[-1])
+    assert tuple(found[:5]) == expected
+    assert found[5:] == [False, False, False, False, None], "nothing that TensorRT 11 removed"
+
+
+def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
+    """The very key press: SIGINT to the process group of a real build while its compiler runs."""
+    command = [sys.executable, "-m", "dinoexport", "build", TINY, "--weights", "synthetic:0", "--target", "a100"]
+    settings: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command += ["--out", str(tmp_path / "bundle")]
+    with subprocess.Popen(command, start_new_session=True, **settings) as build:
+        assert build.stderr is not None
+        assert any("compiling the engine" in line for line in build.stderr), "the compiler has begun"
+        os.killpg(build.pid, signal.SIGINT)
+        assert build.wait(timeout=60) == 130
+        with pytest.raises(ProcessLookupError):  # nobody of the group is left, the compiler included
+            os.killpg(build.pid, 0)
+    assert not (tmp_path / "bundle").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_full_disk_is_one_error(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
+    """/dev/full takes the place of the engine's file: every write to it meets a disk without space."""
+    (tmp_path / "model.rtx.partial").symlink_to("/dev/full")
+    with pytest.raises(BuildError, match="No space left on device"):
+        built(*tiny, tmp_path, "8.0")
+    assert not (tmp_path / "model.rtx").exists()
