@@ -1,7 +1,8 @@
-# make demo      build ViT-S/14 from made-up weights, judge it, say what to do next
+# make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make bench     what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
+# make gpu       speed and truth of every runtime on this machine's GPU, in one table
 #
 # All set themselves up in .venv; a second call does no set-up again.
 
@@ -10,10 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench engines clean
+.PHONY: demo test bench engines gpu clean
 
 demo: $(READY)
-	$(BIN)/dinoexport build vits14 --weights synthetic:0
+	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
 test: $(READY)
 	$(BIN)/ruff format --check .
@@ -37,6 +38,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps timm
 	touch $(READY)
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md
 
 clean:
 	rm -rf $(VENV) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

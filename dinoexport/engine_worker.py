@@ -103,42 +103,65 @@ def _looked_at(engine: Any) -> dict[str, Any]:
 
 
 def _monitor(report: Any) -> Any:
-    """An IProgressMonitor that writes how far the outermost phase is: its own steps, and those of the phases inside."""
+    """An IProgressMonitor that writes how far each outermost phase is."""
     base: Any = _trt().IProgressMonitor
+    phases = _Phases(report)
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.phases: dict[str, list[Any]] = {}  # name -> [parent, steps done, steps in all]
-            self.furthest: dict[str, int] = {}  # phases overlap: what was reached is not taken back
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.phases[phase_name] = [parent_phase, 0, max(num_steps, 1)]
-            self.say(phase_name)
+            phases.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self.phases:
-                self.phases[phase_name][1] = step + 1
-                self.say(phase_name)
+            phases.step(phase_name, step)
             return True  # False would cancel the build
 
         def phase_finish(self, phase_name: str) -> None:
-            self.phases.pop(phase_name, None)
-
-        def say(self, phase_name: str) -> None:
-            part, name = 0.0, phase_name
-            while True:
-                parent, done, steps = self.phases[name]
-                part = min(1.0, (done + part) / steps)
-                if parent not in self.phases or parent == name:
-                    break
-                name = parent
-            done_permille = round(1000 * part)
-            if done_permille > self.furthest.get(name, -1):  # kernels are timed by the thousand, and said once
-                self.furthest[name] = done_permille
-                report.write(json.dumps({"phase": name, "done": done_permille, "total": 1000}) + "\n")
+            phases.finish(phase_name)
 
     return Monitor()
+
+
+class _Phases:
+    """The builder's nested phases. Some overlap and some have their own name for a parent, so nothing is taken back."""
+
+    def __init__(self, report: Any) -> None:
+        self._report = report
+        self._running: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps done, steps in all
+        self._reached: dict[str, int] = {}
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        self._running[name] = (parent if parent in self._running and parent != name else None, 0, max(steps, 1))
+        self._say(name)
+
+    def step(self, name: str, step: int) -> None:
+        if name in self._running:
+            parent, _, steps = self._running[name]
+            self._running[name] = (parent, step + 1, steps)
+            self._say(name)
+
+    def finish(self, name: str) -> None:
+        parent, _, _ = self._running.pop(name, ("", 0, 0))
+        if parent is None:
+            self._reach(name, 1000)
+
+    def _say(self, name: str) -> None:
+        """How far the outermost phase is: its own steps, and of the one under way what the phases inside have done."""
+        part = 0.0
+        while True:
+            parent, done, steps = self._running[name]
+            part = min(1.0, (done + part) / steps)
+            if parent is None or parent not in self._running:
+                break
+            name = parent
+        self._reach(name, round(1000 * part))
+
+    def _reach(self, name: str, permille: int) -> None:
+        if permille > self._reached.get(name, -1):  # kernels are timed by the thousand, and said once
+            self._reached[name] = permille
+            self._report.write(json.dumps({"phase": name, "done": permille, "total": 1000}) + "\n")
 
 
 if __name__ == "__main__":
