@@ -71,7 +71,7 @@ def test_make_demo_does_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_recipe_example(tmp_path: Path) -> None:
-    (example,) = [block for kind, block in BLOCKS if kind == "toml"]
+    example, _ = [block for kind, block in BLOCKS if kind == "toml"]
     (tmp_path / "mine.toml").write_text(example)
     order = pipeline.order(str(tmp_path / "mine.toml"))
     assert order.recipe.name == "vitb14-dense" and order.recipe.precision == "fp16"
@@ -83,7 +83,7 @@ def test_bundle_layout_is_the_documented_one() -> None:
     (layout,) = [block for kind, block in BLOCKS if kind == "" and block.startswith("bundles/")]
     documented = set(re.findall(r"^  (\S+)  ", layout, flags=re.MULTILINE))
     always = {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json"}
-    assert documented == always | {"model.rtx"}
+    assert documented == always | {"model.plan"}
 
 
 def test_help_of_every_verb() -> None:
