@@ -19,7 +19,7 @@ from dinoexport.download import cache_folder
 from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.machine import Gpu
 from dinoexport.recipe import EngineChoices
-from dinoexport.spec import Graph, Precision, Profile, Progress, Runtime, silent
+from dinoexport.spec import Graph, Profile, Progress, Runtime, silent
 
 PACKAGES = {Runtime.TENSORRT: ("tensorrt", "polygraphy"), Runtime.TENSORRT_RTX: ("tensorrt_rtx", "polygraphy")}
 TIMEOUT_S = 3 * 3600
@@ -129,19 +129,17 @@ def build(
     )
 
 
-def check_memory(
-    onnx: Path, graph: Graph, wanted: Sequence[Profile], *, precision: Precision, memory_bytes: int, where: str
-) -> None:
+def check_memory(onnx: Path, graph: Graph, wanted: Sequence[Profile], *, memory_bytes: int, where: str) -> None:
     """Refuses profiles whose engine `where` has no memory for, by an estimate, before the build is begun.
 
     Raises MissingRequirement with the size of each dimension that would fit, the others as they are.
     """
     weight_bytes = onnx.with_name(f"{onnx.name}.data").stat().st_size
     for profile in wanted:
-        scratch = profiles.scratch_bytes(onnx, profile, precision)
+        scratch = profiles.scratch_bytes(onnx, profile)
         if weight_bytes + scratch <= memory_bytes:
             continue
-        fitting = profiles.fitting(onnx, graph, profile, precision, memory_bytes - weight_bytes)
+        fitting = profiles.fitting(onnx, graph, profile, memory_bytes - weight_bytes)
         raise MissingRequirement(
             f"Profile {profile.name} needs about {(weight_bytes + scratch) / 1e9:.1f} GB on the device "
             f"({scratch / 1e9:.1f} GB beside the weights); {where} has {memory_bytes / 1e9:.1f} GB.",

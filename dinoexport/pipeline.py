@@ -375,7 +375,6 @@ def _check_memory(order: Order, exported: Stage) -> None:
             onnx,
             graph,
             order.profiles[graph.name],
-            precision=order.precision,
             memory_bytes=builder.memory_bytes if builder else memory_gb * 10**9,
             where=builder.name if builder else f"the smallest {order.chosen.target.name}",
         )

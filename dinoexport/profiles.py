@@ -10,10 +10,10 @@ from typing import Any
 
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Range, Recipe
-from dinoexport.spec import Dim, Graph, Precision, Profile, closest
+from dinoexport.spec import Dim, Graph, Profile, closest
 
 # Beside the live tensors of the ONNX the compiler wants room to work in: TensorRT-RTX 1.7 asked for 1.11 to 1.33 times
-# the estimate (ViT-S, fp16, 1x518x518 to 16x1022x1022).
+# them (ViT-S, fp16, 1x518x518 to 16x1022x1022), and in fp32 for 0.9 times them at 16x1022x1022.
 HEADROOM = 1.35
 WHOLE = "whole"
 
@@ -67,7 +67,7 @@ def _wrong(name: str, problem: str) -> UsageError:
     return UsageError(f"[profiles.{name}]: {problem}", next_step="Mend the profile.")
 
 
-def fitting(onnx: Path, graph: Graph, wanted: Profile, precision: Precision, budget_bytes: int) -> dict[str, int]:
+def fitting(onnx: Path, graph: Graph, wanted: Profile, budget_bytes: int) -> dict[str, int]:
     """For each dimension the largest size whose profile needs no more than `budget_bytes`, the others as they are."""
     found = {}
     for dim in graph.dims:
@@ -75,7 +75,7 @@ def fitting(onnx: Path, graph: Graph, wanted: Profile, precision: Precision, bud
         sizes = range(smallest, largest + 1, dim.step)
 
         def too_much(at: int, name: str = dim.name, sizes: range = sizes) -> bool:
-            return scratch_bytes(onnx, _narrowed(wanted, graph, name, sizes[at]), precision) > budget_bytes
+            return scratch_bytes(onnx, _narrowed(wanted, graph, name, sizes[at])) > budget_bytes
 
         fit = bisect.bisect_left(range(len(sizes)), True, key=too_much)
         if 0 < fit < len(sizes):
@@ -98,20 +98,19 @@ def _narrowed(wanted: Profile, graph: Graph, dim: str, largest: int) -> Profile:
     return profile(wanted.name, graph, ranges)
 
 
-def scratch_bytes(onnx: Path, profile: Profile, precision: Precision) -> int:
+def scratch_bytes(onnx: Path, profile: Profile) -> int:
     """About how much device memory an engine needs at the profile's largest shapes, beside its weights.
 
-    The most that is alive at once while the graph's nodes run in order. In half precision attention is fused: a
-    softmax's input and output never exist.
+    The most that is alive at once while the graph's nodes run in order. Attention is counted as fused, its scores never
+    written out: in fp32 the compiler does write them where there is room, and does without where there is not.
     """
     import onnx as onnx_package
 
     model = onnx_package.load(onnx, load_external_data=False)
     size_bytes = _tensor_bytes(model, {name: shapes[2] for name, shapes in profile.shapes.items()})
-    if precision is not Precision.FP32:
-        for node in model.graph.node:
-            if node.op_type == "Softmax":
-                size_bytes |= dict.fromkeys((*node.input, *node.output), 0)
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            size_bytes |= dict.fromkeys((*node.input, *node.output), 0)
     bound = {value.name for value in (*model.graph.input, *model.graph.output)}  # in the caller's own buffers
     last_use = {name: at for at, node in enumerate(model.graph.node) for name in node.input}
     alive: dict[str, int] = {}

@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dinoexport import cli, pipeline, recipe, shipped
+from dinoexport.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -77,6 +78,16 @@ def test_recipe_example(tmp_path: Path) -> None:
     assert order.recipe.name == "vitb14-dense" and order.recipe.precision == "fp16"
     assert len(order.model.graphs[0].outputs) == 10
     assert any(case.expect_refusal for case in order.cases)
+
+
+def test_engine_example(tmp_path: Path) -> None:
+    _, example = [block for kind, block in BLOCKS if kind == "toml"]
+    (tmp_path / "mine.toml").write_text(example)
+    with pytest.raises(UsageError, match="tensorrt_rtx has no compatibility"):
+        pipeline.order(str(tmp_path / "mine.toml"), target="a100")  # read, and refused for what this machine lacks
+    (tmp_path / "mine.toml").write_text(example.replace('"same-cc"', '"this-gpu"'))
+    order = pipeline.order(str(tmp_path / "mine.toml"), target="a100")
+    assert [profile.name for profile in order.profiles["model"]] == ["document", "latency"]
 
 
 def test_bundle_layout_is_the_documented_one() -> None:
