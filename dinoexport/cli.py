@@ -44,7 +44,7 @@ Weights = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="fp32|fp16", help="Default: the recipe's, else the target's first.")
+    str | None, typer.Option(metavar="fp32|fp16|bf16|int8", help="Default: the recipe's, else the target's first.")
 ]
 TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]

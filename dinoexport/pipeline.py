@@ -283,7 +283,7 @@ def _require_packages(order: Order) -> None:
 
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    width = 2 if order.precision is Precision.FP16 else 4
+    width = 2 if order.precision in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
     needed = weights * (2 if order.target.runtime == "tensorrt_rtx" else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())

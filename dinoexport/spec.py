@@ -30,10 +30,12 @@ def silent(_doing: str, _done: int, _total: int) -> None:
 
 
 class Precision(enum.StrEnum):
-    """The arithmetic of a graph's body. What stays fp32 all the same is the family's decision."""
+    """The arithmetic of a model's body. What stays fp32 all the same is the family's or the runtime's decision."""
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
 
 
 @dataclass(frozen=True, kw_only=True)

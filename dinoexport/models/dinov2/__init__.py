@@ -123,7 +123,7 @@ class Dinov2Model:
         from dinoexport.models.dinov2 import fold
         from dinoexport.models.dinov2.graph import Block, Head, Stem
 
-        body = torch.float16 if self.recipe.precision is Precision.FP16 else torch.float32
+        body = _dtype(self.recipe.precision or Precision.FP32)
         residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
         folded = fold.Folded(arch=self.arch, read=read)
         tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
@@ -185,7 +185,7 @@ class Dinov2Model:
 
         from dinoexport.models.dinov2 import reference
 
-        dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+        dtype = _dtype(precision)
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
@@ -261,6 +261,13 @@ class Dinov2Model:
             "bias": "Despite training without annotations, significant biases remain toward rich households from "
             "Western countries.",
         }
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    """What PyTorch computes in. It has none for int8, which a quantiser makes of an fp32 graph."""
+    import torch
+
+    return {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
 
 
 def _tokens(name: str, shape: tuple[int | str, ...], meaning: str) -> Tensor:
