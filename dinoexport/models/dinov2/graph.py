@@ -85,8 +85,9 @@ class Stem(nn.Module):
             weights_h = self._antialiased_weights(index_h, count_h)
             weights_w = self._antialiased_weights(index_w, count_w)
         else:
-            # 0.1 everywhere but on the native grid: upstream's "historical kludge", interpolate_offset.
-            offset = 0.1 * ((count_h - GRID).abs() + (count_w - GRID).abs()).clamp(max=1)
+            # 0.1 everywhere but on the native grid: upstream's "historical kludge", interpolate_offset. Squares and no
+            # Abs: OpenVINO 2026.4 takes a count less the grid for positive and drops it, and tokens are off by a fifth.
+            offset = 0.1 * ((count_h - GRID).square() + (count_w - GRID).square()).clamp(max=1)
             weights_h = self._offset_weights(index_h, count_h + offset)
             weights_w = self._offset_weights(index_w, count_w + offset)
         rows = (weights_h @ self.table_hwD).unflatten(-1, (self.table_size, -1))
