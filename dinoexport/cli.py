@@ -122,7 +122,7 @@ def build(
         _show_report(built.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
-        _print_engines(built.manifest)
+        _print_ways(built.manifest)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
 
@@ -180,7 +180,7 @@ def validate(
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
-        _print_engines(validated.manifest, to_stderr=as_json)
+        _print_ways(validated.manifest, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -298,6 +298,7 @@ def _built_facts(built: Any) -> dict[str, Any]:
         "bundle": str(built.folder),
         "verdict": built.manifest.verdict,
         "reused": list(built.reused),
+        "cpu": built.manifest.cpu and built.manifest.cpu.model_dump(mode="json"),
         "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
     }
 
@@ -316,10 +317,10 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
 
 
-def _print_engines(manifest: Any, *, to_stderr: bool = False) -> None:
+def _print_ways(manifest: Any, *, to_stderr: bool = False) -> None:
     from dinoexport import listing
 
-    for line in listing.engine_lines(manifest):
+    for line in (*listing.cpu_lines(manifest), *listing.engine_lines(manifest)):
         _print(line, to_stderr=to_stderr)
 
 

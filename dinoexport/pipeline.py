@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, engine, family, files, judge, proof
-from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
+from dinoexport import bundle, engine, family, files, judge, proof, quantise, tuning
+from dinoexport.bundle import CheckpointFacts, CpuFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
-from dinoexport.spec import Array, Case, Graph, Precision, Progress, silent
+from dinoexport.spec import Array, Case, Graph, Precision, Progress, Way, silent
 from dinoexport.workspace import Stage, Workspace, key_of, workspace
 
 # What decides a stage's bytes besides our own code.
 _TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-_RUNTIMES = ("onnxruntime", "numpy")
+_RUNTIMES = ("onnxruntime", "openvino", "numpy")
+_QUANTISERS = ("onnxruntime", "onnx")
 _COMPILERS = ("tensorrt_rtx_cu13", "polygraphy")
 
 
@@ -80,7 +81,7 @@ def order(
     if chosen not in machine.precisions:
         raise UsageError(f"{target} has no {chosen}.", next_step=f"It has: {', '.join(machine.precisions)}.")
     recipe = recipe.model_copy(update={"precision": chosen})
-    model = family.find(recipe.family).model(recipe)
+    model = family.find(recipe.family).model(recipe.model_copy(update={"precision": _traced(chosen, machine)}))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
     return Order(
@@ -105,17 +106,21 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-        exported = _export_stage(work, order, checkpoint)
+        plain = _export_stage(work, order, checkpoint)
+        exported = _quantise_stage(work, plain) if order.precision is Precision.INT8 else plain
         reference = _reference_stage(work, order, checkpoint)
-        judged, report = _judge_stage(work, order, exported, reference)
+        facts = _tune(order, exported, plain, progress) if order.target.runtime == "onnxruntime" else None
+        judged, report = _judge_stage(work, order, exported, reference, facts)
+        passed = report.passed and not _too_slow(facts)
         stages = {stage.name: stage for stage in (exported, reference, judged)}
-        if report.passed and order.target.runtime == "tensorrt_rtx":
+        if passed and order.target.runtime == "tensorrt_rtx":
             stages["engine"] = _engine_stage(work, order, exported)
-        if report.passed or keep_rejected:
-            manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
+        if passed or keep_rejected:
+            verdict: Verdict = "passed" if passed else "rejected"
+            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json(), facts)
             work.publish(stages, manifest)
-    if not report.passed:
-        raise _rejected(order, report, published=keep_rejected)
+    if not passed:
+        raise _rejected(order, report, facts, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
     return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
@@ -128,9 +133,17 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         exported = _export_stage(work, order, checkpoint)
-        manifest = _manifest(order, checkpoint, {"export": exported}, "unjudged", {})
-        work.publish({"export": exported}, manifest)
-    return Built(folder=order.out, manifest=manifest, reused=("export",) if exported.reused else ())
+        if order.precision is Precision.INT8:
+            exported = _quantise_stage(work, exported)
+        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged", {})
+        work.publish({exported.name: exported}, manifest)
+    return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
+
+
+def _traced(precision: Precision, target: Target) -> Precision:
+    """The precision of the graph itself: on a CPU bf16 is a runtime's arithmetic and int8 the quantiser's work."""
+    on_cpu = target.runtime == "onnxruntime"
+    return Precision.FP32 if on_cpu and precision in (Precision.BF16, Precision.INT8) else precision
 
 
 def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
@@ -153,6 +166,36 @@ def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stag
     return work.stage("export", key_of(code=_code(order), metadata=metadata), make)
 
 
+def _quantise_stage(work: Workspace, exported: Stage) -> Stage:
+    """The int8 twins of the fp32 graphs."""
+
+    def make(folder: Path) -> None:
+        onnx_files = [file.name for file in exported.files if file.name.endswith(".onnx")]
+        for done, name in enumerate(onnx_files, start=1):
+            quantise.to_int8(exported.folder / name, folder)
+            work.progress("quantising", done, len(onnx_files))
+
+    key = key_of(exported=exported.key, versions=_versions(_QUANTISERS))
+    return work.stage("quantise", key, make)
+
+
+def _tune(order: Order, exported: Stage, plain: Stage, progress: Progress) -> CpuFacts:
+    """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
+    wanted = tuning.Candidate(precision=order.precision, graphs=_graphs(order, exported))
+    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=_graphs(order, plain))
+    lowered = order.precision in (Precision.BF16, Precision.INT8)
+    return tuning.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
+
+
+def _graphs(order: Order, exported: Stage) -> dict[Path, Graph]:
+    return {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
+
+
+def _too_slow(facts: CpuFacts | None) -> bool:
+    """Whether a lower precision gains no time, so that there is nothing to pay its error with."""
+    return facts is not None and facts.times_fp32 is not None and facts.times_fp32 >= 1
+
+
 def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
     def make(folder: Path) -> None:
         reference = proof.ask_pytorch(
@@ -171,20 +214,30 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
         checkpoint=checkpoint.sha256,
         recipe=order.recipe.model_dump(mode="json"),
         limits=order.limits.model_dump(mode="json"),
-        cases=[(case.name, case.why, case.expect_refusal, _digest(case.inputs)) for case in order.cases],
+        cases=[
+            (case.name, case.why, case.expect_refusal, case.neighbours, _digest(case.inputs)) for case in order.cases
+        ],
         judge_code=order.judge_code,
         versions=_versions(_TRACERS),
     )
     return work.stage("reference", key, make)
 
 
-def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stage) -> tuple[Stage, judge.Report]:
-    """Judges what lies on the disk: the very files that will be published, read back."""
+def _judge_stage(
+    work: Workspace, order: Order, exported: Stage, reference: Stage, facts: CpuFacts | None
+) -> tuple[Stage, judge.Report]:
+    """Judges what lies on the disk: the very files that will be published, read back, run as they will be."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
-    graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
-    candidate = proof.open_candidate(order.model, graphs)
-    report = proof.judged(candidate, stored, proof.candidate_name(order.precision), progress=work.progress)
-    content = {**report.to_json(), "versions": _versions(_RUNTIMES), "machine": platform.machine()}
+    way = facts.chosen if facts else Way(runtime="onnxruntime", precision=order.precision)
+    candidate = proof.open_candidate(order.model, _graphs(order, exported), way)
+    name = proof.candidate_name(way, facts.arithmetic if facts else {})
+    report = proof.judged(candidate, stored, name, progress=work.progress)
+    content = {
+        **report.to_json(),
+        "cpu": facts and facts.model_dump(mode="json"),
+        "versions": _versions(_RUNTIMES),
+        "machine": platform.machine(),
+    }
 
     def make(folder: Path) -> None:
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -241,7 +294,12 @@ def _engines(stages: Mapping[str, Stage]) -> tuple[EngineFacts, ...]:
 
 
 def _manifest(
-    order: Order, checkpoint: Checkpoint, stages: Mapping[str, Stage], verdict: Verdict, report: dict[str, Any]
+    order: Order,
+    checkpoint: Checkpoint,
+    stages: Mapping[str, Stage],
+    verdict: Verdict,
+    report: dict[str, Any],
+    facts: CpuFacts | None = None,
 ) -> Manifest:
     return Manifest(
         variant=order.recipe.name,
@@ -253,6 +311,7 @@ def _manifest(
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
         engines=_engines(stages),
+        cpu=facts,
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},
         versions=_versions((*_TRACERS, "onnxruntime")) | {"python": platform.python_version()},
@@ -262,13 +321,17 @@ def _manifest(
     )
 
 
-def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejected:
+def _rejected(order: Order, report: judge.Report, facts: CpuFacts | None, *, published: bool) -> Rejected:
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
+    if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
+        problems.append(f"{order.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
+    problem = "; ".join(problems)
     if published:
-        message = f"{order.out} was published, marked rejected: its outputs are not PyTorch's ({worst})."
+        message = f"{order.out} was published, marked rejected: {problem}."
         next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."
     else:
-        message = f"Nothing was published: the outputs are not PyTorch's ({worst})."
+        message = f"Nothing was published: {problem}."
         next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."
     return Rejected(message, next_step=next_step, report=report)
 
@@ -277,13 +340,15 @@ def _require_packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
     require("export", *PACKAGES)
     require("cpu", "onnxruntime")
+    if order.target.runtime == "onnxruntime":
+        tuning.ways(order.precision)
     if order.target.runtime == "tensorrt_rtx":
         require("rtx", *engine.PACKAGES)
 
 
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    width = 2 if order.precision in (Precision.FP16, Precision.BF16) else 4
+    width = 2 if _traced(order.precision, order.target) in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
     needed = weights * (2 if order.target.runtime == "tensorrt_rtx" else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())

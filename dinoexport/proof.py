@@ -18,8 +18,8 @@ from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
-from dinoexport.runtime import ort
-from dinoexport.spec import Array, Arrays, Case, Expectation, Graph, Precision, Progress, Runner, silent
+from dinoexport.runtime import Arithmetic, cpu
+from dinoexport.spec import Array, Arrays, Case, Expectation, Graph, Precision, Progress, Runner, Way, silent
 
 Judge = Literal["plain", "hub"]
 # How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
@@ -83,19 +83,35 @@ def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
     return {name: error for name, error in errors.items() if isfinite(error)}
 
 
-def open_candidate(model: Model, graphs: Mapping[Path, Graph]) -> judge.Candidate:
-    """The exported graphs in ONNX Runtime, as the function from a case's inputs to its outputs."""
-    runners: dict[str, Runner] = {graph.name: ort.open_graph(path, graph) for path, graph in graphs.items()}
+def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> judge.Candidate:
+    """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
+    return _driven(model, cpu.open_graphs(graphs, way))
 
+
+def _driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:
     def answer(inputs: Arrays) -> dict[str, Array]:
         return model.drive(runners, inputs)
 
     return answer
 
 
-def candidate_name(precision: Precision) -> str:
-    """What the verdict is about, in words."""
-    return f"ONNX Runtime {ort.version()} on the CPU, {precision}"
+def candidate_name(way: Way, arithmetic: Arithmetic) -> str:
+    """What the verdict is about, in words, with what really computed: never what was only asked for."""
+    ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
+    return f"{cpu.title(way.runtime)} on the CPU, {way.precision}{ran and f' ({ran})'}"
+
+
+def way_of(manifest: Manifest) -> Way:
+    """How this machine runs a bundle: as the building one did, with as many threads as the runtime likes here.
+
+    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
+    """
+    if manifest.cpu is None:
+        return Way(runtime="onnxruntime", precision=manifest.precision)
+    chosen = manifest.cpu.chosen
+    if chosen.precision is Precision.FP32 and chosen.runtime not in cpu.installed():
+        return cpu.PLAIN
+    return Way(runtime=chosen.runtime, precision=chosen.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +144,10 @@ def validate(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    candidate = open_candidate(model, {folder / g.file: g.graph() for g in manifest.graphs})
-    name = candidate_name(manifest.precision)
+    way = way_of(manifest)
+    opened = cpu.open_graphs({folder / g.file: g.graph() for g in manifest.graphs}, way)
+    candidate = _driven(model, opened)
+    name = candidate_name(way, cpu.arithmetic(model, opened, model.loads[0].inputs))
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
         return Validated(manifest=manifest, report=judged(candidate, reference, name, progress=progress))

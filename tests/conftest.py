@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dinoexport import tuning
+from dinoexport.spec import Precision
+
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("seek", deadline=None)
@@ -20,3 +23,9 @@ DATA = Path(__file__).parent / "data"
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is chosen by the clock in tests: with one runtime there is no choice. Tests of the choice take it back."""
+    monkeypatch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))

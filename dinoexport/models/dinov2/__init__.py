@@ -18,7 +18,7 @@ from dinoexport.family import Call, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -236,6 +236,11 @@ class Dinov2Model:
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
         return runners["model"](inputs)
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Noise images at upstream's evaluation size and at the native one, alone and eight at a time."""
+        return cases.loads(self.recipe.profile, as_bytes=self.choices.input == "images")
 
     @property
     def facts(self) -> Mapping[str, int | str]:
