@@ -27,5 +27,5 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is chosen by the clock in tests: with one runtime there is no choice. Tests of the choice take it back."""
+    """Nothing is chosen by the clock: with one runtime there is no choice. Tests of the choice take this back."""
     monkeypatch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))
