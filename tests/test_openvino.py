@@ -83,11 +83,12 @@ def test_the_abs_that_openvino_drops_would_be_noticed(tmp_path: Path, monkeypatc
     """
 
     def with_abs(self: Any, h: int, w: int) -> torch.Tensor:
-        index_h, index_w = torch.arange(h, dtype=torch.float32), torch.arange(w, dtype=torch.float32)
-        count_h, count_w = torch.full((1,), h, dtype=torch.float32), torch.full((1,), w, dtype=torch.float32)
-        offset = 0.1 * ((count_h - 37).abs() + (count_w - 37).abs()).clamp(max=1)
-        rows = (self._offset_weights(index_h, count_h + offset) @ self.table_hwD).unflatten(-1, (self.table_size, -1))
-        patches = (self._offset_weights(index_w, count_w + offset) @ rows).flatten(0, 1).unsqueeze(0)
+        tenths_h, tenths_w = 10 * torch.full((1,), h), 10 * torch.full((1,), w)
+        off_grid = ((tenths_h - 370).abs() + (tenths_w - 370).abs()).clamp(max=1)
+        weights_h = self._offset_weights(torch.arange(h), tenths_h + off_grid)
+        weights_w = self._offset_weights(torch.arange(w), tenths_w + off_grid)
+        rows = (weights_h @ self.table_hwD).unflatten(-1, (self.table_size, -1))
+        patches = (weights_w @ rows).flatten(0, 1).unsqueeze(0)
         return torch.cat((self.prefix_1RD, patches), dim=1)
 
     monkeypatch.setattr(Stem, "_positions", with_abs)
