@@ -269,10 +269,16 @@ class Dinov2Model:
 
 
 def _dtype(precision: Precision) -> torch.dtype:
-    """What PyTorch computes in. It has none for int8, which a quantiser makes of an fp32 graph."""
+    """What PyTorch computes in. It has nothing for int8, which a quantiser makes of an fp32 graph."""
     import torch
 
-    return {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
+    dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+    if precision not in dtypes:
+        raise UsageError(
+            f"PyTorch has no {precision} of its own to compare with.",
+            next_step=f"Leave times_own_error_max out of [limits.{precision}].",
+        )
+    return dtypes[precision]
 
 
 def _tokens(name: str, shape: tuple[int | str, ...], meaning: str) -> Tensor:
