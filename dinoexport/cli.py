@@ -217,6 +217,27 @@ def schema(as_json: Json = False) -> None:
         _print_json(listing.recipe_schema())
 
 
+@app.command(epilog=EXIT_CODES)
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
+    with _reporting(as_json):
+        from dinoexport import bench as stopwatch
+
+        with _progress() as progress:
+            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+        if as_json:
+            _print_json(timed.to_json())
+            return
+        _print(_table(f"{timed.candidate}; {timed.machine}, {timed.usable_cpus} CPUs", timed.table()))
+        _print(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
+        for note in timed.notes:
+            _print(f"note: {note}")
+
+
 def main() -> NoReturn:
     """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     signal.signal(signal.SIGTERM, _interrupt)

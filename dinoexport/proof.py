@@ -152,7 +152,7 @@ def validate(
         reference = bundle.read_reference(folder / bundle.REFERENCE)
         return Validated(manifest=manifest, report=judged(candidate, reference, name, progress=progress))
     cases, skipped = _user_cases(model, images, progress)
-    checkpoint = _same_weights(model, recipe, manifest, weights, progress)
+    checkpoint = same_weights(model, recipe, manifest, weights, progress)
     limits = _limits_of(folder, manifest, recipe)
     reports = []
     for start in range(0, len(cases), _IMAGES_AT_ONCE):
@@ -189,7 +189,7 @@ def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[C
     return cases, skipped
 
 
-def _same_weights(
+def same_weights(
     model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
 ) -> Checkpoint:
     """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""

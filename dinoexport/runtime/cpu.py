@@ -45,20 +45,36 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
 
 def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
     """What the graphs really computed in to answer `inputs`, all graphs together."""
-    seen: dict[str, Arrays] = {}
+    first_calls = dict(reversed(_calls(model, opened, inputs)))
+    total: Counter[str] = Counter()
+    for name, arrays in first_calls.items():
+        total.update(opened[name].arithmetic(arrays))
+    return dict(total)
+
+
+def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
+    """Multiplications and additions in the graphs' products to answer `inputs`, counted as ONNX Runtime runs them."""
+    paths = {graph.name: path for path, graph in graphs.items()}
+    return sum(
+        operator.flops
+        for name, arrays in _calls(model, opened, inputs)
+        for operator in ort.executed(paths[name], arrays, optimised=False)
+    )
+
+
+def _calls(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
+    """The graphs that are run to answer `inputs`, in their order, each with its own inputs."""
+    calls: list[tuple[str, Arrays]] = []
 
     def watched(name: str) -> Runner:
         def run(arrays: Arrays) -> dict[str, Array]:
-            seen.setdefault(name, arrays)
+            calls.append((name, arrays))
             return opened[name](arrays)
 
         return run
 
     model.drive({name: watched(name) for name in opened}, inputs)
-    total: Counter[str] = Counter()
-    for name, arrays in seen.items():
-        total.update(opened[name].arithmetic(arrays))
-    return dict(total)
+    return calls
 
 
 def title(runtime: CpuRuntime) -> str:
