@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Recipe
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Weight, closest
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Weight, closest
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,10 @@ class Model(Protocol):
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
 
     @property
     def facts(self) -> Mapping[str, int | str]:
