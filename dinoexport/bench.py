@@ -142,7 +142,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     return Bench(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
-        candidate=proof.candidate_name(way, _arithmetic(model, opened)),
+        candidate=proof.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
         peak_gflop_per_s=peak,
         rows=tuple(rows),
         notes=tuple(notes),

@@ -26,7 +26,7 @@ from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.machine import Gpu
 from dinoexport.recipe import Limits, Recipe, load, load_validation
-from dinoexport.spec import Array, Case, Graph, Precision, Profile, Progress, Runtime, Way, silent
+from dinoexport.spec import Array, Case, Graph, Precision, Profile, Progress, Runtime, silent
 from dinoexport.target import Chosen
 from dinoexport.workspace import Stage, Workspace, key_of, workspace
 
@@ -252,9 +252,9 @@ def _judge_stage(
 ) -> tuple[Stage, judge.Report]:
     """Judges what lies on the disk: the very files that will be published, read back, run as they will be."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
-    way = facts.chosen if facts else Way(runtime="onnxruntime", precision=order.precision)
+    way = facts.chosen if facts else proof.graph_way(order.precision)
     candidate = proof.open_candidate(order.model, _graphs(order, exported), way)
-    name = proof.candidate_name(way, facts.arithmetic if facts else {})
+    name = proof.candidate_name(order.precision, way, facts.arithmetic if facts else {})
     report = proof.judged(candidate, stored, name, progress=work.progress)
     content = {
         **report.to_json(),
@@ -399,6 +399,9 @@ def _require_packages(order: Order) -> None:
     require("cpu", "onnxruntime")
     if order.chosen.on_cpu:
         tuning.ways(order.precision)
+    else:
+        runtime = proof.graph_way(order.precision).runtime
+        require("openvino" if runtime == "openvino" else "cpu", runtime)
     if order.runtime.has_engine:
         require(plan.EXTRA[order.runtime], *engine.PACKAGES[order.runtime])
 

@@ -109,10 +109,18 @@ def _driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:
     return answer
 
 
-def candidate_name(way: Way, arithmetic: Arithmetic) -> str:
+def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
     """What the verdict is about, in words, with what really computed: never what was only asked for."""
+    widened = "" if precision is way.precision else f" widened to {way.precision}"
     ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
-    return f"{cpu.title(way.runtime)} on the CPU, {way.precision}{ran and f' ({ran})'}"
+    return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
+
+
+def graph_way(precision: Precision) -> Way:
+    """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
+    if precision is Precision.BF16:
+        return Way(runtime="openvino", precision=Precision.FP32)
+    return Way(runtime="onnxruntime", precision=precision)
 
 
 def way_of(manifest: Manifest) -> Way:
@@ -121,7 +129,7 @@ def way_of(manifest: Manifest) -> Way:
     Where only ONNX Runtime is installed it takes an fp32 graph just as well.
     """
     if manifest.cpu is None:
-        return Way(runtime="onnxruntime", precision=manifest.precision)
+        return graph_way(manifest.precision)
     chosen = manifest.cpu.chosen
     if chosen.precision is Precision.FP32 and chosen.runtime not in cpu.installed():
         return cpu.PLAIN
@@ -287,7 +295,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
             not_run = missing.message
     way = way_of(manifest)
     opened = cpu.open_graphs(graphs, way)
-    name = candidate_name(way, cpu.arithmetic(model, opened, model.loads[0].inputs))
+    name = candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
     return _Opened(candidate=_driven(model, opened), name=name, not_run=not_run)
 
 
