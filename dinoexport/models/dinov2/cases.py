@@ -60,7 +60,7 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
                 raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
             if strict:
                 pictures = cropped(pictures)
-        return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes))
+        return Case(name=entry.name, why=entry.why, inputs=inputs_of(pictures, as_bytes))
     assert entry.height is not None and entry.width is not None
     refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
     size = (entry.batch, entry.height, entry.width, entry.seed)
@@ -82,7 +82,7 @@ def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tu
             skipped.append(error.message)
             continue
         name = path.relative_to(folder).as_posix()
-        found.append(Case(name=name, why="a photograph of the user's", inputs=_inputs(picture, as_bytes)))
+        found.append(Case(name=name, why="a photograph of the user's", inputs=inputs_of(picture, as_bytes)))
     return tuple(found), tuple(skipped)
 
 
@@ -108,5 +108,6 @@ def normalised(pictures_BHW3: Array) -> Array:
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
-def _inputs(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
+def inputs_of(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
+    """RGB pictures as the graph's one input, under its name."""
     return {"images": np.ascontiguousarray(pictures_BHW3)} if as_bytes else {"pixels": normalised(pictures_BHW3)}
