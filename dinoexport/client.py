@@ -22,7 +22,7 @@ from dinoexport.runtime import check_inputs
 from dinoexport.spec import Array, Arrays, Graph, closest
 from dinoexport.transport import Place, ServerBusy
 
-_FIRST_PAUSE_S = 0.05
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 T = TypeVar("T")
 
 
@@ -114,10 +114,11 @@ class DinoClient:
             try:
                 return ask()
             except ServerBusy:
-                if time.monotonic() + pause_s > deadline:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     raise
-                time.sleep(pause_s * (0.5 + random.random()))  # noqa: S311
-                pause_s *= 2
+                time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))  # noqa: S311
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def open_graphs(url: str, *, model: str | None = None, timeout_s: float = 60.0) -> dict[str, DinoClient]:

@@ -131,7 +131,14 @@ class _Grpc:
         import tritonclient.grpc as triton
 
         self._address, self._timeout_s = address, timeout_s
-        self._client = triton.InferenceServerClient(address, ssl=tls)
+        # gRPC would wait up to two minutes before it looks again for a server that restarts; a batch of images is
+        # larger than the 4 MB it takes by default.
+        options = [
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+        ]
+        self._client = triton.InferenceServerClient(address, ssl=tls, channel_args=options)
 
     def models(self) -> tuple[str, ...]:
         with self._errors():
