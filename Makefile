@@ -22,6 +22,7 @@ test: $(READY) $(TRITON_READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint --failure-threshold info Dockerfile
 	$(BIN)/pytest -n 2 --dist worksteal $(REQUIRE:%=--require %)
 
 bench: $(READY)

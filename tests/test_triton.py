@@ -9,6 +9,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +35,7 @@ from dinoexport.models.dinov2 import cases, serving
 from dinoexport.runtime import ort
 from dinoexport.transport import ServerBusy, ServerError
 from tests.conftest import DATA
+from tests.test_serving_files import GPU_METRICS, metrics_asked_for
 from tests.triton_server import Server
 
 pytestmark = pytest.mark.triton
@@ -610,3 +612,12 @@ def _plan(compute_capability: str) -> Any:
         compute_capabilities=(compute_capability,),
         profiles=profiles,
     )
+
+
+def test_dashboard_and_alerts_ask_for_metrics_there_are(server: Server) -> None:
+    _infer(server, "bytes", _pixels([1, 14, 14, 3]))
+    there = set(re.findall(r"^# TYPE (\w+)", server.metrics(), re.MULTILINE))
+    assert metrics_asked_for() - GPU_METRICS <= there
+    assert "nv_inference_pending_request_count" in there  # what the autoscaler goes by
+    reasons = set(re.findall(r'nv_inference_request_failure{[^}]*reason="(\w+)"', server.metrics()))
+    assert {"BACKEND", "OTHER", "REJECTED"} <= reasons
