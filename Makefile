@@ -2,6 +2,7 @@
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make bench     what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
+# make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 #
 # All set themselves up in .venv; a second call does no set-up again.
 
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 
-.PHONY: demo test bench engines clean
+.PHONY: demo test bench engines soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0
@@ -30,6 +31,10 @@ bench: $(READY)
 
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py
+
+SOAK_S ?= 600
+soak: $(READY) $(TRITON_READY)
+	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
 
 # The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
 PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -49,8 +54,12 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
 	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu]'
-	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 --no-compile \
+	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
 	    || echo 'No Triton server for this platform: its tests are skipped.'; }
+	# perf_analyzer wants two of the server's libraries under their plain names.
+	mkdir -p $(TRITON)/lib
+	for library in libb64.so.0d libcudart.so.12; do \
+	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
 clean:

@@ -10,10 +10,12 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -35,6 +37,7 @@ from dinoexport.models.dinov2 import cases, serving
 from dinoexport.runtime import ort
 from dinoexport.transport import ServerBusy, ServerError
 from tests.conftest import DATA
+from tests.test_readme import README
 from tests.test_serving_files import GPU_METRICS, metrics_asked_for
 from tests.triton_server import Server
 
@@ -117,6 +120,23 @@ def test_front_end_turns_images_upright(server: Server) -> None:
         stored[orientation] = client.encoded([file.getvalue()], front_end="images")["class_token"]
     np.testing.assert_allclose(stored[6], stored[1], atol=1e-5)
     np.testing.assert_allclose(stored[3], stored[1], atol=1e-5)
+
+
+def test_the_readmes_curl(server: Server, tmp_path: Path) -> None:
+    """As it stands there, with this server's port and model."""
+    (line,) = re.findall(r"^curl localhost.*\\\n.*$", README, re.MULTILINE)
+    (tmp_path / "photograph.jpg").write_bytes((IMAGES / "rocket.jpg").read_bytes())
+    words = shlex.split(line.replace("localhost:8000", server.http).replace("vits14", "floats"), comments=True)
+    subprocess.run([*words, "--silent"], check=True, cwd=tmp_path)
+    raw = (tmp_path / "tokens").read_bytes()
+    head, end = json.JSONDecoder().raw_decode(raw.decode("latin-1"))
+    expected = DinoClient(server.http, model="floats").encoded(photographs("rocket.jpg"))
+    for output in head["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        answer = np.frombuffer(raw[end : end + size], np.float32).reshape(output["shape"])
+        np.testing.assert_allclose(answer, expected[output["name"]], atol=1e-5)
+        end += size
+    assert end == len(raw) and len(head["outputs"]) == len(expected)
 
 
 def test_size_router(server: Server, bundles: dict[str, Path]) -> None:

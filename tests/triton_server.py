@@ -131,7 +131,7 @@ class Server:
             connection.close()
 
     def stubs(self, model: str) -> list[int]:
-        """Process ids of the Python backend's processes that run `model`."""
+        """Process ids of the Python backend's processes that run `model`; of all models for an empty name."""
         found = []
         for folder in Path("/proc").iterdir():
             try:
@@ -139,7 +139,7 @@ class Server:
             except OSError:
                 continue
             ours = self._shared_memory.encode() in b" ".join(words)
-            if ours and f"{self.repository}/{model}/".encode() in b" ".join(words):
+            if ours and f"{self.repository}/{model}".encode() in b" ".join(words):
                 found.append(int(folder.name))
         return found
 
