@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +87,16 @@ def item_of(folder: Path) -> Arrays:
 def level(server: Server, run: Runner, item: Arrays, concurrency: int, stretch_s: float) -> Level:
     """A third of the time each for the client, perf_analyzer and the graph in this process."""
     client = DinoClient(server.grpc)
-    latencies_s = under_load(lambda: client(item), concurrency, stretch_s)
+    latencies_s, client_per_s = under_load(lambda: client(item), concurrency, stretch_s)
+    p50_ms = 1000 * statistics.median(latencies_s)
     measured = Level(
         concurrency=concurrency,
         requests=len(latencies_s),
-        client_per_s=len(latencies_s) / stretch_s,
-        in_process_per_s=in_process(run, item, stretch_s),
-        perf_analyzer_per_s=perf_analyzer(server, client, item, concurrency, stretch_s),
-        p50_ms=1000 * statistics.median(latencies_s),
+        client_per_s=client_per_s,
+        # One image a call, one call at a time: what a server could at best pass on.
+        in_process_per_s=under_load(lambda: run(item), 1, stretch_s)[1],
+        perf_analyzer_per_s=perf_analyzer(server, client, item, concurrency, max(1000 * stretch_s / 3, 3 * p50_ms)),
+        p50_ms=p50_ms,
         p99_ms=1000 * float(np.quantile(latencies_s, 0.99)),
         memory_mb=memory_mb(server),
     )
@@ -101,10 +104,11 @@ def level(server: Server, run: Runner, item: Arrays, concurrency: int, stretch_s
     return measured
 
 
-def under_load(ask: object, concurrency: int, seconds: float) -> list[float]:
-    """Seconds each request took, asked by `concurrency` threads one after the other until `seconds` have passed."""
-    assert callable(ask)
-    deadline = time.perf_counter() + seconds
+def under_load(ask: Callable[[], object], concurrency: int, seconds: float) -> tuple[list[float], float]:
+    """(seconds each request took, requests a second) of `concurrency` threads that ask for `seconds` on end."""
+    ask()
+    begun = time.perf_counter()
+    deadline = begun + seconds
 
     def one() -> list[float]:
         took = []
@@ -114,17 +118,12 @@ def under_load(ask: object, concurrency: int, seconds: float) -> list[float]:
         return took
 
     with ThreadPoolExecutor(concurrency) as pool:
-        return [s for future in [pool.submit(one) for _ in range(concurrency)] for s in future.result()]
+        took = [s for future in [pool.submit(one) for _ in range(concurrency)] for s in future.result()]
+    return took, len(took) / (time.perf_counter() - begun)
 
 
-def in_process(run: Runner, item: Arrays, seconds: float) -> float:
-    """Images a second of the graph called directly, one image a call: what a server could at best pass on."""
-    run(item)
-    return len(under_load(lambda: run(item), 1, seconds)) / seconds
-
-
-def perf_analyzer(server: Server, client: DinoClient, item: Arrays, concurrency: int, seconds: float) -> float:
-    """Images a second as NVIDIA's own load generator measures them."""
+def perf_analyzer(server: Server, client: DinoClient, item: Arrays, concurrency: int, window_ms: float) -> float:
+    """Images a second as NVIDIA's own load generator measures them, in windows of `window_ms`."""
     shapes = [f"--shape={name}:{','.join(map(str, array.shape[1:]))}" for name, array in item.items()]
     with tempfile.TemporaryDirectory() as name:
         table = Path(name) / "measured.csv"
@@ -133,7 +132,7 @@ def perf_analyzer(server: Server, client: DinoClient, item: Arrays, concurrency:
         command = [
             HOME / "client" / "bin" / "perf_analyzer", "-m", client.served.name, "-i", "grpc",
             "-u", f"127.0.0.1:{server.grpc_port}", f"--concurrency-range={concurrency}", *shapes,
-            f"--input-data={name}", f"--measurement-interval={int(1000 * max(2.0, seconds / 4))}", "--max-trials=4",
+            f"--input-data={name}", f"--measurement-interval={int(window_ms)}", "--max-trials=3",
             "--stability-percentage=999", "-f", table,
         ]  # fmt: skip
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

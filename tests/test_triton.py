@@ -126,7 +126,9 @@ def test_the_readmes_curl(server: Server, tmp_path: Path) -> None:
     """As it stands there, with this server's port and model."""
     (line,) = re.findall(r"^curl localhost.*\\\n.*$", README, re.MULTILINE)
     (tmp_path / "photograph.jpg").write_bytes((IMAGES / "rocket.jpg").read_bytes())
-    words = shlex.split(line.replace("localhost:8000", server.http).replace("vits14", "floats"), comments=True)
+    words = shlex.split(
+        line.replace("\\\n", "").replace("localhost:8000", server.http).replace("vits14", "floats"), comments=True
+    )
     subprocess.run([*words, "--silent"], check=True, cwd=tmp_path)
     raw = (tmp_path / "tokens").read_bytes()
     head, end = json.JSONDecoder().raw_decode(raw.decode("latin-1"))

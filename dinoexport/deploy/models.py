@@ -97,6 +97,8 @@ def of_bundle(
         items = warmup_items(graph, reference)
         if backend == "tensorrt_plan":
             plans = tuple(plan for plan in plans_of(manifest) if plan.graph == graph.name)
+            if not plans:
+                raise UsageError(f"The bundle has no plan of its graph {graph.name}.", next_step="Build it again.")
             entries, in_version = _plan_entries(plans, max_batch(graph))
         else:
             entries, in_version = _onnx_entries(backend, folder, manifest, facts, items, progress)
