@@ -13,6 +13,7 @@ from dinoexport import bundle, family, proof
 from dinoexport.bundle import Reference
 from dinoexport.client import open_graphs
 from dinoexport.deploy.served import Served
+from dinoexport.deploy.triton import deployed_as
 from dinoexport.errors import UsageError
 from dinoexport.judge import Report
 from dinoexport.recipe import Recipe, parse
@@ -77,8 +78,9 @@ def _reference_of(folder: Path, served: Served) -> Path:
                 next_step="Give the bundle that was deployed.",
             )
         return folder / bundle.REFERENCE
-    found = folder / served.name / str(served.version) / bundle.REFERENCE
-    if not found.is_file():
+    places = [path / str(served.version) / bundle.REFERENCE for path in deployed_as(folder, served.name)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
         raise UsageError(
             f"{folder} is neither a bundle nor the repository that {served.name} {served.version} was deployed to.",
             next_step="Give the bundle that was deployed, or the repository.",

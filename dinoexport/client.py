@@ -123,8 +123,7 @@ class DinoClient:
 
 def open_graphs(url: str, *, model: str | None = None, timeout_s: float = 60.0) -> dict[str, DinoClient]:
     """A client for each graph of one deployed model, by the graph's name; its family drives them."""
-    patient = transport.connect(url, timeout_s=timeout_s)
-    found = discover(patient)
+    found = discover(transport.connect(url, timeout_s=timeout_s))
     names = sorted({served.name for served in found.values()})
     if model is None and len(names) == 1:
         model = names[0]

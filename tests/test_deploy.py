@@ -160,9 +160,19 @@ def test_a_strangers_model_is_never_touched(built: Path, tmp_path: Path) -> None
     (stranger / "1").mkdir(parents=True)
     (stranger / "config.pbtxt").write_text('backend: "python"\n')
     before = snapshot(tmp_path / "models")
-    with pytest.raises(UsageError, match="was not deployed as"):
+    with pytest.raises(UsageError, match="was not deployed under"):
         triton.deploy(built, tmp_path / "models")
     assert snapshot(tmp_path / "models") == before
+
+
+def test_no_front_end_is_left_behind(built: Path, tmp_path: Path) -> None:
+    """Its other half would be that of another version."""
+    triton.deploy(built, tmp_path / "models", samples=IMAGES)
+    before = snapshot(tmp_path / "models")
+    with pytest.raises(UsageError, match=r"tiny_swiglu_sized_images.* left behind"):
+        triton.deploy(built, tmp_path / "models")
+    assert snapshot(tmp_path / "models") == before
+    assert triton.deploy(built, tmp_path / "models", samples=IMAGES).version == 2
 
 
 @pytest.mark.parametrize("fail_at", range(8))

@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -515,6 +515,13 @@ def test_nothing_is_lost_on_a_new_version_and_on_rollback(server: Server, bundle
     assert _check(server.http, str(bundles["floats"]), "--model", "floats").exit_code == 0
 
 
+def _wait_until(holds: Callable[[], object], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def _versions(server: Server, model: str) -> list[str]:
     index = server.ask("POST", "/v2/repository/index")[1]
     return [entry["version"] for entry in index if entry["name"] == model and entry.get("state") == "READY"]
@@ -548,6 +555,7 @@ def test_a_killed_model_process_turns_check_red_and_a_reload_heals_it(server: Se
         for process in server.stubs("floats"):
             os.kill(process, signal.SIGKILL)
 
+    _wait_until(server.ready)  # strictly ready it is only after the last test's old version is unloaded
     ends = _under_load(server, "floats", kill)
     failed = [end for end in ends if end is not None]
     assert None in ends and failed
@@ -558,8 +566,7 @@ def test_a_killed_model_process_turns_check_red_and_a_reload_heals_it(server: Se
     assert red.exit_code == 1 and "does not give PyTorch's outputs" in red.stderr
     started = time.monotonic()
     assert server.unload("floats")[0] == 200
-    while _versions(server, "floats"):
-        time.sleep(0.05)
+    _wait_until(lambda: not _versions(server, "floats"))
     assert server.load("floats")[0] == 200
     assert _check(*probe).exit_code == 0
     assert time.monotonic() - started < 30
@@ -597,6 +604,25 @@ def test_the_server_killed_and_started_again(server: Server, bundles: dict[str, 
     failed = [end for end in ends if end is not None]
     assert not failed, failed[:3]
     assert _check(server.http, str(bundles["floats"]), "--model", "floats", "--quick").exit_code == 0
+
+
+def test_a_second_family_is_served_as_it_is(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder of two graphs, which nothing here knows of: deployed, driven over the network, judged."""
+    monkeypatch.syspath_prepend(str(DATA.parent / "toy_family"))
+    toy = str(DATA.parent / "toy_family" / "toy.toml")
+    pipeline.build(pipeline.order(toy, weights="synthetic:3", out=tmp_path / "toy"))
+    deployed = triton.deploy(tmp_path / "toy", server.repository, backend="python")
+    assert deployed.models == ("toy_prefill", "toy_step")
+    try:
+        for model in deployed.models:
+            assert server.load(model)[0] == 200
+        for url, what in ((server.http, tmp_path / "toy"), (server.grpc, server.repository)):
+            told = json.loads(_check(url, str(what), "--model", "toy", "--json").stdout)
+            assert told["report"]["passed"] and told["latency_ms"]
+    finally:
+        for model in deployed.models:
+            server.unload(model)
+            shutil.rmtree(server.repository / model)
 
 
 # ---- configurations no CPU server can load ----

@@ -139,7 +139,7 @@ class Server:
             except OSError:
                 continue
             ours = self._shared_memory.encode() in b" ".join(words)
-            if ours and f"{self.repository}/{model}".encode() in b" ".join(words):
+            if ours and f"{self.repository}/{model}{'/' if model else ''}".encode() in b" ".join(words):
                 found.append(int(folder.name))
         return found
 

@@ -75,12 +75,13 @@ def deploy(
     ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
     reference = bundle.read_reference(folder / bundle.REFERENCE)
     with _staging(repository) as staging:
-        previous = _served_version(repository / name) if (repository / name).is_dir() else None
-        version = 1 + max((v for path in _deployed_as(repository, name) for v in _versions(path)), default=0)
+        standing = deployed_as(repository, name)
+        previous = _served_version(standing[0]) if standing else None
+        version = 1 + max((v for path in standing for v in _versions(path)), default=0)
         served = models.of_bundle(
             folder, manifest, reference, name=name, version=version, backend=backend, front_ends=ends, progress=progress
         )
-        _refuse_strangers(repository, name, served)
+        _refuse_strangers(repository, served, standing)
         for model in served:
             _write(folder, staging / model.name, model, version)
         for model in served:
@@ -100,16 +101,16 @@ def rollback(repository: Path, name: str) -> Deployed:
 
     Raises UsageError when there is no such version.
     """
-    folder = repository / _checked_name(name)
-    if not (folder / CONFIG).is_file():
-        known = sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
+    standing = deployed_as(repository, _checked_name(name))
+    if not standing:
+        configs = [path.read_text(encoding="utf-8") for path in repository.glob(f"*/{CONFIG}")]
+        known = sorted({found for config in configs if (found := models.deployed_name(config))})
         raise UsageError(
             f"{repository} serves no {name!r}.{closest(name, known)}",
             next_step=f"It serves: {', '.join(known) or 'nothing; dinoexport deploy adds a bundle'}.",
         )
     with _staging(repository) as staging:
-        current = _served_version(folder)
-        kept = _versions(folder)
+        current, kept = _served_version(standing[0]), _versions(standing[0])
         earlier = [v for v in kept if current is None or v < current]
         wanted = max(earlier, default=None)
         if wanted is None:
@@ -117,7 +118,7 @@ def rollback(repository: Path, name: str) -> Deployed:
                 f"{name} has no version before {current}.",
                 next_step=f"Versions there are: {', '.join(map(str, kept))}.",
             )
-        group = [path for path in _deployed_as(repository, name) if wanted in _versions(path)]
+        group = [path for path in standing if wanted in _versions(path)]
         for path in group:
             shutil.copyfile(path / str(wanted) / CONFIG, staging / CONFIG)
             os.replace(staging / CONFIG, path / CONFIG)
@@ -199,8 +200,8 @@ def _staging(repository: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _deployed_as(repository: Path, name: str) -> list[Path]:
-    """The folders of the Triton models that were deployed as `name`."""
+def deployed_as(repository: Path, name: str) -> list[Path]:
+    """The folders of the Triton models that were deployed as `name`, those of its graphs first."""
     return [
         path.parent
         for path in sorted(repository.glob(f"{name}*/{CONFIG}"))
@@ -208,15 +209,20 @@ def _deployed_as(repository: Path, name: str) -> list[Path]:
     ]
 
 
-def _refuse_strangers(repository: Path, name: str, served: Sequence[TritonModel]) -> None:
-    """What dinoexport did not deploy under this name is somebody else's model: never touched."""
-    ours = {path.name for path in _deployed_as(repository, name)}
-    for model in served:
-        if (repository / model.name).exists() and model.name not in ours:
+def _refuse_strangers(repository: Path, served: Sequence[TritonModel], standing: Sequence[Path]) -> None:
+    """Neither a model that was not deployed under this name is touched, nor one that was left behind."""
+    ours, wanted = {path.name for path in standing}, {model.name for model in served}
+    for name in sorted(wanted - ours):
+        if (repository / name).exists():
             raise UsageError(
-                f"{repository / model.name} is there already and was not deployed as {name}.",
+                f"{repository / name} is there already and was not deployed under this name.",
                 next_step="Choose another --name, or move it away.",
             )
+    if left := sorted(ours - wanted):
+        raise UsageError(
+            f"{', '.join(left)} would be left behind with what the version before can do.",
+            next_step="Deploy with what it was made with (--samples), or remove it first.",
+        )
 
 
 def _versions(folder: Path) -> list[int]:
