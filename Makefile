@@ -1,7 +1,8 @@
-# make demo      build ViT-S/14 from made-up weights, judge it, say what to do next
+# make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make bench     what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
+# make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 #
 # All set themselves up in .venv; a second call does no set-up again.
@@ -13,10 +14,10 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 
-.PHONY: demo test bench engines soak clean
+.PHONY: demo test bench engines gpu soak clean
 
 demo: $(READY)
-	$(BIN)/dinoexport build vits14 --weights synthetic:0
+	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
 test: $(READY) $(TRITON_READY)
 	$(BIN)/ruff format --check .
@@ -45,6 +46,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps timm
 	touch $(READY)
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md
 
 # A real Triton server for the tests: NVIDIA's wheel has it with its Python backend, which speaks NumPy 1 only, so the
 # models it serves run in an environment of their own. Where there is no such wheel, the tests that need it are skipped.

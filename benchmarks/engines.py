@@ -13,25 +13,35 @@ from pathlib import Path
 from dinoexport import engine, pipeline, recipe
 from dinoexport.checkpoint import open_checkpoint
 from dinoexport.export import export
-from dinoexport.spec import Precision, silent
+from dinoexport.spec import Precision, Runtime, silent
 
-HEADER = ("variant", "compile s", "peak MB", "engine MB", "weights MB", "fused attention")
+HEADER = ("variant", "compile s", "peak MB", "engine MB", "weights MB", "scratch MB", "fused attention")
 
 
 def row(variant: str) -> tuple[object, ...]:
     """One line of the table."""
-    order = pipeline.order(variant, weights="synthetic:0", precision=Precision.FP16, target="a100")
+    order = pipeline.order(
+        variant, weights="synthetic:0", precision=Precision.FP16, target="a100", runtime=Runtime.TENSORRT_RTX
+    )
     checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
     with tempfile.TemporaryDirectory() as name:
         folder, (graph,) = Path(name), order.model.graphs
         onnx, _ = export(graph, order.model.calls(graph, checkpoint.read), folder, metadata={})
-        made = engine.build(onnx, graph, folder, compute_capabilities=order.target.compute_capabilities)
+        made = engine.build(
+            onnx,
+            graph,
+            folder,
+            runtime=order.runtime,
+            profiles=order.profiles[graph.name],
+            compute_capabilities=order.chosen.target.compute_capabilities,
+        )
     return (
         variant,
         f"{made.build_s:.1f}",
         made.peak_memory_bytes // 10**6,
         f"{made.size_bytes / 1e6:.1f}",
-        f"{made.weight_bytes / 1e6:.1f}",
+        f"{(made.weight_bytes or 0) / 1e6:.1f}",
+        f"{made.scratch_bytes / 1e6:.0f}",
         f"{made.fused_attentions} of {made.attentions}",
     )
 

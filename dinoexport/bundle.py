@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -24,7 +25,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from dinoexport import files
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.recipe import Frozen, Limits, Sha256
-from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Tensor, silent
+from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Runtime, Tensor, silent
 
 SCHEMA: Final = 1
 MANIFEST = "manifest.json"
@@ -91,23 +92,41 @@ class GraphFacts(Frozen):
         )
 
 
-class EngineFacts(Frozen):
-    """An engine compiled from a graph. executed: `never`, until a GPU has run and judged it. caution: the target's."""
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
+
+class EngineFacts(Frozen):
+    """An engine built from the graph of the same name.
+
+    device: the GPU it was built on, empty when it was compiled without one. profiles: profile -> input -> smallest,
+    most likely and largest shape, in the engine's own order. scratch_bytes: what it needs on the device beside its
+    weights, inputs and outputs. weight_bytes: None where the runtime does not say. executed: `never`, or
+    `on DEVICE at TIME`, when a GPU has run every case the profiles cover and the judge passed it; report has the
+    figures. caution: the target's.
+    """
+
+    graph: FileName
     file: FileName
-    runtime: Literal["tensorrt_rtx"]
+    runtime: Runtime
     runtime_version: str
     compute_capabilities: tuple[str, ...]
+    device: str = ""
+    compatibility: str = "this-gpu"
+    version_compatible: bool = False
+    stripped: bool = False
     precision: Precision
-    profile: dict[str, tuple[tuple[int, ...], ...]]
+    profiles: dict[str, dict[str, Shapes]] = Field(min_length=1)
     size_bytes: int = Field(gt=0)
-    weight_bytes: int = Field(gt=0)
+    weight_bytes: int | None
+    scratch_bytes: int = Field(ge=0)
     attentions: int
     fused_attentions: int
     build_s: float
     peak_memory_bytes: int
     log: FileName
-    executed: Literal["never"] = "never"
+    log_sha256: Sha256
+    executed: str = "never"
+    report: dict[str, Any] = Field(default_factory=dict)
     caution: str = ""
 
 
@@ -211,6 +230,17 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
     return Manifest.from_bytes(raw)
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
+    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to."""
+    partial = folder / f"{MANIFEST}.partial"
+    try:
+        partial.write_bytes(manifest.to_bytes())
+        os.replace(partial, folder / MANIFEST)
+    except OSError:
+        return False
+    return True
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> Manifest:

@@ -44,9 +44,18 @@ Weights = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="fp32|fp16", help="Default: the recipe's, else the target's first.")
+    str | None, typer.Option(metavar="fp16|fp32", help="Default: the recipe's, else the target's first.")
 ]
-TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,triton:TAG]", help="The machine to build for; see `list`. Default: the GPU here, else cpu."
+    ),
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the first of the target's that can be."),
+]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
 Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]
 ReferenceOption = Annotated[
@@ -88,7 +97,15 @@ def build(
     variant: Variant,
     weights: Weights = None,
     precision: PrecisionOption = None,
-    target: TargetOption = "cpu",
+    target: TargetOption = None,
+    runtime: RuntimeOption = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A profile of the recipe's for the engine; repeat it for several."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
+    ] = None,
     out: Out = None,
     force: Force = False,
     keep_rejected: Annotated[
@@ -106,6 +123,8 @@ def build(
             weights=weights,
             precision=_precision(precision),
             target=target,
+            runtime=_runtime(runtime),
+            engine_choices=_engine_choices(profile, preset),
             out=out,
             judge_code=_choice("reference", reference, ("plain", "hub")),
         )
@@ -120,9 +139,11 @@ def build(
             _print_json(_built_facts(built) | {"report": built.report.to_json()})
             return
         _show_report(built.report)
+        if built.engines.report:
+            _show_report(built.engines.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
-        _print_engines(built.manifest)
+        _print_engines(built.manifest, not_run=built.engines.not_run)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
 
@@ -132,7 +153,7 @@ def export(
     variant: Variant,
     weights: Weights = None,
     precision: PrecisionOption = None,
-    target: TargetOption = "cpu",
+    target: TargetOption = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -159,6 +180,10 @@ def validate(
         Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
     ] = None,
     weights: Weights = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+    ] = None,
     reference: ReferenceOption = "plain",
     as_json: Json = False,
 ) -> None:
@@ -172,15 +197,16 @@ def validate(
                 bundle,
                 images=images,
                 weights=weights,
+                runtime=_runtime(runtime),
                 judge_code=_choice("reference", reference, ("plain", "hub")),
                 progress=progress,
             )
-        facts = {"skipped": list(validated.skipped)}
+        facts = {"skipped": list(validated.skipped), "not_run": validated.not_run, "recorded": validated.recorded}
         if as_json and validated.report.passed:
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
-        _print_engines(validated.manifest, to_stderr=as_json)
+        _print_engines(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -215,6 +241,31 @@ def schema(as_json: Json = False) -> None:
         from dinoexport import listing
 
         _print_json(listing.recipe_schema())
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what it can build and run, and how to mend what is wrong."""
+    with _reporting(as_json):
+        from dataclasses import asdict
+
+        from dinoexport.doctor import findings
+        from dinoexport.errors import MissingRequirement
+
+        found = findings()
+        wrong = [finding for finding in found if finding.state == "wrong"]
+        rows = [asdict(finding) for finding in found]
+        if as_json and not wrong:
+            _print_json({"findings": rows})
+            return
+        if not as_json:
+            _print(_table("This machine", rows))
+        if wrong:
+            _fail(
+                MissingRequirement(f"{wrong[0].subject}: {wrong[0].found}.", next_step=wrong[0].fix),
+                as_json,
+                findings=rows,
+            )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -363,6 +414,19 @@ def _precision(word: str | None) -> Any:
     return None if word is None else Precision(_choice("precision", word, tuple(Precision)))
 
 
+def _runtime(word: str | None) -> Any:
+    from dinoexport.spec import Runtime
+
+    return None if word is None else Runtime(_choice("runtime", word, tuple(Runtime)))
+
+
+def _engine_choices(profiles: list[str] | None, preset: str | None) -> dict[str, Any]:
+    presets = ("fast", "balanced", "max")
+    return ({"profiles": tuple(profiles)} if profiles else {}) | (
+        {"preset": _choice("preset", preset, presets)} if preset else {}
+    )
+
+
 def _choice(option: str, word: str, known: tuple[str, ...]) -> Any:
     from dinoexport.errors import UsageError
     from dinoexport.spec import closest
@@ -388,6 +452,7 @@ def _built_facts(built: Any) -> dict[str, Any]:
         "verdict": built.manifest.verdict,
         "reused": list(built.reused),
         "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
+        "not_run": built.engines.not_run,
     }
 
 
@@ -405,10 +470,10 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
 
 
-def _print_engines(manifest: Any, *, to_stderr: bool = False) -> None:
+def _print_engines(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
     from dinoexport import listing
 
-    for line in listing.engine_lines(manifest):
+    for line in listing.engine_lines(manifest, not_run):
         _print(line, to_stderr=to_stderr)
 
 
@@ -429,12 +494,13 @@ def _print_json(content: Any) -> None:
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in rows[0] if rows else ():
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))  # no markup: brackets are brackets
     return table
 
 
@@ -448,8 +514,9 @@ def _cell(value: Any) -> str:
 
 def _facts(title: str, facts: dict[str, str]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False)
     for key, value in facts.items():
-        table.add_row(key, value)
+        table.add_row(Text(key), Text(value))
     return table

@@ -35,6 +35,10 @@ class InputRefused(UsageError):
     """The model's inputs are outside what its graph promises to take."""
 
 
+class OutsideProfile(InputRefused):
+    """The graph would take these inputs; no profile of its engine covers them."""
+
+
 class WeightsError(DinoexportError):
     """The checkpoint is absent, damaged, hostile, or not the variant that was asked for."""
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-from dinoexport.errors import DinoexportError, InputRefused
+from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
 from dinoexport.metrics import Distance, distance
 from dinoexport.recipe import Limits
 from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
@@ -51,11 +51,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows of one candidate. `reference` and `candidate` say in words what was compared."""
+    """All rows of one candidate. `reference` and `candidate` say in words what was compared.
+
+    not_covered: cases an engine's profiles leave out; they were not judged.
+    """
 
     candidate: str
     reference: str
     rows: tuple[Row, ...]
+    not_covered: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -70,7 +74,13 @@ class Report:
     def to_json(self) -> dict[str, object]:
         """Every figure, ready for json.dumps; null stands for NaN and Inf, which JSON does not have."""
         rows = [{**_without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
-        return {"passed": self.passed, "candidate": self.candidate, "reference": self.reference, "rows": rows}
+        return {
+            "passed": self.passed,
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "rows": rows,
+            "not_covered": list(self.not_covered),
+        }
 
 
 def judge(
@@ -85,14 +95,18 @@ def judge(
 ) -> Report:
     """Puts every case to the candidate and measures every output against the expectation."""
     rows: list[Row] = []
+    not_covered: list[str] = []
     total = len(expectations) + len(refusals)
     for done, expectation in enumerate(expectations, start=1):
-        rows += _judge_case(candidate, expectation, limits)
+        try:
+            rows += _judge_case(candidate, expectation, limits)
+        except OutsideProfile:
+            not_covered.append(expectation.case.name)
         progress(f"judging {candidate_name}", done, total)
     for done, case in enumerate(refusals, start=len(expectations) + 1):
         rows.append(_judge_refusal(candidate, case))
         progress(f"judging {candidate_name}", done, total)
-    return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows))
+    return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows), not_covered=tuple(not_covered))
 
 
 def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) -> list[Row]:
@@ -100,6 +114,8 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
     failure = "the candidate does not have this output"
     try:
         answers = candidate(expectation.case.inputs)
+    except OutsideProfile:
+        raise
     except DinoexportError as error:
         failure = error.message
     rows = []

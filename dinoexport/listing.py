@@ -28,7 +28,7 @@ def everything() -> dict[str, Rows]:
         "targets": [
             {
                 "target": t.name,
-                "runtime": t.runtime,
+                "runtimes": list(t.runtimes),
                 "SM": list(t.compute_capabilities),
                 "precisions": list(t.precisions),
                 "machine": t.description,
@@ -124,6 +124,8 @@ def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
             "SM": list(e.compute_capabilities),
             "precision": e.precision.value,
             "bytes": e.size_bytes,
+            "profiles": list(e.profiles),
+            "scratch bytes": e.scratch_bytes,
             "fused attention": f"{e.fused_attentions} of {e.attentions}",
             "executed": e.executed,
         }
@@ -132,14 +134,16 @@ def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
     return {"Engines": rows} if rows else {}
 
 
-def engine_lines(manifest: bundle.Manifest) -> list[str]:
-    """What a user must know of each engine: what it is, that it was not run, and what to be careful about."""
+def engine_lines(manifest: bundle.Manifest, not_run: str = "") -> list[str]:
+    """What a user must know of each engine: what it is, whether and why not it was run, what to be careful about."""
     lines = []
     for e in manifest.engines:
         lines.append(
             f"Engine: {e.file} for SM {', '.join(e.compute_capabilities)}, {e.runtime} {e.runtime_version}, "
-            f"{e.precision}, {e.size_bytes / 1e6:.1f} MB. Compiled; executed: {e.executed}."
+            f"{e.precision}, {e.size_bytes / 1e6:.1f} MB. Built; executed: {e.executed}."
         )
+        if not_run:
+            lines.append(f"        {not_run}")
         if e.fused_attentions < e.attentions:
             lines.append(
                 f"        warning: attention is fused in {e.fused_attentions} of {e.attentions} places"

@@ -10,51 +10,71 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, engine, family, files, judge, proof
+from dinoexport import bundle, engine, family, files, judge, machine, plan, profiles, proof
+from dinoexport import target as targets
 from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.errors import MissingRequirement, ValidationFailed, require
 from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
-from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
-from dinoexport.spec import Array, Case, Graph, Precision, Progress, silent
+from dinoexport.machine import Gpu
+from dinoexport.recipe import Limits, Recipe, load, load_validation
+from dinoexport.spec import Array, Case, Graph, Precision, Profile, Progress, Runtime, silent
+from dinoexport.target import Chosen
 from dinoexport.workspace import Stage, Workspace, key_of, workspace
 
 # What decides a stage's bytes besides our own code.
 _TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "numpy")
-_COMPILERS = ("tensorrt_rtx_cu13", "polygraphy")
+# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
+_ENGINE_ONLY = {"engine", "profiles"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What to build, with every decision made and every impossible one already refused."""
+    """What to build, with every decision made and every impossible one already refused.
+
+    profiles: graph name -> the engine's profiles. gpu: the one an engine is built or run on, where there is one.
+    """
 
     recipe: Recipe
     model: Model
-    precision: Precision
-    target: Target
+    chosen: Chosen
+    profiles: Mapping[str, tuple[Profile, ...]]
+    gpu: Gpu | None
     limits: Limits
     cases: tuple[Case, ...]
     weights: str | None
     judge_code: proof.Judge
     out: Path
 
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic of the graph's body."""
+        return self.chosen.precision
+
+    @property
+    def runtime(self) -> Runtime:
+        """What will run the product."""
+        return self.chosen.runtime
+
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A published bundle. reused: the stages whose results were taken over."""
+    """A published bundle. reused: the stages whose results were taken over. report: the graph's; engines: theirs."""
 
     folder: Path
     manifest: Manifest
     reused: tuple[str, ...]
     report: judge.Report | None = None
+    engines: proof.EngineVerdict = proof.NO_ENGINE
 
 
 class Rejected(ValidationFailed):
@@ -70,29 +90,35 @@ def order(
     *,
     weights: str | None = None,
     precision: Precision | None = None,
-    target: str = "cpu",
+    target: str | None = None,
+    runtime: Runtime | None = None,
+    engine_choices: Mapping[str, Any] = MappingProxyType({}),
     out: Path | None = None,
     judge_code: proof.Judge = "plain",
 ) -> Order:
-    """Reads recipe, target and validation, and refuses what cannot be built before any work is done."""
-    recipe, machine = load(variant_or_path), load_target(target)
-    chosen = precision or recipe.precision or next(iter(machine.precisions))
-    if chosen not in machine.precisions:
-        raise UsageError(f"{target} has no {chosen}.", next_step=f"It has: {', '.join(machine.precisions)}.")
-    recipe = recipe.model_copy(update={"precision": chosen})
+    """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
+
+    target: the GPU that is here, else the CPU, when it is None. engine_choices: what to change in the recipe's
+    `[engine]`.
+    """
+    recipe, gpus = load(variant_or_path), machine.gpus()
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
+    chosen = targets.choose(recipe, target=target, runtime=runtime, precision=precision, gpus=gpus)
+    recipe = recipe.model_copy(update={"precision": chosen.precision})
     model = family.find(recipe.family).model(recipe)
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
     return Order(
         recipe=recipe,
         model=model,
-        precision=chosen,
-        target=machine,
-        limits=proof.limits_for(validation, chosen),
+        chosen=chosen,
+        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs},
+        gpu=gpus[0] if gpus else None,
+        limits=proof.limits_for(validation, chosen.precision),
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        out=out or Path("bundles") / f"{recipe.name}-{chosen}-{machine.name}",
+        out=out or Path("bundles") / f"{recipe.name}-{chosen.precision}-{chosen.target.name}",
     )
 
 
@@ -106,19 +132,24 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         exported = _export_stage(work, order, checkpoint)
+        _check_memory(order, exported)
         reference = _reference_stage(work, order, checkpoint)
         judged, report = _judge_stage(work, order, exported, reference)
         stages = {stage.name: stage for stage in (exported, reference, judged)}
-        if report.passed and order.target.runtime == "tensorrt_rtx":
+        engines = proof.NO_ENGINE
+        if report.passed and order.runtime.has_engine:
             stages["engine"] = _engine_stage(work, order, exported)
-        if report.passed or keep_rejected:
-            manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
+            engines = _judge_engines(work, order, stages)
+        failed = next((r for r in (report, engines.report) if r is not None and not r.passed), None)
+        if failed is None or keep_rejected:
+            verdict: Verdict = "rejected" if failed else "passed"
+            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json(), engines.facts)
             work.publish(stages, manifest)
-    if not report.passed:
-        raise _rejected(order, report, published=keep_rejected)
+    if failed is not None:
+        raise _rejected(order, failed, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
-    return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
+    return Built(folder=order.out, manifest=manifest, reused=reused, report=report, engines=engines)
 
 
 def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
@@ -134,7 +165,7 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
 
 
 def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
-    recipe = order.recipe.model_dump(mode="json")
+    recipe = order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
     versions = _versions(_TRACERS)
     metadata = {
         "dinoexport.variant": order.recipe.name,
@@ -169,7 +200,7 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
     key = key_of(
         code=_code(order),
         checkpoint=checkpoint.sha256,
-        recipe=order.recipe.model_dump(mode="json"),
+        recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
         limits=order.limits.model_dump(mode="json"),
         cases=[(case.name, case.why, case.expect_refusal, _digest(case.inputs)) for case in order.cases],
         judge_code=order.judge_code,
@@ -193,7 +224,7 @@ def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stag
 
 
 def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
-    """An engine from each judged graph. Compiled, not run: the verdict stays the graph's own."""
+    """An engine from each judged graph, and what is known of each before it is run."""
 
     def make(folder: Path) -> None:
         facts = [
@@ -205,54 +236,91 @@ def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
     key = key_of(
         code=_code(order),
         exported=[file.sha256 for file in exported.files],
-        target=order.target.model_dump(mode="json"),
-        versions=_versions(_COMPILERS),
+        target=order.chosen.target.model_dump(mode="json"),
+        runtime=order.runtime,
+        choices=order.recipe.engine.model_dump(mode="json"),
+        profiles={name: [asdict(profile) for profile in found] for name, found in order.profiles.items()},
+        gpu=_builder_gpu(order),
+        versions=[plan.installed_version(order.runtime), _versions(("polygraphy",))],
     )
     return work.stage("engine", key, make)
 
 
+def _builder_gpu(order: Order) -> Gpu | None:
+    """A classic plan is made of kernels measured on this GPU; TensorRT-RTX compiles without looking at it."""
+    return order.gpu if order.runtime is Runtime.TENSORRT else None
+
+
 def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
+    target, choices, gpu = order.chosen.target, order.recipe.engine, _builder_gpu(order)
     made = engine.build(
-        onnx, graph, folder, compute_capabilities=order.target.compute_capabilities, progress=work.progress
+        onnx,
+        graph,
+        folder,
+        runtime=order.runtime,
+        profiles=order.profiles[graph.name],
+        compute_capabilities=target.compute_capabilities,
+        choices=choices,
+        gpu=gpu,
+        progress=work.progress,
     )
     return EngineFacts(
+        graph=graph.name,
         file=made.path.name,
-        runtime="tensorrt_rtx",
+        runtime=order.runtime,
         runtime_version=made.runtime_version,
         compute_capabilities=made.compute_capabilities,
+        device=gpu.name if gpu else "",
+        compatibility=choices.compatibility,
+        version_compatible=choices.version_compatible,
+        stripped=choices.strip_weights,
         precision=order.precision,
-        profile=engine.profile_shapes(graph),
+        profiles={profile.name: dict(profile.shapes) for profile in order.profiles[graph.name]},
         size_bytes=made.size_bytes,
         weight_bytes=made.weight_bytes,
+        scratch_bytes=made.scratch_bytes,
         attentions=made.attentions,
         fused_attentions=made.fused_attentions,
         build_s=round(made.build_s, 1),
         peak_memory_bytes=made.peak_memory_bytes,
         log=made.log.name,
-        caution=order.target.caution,
+        log_sha256=files.sha256(made.log),
+        caution=target.cautions.get(order.runtime, ""),
     )
 
 
-def _engines(stages: Mapping[str, Stage]) -> tuple[EngineFacts, ...]:
-    if "engine" not in stages:
-        return ()
-    content = json.loads((stages["engine"].folder / bundle.ENGINES).read_text())
-    return tuple(EngineFacts.model_validate(facts) for facts in content)
+def _judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage]) -> proof.EngineVerdict:
+    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done."""
+    folder, exported = stages["engine"].folder, stages["export"].folder
+    content = json.loads((folder / bundle.ENGINES).read_text())
+    engines = [EngineFacts.model_validate(facts) for facts in content]
+    return proof.judge_engines(
+        order.model,
+        {folder / facts.file: facts for facts in engines},
+        {exported / f"{graph.name}.onnx": graph for graph in order.model.graphs},
+        bundle.read_reference(stages["reference"].folder / bundle.REFERENCE),
+        progress=work.progress,
+    )
 
 
 def _manifest(
-    order: Order, checkpoint: Checkpoint, stages: Mapping[str, Stage], verdict: Verdict, report: dict[str, Any]
+    order: Order,
+    checkpoint: Checkpoint,
+    stages: Mapping[str, Stage],
+    verdict: Verdict,
+    report: dict[str, Any],
+    engines: tuple[EngineFacts, ...] = (),
 ) -> Manifest:
     return Manifest(
         variant=order.recipe.name,
         family=order.recipe.family,
         precision=order.precision,
-        target=order.target.name,
+        target=order.chosen.name,
         verdict=verdict,
         recipe=order.recipe.model_dump(mode="json"),
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
-        engines=_engines(stages),
+        engines=engines,
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},
         versions=_versions((*_TRACERS, "onnxruntime")) | {"python": platform.python_version()},
@@ -277,21 +345,38 @@ def _require_packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
     require("export", *PACKAGES)
     require("cpu", "onnxruntime")
-    if order.target.runtime == "tensorrt_rtx":
-        require("rtx", *engine.PACKAGES)
+    if order.runtime.has_engine:
+        require(plan.EXTRA[order.runtime], *engine.PACKAGES[order.runtime])
 
 
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    width = 2 if order.precision is Precision.FP16 else 4
+    width = 4 if order.precision is Precision.FP32 else 2
     weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
-    needed = weights * (2 if order.target.runtime == "tensorrt_rtx" else 1)  # an engine holds them once more
+    needed = weights * (2 if order.runtime.has_engine else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())
     free = shutil.disk_usage(order.out.absolute().parent).free
     if free < needed:
         raise MissingRequirement(
             f"The bundle needs about {needed / 1e9:.1f} GB; {order.out.parent} has {free / 1e9:.1f} GB free.",
             next_step="Free some space, or choose another --out.",
+        )
+
+
+def _check_memory(order: Order, exported: Stage) -> None:
+    """Refuses an engine its card has no memory for, before the long stages are begun."""
+    memory_gb = order.chosen.target.memory_gb
+    if not order.runtime.has_engine or memory_gb is None:
+        return
+    builder = _builder_gpu(order)
+    for graph in order.model.graphs:
+        onnx = exported.folder / f"{graph.name}.onnx"
+        engine.check_memory(
+            onnx,
+            graph,
+            order.profiles[graph.name],
+            memory_bytes=builder.memory_bytes if builder else memory_gb * 10**9,
+            where=builder.name if builder else f"the smallest {order.chosen.target.name}",
         )
 
 

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from dinoexport import bundle, family, judge
-from dinoexport.bundle import Manifest, Reference
+from dinoexport import bundle, family, judge, machine, plan
+from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
-from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
-from dinoexport.runtime import ort
-from dinoexport.spec import Array, Arrays, Case, Expectation, Graph, Precision, Progress, Runner, silent
+from dinoexport.runtime import ort, trt
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Expectation,
+    Graph,
+    Precision,
+    Profile,
+    Progress,
+    Runner,
+    Runtime,
+    silent,
+)
 
 Judge = Literal["plain", "hub"]
 # How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
@@ -99,12 +112,86 @@ def candidate_name(precision: Precision) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineVerdict:
+    """What this machine's GPU says of a bundle's engines: `report`, or `not_run`, the reason why it was not asked."""
+
+    facts: tuple[EngineFacts, ...]
+    report: judge.Report | None = None
+    not_run: str = ""
+
+
+NO_ENGINE = EngineVerdict(facts=())
+
+
+def judge_engines(
+    model: Model,
+    engines: Mapping[Path, EngineFacts],
+    graphs: Mapping[Path, Graph],
+    reference: Reference,
+    *,
+    progress: Progress = silent,
+) -> EngineVerdict:
+    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead."""
+    facts = tuple(engines.values())
+    try:
+        candidate, device = open_engines(model, engines, graphs)
+    except MissingRequirement as missing:
+        return EngineVerdict(facts=facts, not_run=missing.message)
+    report = judged(candidate, reference, engine_name(facts[0], device), progress=progress)
+    return EngineVerdict(facts=_executed(facts, device, report), report=report)
+
+
+def open_engines(
+    model: Model, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
+) -> tuple[judge.Candidate, str]:
+    """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
+
+    Raises MissingRequirement, before any is opened, when one is for another device or version.
+    """
+    gpus = machine.gpus()
+    devices = [plan.check_runs_here(facts, gpus).name for facts in engines.values()]
+    signatures = {graph.name: graph for graph in graphs.values()}
+    weights = {graph.name: path for path, graph in graphs.items()}
+    runners: dict[str, Runner] = {
+        facts.graph: trt.open_engine(
+            path,
+            signatures[facts.graph],
+            runtime=facts.runtime,
+            profiles=[Profile(name=name, shapes=shapes) for name, shapes in facts.profiles.items()],
+            weights_from=weights[facts.graph] if facts.stripped else None,
+        )
+        for path, facts in engines.items()
+    }
+
+    def answer(inputs: Arrays) -> dict[str, Array]:
+        return model.drive(runners, inputs)
+
+    return answer, devices[0]
+
+
+def engine_name(facts: EngineFacts, device: str) -> str:
+    """What the verdict on an engine is about, in words."""
+    return f"{facts.runtime} {facts.runtime_version} on {device}, {facts.precision}"
+
+
+def _executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:
+    when = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return tuple(f.model_copy(update={"executed": when, "report": report.to_json()}) for f in facts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Validated:
-    """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used."""
+    """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
+
+    not_run: why the bundle's engines were not asked, the graph was instead. recorded: whether the manifest now says
+    that the engines passed on this machine.
+    """
 
     manifest: Manifest
     report: judge.Report
     skipped: tuple[str, ...] = ()
+    not_run: str = ""
+    recorded: bool = False
 
 
 def validate(
@@ -112,13 +199,16 @@ def validate(
     *,
     images: Path | None = None,
     weights: str | None = None,
+    runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
-    Every byte is checked first. `images` needs torch and the weights the bundle was made from: `weights`, or where the
-    manifest says they came from. Raises ValidationFailed for a damaged bundle; a failed verdict is in the result.
+    Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
+    checked first. `images` needs torch and the weights the bundle was made from: `weights`, or where the manifest says
+    they came from. Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run
+    here; a failed verdict is in the result.
     """
     manifest = bundle.verify(folder, progress=progress)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -128,11 +218,16 @@ def validate(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    candidate = open_candidate(model, {folder / g.file: g.graph() for g in manifest.graphs})
-    name = candidate_name(manifest.precision)
+    opened = _open(folder, manifest, model, runtime)
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
-        return Validated(manifest=manifest, report=judged(candidate, reference, name, progress=progress))
+        report = judged(opened.candidate, reference, opened.name, progress=progress)
+        recorded = bool(opened.device) and report.passed
+        if recorded:
+            engines = _executed(manifest.engines, opened.device, report)
+            manifest = manifest.model_copy(update={"engines": engines})
+            recorded = bundle.rewrite_manifest(folder, manifest)
+        return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
     cases, skipped = _user_cases(model, images, progress)
     checkpoint = _same_weights(model, recipe, manifest, weights, progress)
     limits = _limits_of(folder, manifest, recipe)
@@ -142,10 +237,42 @@ def validate(
         reference = ask_pytorch(
             model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
         )
-        reports.append(judged(candidate, reference, name, progress=progress))
-    rows = tuple(row for report in reports for row in report.rows)
-    report = judge.Report(candidate=name, reference=reports[0].reference, rows=rows)
-    return Validated(manifest=manifest, report=report, skipped=skipped)
+        reports.append(judged(opened.candidate, reference, opened.name, progress=progress))
+    report = judge.Report(
+        candidate=opened.name,
+        reference=reports[0].reference,
+        rows=tuple(row for report in reports for row in report.rows),
+        not_covered=tuple(name for report in reports for name in report.not_covered),
+    )
+    return Validated(manifest=manifest, report=report, skipped=skipped, not_run=opened.not_run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why."""
+
+    candidate: judge.Candidate
+    name: str
+    device: str = ""
+    not_run: str = ""
+
+
+def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
+    has = {engine.runtime for engine in manifest.engines} | {Runtime.ONNXRUNTIME}
+    if runtime is not None and runtime not in has:
+        raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    not_run = ""
+    if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
+        try:
+            engines = {folder / engine.file: engine for engine in manifest.engines}
+            candidate, device = open_engines(model, engines, graphs)
+            return _Opened(candidate=candidate, name=engine_name(manifest.engines[0], device), device=device)
+        except MissingRequirement as missing:
+            if runtime is not None:
+                raise
+            not_run = missing.message
+    return _Opened(candidate=open_candidate(model, graphs), name=candidate_name(manifest.precision), not_run=not_run)
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dinoexport import shipped
 from dinoexport.errors import UsageError
-from dinoexport.spec import Dim, Precision, closest
+from dinoexport.spec import Dim, Precision, Runtime, closest
 
 # A name becomes part of file names, so it may hold nothing a path could use.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
@@ -50,9 +50,44 @@ class Range(Frozen):
             raise ValueError(f"needs min <= opt <= max, has {self.min}, {self.opt}, {self.max}")
         return self
 
-    def dim(self, name: str, *, multiple_of: int = 1) -> Dim:
+    def dim(self, name: str, *, multiple_of: int = 1, step: int = 1) -> Dim:
         """This range as a graph's dimension."""
-        return Dim(name=name, min=self.min, opt=self.opt, max=self.max, multiple_of=multiple_of)
+        return Dim(name=name, min=self.min, opt=self.opt, max=self.max, multiple_of=multiple_of, step=step)
+
+
+class EngineChoices(Frozen):
+    """How an engine is made from the graph. What a runtime lacks is refused before any work."""
+
+    profiles: tuple[Name, ...] = Field(
+        default=(),
+        description="Which of the recipe's named profiles the engine holds, the preferred first. "
+        "Default: one profile over the whole range. Each more costs its own build time and scratch memory.",
+    )
+    preset: Literal["fast", "balanced", "max"] = Field(
+        default="balanced",
+        description="How long `tensorrt` searches for kernels: its optimisation level 1, 3 or 5. "
+        "`max` can take many times as long as `fast`.",
+    )
+    compatibility: Literal["this-gpu", "same-cc", "ampere+"] = Field(
+        default="this-gpu",
+        description="Where a `tensorrt` plan may run: on the GPU model that built it, on any of its capability, "
+        "or on Ampere and newer. The wider two do without cuDNN's and cuBLAS's kernels; `ampere+` also limits shared "
+        "memory to 48 KiB, which may keep attention from being fused.",
+    )
+    version_compatible: bool = Field(
+        default=False,
+        description="A `tensorrt` plan that newer TensorRT versions load too. It may be slower, and Triton loads it "
+        "only with --backend-config=tensorrt,version-compatible=true.",
+    )
+    strip_weights: bool = Field(
+        default=False,
+        description="A `tensorrt` plan without its weights; they are put in from the ONNX beside it when it is opened. "
+        "Triton cannot do that.",
+    )
+    weight_streaming: bool = Field(
+        default=False,
+        description="A `tensorrt` plan whose weights may stay in host memory and be streamed in, at the price of time.",
+    )
 
 
 class Recipe(Frozen):
@@ -68,22 +103,31 @@ class Recipe(Frozen):
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
+    profiles: dict[Name, dict[str, Range]] = Field(
+        default_factory=dict,
+        description="Named parts of that range for an engine to be tuned for; what is left out is as in `profile`.",
+    )
+    engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
 
 
 class Target(Frozen):
-    """A kind of machine the bundle is meant for. `precisions` lists the fastest sensible one first, with its reason.
+    """A kind of machine the bundle is meant for.
 
-    compute_capabilities: the GPUs an engine is compiled for; empty where the ONNX itself is what runs. caution: what a
-    user must know of this target before relying on it.
+    runtimes: what can run there, the preferred first, with what each one is good for. cautions: what a user must know
+    before relying on one. precisions: what the machine has, the fastest sensible one first, with its reason; lacks:
+    what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
     """
 
     name: Name
     description: str
-    runtime: Literal["onnxruntime", "tensorrt_rtx"]
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
-    caution: str = ""
+    gpus: tuple[str, ...] = ()
+    memory_gb: int | None = Field(default=None, gt=0)
+    runtimes: dict[Runtime, str] = Field(min_length=1)
+    cautions: dict[Runtime, str] = Field(default_factory=dict)
     precisions: dict[Precision, str] = Field(min_length=1)
+    lacks: dict[Precision, str] = Field(default_factory=dict)
 
 
 class Limit(Frozen):

@@ -36,15 +36,32 @@ class Precision(enum.StrEnum):
     FP16 = "fp16"
 
 
+class Runtime(enum.StrEnum):
+    """What runs the product of a build: the ONNX itself, or an engine made from it."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine is built from the ONNX for this runtime."""
+        return self is not Runtime.ONNXRUNTIME
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dim:
-    """A dynamic dimension and the range it may take."""
+    """A dynamic dimension and the range it may take.
+
+    Sizes that are no multiple of `multiple_of` are refused; what is over a multiple of `step` is not looked at.
+    """
 
     name: str
     min: int
     opt: int
     max: int
     multiple_of: int = 1
+    step: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +82,23 @@ class Graph:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A range of shapes an engine is tuned for. shapes: input name -> (smallest, most likely, largest) shape."""
+
+    name: str
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+    def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether inputs of these shapes lie within the range."""
+        return all(map(self._covers, shapes, shapes.values()))
+
+    def _covers(self, name: str, shape: tuple[int, ...]) -> bool:
+        smallest, _, largest = self.shapes[name]
+        ranks_agree = len(shape) == len(smallest)
+        return ranks_agree and all(low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

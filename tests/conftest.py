@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dinoexport import machine
 from tests import triton_server
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
@@ -18,33 +19,43 @@ settings.load_profile("ci" if os.environ.get("CI") else "seek")
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's cache."""
-    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
         action="append",
         default=[],
-        metavar="NAME",
-        help="Fail, not skip, the tests with this marker where what they need is missing; may be repeated.",
+        metavar="MARKER",
+        help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
     )
 
 
-# Marker -> why its tests cannot run here, or nothing.
-MISSING = {"triton": triton_server.missing}
+def _missing(marker: str) -> str:
+    """Why tests with this marker cannot run on this machine; empty when they can."""
+    if marker in ("gpu", "tensorrt") and not machine.gpus():
+        return "no NVIDIA GPU here"
+    if marker == "tensorrt" and machine.installed("tensorrt") is None:
+        return "tensorrt is not installed"
+    if marker == "triton":
+        return triton_server.missing()
+    return ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A hardware marker's test is skipped with its reason, or fails where CI asked for it with --require."""
-    for name, missing in MISSING.items():
-        if item.get_closest_marker(name) and (why := missing()):
-            (pytest.fail if name in item.config.getoption("--require") else pytest.skip)(why)
+    for mark in item.iter_markers():
+        if reason := _missing(mark.name):
+            if mark.name in item.config.getoption("--require"):
+                pytest.fail(f"--require {mark.name}: {reason}", pytrace=False)
+            pytest.skip(reason)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if unknown := set(config.getoption("--require")) - MISSING.keys():
-        raise pytest.UsageError(f"--require {', '.join(sorted(unknown))}: known are {', '.join(MISSING)}")
+@pytest.fixture(autouse=True)
+def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test sees a GPU only if it says so: the same tests on every machine."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(machine, "gpus", lambda: ())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))

@@ -21,7 +21,7 @@ from dinoexport.deploy import batching, models, triton
 from dinoexport.deploy.config import Entry, Word, to_text
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.models.dinov2 import serving
-from dinoexport.spec import Dim
+from dinoexport.spec import Dim, Runtime
 from tests.conftest import DATA
 
 IMAGES = DATA.parent.parent / "validate" / "images"
@@ -244,7 +244,10 @@ def _plan_engine(file: str, cc: str, *, version: str = "11.2.1.2", profiles: int
     shapes = [((1, 3, 14, 14), (b, 3, 224, 224), (4, 3, 518, 518)) for b in (1, 4)[:profiles]]
     return SimpleNamespace(
         file=file,
-        runtime="tensorrt",
+        graph="model",
+        runtime=Runtime.TENSORRT,
+        version_compatible=False,
+        stripped=False,
         runtime_version=version,
         compute_capabilities=(cc,),
         profiles={f"p{i}": {"pixels": shape} for i, shape in enumerate(shapes)},
@@ -302,6 +305,19 @@ def test_a_plan_that_cannot_load_is_refused(
         triton.deploy(tmp_path / "bundle", tmp_path / "models", triton=tag)
     assert not (tmp_path / "models").exists()
     triton.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.10=11.2.1")
+
+
+def test_stripped_and_version_compatible_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, tmp_path / "bundle")
+    plan = _plan_engine("model.plan", "8.0")
+    plan.stripped = True
+    _with_plans(monkeypatch, tmp_path / "bundle", plan)
+    with pytest.raises(UsageError, match="holds no weights"):
+        triton.deploy(tmp_path / "bundle", tmp_path / "models")
+    triton.deploy(tmp_path / "bundle", tmp_path / "models", backend="onnxruntime", triton="26.07")
+    plan.stripped, plan.version_compatible = False, True
+    assert triton.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.07").backend == "tensorrt_plan"
+    assert "version-compatible=true" in (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
 
 
 @given(st.text(), st.integers(-(2**31), 2**31 - 1), st.booleans(), st.lists(st.integers(-9, 9), min_size=1))

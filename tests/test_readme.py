@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dinoexport import cli, pipeline, recipe, shipped
+from dinoexport.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,7 +72,7 @@ def test_make_demo_does_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_recipe_example(tmp_path: Path) -> None:
-    (example,) = [block for kind, block in BLOCKS if kind == "toml"]
+    example, _ = [block for kind, block in BLOCKS if kind == "toml"]
     (tmp_path / "mine.toml").write_text(example)
     order = pipeline.order(str(tmp_path / "mine.toml"))
     assert order.recipe.name == "vitb14-dense" and order.recipe.precision == "fp16"
@@ -79,11 +80,21 @@ def test_recipe_example(tmp_path: Path) -> None:
     assert any(case.expect_refusal for case in order.cases)
 
 
+def test_engine_example(tmp_path: Path) -> None:
+    _, example = [block for kind, block in BLOCKS if kind == "toml"]
+    (tmp_path / "mine.toml").write_text(example)
+    with pytest.raises(UsageError, match="tensorrt_rtx has no compatibility"):
+        pipeline.order(str(tmp_path / "mine.toml"), target="a100")  # read, and refused for what this machine lacks
+    (tmp_path / "mine.toml").write_text(example.replace('"same-cc"', '"this-gpu"'))
+    order = pipeline.order(str(tmp_path / "mine.toml"), target="a100")
+    assert [profile.name for profile in order.profiles["model"]] == ["document", "latency"]
+
+
 def test_bundle_layout_is_the_documented_one() -> None:
     (layout,) = [block for kind, block in BLOCKS if kind == "" and block.startswith("bundles/")]
     documented = set(re.findall(r"^  (\S+)  ", layout, flags=re.MULTILINE))
     always = {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json"}
-    assert documented == always | {"model.rtx"}
+    assert documented == always | {"model.plan"}
 
 
 def test_help_of_every_verb() -> None:

@@ -35,6 +35,7 @@ from dinoexport.deploy import triton
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.models.dinov2 import cases, serving
 from dinoexport.runtime import ort
+from dinoexport.spec import Runtime
 from dinoexport.transport import ServerBusy, ServerError
 from tests.conftest import DATA
 from tests.test_readme import README
@@ -655,7 +656,10 @@ def _plan(compute_capability: str) -> Any:
     profiles = {f"tuned for {opt}": {"images": (smallest, (opt, 14, 14, 3), largest)} for opt in (1, 8)}
     return SimpleNamespace(
         file=f"model.sm{compute_capability.replace('.', '')}.plan",
-        runtime="tensorrt",
+        graph="model",
+        runtime=Runtime.TENSORRT,
+        version_compatible=False,
+        stripped=False,
         runtime_version="11.2.1",
         compute_capabilities=(compute_capability,),
         profiles=profiles,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dinoexport import bundle
-from dinoexport.bundle import GraphFacts, Manifest, Reference
+from dinoexport.bundle import GraphFacts, Manifest, Reference, Shapes
 from dinoexport.deploy import batching
 from dinoexport.deploy.batching import Batching
 from dinoexport.deploy.config import DATA_TYPES, Entry, Word, parameter, to_text
@@ -19,7 +19,7 @@ from dinoexport.deploy.served import ENCODED, PARAMETER, Served
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
 from dinoexport.runtime import check_inputs
-from dinoexport.spec import Array, Arrays, Graph, Progress, Tensor
+from dinoexport.spec import Array, Arrays, Graph, Progress, Runtime, Tensor
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -28,12 +28,18 @@ _QUEUE_TIMEOUT_US = int(1e6 * batching.QUEUE_TIMEOUT_S)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A classic TensorRT plan in a bundle. profiles: for each, the batch it is tuned for and the largest it takes."""
+    """A classic TensorRT plan in a bundle. profiles: for each, the batch it is tuned for and the largest it takes.
+
+    version_compatible: it carries a runtime of its own, for servers started with
+    `--backend-config=tensorrt,version-compatible=true`. stripped: it has no weights.
+    """
 
     file: str
     graph: str
     tensorrt_version: str
     compute_capability: str
+    version_compatible: bool
+    stripped: bool
     profiles: tuple[tuple[int, int], ...]
 
 
@@ -53,17 +59,22 @@ def plans_of(manifest: Manifest) -> tuple[Plan, ...]:
     return tuple(
         Plan(
             file=engine.file,
-            graph=engine.file.split(".")[0],
+            graph=engine.graph,
             tensorrt_version=engine.runtime_version,
             compute_capability=engine.compute_capabilities[0],
-            profiles=tuple(
-                (shapes[0][1][0], shapes[0][2][0])
-                for shapes in (list(profile.values()) for profile in getattr(engine, "profiles", {}).values())
-            ),
+            version_compatible=engine.version_compatible,
+            stripped=engine.stripped,
+            profiles=tuple(_batches(profile) for profile in engine.profiles.values()),
         )
         for engine in manifest.engines
-        if str(engine.runtime) == "tensorrt"
+        if engine.runtime is Runtime.TENSORRT
     )
+
+
+def _batches(profile: Mapping[str, Shapes]) -> tuple[int, int]:
+    """(most likely, largest) batch of a profile: the first dimension of every input."""
+    _, likely, largest = next(iter(profile.values()))
+    return likely[0], largest[0]
 
 
 def of_bundle(
@@ -149,7 +160,9 @@ def warmup_items(graph: Graph, reference: Reference) -> tuple[Arrays, ...]:
 
 def _plan_entries(plans: Sequence[Plan], largest: int) -> tuple[list[Entry], dict[str, str]]:
     """Backend, batching and instances for plans, one for each compute capability."""
-    entries = [Entry("backend", "tensorrt"), Entry("platform", "tensorrt_plan")]
+    flag = "the server needs --backend-config=tensorrt,version-compatible=true"
+    why = flag if any(plan.version_compatible for plan in plans) else ""
+    entries = [Entry("backend", "tensorrt", why), Entry("platform", "tensorrt_plan")]
     if len(plans) == 1:
         entries.append(Entry("default_model_filename", plans[0].file))
     entries += [

@@ -24,12 +24,10 @@ from dinoexport.deploy.models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Progress, closest, silent
+from dinoexport.target import triton_tags
 
 CONFIG = "config.pbtxt"
 _SERVED_VERSION = re.compile(r"^version_policy \{.*?versions: \[(\d+)\]", re.MULTILINE | re.DOTALL)
-# The TensorRT inside a Triton image, where it was read off the image or NVIDIA's own container pages. A plan runs on
-# the very version that built it, so a tag that is not here must come with its version.
-TENSORRT_OF_TAG = {"26.04": "10.16.1", "26.07": "11.1.0", "26.08": "11.2.1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,8 @@ def deploy(
         )
     name = _checked_name(name or manifest.variant)
     plans = models.plans_of(manifest)
-    _refuse_other_tensorrt(plans, triton)
     backend = _chosen(backend, plans)
+    _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
     reference = bundle.read_reference(folder / bundle.REFERENCE)
@@ -156,25 +154,30 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
     return backend
 
 
-def _refuse_other_tensorrt(plans: Sequence[Plan], triton: str | None) -> None:
-    """Raises UsageError when a plan was built by another TensorRT than the one in the image `triton` names."""
+def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
+    """Raises UsageError for a plan no Triton can load, or not the one in the image `triton` names."""
+    if stripped := [plan.file for plan in plans if plan.stripped]:
+        raise UsageError(
+            f"{', '.join(stripped)} holds no weights, and Triton has nothing that would put them in.",
+            next_step="Build it unstripped, or deploy with --backend onnxruntime.",
+        )
     if triton is None:
         return
     tag, given, version = triton.partition("=")
-    if not given:
-        if tag not in TENSORRT_OF_TAG:
-            raise UsageError(
-                f"The TensorRT inside Triton {tag} is not known here; known tags: {', '.join(TENSORRT_OF_TAG)}.",
-                next_step=f"Read it inside the image (dpkg -l 'libnvinfer*'), and give it: --triton {tag}=VERSION.",
-            )
-        version = TENSORRT_OF_TAG[tag]
-    wanted = version.split(".")[:3]
+    known = triton_tags()
+    if not given and tag not in known:
+        raise UsageError(
+            f"The TensorRT inside Triton {tag} is not known here.{closest(tag, list(known))}",
+            next_step=f"Known: {', '.join(known)}. Else read it inside the image, dpkg -l 'libnvinfer*', "
+            f"and give it: --triton {tag}=VERSION.",
+        )
+    wanted = version if given else known[tag]
     for plan in plans:
-        if plan.tensorrt_version.split(".")[:3] != wanted:
+        if plan.tensorrt_version.split(".")[:3] != wanted.split(".")[:3] and not plan.version_compatible:
             raise UsageError(
-                f"{plan.file} was built by TensorRT {plan.tensorrt_version}; Triton {tag} has {version} and cannot "
+                f"{plan.file} was built by TensorRT {plan.tensorrt_version}; Triton {tag} has {wanted} and cannot "
                 "load it.",
-                next_step=f"Build the plan with TensorRT {version}, or serve with the image that has "
+                next_step=f"Build the plan with TensorRT {wanted}, or serve with the image that has "
                 f"{plan.tensorrt_version}.",
             )
 

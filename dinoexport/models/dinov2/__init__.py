@@ -73,7 +73,7 @@ class Dinov2Model:
         dim, registers = self.arch.embed_dim, self.arch.register_count
         multiple = PATCH if self.choices.sizes == "strict" else 1
         dims = tuple(
-            limits.dim(name, multiple_of=1 if name == "batch" else multiple)
+            limits.dim(name) if name == "batch" else limits.dim(name, multiple_of=multiple, step=PATCH)
             for name, limits in sorted(self.recipe.profile.items())
         )
         if self.choices.input == "pixels":

@@ -1,0 +1,252 @@
+"""Everything about speed and truth that wants a GPU, in one command and one table: `python benchmarks/gpu_check.py`.
+
+For each variant, size and batch: PyTorch eager and compiled, ONNX Runtime, TensorRT and TensorRT-RTX where they are
+present, in fp16 on the GPU. Each is timed from host memory to host memory, as a server would be, and its tokens are
+judged against PyTorch fp32 on the CPU: a fast wrong answer is marked wrong. Without a GPU it runs the CPU's rows in
+fp32, and says what it left out. `--out FILE` writes the Markdown there as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoexport import engine, machine, pipeline, plan, profiles, recipe
+from dinoexport.checkpoint import open_checkpoint
+from dinoexport.errors import DinoexportError
+from dinoexport.export import export
+from dinoexport.judge import judge
+from dinoexport.machine import Gpu
+from dinoexport.models.dinov2 import PATCH, reference
+from dinoexport.recipe import Range
+from dinoexport.runtime import ort, trt
+from dinoexport.spec import Case, Expectation, Graph, Precision, Runtime, silent
+
+HEADER = (
+    "variant", "size", "batch", "runtime", "ms", "spread", "images/s", "share of peak", "relative L2", "tokens",
+)  # fmt: skip
+WARM_UPS, SECONDS = 3, 2.0
+JUDGED = 2  # images of each batch that PyTorch answers too
+Runs = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One variant, exported, with what PyTorch fp32 on the CPU is asked through."""
+
+    name: str
+    order: pipeline.Order
+    read: Callable[[str], Any]
+    onnx: Path
+    graph: Graph
+
+
+def exported(name: str, precision: Precision, folder: Path, largest_batch: int) -> Variant:
+    """The variant's ONNX with made-up weights, for batches up to `largest_batch`."""
+    order = pipeline.order(name, weights="synthetic:0", precision=precision, target="cpu")
+    ranges = {**order.recipe.profile, "batch": Range(min=1, opt=min(8, largest_batch), max=largest_batch)}
+    model: Any = type(order.model)(
+        recipe=order.recipe.model_copy(update={"profile": ranges}),
+        arch=order.model.arch,  # type: ignore[attr-defined]
+        choices=order.model.choices,  # type: ignore[attr-defined]
+    )
+    checkpoint = open_checkpoint(model, order.recipe, order.weights, progress=silent)
+    (graph,) = model.graphs
+    onnx, _ = export(graph, model.calls(graph, checkpoint.read), folder, metadata={})
+    return Variant(name=name, order=order, read=checkpoint.read, onnx=onnx, graph=graph)
+
+
+def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]) -> Iterator[tuple[str, Runs]]:
+    """Each runtime that is present, opened only when it is its turn."""
+    device, dtype = ("cuda", torch.float16) if gpu else ("cpu", torch.float32)
+    yield "PyTorch eager", in_torch(variant, device, dtype, lambda function: function)
+    if gpu:
+        yield "PyTorch compiled", in_torch(variant, device, dtype, torch.compile)
+    if gpu and not ort.has_cuda():
+        notes.append(f"{variant.name}: ONNX Runtime CUDA, which is not installed")
+    else:
+        yield f"ONNX Runtime {'CUDA' if gpu else 'CPU'}", ort.open_graph(variant.onnx, variant.graph, cuda=bool(gpu))
+    for runtime in (runtime for runtime in Runtime if runtime.has_engine):
+        if gpu is None or plan.installed_version(runtime) is None:
+            notes.append(f"{variant.name}: {runtime}, for {'it is not installed' if gpu else 'there is no GPU'}")
+            continue
+        try:
+            yield runtime.value, built(variant, runtime, gpu, folder)
+        except DinoexportError as error:
+            notes.append(f"{variant.name}: {runtime}: {error.message}")
+
+
+def in_torch(variant: Variant, device: str, dtype: torch.dtype, prepare: Callable[..., Any]) -> Runs:
+    """The plain formulation, its weights on the device."""
+    arch: Any = variant.order.model.arch  # type: ignore[attr-defined]
+    weights = {name: torch.from_numpy(variant.read(name)).to(device, dtype) for name in arch.tensors}
+    last = arch.depth - 1
+    tokens_of = reference.tokens_of.__wrapped__  # type: ignore[attr-defined]
+    function = prepare(
+        lambda pixels: tokens_of(arch, weights.__getitem__, [pixels], blocks=[last], block_done=lambda _: None)[0][last]
+    )
+    registers = arch.register_count
+
+    def run(inputs: dict[str, Any]) -> dict[str, Any]:
+        with torch.inference_mode():
+            tokens = function(torch.from_numpy(inputs["pixels"]).to(device, dtype)).float().cpu().numpy()
+        named = {"class_token": tokens[:, 0], "patch_tokens": tokens[:, 1 + registers :]}
+        return named | ({"register_tokens": tokens[:, 1 : 1 + registers]} if registers else {})
+
+    return run
+
+
+def built(variant: Variant, runtime: Runtime, gpu: Gpu, folder: Path) -> Runs:
+    """An engine for this GPU, over the whole range."""
+    whole = profiles.profile(profiles.WHOLE, variant.graph, {})
+    made = engine.build(
+        variant.onnx,
+        variant.graph,
+        folder,
+        runtime=runtime,
+        profiles=[whole],
+        compute_capabilities=[gpu.compute_capability],
+        gpu=gpu if runtime is Runtime.TENSORRT else None,
+    )
+    return trt.open_engine(made.path, variant.graph, runtime=runtime, profiles=[whole])
+
+
+def timed(run: Callable[[], Any]) -> list[float]:
+    """Milliseconds of one run after another, after a few to warm up, for a while."""
+    for _ in range(WARM_UPS):
+        run()
+    samples_ms: list[float] = []
+    until = time.perf_counter() + SECONDS
+    while len(samples_ms) < 5 or time.perf_counter() < until:
+        started = time.perf_counter()
+        run()
+        samples_ms.append(1000 * (time.perf_counter() - started))
+    return samples_ms
+
+
+def peak_flops(gpu: Gpu | None) -> float:
+    """What this machine reaches in a large matrix product, in the arithmetic that is timed."""
+    device, dtype, side = ("cuda", torch.float16, 8192) if gpu else ("cpu", torch.float32, 2048)
+    left = torch.randn(side, side).to(device, dtype)
+
+    def product() -> None:
+        left @ left
+        if gpu:
+            torch.cuda.synchronize()
+
+    return 2 * side**3 / (min(timed(product)) / 1000)
+
+
+def flops_per_image(variant: Variant, size: int) -> float:
+    """Twice the multiply-adds of one image: patch embedding, projections, attention, feed-forward."""
+    arch: Any = variant.order.model.arch  # type: ignore[attr-defined]
+    patches = (size // PATCH) ** 2
+    tokens = patches + 1 + arch.register_count
+    feed_forward = (3 if arch.feed_forward == "swiglu" else 2) * arch.embed_dim * arch.hidden_dim
+    block = tokens * (4 * arch.embed_dim**2 + feed_forward) + 2 * tokens**2 * arch.embed_dim
+    return 2.0 * (patches * 3 * PATCH**2 * arch.embed_dim + arch.depth * block)
+
+
+def judged(variant: Variant, answer: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str]:
+    """(relative L2 of the patch tokens, verdict) of the first images of a batch."""
+    limits = variant.order.limits.model_copy(update={"times_own_error_max": None})
+    first = {name: array[:JUDGED] for name, array in answer.items()}
+    case = Case(name="batch", why="the first images of the batch", inputs={})
+    report = judge(
+        lambda _: first,
+        [Expectation(case=case, outputs=expected)],
+        [],
+        limits,
+        candidate_name="candidate",
+        reference_name="PyTorch fp32",
+    )
+    errors = [row.distance.relative_l2 for row in report.rows if row.distance]
+    return (f"{max(errors):.1e}" if errors else "", "right" if report.passed else "WRONG")
+
+
+def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> Iterator[tuple[str, ...]]:
+    """The table, line by line as it grows."""
+    peak = peak_flops(gpu)
+    precision = Precision.FP16 if gpu else Precision.FP32
+    rng = np.random.default_rng(0)
+    for name in arguments.variants:
+        with tempfile.TemporaryDirectory() as temporary:
+            variant = exported(name, precision, Path(temporary), max(arguments.batches))
+            batches = {
+                (size, batch): rng.standard_normal((batch, 3, size, size), np.float32)
+                for size in arguments.sizes
+                for batch in arguments.batches
+            }
+            asked = [{"pixels": images[:JUDGED]} for images in batches.values()]
+            expected = variant.order.model.reference(variant.read, asked, precision=Precision.FP32, progress=silent)
+            for runtime, run in contenders(variant, gpu, Path(temporary), notes):
+                for ((size, batch), images), truth in zip(batches.items(), expected, strict=True):
+                    try:
+                        answer = run({"pixels": images})
+                        samples_ms = timed(lambda run=run, images=images: run({"pixels": images}))  # type: ignore[misc]
+                    except (DinoexportError, RuntimeError) as error:
+                        notes.append(f"{name} {size} batch {batch}, {runtime}: {str(error).splitlines()[0]}")
+                        continue
+                    ms = statistics.median(samples_ms)
+                    spread = f"{np.percentile(samples_ms, 10):.2f} to {np.percentile(samples_ms, 90):.2f}"
+                    rate = 1000 * batch / ms
+                    share = rate * flops_per_image(variant, size) / peak
+                    yield (
+                        name, str(size), str(batch), runtime, f"{ms:.2f}", spread, f"{rate:.1f}", f"{share:.0%}",
+                        *judged(variant, answer, truth),
+                    )  # fmt: skip
+                if hasattr(run, "close"):
+                    run.close()
+
+
+def machine_line(gpu: Gpu | None) -> str:
+    """What this was measured on."""
+    versions = [f"torch {torch.__version__}", f"ONNX Runtime {ort.version()}"]
+    engines = {runtime: plan.installed_version(runtime) for runtime in Runtime if runtime.has_engine}
+    versions += [f"{runtime} {version}" for runtime, version in engines.items() if version]
+    where = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, no GPU"
+    if gpu:
+        where = f"{gpu.name}, SM {gpu.compute_capability}, driver {gpu.driver}"
+    return f"{datetime.now(UTC):%Y-%m-%d}, {where}; {', '.join(versions)}."
+
+
+def main() -> None:
+    """Prints the table and what was left out of it; ends in 1 when any tokens are wrong."""
+    gpu = next(iter(machine.gpus()), None)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", nargs="+", default=recipe.variants() if gpu else ["vits14"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32] if gpu else [1])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    notes: list[str] = (
+        [] if gpu else ["everything that wants a GPU, batches above 1 and the larger variants, unless asked for"]
+    )
+    lines = [machine_line(gpu), "", "| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    print("\n".join(lines), flush=True)
+    wrong = False
+    for row in rows(arguments, gpu, notes):
+        wrong |= row[-1] == "WRONG"
+        lines.append("| " + " | ".join(row) + " |")
+        print(lines[-1], flush=True)
+    left_out = ["", "Left out:", *(f"- {note}" for note in notes)] if notes else []
+    print("\n".join(left_out))
+    if arguments.out:
+        arguments.out.write_text("\n".join((*lines, *left_out)) + "\n")
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    main()

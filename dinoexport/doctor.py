@@ -1,0 +1,190 @@
+"""What this machine has, what it can therefore build and run, and what is wrong with it: each finding with its fix."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import dinoexport
+from dinoexport import machine, plan, shipped
+from dinoexport.download import cache_folder
+from dinoexport.errors import DinoexportError
+from dinoexport.machine import Gpu
+from dinoexport.recipe import EngineChoices, Target, load_target
+from dinoexport.spec import Runtime
+from dinoexport.target import can_build
+
+# CUDA 13 wants driver 580 or newer, CUDA 12 525 (CUDA compatibility guide, minor version compatibility).
+_DRIVER_FOR_CUDA = {"13": 580, "12": 525}
+# The largest variant's checkpoint, graph and engine side by side.
+_DISK_WANTED = 16 * 10**9
+State = Literal["ok", "missing", "wrong"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at. `missing` is no fault: something cannot be done here. `wrong` wants the fix."""
+
+    subject: str
+    found: str
+    state: State = "ok"
+    fix: str = ""
+
+
+def findings() -> tuple[Finding, ...]:
+    """Everything a build or a run depends on, from the interpreter to each target."""
+    gpus = machine.gpus()
+    return (
+        Finding(subject="dinoexport", found=f"{dinoexport.__version__} on Python {platform.python_version()}"),
+        _package("torch", "torch", "export", "exports and judges"),
+        _onnxruntime(gpus),
+        *(_engine_runtime(runtime) for runtime in Runtime if runtime.has_engine),
+        *_gpus(gpus),
+        *_cuda_mix(),
+        *(_target(load_target(name), gpus) for name in shipped.names("recipes/targets")),
+        *(_disk(place, folder) for place, folder in (("here", Path()), ("cache", cache_folder()))),
+    )
+
+
+def _package(subject: str, package: str, extra: str, does: str) -> Finding:
+    version = machine.installed(package)
+    if version is None:
+        return Finding(
+            subject=subject, found=f"not installed; {does}", state="missing", fix=f"pip install 'dinoexport[{extra}]'"
+        )
+    return Finding(subject=subject, found=version)
+
+
+def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if machine.installed(name)]
+    if len(both) == 2:
+        return Finding(
+            subject="ONNX Runtime",
+            found="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            state="wrong",
+            fix="pip uninstall onnxruntime onnxruntime-gpu, then install the one you want",
+        )
+    if not both:
+        return _package("ONNX Runtime", "onnxruntime", "cpu", "judges the graph")
+    import onnxruntime
+
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    found = f"{onnxruntime.__version__} with {', '.join(providers)}"
+    if gpus and "CUDA" not in providers:
+        return Finding(
+            subject="ONNX Runtime", found=found + "; no CUDA, though a GPU is here", state="missing",
+            fix="pip uninstall onnxruntime && pip install 'dinoexport[gpu]'",
+        )  # fmt: skip
+    return Finding(subject="ONNX Runtime", found=found)
+
+
+def _engine_runtime(runtime: Runtime) -> Finding:
+    version = plan.installed_version(runtime)
+    does = "builds and runs plans" if runtime is Runtime.TENSORRT else "compiles engines, without a GPU too"
+    if version is None:
+        fix = f"pip install 'dinoexport[{plan.EXTRA[runtime]}]'"
+        return Finding(subject=runtime.value, found=f"not installed; {does}", state="missing", fix=fix)
+    return Finding(subject=runtime.value, found=version)
+
+
+def _gpus(gpus: Sequence[Gpu]) -> list[Finding]:
+    if not gpus:
+        return [
+            Finding(
+                subject="GPU",
+                found="none, or no driver",
+                state="missing",
+                fix="Engines are compiled ahead of time at best, and not run. With a GPU: install NVIDIA's driver, and "
+                "give containers --gpus all.",
+            )
+        ]
+    return [
+        Finding(
+            subject=f"GPU {gpu.index}",
+            found=f"{gpu.name}, SM {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.0f} GB, driver {gpu.driver}",
+        )
+        for gpu in gpus
+    ] + [finding for gpu in gpus[:1] for finding in _driver(gpu)]
+
+
+def _driver(gpu: Gpu) -> list[Finding]:
+    major = int(re.match(r"\d*", gpu.driver).group() or 0)  # type: ignore[union-attr]
+    wanted = max((_DRIVER_FOR_CUDA[cuda] for cuda in _cuda_majors()), default=0)
+    if major >= wanted:
+        return []
+    return [
+        Finding(
+            subject="driver",
+            found=f"{gpu.driver}; the CUDA packages installed here want {wanted} or newer",
+            state="wrong",
+            fix="Update NVIDIA's driver, or install the cu12 packages instead of the cu13 ones",
+        )
+    ]
+
+
+def _cuda_majors() -> dict[str, list[str]]:
+    """CUDA major version -> installed packages made for it."""
+    majors: dict[str, list[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if found := re.search(r"[-_]cu(12|13)\b", name):
+            majors.setdefault(found[1], []).append(name)
+    return majors
+
+
+def _cuda_mix() -> list[Finding]:
+    majors = _cuda_majors()
+    if len(majors) < 2:
+        return []
+    named = "; ".join(f"CUDA {cuda}: {', '.join(sorted(names)[:3])}" for cuda, names in sorted(majors.items()))
+    return [
+        Finding(
+            subject="CUDA packages",
+            found=f"a mix ({named})",
+            state="wrong",
+            fix="Use one CUDA in one environment: make a new one and install the extras of one kind",
+        )
+    ]
+
+
+def _target(target: Target, gpus: Sequence[Gpu]) -> Finding:
+    """What can be made for a target on this machine, and what would then be run here."""
+    ways, blocked = [], []
+    for runtime in target.runtimes:
+        if not can_build(target, runtime, EngineChoices(), gpus):
+            blocked.append(f"{runtime}: only on that card")
+        elif runtime.has_engine and plan.installed_version(runtime) is None:
+            blocked.append(f"{runtime}: pip install 'dinoexport[{plan.EXTRA[runtime]}]'")
+        else:
+            here = any(gpu.compute_capability in target.compute_capabilities for gpu in gpus[:1])
+            how = "" if not runtime.has_engine else " (built and run)" if here else " (compiled ahead, not run)"
+            ways.append(f"{runtime}{how}")
+    return Finding(
+        subject=f"target {target.name}",
+        found=", ".join(ways) or "nothing",
+        state="ok" if ways else "missing",
+        fix="; ".join(blocked),
+    )
+
+
+def _disk(place: str, folder: Path) -> Finding:
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        free = shutil.disk_usage(nearest).free
+    except (OSError, DinoexportError) as error:
+        return Finding(subject=f"disk, {place}", found=f"{folder}: {error}", state="wrong", fix="Check the folder")
+    found = f"{free / 1e9:.0f} GB free in {folder.absolute()}"
+    if free < _DISK_WANTED:
+        return Finding(
+            subject=f"disk, {place}",
+            found=found,
+            state="missing",
+            fix=f"The largest variant wants {_DISK_WANTED / 1e9:.0f} GB: free some, or set DINOEXPORT_CACHE or --out",
+        )
+    return Finding(subject=f"disk, {place}", found=found)

@@ -1,0 +1,74 @@
+"""What this machine has: its GPUs, as NVIDIA's driver names them, and which packages are installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU that CUDA may use. index: its place in the driver's own order, that of the PCI bus."""
+
+    index: int
+    name: str
+    uuid: str
+    compute_capability: str
+    memory_bytes: int
+    driver: str
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The GPUs CUDA may use, CUDA_VISIBLE_DEVICES respected; empty where there is none or no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:  # a driver that was just replaced answers nothing until it is loaded anew
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _gpu(index: int, driver: str) -> Gpu:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        index=index,
+        name=pynvml.nvmlDeviceGetName(handle),
+        uuid=pynvml.nvmlDeviceGetUUID(handle),
+        compute_capability=f"{major}.{minor}",
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        driver=driver,
+    )
+
+
+def _visible(found: Sequence[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
+    """CUDA's own rule: indices or the beginnings of UUIDs, in the order given, up to the first that is not there."""
+    if wanted is None:
+        return tuple(found)
+    visible: list[Gpu] = []
+    for word in filter(None, map(str.strip, wanted.split(","))):
+        match = [gpu for gpu in found if str(gpu.index) == word or gpu.uuid.startswith(word)]
+        if len(match) != 1:
+            break
+        visible += match
+    return tuple(visible)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, by its name on PyPI; None when it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
