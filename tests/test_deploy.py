@@ -424,7 +424,7 @@ def test_command(built: Path, tmp_path: Path) -> None:
     shown = run("deploy", str(built), *to, "--backend", "python", "--samples", str(IMAGES))
     assert shown.exit_code == 0 and "tiny_swiglu version 1" in shown.stdout and "dinoexport check" in shown.stdout
     assert "tiny_swiglu_sized_images" in shown.stdout
-    told = json.loads(run("deploy", str(built), *to, "--json").stdout)
+    told = json.loads(run("deploy", str(built), *to, "--samples", str(IMAGES), "--json").stdout)
     assert (told["version"], told["previous"], told["backend"]) == (2, 1, "onnxruntime")
     back = json.loads(run("rollback", str(tmp_path / "models"), "tiny_swiglu", "--json").stdout)
     assert back["version"] == 1
