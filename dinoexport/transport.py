@@ -6,6 +6,7 @@ HTTP bodies are tritonclient's; urllib3 carries them, because tritonclient's own
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -62,6 +63,8 @@ def connect(url: str, *, timeout_s: float) -> Transport:
         raise UsageError(
             f"{url!r} is no address of a server.", next_step="Use http://HOST:8000 or grpc://HOST:8001; https, grpcs."
         )
+    if not 0 < timeout_s < math.inf:
+        raise UsageError(f"A time-out of {timeout_s} s is none.", next_step="Give seconds, more than 0.")
     require("triton", "tritonclient")
     if parts.scheme.startswith("http"):
         return _Http(f"{parts.scheme}://{host}:{port or 8000}{parts.path.rstrip('/')}", timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -85,7 +86,7 @@ def test_derived_lines_say_what_they_were_derived_from(built: Path, tmp_path: Pa
     assert policy.max_queue_size == 1024 and policy.default_timeout_microseconds == 10_000_000
     text = (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
     for line in (
-        "preferred_batch_size: [2]  # measured where it was deployed, ms a batch: 1 in 10, 2 in 18, 4 in 36",
+        "preferred_batch_size: [2]  # measured where it was deployed, with 3x28x42, ms a batch: 1 in 10, 2 in",
         "max_queue_delay_microseconds: 1000  # a tenth",
         "max_batch_size: 4  # the largest batch of the profile",
         "dims: [3, -1, -1]  # height 14 to 1022, width 14 to 1022",
@@ -340,11 +341,21 @@ def test_any_value_survives_the_text_format(text: str, number: int, flag: bool, 
 
 
 def test_batches_that_pay() -> None:
-    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 8)
+    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 8, of="x")
     assert chosen.preferred == (2, 4) and chosen.queue_delay_us == 1000
-    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4).preferred == ()
-    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4).queue_delay_us == 0
-    assert batching.from_latency({1: 5000.0}, 4).queue_size == 8  # never less than two full batches
+    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x").preferred == ()
+    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x").queue_delay_us == 0
+    assert batching.from_latency({1: 5000.0}, 4, of="x").queue_size == 8  # never less than two full batches
+
+
+def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:
+    graph = bundle.read_manifest(built).graphs[0].graph()
+    items = models.judged_items(graph, bundle.read_reference(built / bundle.REFERENCE))
+    assert [item["pixels"].shape for item in items] == [(1, 3, 28, 42), (1, 3, 30, 69)]
+    for side, expected in ((14, 42), (28, 42), (518, 69)):
+        dims = tuple(Dim(name=d.name, min=d.min, opt=side, max=d.max) for d in graph.dims)
+        likely = models._most_likely(dataclasses.replace(graph, dims=dims), items)
+        assert likely["pixels"].shape[-1] == expected
 
 
 def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -423,6 +423,9 @@ def test_nobody_there() -> None:
             with pytest.raises(ServerError) as error:
                 DinoClient(f"{scheme}://127.0.0.1:{port}", timeout_s=0.3)
             assert error.value.exit_code == 4
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="is none"):
+            DinoClient("http://127.0.0.1:9", timeout_s=seconds)
 
 
 # ---- check ----

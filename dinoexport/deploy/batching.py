@@ -54,8 +54,11 @@ def measure(run: Runner, item: Arrays, max_batch: int, *, progress: Progress) ->
     return latency_ms
 
 
-def from_latency(latency_ms: Mapping[int, float], max_batch: int) -> Batching:
-    """The batches that pay, the wait they are worth, and the queue that is answered before its requests time out."""
+def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) -> Batching:
+    """The batches that pay, the wait they are worth, and the queue that is answered before its requests time out.
+
+    latency_ms: batch size -> milliseconds a run; `of` names the shape it was measured with.
+    """
     best_ms, preferred = latency_ms[1], []
     for size, total_ms in sorted(latency_ms.items()):
         if total_ms / size <= _GAIN * best_ms:
@@ -63,7 +66,7 @@ def from_latency(latency_ms: Mapping[int, float], max_batch: int) -> Batching:
             preferred.append(size)
     return Batching(
         preferred=tuple(preferred),
-        preferred_why="measured where it was deployed, ms a batch: "
+        preferred_why=f"measured where it was deployed, with {of}, ms a batch: "
         + ", ".join(f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())),
         queue_delay_us=round(1000 * _DELAY_SHARE * latency_ms[1]) if preferred else 0,
         queue_size=min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def of_bundle(
             graph=facts,
         )
         own = name if single else f"{name}_{graph.name}"
-        items = warmup_items(graph, reference)
+        items = judged_items(graph, reference)
         if backend == "tensorrt_plan":
             plans = tuple(plan for plan in plans_of(manifest) if plan.graph == graph.name)
             if not plans:
@@ -140,8 +141,8 @@ def max_batch(graph: Graph) -> int:
     return next(dim.max for dim in graph.dims if dim.name == graph.inputs[0].shape[0])
 
 
-def warmup_items(graph: Graph, reference: Reference) -> tuple[Arrays, ...]:
-    """Inputs to run at start-up, batches of 1: the smallest and the largest of those the bundle was judged on."""
+def judged_items(graph: Graph, reference: Reference) -> tuple[Arrays, ...]:
+    """Inputs of the graph that the bundle passed on, as batches of 1, smallest first."""
     wanted = {tensor.name for tensor in graph.inputs}
     items: list[Arrays] = []
     for expectation in reference.expectations:
@@ -154,8 +155,21 @@ def warmup_items(graph: Graph, reference: Reference) -> tuple[Arrays, ...]:
         except InputRefused:
             continue
         items.append(item)
-    items.sort(key=lambda item: sum(array.size for array in item.values()))
-    return (items[0], items[-1]) if len(items) > 1 else tuple(items)
+    return tuple(sorted(items, key=_size))
+
+
+def _size(item: Arrays) -> int:
+    return sum(array.size for array in item.values())
+
+
+def _most_likely(graph: Graph, items: Sequence[Arrays]) -> Arrays:
+    """The one of `items` nearest in size to what the profile calls most likely."""
+    likely = {dim.name: dim.opt for dim in graph.dims}
+    wanted = sum(
+        math.prod(size if isinstance(size, int) else likely.get(size, 1) for size in tensor.shape[1:])
+        for tensor in graph.inputs
+    )
+    return min(items, key=lambda item: abs(math.log(_size(item) / wanted)))
 
 
 def _plan_entries(plans: Sequence[Plan], largest: int) -> tuple[list[Entry], dict[str, str]]:
@@ -198,10 +212,9 @@ def _onnx_entries(
     if backend == "onnxruntime":
         entries += [Entry("platform", "onnxruntime_onnx"), Entry("default_model_filename", facts.file)]
     entries += _batching_entries(largest, _measured(folder / facts.file, graph, items, largest, progress))
-    kind, why = ("KIND_CPU", "") if backend == "python" or manifest.target == "cpu" else ("KIND_AUTO", "")
-    if kind == "KIND_CPU":
-        why = "one: ONNX Runtime uses every core for each batch"
-    entries.append(Entry("instance_group", (Entry("count", 1), Entry("kind", Word(kind))), why))
+    on_cpu = backend == "python" or manifest.target == "cpu"
+    group = (Entry("count", 1), Entry("kind", Word("KIND_CPU" if on_cpu else "KIND_AUTO")))
+    entries.append(Entry("instance_group", group, "one: ONNX Runtime uses every core for each batch" if on_cpu else ""))
     # Triton takes a graph with external data as a folder of the graph's name.
     of_graph = [file.name for file in manifest.files if file.name in (facts.file, f"{facts.file}.data")]
     return entries, {f"{facts.file}/{name}": name for name in of_graph}
@@ -213,8 +226,10 @@ def _measured(onnx: Path, graph: Graph, items: Sequence[Arrays], largest: int, p
         return batching.unmeasured((), "", largest)
     from dinoexport.runtime import ort
 
-    latency_ms = batching.measure(ort.open_graph(onnx, graph), items[0], largest, progress=progress)
-    return batching.from_latency(latency_ms, largest)
+    item = _most_likely(graph, items)
+    shapes = ", ".join("x".join(map(str, item[tensor.name].shape[1:])) for tensor in graph.inputs)
+    latency_ms = batching.measure(ort.open_graph(onnx, graph), item, largest, progress=progress)
+    return batching.from_latency(latency_ms, largest, of=shapes)
 
 
 def _batching_entries(largest: int, chosen: Batching) -> list[Entry]:
@@ -246,7 +261,8 @@ def _graph_model(
     graph = served.graph.graph()
     warmup: dict[str, Array] = {}
     samples = []
-    for i, item in enumerate(items):
+    # The smallest and the largest: a failing warm-up can bring the server down, so only inputs known to pass.
+    for i, item in enumerate(items if len(items) < 2 else (items[0], items[-1])):
         inputs = []
         for j, tensor in enumerate(graph.inputs):
             file = f"{version}-{i}-{j}"  # names in a bundle are no file names
