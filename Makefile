@@ -3,6 +3,7 @@
 # make bench     what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
+# make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 #
 # All set themselves up in .venv; a second call does no set-up again.
 
@@ -10,24 +11,31 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := .triton
+TRITON_READY := $(TRITON)/.ready
 
-.PHONY: demo test bench engines gpu clean
+.PHONY: demo test bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
-test: $(READY)
+test: $(READY) $(TRITON_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/hadolint --failure-threshold info Dockerfile
+	$(BIN)/pytest -n 2 --dist worksteal $(REQUIRE:%=--require %)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/build_cost.py
 
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py
+
+SOAK_S ?= 600
+soak: $(READY) $(TRITON_READY)
+	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
 
 # The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
 PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -42,5 +50,21 @@ $(READY): pyproject.toml constraints.txt
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md
 
+# A real Triton server for the tests: NVIDIA's wheel has it with its Python backend, which speaks NumPy 1 only, so the
+# models it serves run in an environment of their own. Where there is no such wheel, the tests that need it are skipped.
+TARGET_PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-deps --target
+SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --disable-pip-version-check install
+$(TRITON_READY): pyproject.toml serving/server-constraints.txt
+	rm -rf $(TRITON)
+	$(PYTHON) -m venv --without-pip $(TRITON)/python
+	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu]'
+	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
+	    || echo 'No Triton server for this platform: its tests are skipped.'; }
+	# perf_analyzer wants two of the server's libraries under their plain names.
+	mkdir -p $(TRITON)/lib
+	for library in libb64.so.0d libcudart.so.12; do \
+	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
+	touch $(TRITON_READY)
+
 clean:
-	rm -rf $(VENV) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

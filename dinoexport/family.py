@@ -54,6 +54,20 @@ class Call:
     weights: Mapping[str, Weight]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrontEnd:
+    """A way into a graph from files as users have them, served in front of it.
+
+    name: ends the name it is served under. meaning: what one encoded item is. settings: plain data that decides what
+    `Model.prepare` does; they lie with the served model.
+    """
+
+    name: str
+    graph: str
+    meaning: str
+    settings: Mapping[str, Any]
+
+
 class Model(Protocol):
     """One variant of a family, as a recipe describes it."""
 
@@ -94,6 +108,12 @@ class Model(Protocol):
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+
+    def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+        """What is served in front of the graphs; `samples` is a folder of files like those it will be asked about."""
+
+    def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
+        """A graph's inputs, an item for each of `encoded`; a UsageError that names the item which is no good."""
 
     @property
     def loads(self) -> tuple[Load, ...]:

@@ -5,7 +5,10 @@ Arrays are uint8 RGB, (height, width, 3).
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,33 +22,62 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # A decoded image of 64 Mpx is 192 MB; what is larger is refused before it is decoded, or resized to that.
 MAX_PIXELS = 64_000_000
+# EXIF's tag and the four of its eight values that exchange height and width.
+_ORIENTATION, _QUARTER_TURNS = 0x0112, frozenset({5, 6, 7, 8})
 
 
 class ImageError(UsageError):
-    """A file that is no usable image."""
+    """A file, or what came in place of one, that is no usable image. named: what the user knows it by."""
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}.", next_step="Replace the file, or leave it out.")
+    def __init__(self, named: Path | str, problem: str) -> None:
+        super().__init__(f"{named}: {problem}.", next_step="Replace the file, or leave it out.")
 
 
 def load(path: Path) -> Image.Image:
     """The image in `path` as 8-bit RGB, turned upright by its EXIF orientation; an ImageError when it is none."""
-    from PIL import Image, ImageOps
+    with _opened(path, named=path) as image:
+        return _upright(image)
+
+
+def decode(encoded: bytes, *, named: str) -> Image.Image:
+    """The same of an encoded image that came as bytes; an error calls it `named`."""
+    with _opened(io.BytesIO(encoded), named=named) as image:
+        return _upright(image)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(height, width) of the image in `path` as `load` would give it, from its header alone."""
+    with _opened(path, named=path) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(source: Path | io.BytesIO, *, named: Path | str) -> Iterator[Image.Image]:
+    """The image at `source`, not decoded yet; whatever is wrong with it, now or later, is an ImageError."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise ImageError(path, "no such file")
+        if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
+            raise ImageError(named, "no such file")
         with warnings.catch_warnings():
             # Pillow warns of harmless oddities, and of large images, which are refused below.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(path, f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} Mpx")
-                upright = ImageOps.exif_transpose(image)
-                return _eight_bit(upright, image.format).convert("RGB")
+                    raise ImageError(named, f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} Mpx")
+                yield image
+    except UnidentifiedImageError:
+        raise ImageError(named, f"not a readable image (none of {', '.join(FORMATS)})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports damaged files with all of these.
-        raise ImageError(path, f"not a readable image ({error})") from None
+        raise ImageError(named, f"not a readable image ({error})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    return _eight_bit(ImageOps.exif_transpose(image), image.format).convert("RGB")
 
 
 def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:

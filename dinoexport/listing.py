@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
 
 if TYPE_CHECKING:
+    from dinoexport.deploy.triton import Deployed
     from dinoexport.judge import Report, Row
 
 Rows = list[dict[str, Any]]
@@ -197,6 +200,28 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
             "build with --force on a quiet machine to choose again"
         )
     return lines
+
+
+def deployed_facts(deployed: Deployed) -> dict[str, Any]:
+    """What a repository serves now, ready for json.dumps."""
+    return {**asdict(deployed), "repository": str(deployed.repository), "models": list(deployed.models)}
+
+
+def deployed_lines(deployed: Deployed) -> list[str]:
+    """What is served now, and what to do so that a running server notices."""
+    before = f" (before: {deployed.previous})" if deployed.previous else ""
+    first = deployed.models[0]
+    return [
+        f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
+        f"Models:  {', '.join(deployed.models)}",
+        f"Next:    curl -X POST HOST:8000/v2/repository/models/{first}/load   (a running server takes it over)",
+        f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",
+    ]
+
+
+def latency_rows(latency_ms: Mapping[str, float]) -> Rows:
+    """A row for each case a live endpoint was asked."""
+    return [{"case": case, "latency ms": f"{ms:.1f}"} for case, ms in latency_ms.items()]
 
 
 def _of_onnx(path: Path) -> dict[str, Any]:

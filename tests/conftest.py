@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from dinoexport import machine, tuning
 from dinoexport.spec import Precision
+from tests import triton_server
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -35,6 +36,8 @@ def _missing(marker: str) -> str:
         return "no NVIDIA GPU here"
     if marker == "tensorrt" and machine.installed("tensorrt") is None:
         return "tensorrt is not installed"
+    if marker == "triton":
+        return triton_server.missing()
     return ""
 
 

@@ -33,7 +33,7 @@ class Opened:
 
 
 def check_inputs(graph: Graph, arrays: Arrays) -> None:
-    """Raises InputRefused when names, dtypes, ranks, fixed or dynamic dimensions are not the graph's."""
+    """Raises InputRefused when names, dtypes, ranks or dimensions are not the graph's, and at NaN or Inf."""
     wanted = {tensor.name: tensor for tensor in graph.inputs}
     if wanted.keys() != arrays.keys():
         raise InputRefused(
@@ -57,6 +57,11 @@ def check_inputs(graph: Graph, arrays: Arrays) -> None:
                         f"The inputs disagree on {expected}: {seen[expected]} and {size}.", next_step="Make them agree."
                     )
                 _check_dim(expected, size, dims)
+    import numpy as np
+
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputRefused(f"{name} holds NaN or Inf.", next_step="Look at how it was made.")
 
 
 def _check_dim(name: str, size: int, dims: Mapping[str, Dim]) -> None:

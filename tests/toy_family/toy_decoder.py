@@ -98,6 +98,12 @@ class Toy:
     def cases_from(self, folder, *, progress):
         return (), ()
 
+    def front_ends(self, samples, *, progress):
+        return ()
+
+    def prepare(self, front_end, settings, encoded):
+        raise NotImplementedError
+
     def drive(self, runners, inputs):
         answer = runners["prefill"]({"token_ids": inputs["prompt"]})
         logits = [answer["logits"]]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, Piece, Read, Shapes
-from dinoexport.models.dinov2 import cases, layouts, synthetic
+from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
+from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Tensor
@@ -236,6 +236,14 @@ class Dinov2Model:
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
         return runners["model"](inputs)
+
+    def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+        """Encoded images in, as upstream's evaluation prepares them or near their own size; see `serving`."""
+        return serving.front_ends(self.graphs[0], samples, progress=progress)
+
+    def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
+        """Decoded, brought to one size, normalised where the graph does not do that itself; see `serving`."""
+        return serving.prepare(front_end, settings, encoded, as_bytes=self.choices.input == "images")
 
     @property
     def loads(self) -> tuple[Load, ...]:

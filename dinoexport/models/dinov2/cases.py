@@ -63,7 +63,8 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
                 raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
             if strict:
                 pictures = cropped(pictures)
-        return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes), neighbours=len(pictures) > 1)
+        inputs = inputs_of(pictures, as_bytes)
+        return Case(name=entry.name, why=entry.why, inputs=inputs, neighbours=len(pictures) > 1)
     assert entry.height is not None and entry.width is not None
     refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
     noise = _noise(entry.batch, entry.height, entry.width, entry.seed, as_bytes)
@@ -106,7 +107,7 @@ def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tu
             skipped.append(error.message)
             continue
         name = path.relative_to(folder).as_posix()
-        found.append(Case(name=name, why="a photograph of the user's", inputs=_inputs(picture, as_bytes)))
+        found.append(Case(name=name, why="a photograph of the user's", inputs=inputs_of(picture, as_bytes)))
     return tuple(found), tuple(skipped)
 
 
@@ -137,5 +138,6 @@ def _noise(batch: int, height: int, width: int, seed: int, as_bytes: bool) -> di
     return {"images": synthetic.images(*size)} if as_bytes else {"pixels": synthetic.pixels(*size)}
 
 
-def _inputs(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
+def inputs_of(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
+    """RGB pictures as the graph's one input, under its name."""
     return {"images": np.ascontiguousarray(pictures_BHW3)} if as_bytes else {"pixels": normalised(pictures_BHW3)}

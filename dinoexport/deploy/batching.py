@@ -1,0 +1,79 @@
+"""How long Triton's batcher should wait, and for how many: from latencies measured where the bundle is deployed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dinoexport.spec import Arrays, Progress, Runner
+
+_BUDGET_S = 10.0
+_REPEATS = 3
+# A larger batch is worth waiting for if it answers an item this much sooner; less is within noise.
+_GAIN = 0.95
+# A lone request waits at most this share of its own latency for company.
+_DELAY_SHARE = 0.1
+QUEUE_TIMEOUT_S = 10.0
+_QUEUE_MAX = 1024  # each holds its inputs in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """What the batcher is told. latency_ms: batch size -> milliseconds a run, empty where nothing was measured."""
+
+    preferred: tuple[int, ...] = ()
+    preferred_why: str = ""
+    queue_delay_us: int = 0
+    queue_size: int
+    latency_ms: Mapping[int, float] = field(default_factory=dict)
+
+
+def measure(run: Runner, item: Arrays, max_batch: int, *, progress: Progress) -> dict[int, float]:
+    """Milliseconds a run for batches of 1, 2, 4 … `max_batch` of `item` (batch first, of 1); stops after ten seconds.
+
+    The best of three runs: whatever else the machine does only ever adds.
+    """
+    import numpy as np
+
+    sizes = [*(2**i for i in range(max_batch.bit_length()) if 2**i < max_batch), max_batch]
+    latency_ms: dict[int, float] = {}
+    started = time.perf_counter()
+    for done, size in enumerate(sizes, start=1):
+        batch = {name: np.repeat(array, size, axis=0) for name, array in item.items()}
+        run(batch)  # the first run of a shape plans its memory
+        times = []
+        for _ in range(_REPEATS):
+            begun = time.perf_counter()
+            run(batch)
+            times.append(time.perf_counter() - begun)
+        latency_ms[size] = 1000 * min(times)
+        progress("measuring batches", done, len(sizes))
+        if time.perf_counter() - started > _BUDGET_S:
+            break
+    return latency_ms
+
+
+def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) -> Batching:
+    """The batches that pay, the wait they are worth, and the queue that is answered before its requests time out.
+
+    latency_ms: batch size -> milliseconds a run; `of` names the shape it was measured with.
+    """
+    best_ms, preferred = latency_ms[1], []
+    for size, total_ms in sorted(latency_ms.items()):
+        if total_ms / size <= _GAIN * best_ms:
+            best_ms = total_ms / size
+            preferred.append(size)
+    return Batching(
+        preferred=tuple(preferred),
+        preferred_why=f"measured where it was deployed, with {of}, ms a batch: "
+        + ", ".join(f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())),
+        queue_delay_us=round(1000 * _DELAY_SHARE * latency_ms[1]) if preferred else 0,
+        queue_size=min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms))),
+        latency_ms=latency_ms,
+    )
+
+
+def unmeasured(preferred: tuple[int, ...], why: str, max_batch: int) -> Batching:
+    """Without a measurement nothing waits: what has queued up while the last batch ran is merged all the same."""
+    return Batching(preferred=preferred, preferred_why=why, queue_size=8 * max_batch)

@@ -1,0 +1,131 @@
+"""DINOv2 behind a server: encoded images in, prepared by the very code that prepares the validation's photographs.
+
+Two front ends. `images` is upstream's evaluation: every image becomes 224x224. `sized_images` keeps images near their
+own size: each is brought to the nearest of a few legal sizes, because Triton merges only requests of equal shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinoexport import images
+from dinoexport.errors import InputRefused, UsageError
+from dinoexport.family import FrontEnd
+from dinoexport.models.dinov2.cases import inputs_of
+from dinoexport.models.dinov2.config import PATCH
+from dinoexport.spec import Array, Dim, Graph, Progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EVALUATION = 224  # pixels a side, as images.for_evaluation leaves them
+SIZES_MAX = 8  # each more splits the traffic into smaller batches
+# A further size must bring the images this much nearer, as the mean of |log| of the factors they are resized by.
+_WORTHWHILE = 0.01
+_ENCODED = f"an image file: {', '.join(images.FORMATS)}"
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def front_ends(graph: Graph, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+    """`images` where the graph takes 224x224; `sized_images` too where a folder of images says which sizes occur."""
+    height, width = (next(dim for dim in graph.dims if dim.name == name) for name in ("height", "width"))
+    ends = []
+    if height.min <= EVALUATION <= height.max and width.min <= EVALUATION <= width.max:
+        ends.append(FrontEnd(name="images", graph=graph.name, meaning=_ENCODED, settings={}))
+    if samples is not None:
+        sizes = sizes_for(_sizes_in(samples, progress), height, width)
+        ends.append(FrontEnd(name="sized_images", graph=graph.name, meaning=_ENCODED, settings={"sizes": sizes}))
+    return tuple(ends)
+
+
+def prepare(
+    front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], *, as_bytes: bool
+) -> dict[str, Array]:
+    """The images as one batch of the graph's input; an ImageError or InputRefused names the one that is no good."""
+    decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
+    if front_end == "images":
+        pictures = [images.for_evaluation(image) for image in decoded]
+    else:
+        sizes = [(int(height), int(width)) for height, width in settings["sizes"]]
+        pictures = [covering(image, nearest((image.height, image.width), sizes)) for image in decoded]
+    if len(shapes := {picture.shape for picture in pictures}) > 1:
+        listed = ", ".join(f"{height}x{width}" for height, width, _ in sorted(shapes))
+        raise InputRefused(
+            f"The images of one request go to different sizes: {listed}.", next_step="Send each in its own request."
+        )
+    return inputs_of(np.stack(pictures), as_bytes)
+
+
+def sizes_for(real: Sequence[Size], height: Dim, width: Dim) -> list[Size]:
+    """At most eight legal sizes that real images are near to: greedily, each the one that helps the rest most."""
+    legal = [_legal(size, height, width) for size in real]
+    chosen: list[Size] = []
+    cost = [float("inf")] * len(real)
+    while len(chosen) < SIZES_MAX:
+        costs = {
+            size: [min(old, _factor(one, size)) for old, one in zip(cost, real, strict=True)]
+            for size in sorted(set(legal) - set(chosen))
+        }
+        best = min(costs, key=lambda size: sum(costs[size]), default=None)
+        if best is None or (chosen and sum(cost) - sum(costs[best]) < _WORTHWHILE * len(real)):
+            break
+        chosen.append(best)
+        cost = costs[best]
+    return sorted(chosen)
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> Size:
+    """The one of `sizes` that takes the least resizing, the smaller of two equals."""
+    return min(sizes, key=lambda candidate: (_factor(size, candidate), candidate))
+
+
+def covering(image: Image.Image, size: Size) -> Array:
+    """The image scaled, bicubic, until it covers `size`, and its centre cut out: nothing is stretched or padded."""
+    from PIL import Image
+
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if scaled[0] * scaled[1] > images.MAX_PIXELS:
+        raise UsageError(
+            f"An image of {image.width}x{image.height} is too long and thin to resize.", next_step="Leave it out."
+        )
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    resized = image.resize(scaled, Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def _factor(size: Size, other: Size) -> float:
+    """How far one size is from another: the sum of |log| of the factors of both sides."""
+    return abs(log(size[0] / other[0])) + abs(log(size[1] / other[1]))
+
+
+def _legal(size: Size, height: Dim, width: Dim) -> Size:
+    """The size, made smaller as a whole until it fits the profile, on multiples of 14, nearest below."""
+    shrink = min(1.0, height.max / size[0], width.max / size[1])
+
+    def side(length: int, dim: Dim) -> int:
+        return max(ceil(dim.min / PATCH), int(length * shrink) // PATCH) * PATCH
+
+    return side(size[0], height), side(size[1], width)
+
+
+def _sizes_in(folder: Path, progress: Progress) -> list[Size]:
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.", next_step="Give a folder of images as --samples.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES and path.is_file())
+    sizes = []
+    for done, path in enumerate(paths, start=1):
+        progress("reading sizes", done, len(paths))
+        try:
+            sizes.append(images.size_of(path))
+        except images.ImageError:
+            continue  # what cannot be read will be refused when it is sent
+    if not sizes:
+        raise UsageError(f"{folder} holds no image that can be read.", next_step="Give another folder as --samples.")
+    return sizes
