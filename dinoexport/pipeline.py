@@ -42,7 +42,7 @@ _ENGINE_ONLY = {"engine", "profiles"}
 class Order:
     """What to build, with every decision made and every impossible one already refused.
 
-    profiles: graph name -> the engine's profiles. gpu: the one an engine is built or run on, where there is one.
+    profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
     """
 
     recipe: Recipe
@@ -113,7 +113,7 @@ def order(
         recipe=recipe,
         model=model,
         chosen=chosen,
-        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs},
+        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs if chosen.runtime.has_engine},
         gpu=gpus[0] if gpus else None,
         limits=proof.limits_for(validation, chosen.precision),
         cases=proof.cases_of(model, validation, folder),
