@@ -1,6 +1,7 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
-# make bench     what a build costs beside a plain export and the PyTorch runs
+# make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
+#                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 #
 # All set themselves up in .venv; a second call does no set-up again.
@@ -9,6 +10,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 
 .PHONY: demo test bench engines clean
 
@@ -22,7 +24,8 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist worksteal
 
-bench: $(READY)
+bench: $(READY) $(PEERS)/.ready
+	$(PEERS)/bin/python benchmarks/run.py
 	$(BIN)/python benchmarks/build_cost.py
 
 engines: $(READY)
@@ -38,5 +41,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps timm
 	touch $(READY)
 
+$(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
+	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
+		--constraint constraints.txt --requirement benchmarks/requirements.txt --editable '.[export,cpu,openvino]'
+	touch $(PEERS)/.ready
+
 clean:
-	rm -rf $(VENV) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
