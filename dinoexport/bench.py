@@ -65,7 +65,7 @@ class Bench:
         """A row for each load, for a terminal."""
         return [
             {
-                "load": f"{row.load.name} ({row.load.items} {row.load.unit})",
+                "load": row.load.name,
                 "median ms": f"{row.ours.median_ms:.1f}",
                 "p90": f"{row.ours.percentile_ms(90):.1f}",
                 "p99": f"{row.ours.percentile_ms(99):.1f}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dinoexport import bundle, family, recipe, shipped, timing
 from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
+from dinoexport.spec import Way
 
 if TYPE_CHECKING:
     from dinoexport.deploy.triton import Deployed
@@ -181,25 +182,28 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
     if facts is None:
         return []
     ran = ", ".join(f"{count} products in {kind}" for kind, count in facts.arithmetic.items())
-    way = f"{facts.chosen.runtime} {facts.runtime_version}, {facts.chosen.threads} threads, {facts.chosen.precision}"
-    lines = [f"Runs:   {way} ({ran})"]
+    lines = [
+        f"Runs:   {_way(facts.chosen, facts.runtime_version)} ({ran}) on {facts.machine}, {facts.usable_cpus} CPUs"
+    ]
     if not facts.measured:
         lines.append("        the one runtime for this that is installed; nothing was timed to choose it")
         return lines
-    lines[0] += f": {facts.measured_ms:.1f} ms for {facts.load}"
+    for timed in facts.measured:
+        chosen = ", chosen" if timed.way == facts.chosen else ""
+        lines.append(f"        {timed.median_ms:9.1f} ms for {facts.load}: {_way(timed.way)}{chosen}")
     if facts.times_fp32 is not None:
-        lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 here, and within its own limits")
-    others = [timed for timed in facts.measured if timed.way != facts.chosen]
-    lines += [
-        f"        {timed.median_ms:9.1f} ms  {timed.way.runtime}, {timed.way.threads} threads, {timed.way.precision}"
-        for timed in others
-    ]
+        lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 there")
     if facts.others_share > timing.NOISY_SHARE:
         lines.append(
             f"        noisy: other processes had {facts.others_share:.0%} of the CPUs while this was measured; "
             "build with --force on a quiet machine to choose again"
         )
     return lines
+
+
+def _way(way: Way, version: str = "") -> str:
+    threads = f"{way.threads} thread{'s' * (way.threads != 1)}"
+    return f"{way.runtime}{version and f' {version}'}, {threads}, {way.precision}"
 
 
 def deployed_facts(deployed: Deployed) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dinoexport.spec import Progress, silent
 
-# Half the samples lie this close together on a quiet machine: 1 to 3 % were seen, 10 % and more beside other work.
+# Samples whose middle half is wider than this cannot tell a tenth of the time.
 NOISY_SPREAD = 0.1
-# A tenth of the machine in other hands moves a figure by as much.
+# A tenth of the machine in other hands moves a time by as much.
 NOISY_SHARE = 0.1
 
 

@@ -153,6 +153,20 @@ def test_one_number_that_is_not_finite_fails(bad: float) -> None:
         assert missed(report) == FIGURES
 
 
+def test_neighbours_count_where_they_mean_something() -> None:
+    """Noise within every other limit moves neighbours; only a case of real data with a limit for it is held to that."""
+    rng = np.random.RandomState(1)
+    right = rng.standard_normal((2, 100, 4)).astype(np.float32)
+    wrong = (right + 0.3 * rng.standard_normal(right.shape)).astype(np.float32)
+    real = Case(name="photographs", why="real data", inputs={"x": np.zeros(3, np.float32)}, neighbours=True)
+    asked = Expectation(case=real, outputs={"t": right})
+    strict = limits().model_copy(update={"neighbour_agreement_min": Limit(value=0.9, reason=REASON)})
+    assert verdict({"t": wrong}, asked, limits()).passed
+    assert verdict({"t": wrong}, expectation(t=right), strict).passed
+    assert missed(verdict({"t": wrong}, asked, strict)) == {"neighbour_agreement"}
+    assert verdict({"t": right}, asked, strict).passed
+
+
 def test_an_empty_report_proves_nothing() -> None:
     report = judge(lambda inputs: {}, [], [], limits(), candidate_name="ours", reference_name="theirs")
     assert report.rows == ()

@@ -90,7 +90,8 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     assert bundle.verify(built.folder).cpu == facts
     assert json.loads((built.folder / bundle.REPORT).read_text())["cpu"] == facts.model_dump(mode="json")
     lines = "\n".join(listing.cpu_lines(built.manifest))
-    assert f"openvino {facts.runtime_version}, 2 threads, fp32" in lines and "7.0 ms" in lines
+    assert f"openvino {facts.runtime_version}, 2 threads, fp32 (" in lines
+    assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
     (table,) = [rows for title, rows in listing.of_path(built.folder).items() if title.startswith("Measured")]
     assert [row[""] for row in table] == ["chosen", "", "", ""]
     assert proof.validate(built.folder).report.candidate.startswith("OpenVINO")
