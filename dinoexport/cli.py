@@ -40,7 +40,8 @@ Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A s
 Weights = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."
+        metavar="PATH|synthetic[-stress]:SEED",
+        help="A local checkpoint, or made-up weights. Default: the published ones.",
     ),
 ]
 PrecisionOption = Annotated[
@@ -160,6 +161,10 @@ def validate(
     ] = None,
     weights: Weights = None,
     reference: ReferenceOption = "plain",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
@@ -173,14 +178,19 @@ def validate(
                 images=images,
                 weights=weights,
                 judge_code=_choice("reference", reference, ("plain", "hub")),
+                explained=explain,
                 progress=progress,
             )
-        facts = {"skipped": list(validated.skipped)}
+        facts: dict[str, Any] = {"skipped": list(validated.skipped)}
+        if validated.growth is not None:
+            facts["growth"] = validated.growth.to_json()
         if as_json and validated.report.passed:
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
         _print_engines(validated.manifest, to_stderr=as_json)
+        if explain:
+            _show_growth(validated, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -314,6 +324,16 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     verdict = "PASSED" if report.passed else "FAILED"
     title = f"{verdict}: {report.candidate}, against {report.reference}"
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
+
+
+def _show_growth(validated: Any, *, to_stderr: bool) -> None:
+    from dinoexport import listing
+
+    if validated.growth is not None:
+        title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
+        _print(_table(title, listing.growth_rows(validated.growth)), to_stderr=to_stderr)
+    for line in listing.explained(validated.report, validated.growth):
+        _print(line, to_stderr=to_stderr)
 
 
 def _print_engines(manifest: Any, *, to_stderr: bool = False) -> None:

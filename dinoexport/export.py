@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport.errors import BuildError, require
+from dinoexport.errors import BuildError, ValidationFailed, require
 from dinoexport.family import Call, Piece
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
@@ -187,7 +187,14 @@ def _weight(call: Call, parameter: ir.Value) -> ir.Value:
     name = f"{call.scope}.{parameter.name}"
 
     def read() -> ir.Tensor[Any]:
-        array = np.ascontiguousarray(weight.read(), dtype=dtype.numpy())
+        values = weight.read()
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(values, dtype=dtype.numpy())
+        if not np.isfinite(array).all():
+            raise ValidationFailed(
+                f"The weight {name} reaches {np.abs(values).max():,.0f}, more than {dtype.name.lower()} can hold.",
+                next_step="--precision auto finds what must stay fp32.",
+            )
         assert array.shape == weight.shape, (name, array.shape, weight.shape)
         return ir.Tensor(array, name=name)
 

@@ -72,16 +72,29 @@ class Model(Protocol):
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
-    def synthetic(self, name: str, seed: int) -> Array:
-        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small."""
+    def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
+        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small.
+
+        peak: how many times the median the largest activations shall be, as trained models have them. None: as it is.
+        """
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The graph as calls of traced pieces, first to last. Imports torch."""
 
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """Graph name -> values inside it, first to last, at which the growth of an error is followed.
+
+        Where a runner answers with them too, `drive` passes them on.
+        """
+
     def reference(
-        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
     ) -> list[dict[str, Array]]:
-        """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch."""
+        """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch.
+
+        inside: the values at `probes` as well, by their names.
+        """
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
         """The same questions answered by the authors' own code, where this machine has it. Imports torch."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, engine, family, files, judge, proof
+from dinoexport import bundle, engine, explain, family, files, judge, proof
 from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.explain import Growth
 from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.recipe import Limits, Recipe, Target, load, load_target, load_validation
@@ -107,7 +108,7 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         exported = _export_stage(work, order, checkpoint)
         reference = _reference_stage(work, order, checkpoint)
-        judged, report = _judge_stage(work, order, exported, reference)
+        judged, report, growth = _judge_stage(work, order, checkpoint, exported, reference)
         stages = {stage.name: stage for stage in (exported, reference, judged)}
         if report.passed and order.target.runtime == "tensorrt_rtx":
             stages["engine"] = _engine_stage(work, order, exported)
@@ -115,7 +116,7 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
             manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
             work.publish(stages, manifest)
     if not report.passed:
-        raise _rejected(order, report, published=keep_rejected)
+        raise _rejected(order, report, growth, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
     return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
@@ -178,18 +179,32 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
     return work.stage("reference", key, make)
 
 
-def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stage) -> tuple[Stage, judge.Report]:
-    """Judges what lies on the disk: the very files that will be published, read back."""
+def _judge_stage(
+    work: Workspace, order: Order, checkpoint: Checkpoint, exported: Stage, reference: Stage
+) -> tuple[Stage, judge.Report, Growth | None]:
+    """Judges what lies on the disk, the very files that will be published, and looks inside them."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
     graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
     candidate = proof.open_candidate(order.model, graphs)
     report = proof.judged(candidate, stored, proof.candidate_name(order.precision), progress=work.progress)
-    content = {**report.to_json(), "versions": _versions(_RUNTIMES), "machine": platform.machine()}
+    report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
+    growth = proof.growth_of(
+        report,
+        order.model,
+        graphs,
+        order.cases,
+        checkpoint,
+        order.limits,
+        precision=order.precision,
+        progress=work.progress,
+    )
+    inside = {"growth": growth.to_json()} if growth else {}
+    content = {**report.to_json(), **inside, "versions": _versions(_RUNTIMES), "machine": platform.machine()}
 
     def make(folder: Path) -> None:
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    return work.stage("judge", key_of(report=content), make), report
+    return work.stage("judge", key_of(report=content), make), report, growth
 
 
 def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
@@ -262,8 +277,9 @@ def _manifest(
     )
 
 
-def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejected:
+def _rejected(order: Order, report: judge.Report, growth: Growth | None, *, published: bool) -> Rejected:
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    worst += "".join(f"; {line}" for line in explain.causes(report, growth))
     if published:
         message = f"{order.out} was published, marked rejected: its outputs are not PyTorch's ({worst})."
         next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."

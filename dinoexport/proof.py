@@ -6,15 +6,16 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from dinoexport import bundle, family, judge
+from dinoexport import bundle, explain, family, judge
 from dinoexport.bundle import Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.explain import Growth
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
@@ -100,11 +101,12 @@ def candidate_name(precision: Precision) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used."""
+    """A bundle's verdict. skipped: a line for each of the user's files that could not be used. growth: if asked for."""
 
     manifest: Manifest
     report: judge.Report
     skipped: tuple[str, ...] = ()
+    growth: Growth | None = None
 
 
 def validate(
@@ -113,12 +115,14 @@ def validate(
     images: Path | None = None,
     weights: str | None = None,
     judge_code: Judge = "plain",
+    explained: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
-    Every byte is checked first. `images` needs torch and the weights the bundle was made from: `weights`, or where the
-    manifest says they came from. Raises ValidationFailed for a damaged bundle; a failed verdict is in the result.
+    Every byte is checked first. `images` and `explained` need torch and the weights the bundle was made from:
+    `weights`, or where the manifest says they came from. Raises ValidationFailed for a damaged bundle; a failed verdict
+    is in the result.
     """
     manifest = bundle.verify(folder, progress=progress)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -128,24 +132,37 @@ def validate(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    candidate = open_candidate(model, {folder / g.file: g.graph() for g in manifest.graphs})
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    candidate = open_candidate(model, graphs)
     name = candidate_name(manifest.precision)
+    skipped: tuple[str, ...] = ()
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
-        return Validated(manifest=manifest, report=judged(candidate, reference, name, progress=progress))
-    cases, skipped = _user_cases(model, images, progress)
+        cases, limits = tuple(expectation.case for expectation in reference.expectations), reference.limits
+        report = judged(candidate, reference, name, progress=progress)
+    else:
+        cases, skipped = _user_cases(model, images, progress)
+        limits = _limits_of(folder, manifest, recipe)
+    if images is None and not explained:
+        return Validated(manifest=manifest, report=report)
     checkpoint = _same_weights(model, recipe, manifest, weights, progress)
-    limits = _limits_of(folder, manifest, recipe)
-    reports = []
-    for start in range(0, len(cases), _IMAGES_AT_ONCE):
-        chunk = cases[start : start + _IMAGES_AT_ONCE]
-        reference = ask_pytorch(
-            model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+    if images is not None:
+        reports = []
+        for start in range(0, len(cases), _IMAGES_AT_ONCE):
+            chunk = cases[start : start + _IMAGES_AT_ONCE]
+            reference = ask_pytorch(
+                model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+            )
+            reports.append(judged(candidate, reference, name, progress=progress))
+        rows = tuple(row for part in reports for row in part.rows)
+        report = judge.Report(candidate=name, reference=reports[0].reference, rows=rows)
+    report = with_ranges(report, model, graphs, cases, progress=progress)
+    growth = None
+    if explained:
+        growth = growth_of(
+            report, model, graphs, cases, checkpoint, limits, precision=manifest.precision, progress=progress
         )
-        reports.append(judged(candidate, reference, name, progress=progress))
-    rows = tuple(row for report in reports for row in report.rows)
-    report = judge.Report(candidate=name, reference=reports[0].reference, rows=rows)
-    return Validated(manifest=manifest, report=report, skipped=skipped)
+    return Validated(manifest=manifest, report=report, skipped=skipped, growth=growth)
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -159,6 +176,46 @@ def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progr
         reference_name=reference.name,
         progress=progress,
     )
+
+
+def with_ranges(
+    report: judge.Report,
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    cases: Sequence[Case],
+    *,
+    progress: Progress = silent,
+) -> judge.Report:
+    """The report with a row for each case that says whether any fp16 value inside `graphs` overflows on it."""
+    rows = explain.range_rows(model, graphs, [case for case in cases if not case.expect_refusal], progress=progress)
+    return replace(report, rows=(*report.rows, *rows))
+
+
+def growth_of(
+    report: judge.Report,
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    cases: Sequence[Case],
+    checkpoint: Checkpoint,
+    limits: Limits,
+    *,
+    precision: Precision,
+    progress: Progress = silent,
+) -> Growth | None:
+    """How the error grows inside `graphs` on the case of `report` that says most; None if the family has no probes."""
+    names = tuple(name for probes in model.probes.values() for name in probes)
+    if not names:
+        return None
+    require("export", "torch", "onnx")
+    told = explain.telling_case(report)
+    inputs = [case.inputs for case in cases if case.name == told][:1]
+
+    def ask(wanted: Precision) -> Arrays:
+        return model.reference(checkpoint.read, inputs, precision=wanted, progress=progress, inside=True)[0]
+
+    own = ask(precision) if limits.times_own_error_max is not None else None
+    inside = explain.values_inside(model, graphs, inputs[0])
+    return explain.growth(told, names, inside, ask(Precision.FP32), own, limits)
 
 
 def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:

@@ -32,15 +32,19 @@ class Toy:
     )
     tensors = {"embedding": (VOCABULARY, WIDTH), "unembedding": (VOCABULARY, WIDTH)}  # noqa: RUF012
     optional_tensors = frozenset()
+    probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012
 
     def adapt(self, found, read):
         return found, read
 
-    def synthetic(self, name, seed):
+    def synthetic(self, name, seed, *, peak=None):
         noise = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()))
-        return noise.standard_normal(self.tensors[name]).astype(np.float32)
+        values = noise.standard_normal(self.tensors[name]).astype(np.float32)
+        if peak is not None and name == "embedding":
+            values[0, 0] = peak
+        return values
 
     def calls(self, graph, read):
         import torch
@@ -70,7 +74,7 @@ class Toy:
         }
         return (Call(piece=piece, scope="decoder", inputs=names, outputs=("cache", "logits"), weights=weights),)
 
-    def reference(self, read, inputs, *, precision, progress):
+    def reference(self, read, inputs, *, precision, progress, inside=False):
         import torch
 
         embedding, unembedding = torch.from_numpy(read("embedding")), torch.from_numpy(read("unembedding"))

@@ -112,9 +112,11 @@ class Dinov2Model:
         """See `layouts`."""
         return layouts.adapt(found, read)
 
-    def synthetic(self, name: str, seed: int) -> Array:
-        """See `synthetic`."""
-        return synthetic.tensor(name, self.tensors[name], seed)
+    def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
+        """See `synthetic`; with a `peak`, the massive activations of trained large ViTs."""
+        if peak is None:
+            return synthetic.tensor(name, self.tensors[name], seed)
+        return synthetic.stressed(name, self.tensors[name], seed, arch=self.arch, peak=peak)
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Stem, each block, and a head for each block that is an output."""
@@ -177,23 +179,38 @@ class Dinov2Model:
 
         return tuple(sequence())
 
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """The residual stream after the stem and after each block."""
+        return {"model": ("stem_tokens", *(f"blocks.{i}_tokens" for i in range(self.arch.depth)))}
+
     def reference(
-        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
     ) -> list[dict[str, Array]]:
-        """The plain upstream formulation; see `reference`."""
+        """The plain upstream formulation; see `reference`. inside: the residual stream at `probes` too."""
         import torch
 
         from dinoexport.models.dinov2 import reference
 
         dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+        dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+        streams: list[dict[str, Array]] = [{} for _ in inputs]
+
+        def keep(j: int, blocks_done: int, stream: torch.Tensor) -> None:
+            streams[j][self.probes["model"][blocks_done]] = stream.float().numpy()
+
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
             [torch.from_numpy(self._normalised(arrays)) for arrays in inputs],
             blocks=[block for block, _ in self._heads],
             block_done=lambda done: progress(f"PyTorch {precision}", done, self.arch.depth),
+            keep_stream=keep if inside else None,
         )
-        return [self._named({i: t.float().numpy() for i, t in tokens.items()}) for tokens in answers]
+        return [
+            self._named({i: t.float().numpy() for i, t in tokens.items()}) | stream
+            for tokens, stream in zip(answers, streams, strict=True)
+        ]
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
         """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
