@@ -4,6 +4,7 @@
     NAME.onnx(.data)    the graphs with their external weights
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
+    precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
 
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
 ENGINES = "engines.json"
+PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 # A thousand times what a real manifest takes; what is larger is none, and is not read.

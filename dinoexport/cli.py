@@ -45,7 +45,10 @@ Weights = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="fp32|fp16", help="Default: the recipe's, else the target's first.")
+    str | None,
+    typer.Option(
+        metavar="fp32|fp16|auto", help="auto: fp16, parts of it in fp32 where it must. Default: the recipe's."
+    ),
 ]
 TargetOption = Annotated[str, typer.Option(help="The machine to build for; see `dinoexport list`.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
@@ -123,6 +126,10 @@ def build(
         _show_report(built.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
+        if order.auto:
+            from dinoexport import listing
+
+            _print(f"Precision: {listing.precision(built.manifest)}")
         _print_engines(built.manifest)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
@@ -291,7 +298,9 @@ def _progress() -> Iterator[Progress]:
 def _precision(word: str | None) -> Any:
     from dinoexport.spec import Precision
 
-    return None if word is None else Precision(_choice("precision", word, tuple(Precision)))
+    if word in (None, "auto"):
+        return word
+    return Precision(_choice("precision", word, (*Precision, "auto")))
 
 
 def _choice(option: str, word: str, known: tuple[str, ...]) -> Any:

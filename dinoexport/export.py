@@ -21,6 +21,9 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Piece name -> its traced graph.
+Traces = dict[str, "ir.Graph"]
+
 # LayerNormalization is one op since opset 17, Gelu since 20; every runtime we target takes 20.
 OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
@@ -35,9 +38,12 @@ def export(
     folder: Path,
     *,
     metadata: Mapping[str, str],
+    traces: Traces | None = None,
     progress: Progress = silent,
 ) -> tuple[Path, ...]:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
+
+    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
@@ -46,9 +52,10 @@ def export(
     import onnx_ir as ir
 
     pieces = {call.piece.name: call.piece for call in calls}
-    traced = {}
+    traced = {} if traces is None else traces
     for done, (name, piece) in enumerate(pieces.items(), start=1):
-        traced[name] = _trace(piece)
+        if name not in traced:
+            traced[name] = _trace(piece)
         progress("tracing", done, len(pieces))
     model = _assemble(graph, calls, traced, metadata)
     path = folder / f"{graph.name}.onnx"

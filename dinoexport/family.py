@@ -30,7 +30,7 @@ Read = Callable[[str], "Array"]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a graph that is traced once, however often it is used.
+    """A part of a graph that is traced once, however often it is used: pieces of one name are the same.
 
     example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
     The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
@@ -80,6 +80,13 @@ class Model(Protocol):
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The graph as calls of traced pieces, first to last. Imports torch."""
+
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """Parts of a graph of reduced precision that may be kept in fp32, each on its own; none in an fp32 graph."""
+
+    def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
+        """The recipe's `[graph]` table with `parts` of `promotable` in fp32."""
 
     @property
     def probes(self) -> Mapping[str, tuple[str, ...]]:

@@ -83,7 +83,7 @@ def of_path(path: Path) -> dict[str, Any]:
         "Bundle": {
             "verdict": manifest.verdict,
             "variant": manifest.variant,
-            "precision": manifest.precision.value,
+            "precision": precision(manifest),
             "target": manifest.target,
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
@@ -112,6 +112,16 @@ def of_path(path: Path) -> dict[str, Any]:
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
     }
+
+
+def precision(manifest: bundle.Manifest) -> str:
+    """The precision in words; with `--precision auto`, what stayed fp32 and how many forms were tried."""
+    found = manifest.report.get("precision")
+    if found is None:
+        return manifest.precision.value
+    return (
+        f"{manifest.precision} with {', '.join(found['fp32']) or 'nothing'} in fp32: {len(found['trials'])} forms tried"
+    )
 
 
 def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:

@@ -10,13 +10,13 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dinoexport
-from dinoexport import bundle, engine, explain, family, files, judge, proof
+from dinoexport import bundle, engine, explain, family, files, judge, proof, repair
 from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -46,6 +46,7 @@ class Order:
     weights: str | None
     judge_code: proof.Judge
     out: Path
+    auto: bool = False  # parts of the graph go back to fp32 until the limits hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class Built:
     manifest: Manifest
     reused: tuple[str, ...]
     report: judge.Report | None = None
+
+
+class NothingHolds(ValidationFailed):
+    """`--precision auto` found no form of the graph that holds the limits."""
 
 
 class Rejected(ValidationFailed):
@@ -70,14 +75,15 @@ def order(
     variant_or_path: str,
     *,
     weights: str | None = None,
-    precision: Precision | None = None,
+    precision: Precision | Literal["auto"] | None = None,
     target: str = "cpu",
     out: Path | None = None,
     judge_code: proof.Judge = "plain",
 ) -> Order:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done."""
     recipe, machine = load(variant_or_path), load_target(target)
-    chosen = precision or recipe.precision or next(iter(machine.precisions))
+    auto = precision == "auto"
+    chosen = Precision.FP16 if precision == "auto" else precision or recipe.precision or next(iter(machine.precisions))
     if chosen not in machine.precisions:
         raise UsageError(f"{target} has no {chosen}.", next_step=f"It has: {', '.join(machine.precisions)}.")
     recipe = recipe.model_copy(update={"precision": chosen})
@@ -93,7 +99,8 @@ def order(
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        out=out or Path("bundles") / f"{recipe.name}-{chosen}-{machine.name}",
+        out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen}-{machine.name}",
+        auto=auto,
     )
 
 
@@ -106,14 +113,19 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-        exported = _export_stage(work, order, checkpoint)
         reference = _reference_stage(work, order, checkpoint)
+        stages = {"reference": reference}
+        if order.auto:
+            stages["precision"], order = _precision_stage(work, order, checkpoint, reference)
+        exported = _export_stage(work, order, checkpoint)
         judged, report, growth = _judge_stage(work, order, checkpoint, exported, reference)
-        stages = {stage.name: stage for stage in (exported, reference, judged)}
+        stages |= {"export": exported, "judge": judged}
         if report.passed and order.target.runtime == "tensorrt_rtx":
             stages["engine"] = _engine_stage(work, order, exported)
         if report.passed or keep_rejected:
-            manifest = _manifest(order, checkpoint, stages, "passed" if report.passed else "rejected", report.to_json())
+            verdict: Verdict = "passed" if report.passed else "rejected"
+            tried = {"precision": _tried(stages["precision"])} if order.auto else {}
+            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json() | tried)
             work.publish(stages, manifest)
     if not report.passed:
         raise _rejected(order, report, growth, published=keep_rejected)
@@ -124,6 +136,11 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
 
 def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
     """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    if order.auto:
+        raise UsageError(
+            "--precision auto chooses by what it measures, and export measures nothing.",
+            next_step="Use dinoexport build, or name the precision.",
+        )
     require("export", *PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
@@ -177,6 +194,32 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
         versions=_versions(_TRACERS),
     )
     return work.stage("reference", key, make)
+
+
+def _precision_stage(work: Workspace, order: Order, checkpoint: Checkpoint, reference: Stage) -> tuple[Stage, Order]:
+    """The order with the smallest set of parts in fp32 that holds the limits; raises Rejected when none does."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        found = repair.repair(order.recipe, order.model, checkpoint, stored, folder, progress=work.progress)
+        if found.fp32 is None:
+            raise NothingHolds(
+                f"Nothing was published: {order.precision} misses its limits even with all of "
+                f"{', '.join(order.model.promotable)} in fp32 ({found.trials[-1].failed_by}).",
+                next_step="Build it with --precision fp32.",
+            )
+        (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+
+    stage = work.stage(
+        "precision", key_of(code=_code(order), reference=reference.key, runtimes=_versions(_RUNTIMES)), make
+    )
+    recipe, model = repair.promoted(order.recipe, order.model, _tried(stage)["fp32"])
+    return stage, replace(order, recipe=recipe, model=model)
+
+
+def _tried(stage: Stage) -> dict[str, Any]:
+    tried: dict[str, Any] = json.loads((stage.folder / bundle.PRECISION).read_text())
+    return tried
 
 
 def _judge_stage(

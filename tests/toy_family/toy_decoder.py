@@ -32,6 +32,7 @@ class Toy:
     )
     tensors = {"embedding": (VOCABULARY, WIDTH), "unembedding": (VOCABULARY, WIDTH)}  # noqa: RUF012
     optional_tensors = frozenset()
+    promotable = ()
     probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012
@@ -86,6 +87,9 @@ class Toy:
                 tokens = torch.cat((tokens, logits[-1].argmax(dim=1, keepdim=True)), dim=1)
             answers.append({"logits": torch.stack(logits, dim=1).numpy()})
         return answers
+
+    def promoted(self, parts):
+        return self.recipe.graph
 
     def upstream(self, read, inputs, *, progress):
         raise NotImplementedError

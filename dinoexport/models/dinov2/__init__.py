@@ -36,9 +36,10 @@ class Dinov2:
         choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
         try:
             choices.chosen_blocks(arch.depth)
+            choices.fp32_parts(arch.depth)
         except ValueError as error:
             raise UsageError(
-                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose blocks the model has."
+                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose what the model has."
             ) from None
         wanted = {"batch", "height", "width"}
         if set(recipe.profile) != wanted:
@@ -127,12 +128,16 @@ class Dinov2Model:
 
         body = torch.float16 if self.recipe.precision is Precision.FP16 else torch.float32
         residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
+        fp32 = self.choices.fp32_parts(self.arch.depth) if body == torch.float16 else frozenset()
+        norms = torch.float32 if "norms" in fp32 else residual
+        scores = torch.float32 if "softmax" in fp32 else body
+        form = f"{body} with residual {residual}, norms {norms}, scores {scores}"
         folded = fold.Folded(arch=self.arch, read=read)
         tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
 
         def over_tokens(name: str, module: torch.nn.Module) -> Piece:
             return Piece(
-                name=name,
+                name=f"{name}, {form}",
                 module=module,
                 example_inputs={"tokens": tokens},
                 dynamic={"tokens": {0: "batch", 1: "tokens"}},
@@ -145,12 +150,16 @@ class Dinov2Model:
         )
         image_name = graph.inputs[0].name
         stem = Piece(
-            name="stem",
+            name=f"stem, {form}",
             module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
         )
-        block = over_tokens("block", Block(self.arch, body=body, residual=residual))
+        block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
+        exact = over_tokens(
+            "fp32_block",
+            Block(self.arch, body=torch.float32, norms=torch.float32, scores=torch.float32),
+        )
         last_head = over_tokens("head", Head(self.arch, with_registers=True))
         chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False))
 
@@ -159,7 +168,7 @@ class Dinov2Model:
             value = "stem_tokens"
             for i in range(self.arch.depth):
                 yield Call(
-                    piece=block,
+                    piece=exact if f"blocks.{i}" in fp32 else block,
                     scope=f"blocks.{i}",
                     inputs=(value,),
                     outputs=(f"blocks.{i}_tokens",),
@@ -178,6 +187,19 @@ class Dinov2Model:
                         )
 
         return tuple(sequence())
+
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """What the published remedies promote: the residual stream, norms, softmax; then each block as a whole."""
+        if self.recipe.precision is not Precision.FP16:
+            return ()
+        return ("residual", "norms", "softmax", *(f"blocks.{i}" for i in range(self.arch.depth)))
+
+    def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
+        """The table `[graph]` with `parts` in fp32; what it already has there stays."""
+        others = tuple(part for part in self.promotable if part in {*self.choices.fp32, *parts} - {"residual"})
+        residual = "fp32" if "residual" in parts else self.choices.residual
+        return self.choices.model_copy(update={"residual": residual, "fp32": others}).model_dump(mode="json")
 
     @property
     def probes(self) -> Mapping[str, tuple[str, ...]]:
