@@ -4,6 +4,7 @@
     NAME.onnx(.data)    the graphs with their external weights
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
+    report.html         the same to look at, with pictures
     precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
 
@@ -31,6 +32,7 @@ SCHEMA: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
+PAGE = "report.html"
 ENGINES = "engines.json"
 PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
@@ -142,6 +144,10 @@ class Manifest(Frozen):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
 
+    def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
+        """This manifest with the files of one more stage."""
+        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
         content = self.model_dump(mode="json")
@@ -241,6 +247,7 @@ class _StoredCase(Frozen):
     name: str
     why: str
     refused: bool
+    shown: bool = False
     own_error: dict[str, float]
 
 
@@ -272,7 +279,11 @@ def write_reference(path: Path, reference: Reference) -> None:
     for i, (case, outputs, own_error) in enumerate([*cases, *((case, {}, {}) for case in reference.refusals)]):
         arrays |= {f"{i}/in/{name}": array for name, array in case.inputs.items()}
         arrays |= {f"{i}/out/{name}": array for name, array in outputs.items()}
-        entries.append(_StoredCase(name=case.name, why=case.why, refused=case.expect_refusal, own_error=own_error))
+        entries.append(
+            _StoredCase(
+                name=case.name, why=case.why, refused=case.expect_refusal, shown=case.shown, own_error=own_error
+            )
+        )
     index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
     arrays["index.json"] = np.frombuffer(_canonical(index.model_dump(mode="json")), np.uint8)
     with path.open("wb") as file:
@@ -294,7 +305,7 @@ def read_reference(path: Path) -> Reference:
     for i, entry in enumerate(index.cases):
         inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
         outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
-        case = Case(name=entry.name, why=entry.why, inputs=inputs, expect_refusal=entry.refused)
+        case = Case(name=entry.name, why=entry.why, inputs=inputs, expect_refusal=entry.refused, shown=entry.shown)
         if case.expect_refusal:
             refusals.append(case)
         else:

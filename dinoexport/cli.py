@@ -126,6 +126,7 @@ def build(
         _show_report(built.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
+        _print(f"Report: {built.folder / 'report.html'}")
         if order.auto:
             from dinoexport import listing
 
@@ -232,6 +233,27 @@ def schema(as_json: Json = False) -> None:
         from dinoexport import listing
 
         _print_json(listing.recipe_schema())
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say where a bundle's report is, after checking its bytes, and open it."""
+    with _reporting(as_json):
+        from dinoexport import listing
+
+        path = listing.page_of(bundle)
+        if show:
+            import webbrowser
+
+            webbrowser.open(path.absolute().as_uri())
+        if as_json:
+            _print_json({"report": str(path)})
+            return
+        _print(f"Report: {path}")
 
 
 def main() -> NoReturn:

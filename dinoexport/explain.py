@@ -165,14 +165,16 @@ def range_rows(
     """A row for each case: whether every fp16 value of the graphs stays finite. None where they have no such value."""
     require("export", "onnx")
     largest: dict[str, float] = {}
-    runners = {graph.name: _measuring(path, graph, largest) for path, graph in graphs.items()}
+    edited = {path: _measuring(path) for path in graphs}
+    if not any(measured for _, measured in edited.values()):
+        return ()
+    runners = {graph.name: _keeping(*edited[path], path, graph, largest) for path, graph in graphs.items()}
     rows = []
     for done, case in enumerate(cases, start=1):
         largest.clear()
         model.drive(runners, case.inputs)
         progress("measuring fp16's range", done, len(cases))
-        if largest:
-            rows.append(_range_row(case, largest))
+        rows.append(_range_row(case, largest))
     return tuple(rows)
 
 
@@ -184,15 +186,15 @@ def _range_row(case: Case, largest: Mapping[str, float]) -> Row:
         figure="largest",
         value=largest[name],
         limit=FP16_LARGEST,
-        reason=f"the end of fp16's range; it is {name} that comes nearest",
+        reason=f"where fp16 ends; {name} comes nearest",
         holds=largest[name] <= FP16_LARGEST,
     )
     problem = f"fp16 overflows in {name}" if overflowing else ""
     return Row(case=case.name, why=case.why, output=RANGE, shape=(), distance=None, bounds=(bound,), problem=problem)
 
 
-def _measuring(path: Path, graph: Graph, largest: dict[str, float]) -> Runner:
-    """A runner of the graph that keeps in `largest` the largest magnitude of every fp16 value it ever made."""
+def _measuring(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The model at `path` with an output for the largest magnitude of each fp16 value, and what each measures."""
     import onnx
 
     edited = onnx.load(path, load_external_data=False)
@@ -204,12 +206,16 @@ def _measuring(path: Path, graph: Graph, largest: dict[str, float]) -> Runner:
         edited.graph.node.append(onnx.helper.make_node("Abs", [name], [magnitudes]))
         edited.graph.node.append(onnx.helper.make_node("ReduceMax", [magnitudes], [result], keepdims=0))
         edited.graph.output.append(onnx.ValueInfoProto(name=result))
-    results = {f"{name}/largest": f"{name} ({op})" for name, op in made}
-    run = ort.open_edited(edited.SerializeToString(), path, graph, more_outputs=tuple(results))
+    return edited.SerializeToString(), {f"{name}/largest": f"{name} ({op})" for name, op in made}
+
+
+def _keeping(edited: bytes, measured: Mapping[str, str], path: Path, graph: Graph, largest: dict[str, float]) -> Runner:
+    """A runner of `edited` that keeps in `largest` the largest magnitude that each measured value ever had."""
+    run = ort.open_edited(edited, path, graph, more_outputs=tuple(measured))
 
     def run_and_keep(arrays: Arrays) -> dict[str, Array]:
         answers = run(arrays)
-        for result, name in results.items():
+        for result, name in measured.items():
             value = float(answers.pop(result))
             if not value <= largest.get(name, -1.0):  # so that NaN stays
                 largest[name] = value

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Recipe
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Weight, closest
+from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, closest
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +111,11 @@ class Model(Protocol):
 
     def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
         """Cases made of a user's own files, and a line for every file that could not be used."""
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Rows of drawings of a case that is `shown`: what a person sees in the answers of PyTorch and candidates."""
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""

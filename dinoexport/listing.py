@@ -114,6 +114,19 @@ def of_path(path: Path) -> dict[str, Any]:
     }
 
 
+def page_of(folder: Path) -> Path:
+    """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
+    manifest = bundle.read_manifest(folder)
+    pages = [file for file in manifest.files if file.name == bundle.PAGE]
+    if not pages:
+        raise UsageError(
+            f"{folder} has no {bundle.PAGE}: it was exported and never judged, or built by an older dinoexport.",
+            next_step="dinoexport build makes one.",
+        )
+    bundle.check_files(folder, pages)
+    return folder / bundle.PAGE
+
+
 def precision(manifest: bundle.Manifest) -> str:
     """The precision in words; with `--precision auto`, what stayed fp32 and how many forms were tried."""
     found = manifest.report.get("precision")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dinoexport
-from dinoexport import bundle, engine, explain, family, files, judge, proof, repair
+from dinoexport import bundle, engine, explain, family, files, judge, page, proof, repair
 from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -114,23 +114,26 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         reference = _reference_stage(work, order, checkpoint)
-        stages = {"reference": reference}
+        found = {}
         if order.auto:
-            stages["precision"], order = _precision_stage(work, order, checkpoint, reference)
+            found["precision"], order = _precision_stage(work, order, checkpoint, reference)
         exported = _export_stage(work, order, checkpoint)
-        judged, report, growth = _judge_stage(work, order, checkpoint, exported, reference)
-        stages |= {"export": exported, "judge": judged}
+        judged, report, growth, kept = _judge_stage(work, order, checkpoint, exported, reference)
+        stages = {stage.name: stage for stage in (exported, reference, *found.values(), judged)}
         if report.passed and order.target.runtime == "tensorrt_rtx":
             stages["engine"] = _engine_stage(work, order, exported)
         if report.passed or keep_rejected:
             verdict: Verdict = "passed" if report.passed else "rejected"
             tried = {"precision": _tried(stages["precision"])} if order.auto else {}
             manifest = _manifest(order, checkpoint, stages, verdict, report.to_json() | tried)
+            shown = _page_stage(work, order, manifest, reference, report, growth, kept)
+            manifest = manifest.with_stage(shown.name, shown.key, shown.files)
+            stages["page"] = shown
             work.publish(stages, manifest)
     if not report.passed:
         raise _rejected(order, report, growth, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
-    reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
+    reused = tuple(stage.name for stage in stages.values() if stage.reused and stage.name not in ("judge", "page"))
     return Built(folder=order.out, manifest=manifest, reused=reused, report=report)
 
 
@@ -224,11 +227,13 @@ def _tried(stage: Stage) -> dict[str, Any]:
 
 def _judge_stage(
     work: Workspace, order: Order, checkpoint: Checkpoint, exported: Stage, reference: Stage
-) -> tuple[Stage, judge.Report, Growth | None]:
+) -> tuple[Stage, judge.Report, Growth | None, page.Kept]:
     """Judges what lies on the disk, the very files that will be published, and looks inside them."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
     graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
     candidate = proof.open_candidate(order.model, graphs)
+    kept = page.Kept()
+    candidate = page.keeping(candidate, stored.expectations, kept)
     report = proof.judged(candidate, stored, proof.candidate_name(order.precision), progress=work.progress)
     report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
     growth = proof.growth_of(
@@ -247,7 +252,32 @@ def _judge_stage(
     def make(folder: Path) -> None:
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    return work.stage("judge", key_of(report=content), make), report, growth
+    return work.stage("judge", key_of(report=content), make), report, growth, kept
+
+
+def _page_stage(
+    work: Workspace,
+    order: Order,
+    manifest: Manifest,
+    reference: Stage,
+    report: judge.Report,
+    growth: Growth | None,
+    kept: page.Kept,
+) -> Stage:
+    """The verdict to look at, of everything the manifest says but the time."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        html = page.render(manifest, order.model, report, growth, stored, kept)
+        (folder / bundle.PAGE).write_text(html, encoding="utf-8")
+
+    key = key_of(
+        code=_code(order),
+        template=files.sha256(page.TEMPLATE),
+        manifest=manifest.model_dump(mode="json", exclude={"created"}),
+        versions=_versions((*page.PACKAGES, "pillow")),
+    )
+    return work.stage("page", key, make)
 
 
 def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
@@ -334,7 +364,7 @@ def _rejected(order: Order, report: judge.Report, growth: Growth | None, *, publ
 
 def _require_packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
-    require("export", *PACKAGES)
+    require("export", *PACKAGES, *page.PACKAGES)
     require("cpu", "onnxruntime")
     if order.target.runtime == "tensorrt_rtx":
         require("rtx", *engine.PACKAGES)

@@ -79,13 +79,25 @@ class Weight:
 class Case:
     """One question put to the model: named inputs, and why this question is asked.
 
-    `expect_refusal` marks inputs the model must not accept; no reference exists for them.
+    `expect_refusal` marks inputs the model must not accept; no reference exists for them. shown: whether a person
+    learns something from looking at it, as at a photograph.
     """
 
     name: str
     why: str
     inputs: Arrays
     expect_refusal: bool = False
+    shown: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawing of a case in a report: an image file's content, what it is, and how to read it."""
+
+    title: str
+    caption: str
+    data: bytes
+    media_type: str
 
 
 @dataclass(frozen=True, kw_only=True)

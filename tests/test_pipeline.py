@@ -49,7 +49,9 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_bundle_is_all_there(built: Path) -> None:
     manifest = bundle.verify(built)
-    assert {file.name for file in manifest.files} == {"model.onnx", "model.onnx.data", "reference.npz", "report.json"}
+    assert {file.name for file in manifest.files} == {
+        "model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html",
+    }  # fmt: skip
     assert {path.name for path in built.iterdir()} == {file.name for file in manifest.files} | {bundle.MANIFEST}
     assert manifest.verdict == "passed" and manifest.checkpoint.source == "synthetic:0"
     assert {"torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "python"} <= manifest.versions.keys()
@@ -81,7 +83,7 @@ def test_onnx_says_where_it_came_from(built: Path) -> None:
 def test_same_bytes_in_another_process(built: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "1234"}
     subprocess.run(build_command(tmp_path / "again"), check=True, capture_output=True, env=environment)
-    for name in ("model.onnx", "model.onnx.data", "reference.npz"):
+    for name in ("model.onnx", "model.onnx.data", "reference.npz", "report.html"):
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
@@ -140,7 +142,9 @@ def test_validate_needs_no_torch_and_no_network(built: Path) -> None:
     assert json.loads(result.stdout)["report"]["passed"]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "reference.npz", "report.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html", "manifest.json"]
+)
 def test_validate_notices_a_changed_byte(built: Path, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -1,4 +1,4 @@
-"""`--precision auto`: the smallest set of parts in fp32, found in few trials, recorded, or a clear verdict that none is."""
+"""`--precision auto`: the smallest set of parts in fp32, found in few trials, recorded, or a clear verdict."""
 
 from __future__ import annotations
 

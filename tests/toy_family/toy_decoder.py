@@ -101,6 +101,9 @@ class Toy:
     def cases_from(self, folder, *, progress):
         return (), ()
 
+    def pictures(self, case, reference, candidates):
+        return ()
+
     def drive(self, runners, inputs):
         answer = runners["prefill"]({"token_ids": inputs["prompt"]})
         logits = [answer["logits"]]

@@ -18,7 +18,7 @@ from dinoexport.family import Call, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -271,6 +271,15 @@ class Dinov2Model:
     def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
         return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Photographs, their patch tokens as colours, errors per patch; see `pictures`."""
+        from dinoexport.models.dinov2 import pictures
+
+        tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
+        return pictures.of_case(self._normalised(case.inputs), reference["patch_tokens"], tokens)
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""

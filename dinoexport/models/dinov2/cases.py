@@ -60,7 +60,7 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
                 raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
             if strict:
                 pictures = cropped(pictures)
-        return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes))
+        return Case(name=entry.name, why=entry.why, inputs=_inputs(pictures, as_bytes), shown=True)
     assert entry.height is not None and entry.width is not None
     refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
     size = (entry.batch, entry.height, entry.width, entry.seed)
