@@ -256,6 +256,25 @@ def report(
         _print(f"Report: {path}")
 
 
+@app.command(epilog=EXIT_CODES)
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A bundle's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
+    with _reporting(as_json):
+        from dinoexport import compare
+
+        with _progress() as progress:
+            found = compare.compare(first, second, progress=progress)
+        if as_json:
+            _print_json(found)
+            return
+        for title, rows in found.items():
+            _print(_table(title, rows) if rows else f"{title}: nothing")
+
+
 def main() -> NoReturn:
     """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     signal.signal(signal.SIGTERM, _interrupt)

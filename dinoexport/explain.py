@@ -186,7 +186,7 @@ def _range_row(case: Case, largest: Mapping[str, float]) -> Row:
         figure="largest",
         value=largest[name],
         limit=FP16_LARGEST,
-        reason=f"where fp16 ends; {name} comes nearest",
+        reason=f"the end of fp16's range, to which {name} comes nearest",
         holds=largest[name] <= FP16_LARGEST,
     )
     problem = f"fp16 overflows in {name}" if overflowing else ""

@@ -77,7 +77,12 @@ def test_page_says_everything(built: Path) -> None:
         for bound in row["bounds"] if row["distance"] else ():
             assert bound["reason"] in html and page._figure(bound["limit"]) in html, bound["figure"]
             assert page._figure(bound["value"]) in html
-    for word in ("blocks.2_tokens", "Sizes tried", "register_tokens: relative error of each", "where fp16 ends"):
+    for word in (
+        "blocks.2_tokens",
+        "Sizes tried",
+        "register_tokens: relative error of each",
+        "the end of fp16's range",
+    ):
         assert word in html, word
     assert all(version in html for version in manifest.versions.values())
     assert "--weights synthetic-stress:0:300 --target cpu --precision fp16" in html
