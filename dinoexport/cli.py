@@ -14,6 +14,8 @@ import typer
 
 import dinoexport
 from dinoexport.errors import DinoexportError
+from dinoexport.tables import facts as _facts
+from dinoexport.tables import table as _table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -406,31 +408,3 @@ def _print(what: Table | str, *, to_stderr: bool = False) -> None:
 
 def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in rows[0] if rows else ():
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _facts(title: str, facts: dict[str, str]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, value)
-    return table

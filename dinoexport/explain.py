@@ -7,12 +7,13 @@ GPU would meet may never reach its outputs. Values are therefore measured where 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import require
+from dinoexport.errors import DinoexportError, require
 from dinoexport.family import Model
 from dinoexport.judge import Bound, Report, Row, without_nan
 from dinoexport.metrics import distance
@@ -67,8 +68,11 @@ class Growth:
         return content
 
 
-def telling_case(report: Report) -> str:
-    """The case that says most: the first that overflows, else the one nearest to its limits or farthest past them."""
+def telling_case(report: Report) -> str | None:
+    """The case that says most: the first that overflows, else the one nearest to its limits or farthest past them.
+
+    None when nothing was measured, as when every case is one of refusal.
+    """
 
     def share(row: Row) -> float:
         if row.distance is None or not row.distance.finite:
@@ -76,8 +80,8 @@ def telling_case(report: Report) -> str:
         return max((b.value / b.limit for b in row.bounds if b.figure == "relative_l2" and b.limit > 0), default=0.0)
 
     overflowing = [row.case for row in report.failures if row.output == RANGE]
-    measured = [row for row in report.rows if row.distance is not None or row.problem]
-    return overflowing[0] if overflowing else max(measured, key=share).case
+    measured = [row for row in report.rows if row.distance is not None]
+    return overflowing[0] if overflowing else max(measured, key=share).case if measured else None
 
 
 def causes(report: Report, growth: Growth | None) -> list[str]:
@@ -143,7 +147,7 @@ def _mean_norm(vectors: Array) -> float:
 
 
 def values_inside(model: Model, graphs: Mapping[Path, Graph], inputs: Arrays) -> dict[str, Array]:
-    """What the exported graphs hold at the model's probes for one case, float32."""
+    """What the exported graphs hold for one case at the model's probes that `drive` passes on, float32."""
     require("export", "onnx")
     import numpy as np
     import onnx
@@ -172,9 +176,11 @@ def range_rows(
     rows = []
     for done, case in enumerate(cases, start=1):
         largest.clear()
-        model.drive(runners, case.inputs)
+        with suppress(DinoexportError):  # what refuses or breaks on a case has a row from the judge
+            model.drive(runners, case.inputs)
         progress("measuring fp16's range", done, len(cases))
-        rows.append(_range_row(case, largest))
+        if largest:
+            rows.append(_range_row(case, largest))
     return tuple(rows)
 
 

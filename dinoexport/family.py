@@ -8,7 +8,7 @@ Nothing but `pieces` and `reference` may import torch: a bundle is validated on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -109,8 +109,8 @@ class Model(Protocol):
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """The validation case that `table` describes; files it names lie in `folder`."""
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-        """Cases made of a user's own files, and a line for every file that could not be used."""
+    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
+        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used."""
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]

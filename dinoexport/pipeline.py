@@ -238,9 +238,9 @@ def _judge_stage(
     report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
     growth = proof.growth_of(
         report,
+        [expectation.case for expectation in stored.expectations],
         order.model,
         graphs,
-        order.cases,
         checkpoint,
         order.limits,
         precision=order.precision,

@@ -5,8 +5,9 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import Literal
@@ -135,34 +136,35 @@ def validate(
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     candidate = open_candidate(model, graphs)
     name = candidate_name(manifest.precision)
-    skipped: tuple[str, ...] = ()
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
-        cases, limits = tuple(expectation.case for expectation in reference.expectations), reference.limits
+        limits = reference.limits
+        cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
         report = judged(candidate, reference, name, progress=progress)
+        if not explained:
+            return Validated(manifest=manifest, report=report)
+        checkpoint = _same_weights(model, recipe, manifest, weights, progress)
+        report = with_ranges(report, model, graphs, [*cases], progress=progress)
+        skipped: list[str] = []
     else:
-        cases, skipped = _user_cases(model, images, progress)
+        chunks, skipped = _chunks(model, images, progress)
+        checkpoint = _same_weights(model, recipe, manifest, weights, progress)
         limits = _limits_of(folder, manifest, recipe)
-    if images is None and not explained:
-        return Validated(manifest=manifest, report=report)
-    checkpoint = _same_weights(model, recipe, manifest, weights, progress)
-    if images is not None:
         reports = []
-        for start in range(0, len(cases), _IMAGES_AT_ONCE):
-            chunk = cases[start : start + _IMAGES_AT_ONCE]
+        for chunk in chunks:
             reference = ask_pytorch(
                 model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
             )
-            reports.append(judged(candidate, reference, name, progress=progress))
-        rows = tuple(row for part in reports for row in part.rows)
-        report = judge.Report(candidate=name, reference=reports[0].reference, rows=rows)
-    report = with_ranges(report, model, graphs, cases, progress=progress)
+            report = judged(candidate, reference, name, progress=progress)
+            reports.append(with_ranges(report, model, graphs, chunk, progress=progress))
+        report = replace(reports[0], rows=tuple(row for part in reports for row in part.rows))
+        cases = _usable(model, images, [], silent)
     growth = None
     if explained:
         growth = growth_of(
-            report, model, graphs, cases, checkpoint, limits, precision=manifest.precision, progress=progress
+            report, cases, model, graphs, checkpoint, limits, precision=manifest.precision, progress=progress
         )
-    return Validated(manifest=manifest, report=report, skipped=skipped, growth=growth)
+    return Validated(manifest=manifest, report=report, skipped=tuple(skipped), growth=growth)
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -193,39 +195,59 @@ def with_ranges(
 
 def growth_of(
     report: judge.Report,
+    cases: Iterable[Case],
     model: Model,
     graphs: Mapping[Path, Graph],
-    cases: Sequence[Case],
     checkpoint: Checkpoint,
     limits: Limits,
     *,
     precision: Precision,
     progress: Progress = silent,
 ) -> Growth | None:
-    """How the error grows inside `graphs` on the case of `report` that says most; None if the family has no probes."""
-    names = tuple(name for probes in model.probes.values() for name in probes)
-    if not names:
+    """How the error grows inside `graphs` on the one of `cases` that says most in `report`.
+
+    None when the family has no probes, or nothing was measured that could be followed.
+    """
+    told = explain.telling_case(report)
+    if told is None or not model.probes:
         return None
     require("export", "torch", "onnx")
-    told = explain.telling_case(report)
-    inputs = [case.inputs for case in cases if case.name == told][:1]
+    case = next(case for case in cases if case.name == told)
+    inside = explain.values_inside(model, graphs, case.inputs)
+    names = tuple(name for probes in model.probes.values() for name in probes if name in inside)
+    if not names:
+        return None
 
     def ask(wanted: Precision) -> Arrays:
-        return model.reference(checkpoint.read, inputs, precision=wanted, progress=progress, inside=True)[0]
+        return model.reference(checkpoint.read, [case.inputs], precision=wanted, progress=progress, inside=True)[0]
 
     own = ask(precision) if limits.times_own_error_max is not None else None
-    inside = explain.values_inside(model, graphs, inputs[0])
-    return explain.growth(told, names, inside, ask(Precision.FP32), own, limits)
+    return explain.growth(case.name, names, inside, ask(Precision.FP32), own, limits)
 
 
-def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+def _usable(model: Model, images: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
+    for found in model.cases_from(images, progress=progress):
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            yield found
+
+
+def _chunks(model: Model, images: Path, progress: Progress) -> tuple[Iterator[tuple[Case, ...]], list[str]]:
+    """The user's cases, a few at a time, and a list that fills with a line for each file that cannot be used.
+
+    Raises UsageError when there is no folder, or when not one file of it can be used.
+    """
     if not images.is_dir():
         raise UsageError(f"There is no folder {images}.", next_step="Give a folder of images as --images.")
-    cases, skipped = model.cases_from(images, progress=progress)
-    if not cases:
+    skipped: list[str] = []
+    cases = _usable(model, images, skipped, progress)
+    first = next(cases, None)
+    if first is None:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UsageError(f"{images} holds no image that can be read.{listed}", next_step="Give another folder.")
-    return cases, skipped
+    rest = chain((first,), cases)
+    return iter(lambda: tuple(islice(rest, _IMAGES_AT_ONCE)), ()), skipped
 
 
 def _same_weights(

@@ -31,7 +31,7 @@ def streams(recipe: str, weights: str) -> list[Any]:
     return [answers[0][name] for name in order.model.probes["model"]]
 
 
-@pytest.mark.parametrize("recipe", ["vits14", "vits14_reg", TINY, str(DATA / "tiny_swiglu.toml")])
+@pytest.mark.parametrize("recipe", ["vits14", TINY, str(DATA / "tiny_swiglu.toml")])
 def test_stress_weights_have_massive_activations(recipe: str) -> None:
     """As Sun et al. define them: above 100 and about a thousand times the median, in few channels of few tokens."""
     plain, stressed = streams(recipe, "synthetic:0"), streams(recipe, "synthetic-stress:0")
@@ -50,32 +50,30 @@ def test_stress_weights_have_massive_activations(recipe: str) -> None:
 
 
 def test_a_higher_peak_overflows_fp16() -> None:
-    assert max(np.abs(stream).max() for stream in streams("vits14", OVERFLOW)) > 65504
-    assert max(np.abs(stream).max() for stream in streams("vits14", "synthetic-stress:0")) < 65504 / 50
+    assert max(np.abs(stream).max() for stream in streams(TINY, OVERFLOW)) > 65504
+    assert max(np.abs(stream).max() for stream in streams(TINY, "synthetic-stress:0")) < 65504 / 50
 
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An fp16 build that overflows, kept though rejected: (order, what was raised)."""
+    """An fp16 build that overflows: (order, what was raised)."""
     out = tmp_path_factory.mktemp("overflow") / "bundle"
     order = pipeline.order(TINY, weights=OVERFLOW, precision=Precision.FP16, out=out)
     with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(order, keep_rejected=True)
+        pipeline.build(order)
     return order, rejected.value
 
 
-def test_overflow_is_named_and_never_published(tmp_path: Path) -> None:
+def test_overflow_is_named_and_never_published(overflowing: Any) -> None:
     """ONNX Runtime's CPU hides it: every output of the tokens passes. The tensor, the block and the value are named."""
-    order = pipeline.order(TINY, weights=OVERFLOW, precision=Precision.FP16, out=tmp_path / "bundle")
-    with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(order)
+    order, rejected = overflowing
     assert not order.out.exists()
-    rows = rejected.value.report.rows
+    rows = rejected.report.rows
     assert all(row.passed for row in rows if row.output != explain.RANGE)
     assert not any(row.passed for row in rows if row.output == explain.RANGE)
     largest = np.abs(streams_of_case(order, "batch")[2]).max()
     for word in ("blocks.1/", "(MatMul)", "blocks.1_tokens", f"{largest:,.0f}"):
-        assert word in rejected.value.message, word
+        assert word in rejected.message, word
 
 
 def streams_of_case(order: pipeline.Order, name: str) -> list[Any]:
@@ -123,7 +121,7 @@ def test_an_fp32_graph_has_no_fp16_rows(tmp_path: Path) -> None:
     assert report is not None and not any(row.output == explain.RANGE for row in report.rows)
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("block", [0, 2])
 def test_explain_names_the_block_with_the_wrong_fold(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,25 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
         proof.validate(built, images=tmp_path, weights="synthetic:1")
 
 
+def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more images are held at once than are answered at once, and no image is lost or asked twice."""
+    from PIL import Image
+
+    for i in range(7):
+        noise = np.random.RandomState(i).randint(0, 256, (60, 70, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(proof, "_IMAGES_AT_ONCE", 3)
+    asked: list[int] = []
+    ask = proof.ask_pytorch
+    monkeypatch.setattr(
+        proof, "ask_pytorch", lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k)
+    )
+    validated = proof.validate(built, images=tmp_path, explained=True)
+    assert asked == [3, 3, 1] and validated.report.passed
+    assert [row.case for row in validated.report.rows[::3]] == [f"{i}.png" for i in range(7)]
+    assert validated.growth is not None and validated.growth.case in {f"{i}.png" for i in range(7)}
+
+
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL leaves no bundle or a whole one, and the next run succeeds; the seed is in the failure's message."""
     seed = random.randrange(10**6)

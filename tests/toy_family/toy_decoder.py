@@ -99,7 +99,7 @@ class Toy:
         return Case(name=table["name"], why=table["why"], inputs={"prompt": prompt})
 
     def cases_from(self, folder, *, progress):
-        return (), ()
+        return iter(())
 
     def pictures(self, case, reference, candidates):
         return ()

@@ -268,7 +268,7 @@ class Dinov2Model:
             table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
         )
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
         return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
 
