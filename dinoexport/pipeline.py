@@ -200,7 +200,7 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
 
 
 def _precision_stage(work: Workspace, order: Order, checkpoint: Checkpoint, reference: Stage) -> tuple[Stage, Order]:
-    """The order with the smallest set of parts in fp32 that holds the limits; raises Rejected when none does."""
+    """The order with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
 
     def make(folder: Path) -> None:
         stored = bundle.read_reference(reference.folder / bundle.REFERENCE)

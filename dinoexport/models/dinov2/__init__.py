@@ -157,8 +157,7 @@ class Dinov2Model:
         )
         block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
         exact = over_tokens(
-            "fp32_block",
-            Block(self.arch, body=torch.float32, norms=torch.float32, scores=torch.float32),
+            "fp32_block", Block(self.arch, body=torch.float32, norms=torch.float32, scores=torch.float32)
         )
         last_head = over_tokens("head", Head(self.arch, with_registers=True))
         chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False))
@@ -278,8 +277,10 @@ class Dinov2Model:
         """Photographs, their patch tokens as colours, errors per patch; see `pictures`."""
         from dinoexport.models.dinov2 import pictures
 
+        expected = reference["patch_tokens"]
         tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
-        return pictures.of_case(self._normalised(case.inputs), reference["patch_tokens"], tokens)
+        drawable = {name: ours for name, ours in tokens.items() if ours.shape == expected.shape}
+        return pictures.of_case(self._normalised(case.inputs), expected, drawable)
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
