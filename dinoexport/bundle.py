@@ -4,6 +4,8 @@
     NAME.onnx(.data)    the graphs with their external weights
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
+    report.html         the same to look at, with pictures
+    precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
 
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
@@ -31,7 +33,9 @@ SCHEMA: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
+PAGE = "report.html"
 ENGINES = "engines.json"
+PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 # A thousand times what a real manifest takes; what is larger is none, and is not read.
@@ -192,6 +196,10 @@ class Manifest(Frozen):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
 
+    def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
+        """This manifest with the files of one more stage."""
+        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
         content = self.model_dump(mode="json")
@@ -303,6 +311,7 @@ class _StoredCase(Frozen):
     why: str
     refused: bool
     neighbours: bool = False
+    shown: bool = False
     own_error: dict[str, float]
 
 
@@ -340,6 +349,7 @@ def write_reference(path: Path, reference: Reference) -> None:
                 why=case.why,
                 refused=case.expect_refusal,
                 neighbours=case.neighbours,
+                shown=case.shown,
                 own_error=own_error,
             )
         )
@@ -370,6 +380,7 @@ def read_reference(path: Path) -> Reference:
             inputs=inputs,
             expect_refusal=entry.refused,
             neighbours=entry.neighbours,
+            shown=entry.shown,
         )
         if case.expect_refusal:
             refusals.append(case)

@@ -1,4 +1,6 @@
-"""Where weights come from: the published files, a local file in a layout the family knows, or `synthetic:SEED`.
+"""Where weights come from: the published files, a local file in a layout the family knows, or made-up ones.
+
+`synthetic:SEED` are plain; `synthetic-stress:SEED[:PEAK]` have activations PEAK times the median, as trained models do.
 
 No pickled code is ever run, a tensor is read only when it is wanted, and everything missing, unexpected or mis-shaped
 is listed before that.
@@ -26,7 +28,12 @@ if TYPE_CHECKING:
 
 # How much of a mapped file may be read before it is mapped anew.
 _MAPPED_BYTES_MAX = 256 * 2**20
-SYNTHETIC = "synthetic:"
+SYNTHETIC = ("synthetic:", "synthetic-stress:")
+_SYNTHETIC = re.compile(
+    r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII
+)
+# Hundreds of times the median, as published for large ViTs; fp16 still holds it.
+_STRESS_PEAK = 300
 _ZIP_START = b"PK\x03\x04"
 # Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
 _DICTS_DEEP_MAX = 8
@@ -82,21 +89,22 @@ def open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progres
 
 
 def _synthetic(model: Model, source: str) -> Checkpoint:
-    try:
-        seed = int(source.removeprefix(SYNTHETIC))
-        if seed < 0:
-            raise ValueError
-    except ValueError:
+    found = _SYNTHETIC.fullmatch(source)
+    if found is None:
         raise UsageError(
             f"{source!r} is no synthetic checkpoint.",
-            next_step="Write synthetic:SEED with a whole number, synthetic:0.",
-        ) from None
-    source = f"{SYNTHETIC}{seed}"  # 07 and 7 are the same weights
+            next_step="Write synthetic:SEED with a whole number, as synthetic:0, or synthetic-stress:SEED[:PEAK].",
+        )
+    seed, peak = int(found["seed"]), None
+    source = f"synthetic:{seed}"  # 07 and 7 are the same weights
+    if found["stress"]:
+        peak = int(found["peak"] or _STRESS_PEAK)
+        source = f"synthetic-stress:{seed}:{peak}"
     identity = f"{source}:{sorted(model.tensors.items())}"
     return Checkpoint(
         source=source,
         sha256=hashlib.sha256(identity.encode()).hexdigest(),
-        read=lambda name: model.synthetic(name, seed),
+        read=lambda name: model.synthetic(name, seed, peak=peak),
     )
 
 

@@ -14,6 +14,8 @@ import typer
 
 import dinoexport
 from dinoexport.errors import DinoexportError
+from dinoexport.tables import facts as _facts
+from dinoexport.tables import table as _table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,11 +42,16 @@ Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A s
 Weights = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH|synthetic:SEED", help="A local checkpoint, or made-up weights. Default: the published ones."
+        metavar="PATH|synthetic[-stress]:SEED",
+        help="A local checkpoint, or made-up weights. Default: the published ones.",
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="fp32|fp16|bf16|int8", help="Default: the recipe's, else the target's first.")
+    str | None,
+    typer.Option(
+        metavar="fp32|fp16|bf16|int8|auto",
+        help="auto: fp16, parts of it in fp32 where it must. Default: the recipe's, else the target's first.",
+    ),
 ]
 TargetOption = Annotated[
     str | None,
@@ -143,6 +150,11 @@ def build(
             _show_report(built.engines.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
+        _print(f"Report: {built.folder / 'report.html'}")
+        if order.auto:
+            from dinoexport import listing
+
+            _print(f"Precision: {listing.precision(built.manifest)}")
         _print_ways(built.manifest, not_run=built.engines.not_run)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
@@ -185,6 +197,10 @@ def validate(
         typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
     ] = None,
     reference: ReferenceOption = "plain",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
@@ -199,14 +215,23 @@ def validate(
                 weights=weights,
                 runtime=_runtime(runtime),
                 judge_code=_choice("reference", reference, ("plain", "hub")),
+                explained=explain,
                 progress=progress,
             )
-        facts = {"skipped": list(validated.skipped), "not_run": validated.not_run, "recorded": validated.recorded}
+        facts: dict[str, Any] = {
+            "skipped": list(validated.skipped),
+            "not_run": validated.not_run,
+            "recorded": validated.recorded,
+        }
+        if validated.growth is not None:
+            facts["growth"] = validated.growth.to_json()
         if as_json and validated.report.passed:
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
         _print_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
+        if explain:
+            _show_growth(validated, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -368,6 +393,46 @@ def check(
         _print(_table("Latency", listing.latency_rows(checked.latency_ms)))
 
 
+@app.command(epilog=EXIT_CODES)
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say where a bundle's report is, after checking its bytes, and open it."""
+    with _reporting(as_json):
+        from dinoexport import listing
+
+        path = listing.page_of(bundle)
+        if show:
+            import webbrowser
+
+            webbrowser.open(path.absolute().as_uri())
+        if as_json:
+            _print_json({"report": str(path)})
+            return
+        _print(f"Report: {path}")
+
+
+@app.command(epilog=EXIT_CODES)
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A bundle's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
+    with _reporting(as_json):
+        from dinoexport import compare
+
+        with _progress() as progress:
+            found = compare.compare(first, second, progress=progress)
+        if as_json:
+            _print_json(found)
+            return
+        for title, rows in found.items():
+            _print(_table(title, rows) if rows else f"{title}: nothing")
+
+
 def main() -> NoReturn:
     """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -432,7 +497,9 @@ def _progress() -> Iterator[Progress]:
 def _precision(word: str | None) -> Any:
     from dinoexport.spec import Precision
 
-    return None if word is None else Precision(_choice("precision", word, tuple(Precision)))
+    if word in (None, "auto"):
+        return word
+    return Precision(_choice("precision", word, (*Precision, "auto")))
 
 
 def _runtime(word: str | None) -> Any:
@@ -492,6 +559,16 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
 
 
+def _show_growth(validated: Any, *, to_stderr: bool) -> None:
+    from dinoexport import listing
+
+    if validated.growth is not None:
+        title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
+        _print(_table(title, listing.growth_rows(validated.growth)), to_stderr=to_stderr)
+    for line in listing.explained(validated.report, validated.growth):
+        _print(line, to_stderr=to_stderr)
+
+
 def _print_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
     from dinoexport import listing
 
@@ -512,33 +589,3 @@ def _print(what: Table | str, *, to_stderr: bool = False) -> None:
 
 def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left")
-    for column in rows[0] if rows else ():
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))  # no markup: brackets are brackets
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _facts(title: str, facts: dict[str, str]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", show_header=False)
-    for key, value in facts.items():
-        table.add_row(Text(key), Text(value))
-    return table

@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport.errors import BuildError, require
+from dinoexport.errors import BuildError, ValidationFailed, require
 from dinoexport.family import Call, Piece
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+# Piece name -> its traced graph.
+Traces = dict[str, "ir.Graph"]
 
 # LayerNormalization is one op since opset 17, Gelu since 20; every runtime we target takes 20.
 OPSET = 20
@@ -35,9 +38,12 @@ def export(
     folder: Path,
     *,
     metadata: Mapping[str, str],
+    traces: Traces | None = None,
     progress: Progress = silent,
 ) -> tuple[Path, ...]:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
+
+    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
@@ -46,9 +52,10 @@ def export(
     import onnx_ir as ir
 
     pieces = {call.piece.name: call.piece for call in calls}
-    traced = {}
+    traced = {} if traces is None else traces
     for done, (name, piece) in enumerate(pieces.items(), start=1):
-        traced[name] = _trace(piece)
+        if name not in traced:
+            traced[name] = _trace(piece)
         progress("tracing", done, len(pieces))
     model = _assemble(graph, calls, traced, metadata)
     path = folder / f"{graph.name}.onnx"
@@ -187,7 +194,14 @@ def _weight(call: Call, parameter: ir.Value) -> ir.Value:
     name = f"{call.scope}.{parameter.name}"
 
     def read() -> ir.Tensor[Any]:
-        array = np.ascontiguousarray(weight.read(), dtype=dtype.numpy())
+        values = weight.read()
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(values, dtype=dtype.numpy())
+        if not np.isfinite(array).all():
+            raise ValidationFailed(
+                f"The weight {name} reaches {np.abs(values).max():,.0f}, more than {dtype.name.lower()} can hold.",
+                next_step="--precision auto finds what must stay fp32.",
+            )
         assert array.shape == weight.shape, (name, array.shape, weight.shape)
         return ir.Tensor(array, name=name)
 

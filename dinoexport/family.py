@@ -8,7 +8,7 @@ Nothing but `pieces` and `reference` may import torch: a bundle is validated on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Recipe
-from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Weight, closest
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Weight, closest
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ Read = Callable[[str], "Array"]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a graph that is traced once, however often it is used.
+    """A part of a graph that is traced once, however often it is used: pieces of one name are the same.
 
     example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
     The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
@@ -86,16 +86,36 @@ class Model(Protocol):
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
-    def synthetic(self, name: str, seed: int) -> Array:
-        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small."""
+    def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
+        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small.
+
+        peak: how many times the median the largest activations shall be, as trained models have them. None: as it is.
+        """
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The graph as calls of traced pieces, first to last. Imports torch."""
 
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """Parts of a graph of reduced precision that may be kept in fp32, each on its own; none in an fp32 graph."""
+
+    def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
+        """The recipe's `[graph]` table with `parts` of `promotable` in fp32."""
+
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """Graph name -> values inside it, first to last, at which the growth of an error is followed.
+
+        Where a runner answers with them too, `drive` passes them on.
+        """
+
     def reference(
-        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
     ) -> list[dict[str, Array]]:
-        """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch."""
+        """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch.
+
+        inside: the values at `probes` as well, by their names.
+        """
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
         """The same questions answered by the authors' own code, where this machine has it. Imports torch."""
@@ -103,8 +123,13 @@ class Model(Protocol):
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """The validation case that `table` describes; files it names lie in `folder`."""
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-        """Cases made of a user's own files, and a line for every file that could not be used."""
+    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
+        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used."""
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Rows of drawings of a case that is `shown`: what a person sees in the answers of PyTorch and candidates."""
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""

@@ -73,7 +73,7 @@ class Report:
 
     def to_json(self) -> dict[str, object]:
         """Every figure, ready for json.dumps; null stands for NaN and Inf, which JSON does not have."""
-        rows = [{**_without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
+        rows = [{**without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
         return {
             "passed": self.passed,
             "candidate": self.candidate,
@@ -205,9 +205,10 @@ def _judge_refusal(candidate: Candidate, case: Case) -> Row:
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """`value` with null for every NaN and Inf, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport import bundle, family, recipe, shipped, timing
+from dinoexport import bundle, explain, family, recipe, shipped, timing
 from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
 from dinoexport.spec import Way
 
 if TYPE_CHECKING:
     from dinoexport.deploy.triton import Deployed
+    from dinoexport.explain import Growth
     from dinoexport.judge import Report, Row
 
 Rows = list[dict[str, Any]]
@@ -86,7 +87,7 @@ def of_path(path: Path) -> dict[str, Any]:
         "Bundle": {
             "verdict": manifest.verdict,
             "variant": manifest.variant,
-            "precision": manifest.precision.value,
+            "precision": precision(manifest),
             "target": manifest.target,
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
@@ -116,6 +117,29 @@ def of_path(path: Path) -> dict[str, Any]:
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
     }
+
+
+def page_of(folder: Path) -> Path:
+    """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
+    manifest = bundle.read_manifest(folder)
+    pages = [file for file in manifest.files if file.name == bundle.PAGE]
+    if not pages:
+        raise UsageError(
+            f"{folder} has no {bundle.PAGE}: it was exported and never judged, or built by an older dinoexport.",
+            next_step="dinoexport build makes one.",
+        )
+    bundle.check_files(folder, pages)
+    return folder / bundle.PAGE
+
+
+def precision(manifest: bundle.Manifest) -> str:
+    """The precision in words; with `--precision auto`, what stayed fp32 and how many forms were tried."""
+    found = manifest.report.get("precision")
+    if found is None:
+        return manifest.precision.value
+    return (
+        f"{manifest.precision} with {', '.join(found['fp32']) or 'nothing'} in fp32: {len(found['trials'])} forms tried"
+    )
 
 
 def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
@@ -274,9 +298,39 @@ def report_rows(report: Report) -> Rows:
     return [_report_row(row) for row in report.rows]
 
 
+def growth_rows(growth: Growth) -> Rows:
+    """A row for each value inside the graph at which the error was followed."""
+    return [
+        {
+            "value": step.name,
+            "relative L2": f"{step.relative_l2:.1e}",
+            "expected": f"{step.expected:.1e}",
+            "mean norm": f"{step.norm:.4g}",
+            "PyTorch's": f"{step.reference_norm:.4g}",
+            "largest": f"{step.largest:.4g}",
+            "times median": f"{step.times_median:.0f}",
+            "fits fp16": f"{step.fp16_headroom:.3g} times",
+            "verdict": "ok" if step.holds else "LEAVES" if step is growth.leaves else "beyond",
+        }
+        for step in growth.steps
+    ]
+
+
+def explained(report: Report, growth: Growth | None) -> list[str]:
+    """The explanation in words."""
+    if growth is None:
+        return ["The family names no values inside its graphs, so there is nothing to follow the error by."]
+    return explain.causes(report, growth) or [
+        "The error stays within its expected growth everywhere."
+        if growth.leaves is None
+        else f"The verdict holds, though the error is more than expected from {growth.leaves.name} on."
+    ]
+
+
 def _report_row(row: Row) -> dict[str, Any]:
     figures = row.distance
     missed = "; ".join(f"{b.figure} {_figure(b.value)}, limit {_figure(b.limit)}" for b in row.bounds if not b.holds)
+    largest = [b.value for b in row.bounds if b.figure == "largest"]
     limit = min((b.limit for b in row.bounds if b.figure == "relative_l2"), default=math.nan)
     return {
         "case": row.case,
@@ -286,7 +340,7 @@ def _report_row(row: Row) -> dict[str, Any]:
         "limit": "" if math.isnan(limit) else f"{limit:.1e}",
         "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
         "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
-        "largest abs": "" if figures is None else f"{figures.max_abs:.1e}",
+        "largest abs": f"{largest[0]:.1e}" if largest else "" if figures is None else f"{figures.max_abs:.1e}",
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
     }
 

@@ -51,14 +51,10 @@ def distance(candidate: Array, reference: Array) -> Distance:
             finite=False,
         )
     difference = ours - theirs
-    errors, lengths = np.linalg.norm(difference, axis=1), np.linalg.norm(theirs, axis=1)
-    norms = np.linalg.norm(ours, axis=1) * lengths
-    # A zero vector has no direction: equal to another zero vector, orthogonal to anything else.
-    both_zero = ~ours.any(axis=1) & ~theirs.any(axis=1)
-    cosines = np.where(norms > 0, (ours * theirs).sum(axis=1) / np.where(norms > 0, norms, 1), both_zero)
+    cosines = vector_cosines(ours, theirs)
     return Distance(
         relative_l2=_ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(theirs))),
-        worst_l2=max(map(_ratio, errors.tolist(), lengths.tolist())),
+        worst_l2=float(vector_errors(ours, theirs).max()),
         cosine_mean=float(cosines.mean()),
         cosine_p01=float(np.percentile(cosines, 1)),
         cosine_worst=float(cosines.min()),
@@ -96,6 +92,35 @@ def _nearest(vectors: Array, item: Array) -> Array:
     cosines = np.where(item[:, None] == item[None, :], -2.0, unit @ unit.T)
     nearest: Array = cosines.argmax(axis=1)
     return nearest
+
+
+def vector_errors(candidate: Array, reference: Array) -> Array:
+    """The relative L2 error of each vector of two arrays (..., D), flat, float64; NaN and Inf stay what they are."""
+    import numpy as np
+
+    ours = candidate.reshape(-1, candidate.shape[-1]).astype(np.float64)
+    theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        errors, lengths = np.linalg.norm(ours - theirs, axis=1), np.linalg.norm(theirs, axis=1)
+        far: Array = np.where(errors > 0, np.inf, errors)  # of a zero vector: nothing over nothing is no difference
+        np.divide(errors, lengths, out=far, where=lengths > 0)
+    return far
+
+
+def vector_cosines(candidate: Array, reference: Array) -> Array:
+    """The cosine of each vector of two arrays (..., D), flat, float64.
+
+    A zero vector has no direction: it is equal to another zero vector, and orthogonal to anything else.
+    """
+    import numpy as np
+
+    ours = candidate.reshape(-1, candidate.shape[-1]).astype(np.float64)
+    theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        cosines: Array = np.asarray(~ours.any(axis=1) & ~theirs.any(axis=1), np.float64)
+        np.divide((ours * theirs).sum(axis=1), norms, out=cosines, where=~(norms <= 0))
+    return cosines
 
 
 def _ratio(difference: float, scale: float) -> float:

@@ -10,18 +10,34 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import dinoexport
-from dinoexport import bundle, engine, family, files, judge, machine, plan, profiles, proof, quantise, tuning
+from dinoexport import (
+    bundle,
+    engine,
+    explain,
+    family,
+    files,
+    judge,
+    machine,
+    page,
+    plan,
+    profiles,
+    proof,
+    quantise,
+    repair,
+    tuning,
+)
 from dinoexport import target as targets
 from dinoexport.bundle import CheckpointFacts, CpuFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
-from dinoexport.errors import MissingRequirement, ValidationFailed, require
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.explain import Growth
 from dinoexport.export import PACKAGES, export
 from dinoexport.family import Model
 from dinoexport.machine import Gpu
@@ -55,6 +71,7 @@ class Order:
     weights: str | None
     judge_code: proof.Judge
     out: Path
+    auto: bool = False  # parts of the graph go back to fp32 until the limits hold
 
     @property
     def precision(self) -> Precision:
@@ -78,6 +95,10 @@ class Built:
     engines: proof.EngineVerdict = proof.NO_ENGINE
 
 
+class NothingHolds(ValidationFailed):
+    """`--precision auto` found no form of the graph that holds the limits."""
+
+
 class Rejected(ValidationFailed):
     """The build's outputs are not PyTorch's. `report` says where."""
 
@@ -90,7 +111,7 @@ def order(
     variant_or_path: str,
     *,
     weights: str | None = None,
-    precision: Precision | None = None,
+    precision: Precision | Literal["auto"] | None = None,
     target: str | None = None,
     runtime: Runtime | None = None,
     engine_choices: Mapping[str, Any] = MappingProxyType({}),
@@ -104,7 +125,9 @@ def order(
     """
     recipe, gpus = load(variant_or_path), machine.gpus()
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
-    chosen = targets.choose(recipe, target=target, runtime=runtime, precision=precision, gpus=gpus)
+    auto = precision == "auto"
+    wanted = Precision.FP16 if precision == "auto" else precision
+    chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
     recipe = recipe.model_copy(update={"precision": chosen.precision})
     model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
@@ -119,7 +142,8 @@ def order(
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        out=out or Path("bundles") / f"{recipe.name}-{chosen.precision}-{chosen.target.name}",
+        out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
+        auto=auto,
     )
 
 
@@ -134,30 +158,40 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         plain = _export_stage(work, order, checkpoint)
         _check_memory(order, plain)
-        exported = _quantise_stage(work, plain) if order.precision is Precision.INT8 else plain
         reference = _reference_stage(work, order, checkpoint)
+        stages = {"reference": reference}
+        if order.auto:
+            stages["precision"], order = _precision_stage(work, order, checkpoint, reference)
+            plain = _export_stage(work, order, checkpoint)
+        exported = _quantise_stage(work, plain) if order.precision is Precision.INT8 else plain
         facts = _tune(order, exported, plain, progress) if order.chosen.on_cpu else None
-        judged, report = _judge_stage(work, order, exported, reference, facts)
-        passed = report.passed and not _too_slow(facts)
-        stages = {stage.name: stage for stage in (exported, reference, judged)}
+        judged = _judge_stage(work, order, checkpoint, exported, reference, facts)
+        stages |= {stage.name: stage for stage in (exported, judged.stage)}
+        passed = judged.report.passed and not _too_slow(facts)
         engines = proof.NO_ENGINE
         if passed and order.runtime.has_engine:
             stages["engine"] = _engine_stage(work, order, exported)
             engines = _judge_engines(work, order, stages)
             passed = engines.report is None or engines.report.passed
         if passed or keep_rejected:
-            verdict: Verdict = "passed" if passed else "rejected"
-            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json(), facts, engines.facts)
-            work.publish(stages, manifest)
+            manifest = _manifest(order, checkpoint, stages, "passed" if passed else "rejected", judged, facts, engines)
+            shown = _page_stage(work, order, manifest, reference, judged)
+            stages["page"] = shown
+            work.publish(stages, manifest.with_stage(shown.name, shown.key, shown.files))
     if not passed:
-        raise _rejected(order, engines.report or report, facts, published=keep_rejected)
+        raise _rejected(order, judged, facts, engines, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
-    reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
-    return Built(folder=order.out, manifest=manifest, reused=reused, report=report, engines=engines)
+    reused = tuple(stage.name for stage in stages.values() if stage.reused and stage.name not in ("judge", "page"))
+    return Built(folder=order.out, manifest=manifest, reused=reused, report=judged.report, engines=engines)
 
 
 def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
     """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    if order.auto:
+        raise UsageError(
+            "--precision auto chooses by what it measures, and export measures nothing.",
+            next_step="Use dinoexport build, or name the precision.",
+        )
     require("export", *PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
@@ -165,7 +199,7 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
         exported = _export_stage(work, order, checkpoint)
         if order.precision is Precision.INT8:
             exported = _quantise_stage(work, exported)
-        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged", {})
+        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")
         work.publish({exported.name: exported}, manifest)
     return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
@@ -247,17 +281,73 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
     return work.stage("reference", key, make)
 
 
+def _precision_stage(work: Workspace, order: Order, checkpoint: Checkpoint, reference: Stage) -> tuple[Stage, Order]:
+    """The order with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        found = repair.repair(order.recipe, order.model, checkpoint, stored, folder, progress=work.progress)
+        if found.fp32 is None:
+            raise NothingHolds(
+                f"Nothing was published: {order.precision} misses its limits even with all of "
+                f"{', '.join(order.model.promotable)} in fp32 ({found.trials[-1].failed_by}).",
+                next_step="Build it with --precision fp32.",
+            )
+        (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+
+    stage = work.stage(
+        "precision", key_of(code=_code(order), reference=reference.key, runtimes=_versions(_RUNTIMES)), make
+    )
+    recipe, model = repair.promoted(order.recipe, order.model, _tried(stage)["fp32"])
+    return stage, replace(order, recipe=recipe, model=model)
+
+
+def _tried(stage: Stage) -> dict[str, Any]:
+    tried: dict[str, Any] = json.loads((stage.folder / bundle.PRECISION).read_text())
+    return tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """The graph's verdict. growth: of its error inside, where that can be followed. kept: answers worth a picture."""
+
+    stage: Stage
+    report: judge.Report
+    growth: Growth | None
+    kept: page.Kept
+
+
 def _judge_stage(
-    work: Workspace, order: Order, exported: Stage, reference: Stage, facts: CpuFacts | None
-) -> tuple[Stage, judge.Report]:
-    """Judges what lies on the disk: the very files that will be published, read back, run as they will be."""
+    work: Workspace,
+    order: Order,
+    checkpoint: Checkpoint,
+    exported: Stage,
+    reference: Stage,
+    facts: CpuFacts | None,
+) -> _Judged:
+    """Judges what lies on the disk, the very files that will be published, run as they will be; and looks inside."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+    graphs = _graphs(order, exported)
     way = facts.chosen if facts else proof.graph_way(order.precision)
-    candidate = proof.open_candidate(order.model, _graphs(order, exported), way)
+    kept = page.Kept()
+    candidate = page.keeping(proof.open_candidate(order.model, graphs, way), stored.expectations, kept)
     name = proof.candidate_name(order.precision, way, facts.arithmetic if facts else {})
     report = proof.judged(candidate, stored, name, progress=work.progress)
+    report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
+    growth = proof.growth_of(
+        report,
+        [expectation.case for expectation in stored.expectations],
+        order.model,
+        graphs,
+        checkpoint,
+        order.limits,
+        way=way,
+        precision=order.precision,
+        progress=work.progress,
+    )
     content = {
         **report.to_json(),
+        **({"growth": growth.to_json()} if growth else {}),
         "cpu": facts and facts.model_dump(mode="json"),
         "versions": _versions(_RUNTIMES),
         "machine": platform.machine(),
@@ -266,7 +356,31 @@ def _judge_stage(
     def make(folder: Path) -> None:
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    return work.stage("judge", key_of(report=content), make), report
+    stage = work.stage("judge", key_of(report=content), make)
+    return _Judged(stage=stage, report=report, growth=growth, kept=kept)
+
+
+def _page_stage(
+    work: Workspace,
+    order: Order,
+    manifest: Manifest,
+    reference: Stage,
+    judged: _Judged,
+) -> Stage:
+    """The verdict to look at, of everything the manifest says but the time."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        html = page.render(manifest, order.model, judged.report, judged.growth, stored, judged.kept)
+        (folder / bundle.PAGE).write_text(html, encoding="utf-8")
+
+    key = key_of(
+        code=_code(order),
+        template=files.sha256(page.TEMPLATE),
+        manifest=manifest.model_dump(mode="json", exclude={"created"}),
+        versions=_versions((*page.PACKAGES, "pillow")),
+    )
+    return work.stage("page", key, make)
 
 
 def _engine_stage(work: Workspace, order: Order, exported: Stage) -> Stage:
@@ -354,10 +468,13 @@ def _manifest(
     checkpoint: Checkpoint,
     stages: Mapping[str, Stage],
     verdict: Verdict,
-    report: dict[str, Any],
+    judged: _Judged | None = None,
     facts: CpuFacts | None = None,
-    engines: tuple[EngineFacts, ...] = (),
+    engines: proof.EngineVerdict = proof.NO_ENGINE,
 ) -> Manifest:
+    report = judged.report.to_json() if judged else {}
+    if "precision" in stages:
+        report |= {"precision": _tried(stages["precision"])}
     return Manifest(
         variant=order.recipe.name,
         family=order.recipe.family,
@@ -367,7 +484,7 @@ def _manifest(
         recipe=order.recipe.model_dump(mode="json"),
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
-        engines=engines,
+        engines=engines.facts,
         cpu=facts,
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},
@@ -378,9 +495,13 @@ def _manifest(
     )
 
 
-def _rejected(order: Order, report: judge.Report, facts: CpuFacts | None, *, published: bool) -> Rejected:
+def _rejected(
+    order: Order, judged: _Judged, facts: CpuFacts | None, engines: proof.EngineVerdict, *, published: bool
+) -> Rejected:
+    report = engines.report or judged.report
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
     problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
+    problems += [] if report.passed else explain.causes(report, None if engines.report else judged.growth)
     if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
         problems.append(f"{order.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
     problem = "; ".join(problems)
@@ -395,7 +516,7 @@ def _rejected(order: Order, report: judge.Report, facts: CpuFacts | None, *, pub
 
 def _require_packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
-    require("export", *PACKAGES)
+    require("export", *PACKAGES, *page.PACKAGES)
     require("cpu", "onnxruntime")
     if order.chosen.on_cpu:
         tuning.ways(order.precision)

@@ -5,17 +5,19 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from dinoexport import bundle, family, judge, machine, plan
+from dinoexport import bundle, explain, family, judge, machine, plan
 from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.explain import Growth
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
@@ -205,7 +207,7 @@ class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
     not_run: why the bundle's engines were not asked, the graph was instead. recorded: whether the manifest now says
-    that the engines passed on this machine.
+    that the engines passed on this machine. growth: of the error inside the graph, if asked for.
     """
 
     manifest: Manifest
@@ -213,6 +215,7 @@ class Validated:
     skipped: tuple[str, ...] = ()
     not_run: str = ""
     recorded: bool = False
+    growth: Growth | None = None
 
 
 def validate(
@@ -222,14 +225,15 @@ def validate(
     weights: str | None = None,
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
+    explained: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first. `images` needs torch and the weights the bundle was made from: `weights`, or where the manifest says
-    they came from. Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run
-    here; a failed verdict is in the result.
+    checked first. `images` and `explained` need torch and the weights the bundle was made from: `weights`, or where the
+    manifest says they came from. Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that
+    cannot run here; a failed verdict is in the result.
     """
     manifest = bundle.verify(folder, progress=progress)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -240,32 +244,61 @@ def validate(
             next_step="dinoexport build makes a judged bundle.",
         )
     opened = _open(folder, manifest, model, runtime)
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
+        limits = reference.limits
+        cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
         report = judged(opened.candidate, reference, opened.name, progress=progress)
         recorded = bool(opened.device) and report.passed
         if recorded:
             engines = _executed(manifest.engines, opened.device, report)
             manifest = manifest.model_copy(update={"engines": engines})
             recorded = bundle.rewrite_manifest(folder, manifest)
-        return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
-    cases, skipped = _user_cases(model, images, progress)
-    checkpoint = same_weights(model, recipe, manifest, weights, progress)
-    limits = _limits_of(folder, manifest, recipe)
-    reports = []
-    for start in range(0, len(cases), _IMAGES_AT_ONCE):
-        chunk = cases[start : start + _IMAGES_AT_ONCE]
-        reference = ask_pytorch(
-            model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+        if not explained:
+            return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
+        checkpoint = same_weights(model, recipe, manifest, weights, progress)
+        report = with_ranges(report, model, graphs, [*cases], progress=progress)
+        skipped: list[str] = []
+    else:
+        recorded = False
+        chunks, skipped = _chunks(model, images, progress)
+        checkpoint = same_weights(model, recipe, manifest, weights, progress)
+        limits = _limits_of(folder, manifest, recipe)
+        reports = []
+        for chunk in chunks:
+            reference = ask_pytorch(
+                model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+            )
+            report = judged(opened.candidate, reference, opened.name, progress=progress)
+            reports.append(with_ranges(report, model, graphs, chunk, progress=progress))
+        report = replace(
+            reports[0],
+            rows=tuple(row for part in reports for row in part.rows),
+            not_covered=tuple(name for part in reports for name in part.not_covered),
         )
-        reports.append(judged(opened.candidate, reference, opened.name, progress=progress))
-    report = judge.Report(
-        candidate=opened.name,
-        reference=reports[0].reference,
-        rows=tuple(row for report in reports for row in report.rows),
-        not_covered=tuple(name for report in reports for name in report.not_covered),
+        cases = _usable(model, images, [], silent)
+    growth = None
+    if explained:
+        growth = growth_of(
+            report,
+            cases,
+            model,
+            graphs,
+            checkpoint,
+            limits,
+            way=way_of(manifest),
+            precision=manifest.precision,
+            progress=progress,
+        )
+    return Validated(
+        manifest=manifest,
+        report=report,
+        skipped=tuple(skipped),
+        growth=growth,
+        not_run=opened.not_run,
+        recorded=recorded,
     )
-    return Validated(manifest=manifest, report=report, skipped=skipped, not_run=opened.not_run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,14 +345,76 @@ def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progr
     )
 
 
-def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+def with_ranges(
+    report: judge.Report,
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    cases: Sequence[Case],
+    *,
+    progress: Progress = silent,
+) -> judge.Report:
+    """The report with a row for each case that says whether any fp16 value inside `graphs` overflows on it."""
+    rows = explain.range_rows(model, graphs, [case for case in cases if not case.expect_refusal], progress=progress)
+    return replace(report, rows=(*report.rows, *rows))
+
+
+def growth_of(
+    report: judge.Report,
+    cases: Iterable[Case],
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    checkpoint: Checkpoint,
+    limits: Limits,
+    *,
+    way: Way,
+    precision: Precision,
+    progress: Progress = silent,
+) -> Growth | None:
+    """How the error grows inside `graphs` on the one of `cases` that says most in `report`.
+
+    None when the family has no probes, nothing was measured that could be followed, or another runtime than ONNX
+    Runtime ran the graphs, which alone shows what is inside.
+    """
+    told = explain.telling_case(report)
+    if told is None or not model.probes or way.runtime != "onnxruntime":
+        return None
+    require("export", "torch", "onnx")
+    case = next(case for case in cases if case.name == told)
+    inside = explain.values_inside(model, graphs, case.inputs)
+    names = tuple(name for probes in model.probes.values() for name in probes if name in inside)
+    if not names:
+        return None
+
+    def ask(wanted: Precision) -> Arrays:
+        return model.reference(checkpoint.read, [case.inputs], precision=wanted, progress=progress, inside=True)[0]
+
+    own = ask(precision) if limits.times_own_error_max is not None else None
+    return explain.growth(case.name, names, inside, ask(Precision.FP32), own, limits)
+
+
+def _usable(model: Model, images: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
+    for found in model.cases_from(images, progress=progress):
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            yield found
+
+
+def _chunks(model: Model, images: Path, progress: Progress) -> tuple[Iterator[tuple[Case, ...]], list[str]]:
+    """The user's cases, a few at a time, and a list that fills with a line for each file that cannot be used.
+
+    Raises UsageError when there is no folder, or when not one file of it can be used.
+    """
     if not images.is_dir():
         raise UsageError(f"There is no folder {images}.", next_step="Give a folder of images as --images.")
-    cases, skipped = model.cases_from(images, progress=progress)
-    if not cases:
+    skipped: list[str] = []
+    cases = _usable(model, images, skipped, progress)
+    first = next(cases, None)
+    if first is None:
         listed = "".join(f"\n  {line}" for line in skipped)
         raise UsageError(f"{images} holds no image that can be read.{listed}", next_step="Give another folder.")
-    return cases, skipped
+    rest = chain((first,), cases)
+    return iter(lambda: tuple(islice(rest, _IMAGES_AT_ONCE)), ()), skipped
 
 
 def same_weights(

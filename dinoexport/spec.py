@@ -116,7 +116,8 @@ class Case:
     """One question put to the model: named inputs, and why this question is asked.
 
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
-    where it means something which of the outputs' vectors are nearest to each other.
+    where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
+    something from looking at it, as at a photograph.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Case:
     inputs: Arrays
     expect_refusal: bool = False
     neighbours: bool = False
+    shown: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,16 @@ class Way:
     runtime: CpuRuntime
     precision: Precision
     threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawing of a case in a report: an image file's content, what it is, and how to read it."""
+
+    title: str
+    caption: str
+    data: bytes
+    media_type: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoexport import proof
+from dinoexport import explain, proof
 from dinoexport.export import export
 from dinoexport.family import Call, Model, Read
 from dinoexport.metrics import distance
@@ -34,6 +34,8 @@ def check(model: Model, cases: Sequence[Case], folder: Path, *, seed: int = 7) -
     _weights_are_the_same_every_time(model, seed)
     _agree(eagerly(model, read, inputs), expected)
     _agree(exported(model, read, inputs, folder), expected)
+    _probes_are_the_reference_s(model, read, inputs, folder)
+    _stress_is_finite_and_matters(model, seed, inputs, expected)
     _every_tensor_matters(model, read, inputs, expected)
 
 
@@ -83,6 +85,29 @@ def _agree(answers: Sequence[Arrays], expected: Sequence[Arrays]) -> None:
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert distance(ours[name], theirs[name]).relative_l2 <= LIMIT, name
+
+
+def _probes_are_the_reference_s(model: Model, read: Read, inputs: Sequence[Arrays], folder: Path) -> None:
+    """What the exported files hold at the family's probes is what the plain formulation has there."""
+    names = {name for probes in model.probes.values() for name in probes}
+    graphs = {folder / f"{graph.name}.onnx": graph for graph in model.graphs}
+    answers = model.reference(read, inputs, precision=Precision.FP32, progress=silent, inside=True)
+    for arrays, answer in zip(inputs, answers, strict=True):
+        inside = explain.values_inside(model, graphs, arrays)
+        assert inside.keys() == names <= answer.keys()
+        for name in names:
+            assert distance(inside[name], answer[name]).relative_l2 <= LIMIT, name
+
+
+def _stress_is_finite_and_matters(
+    model: Model, seed: int, inputs: Sequence[Arrays], expected: Sequence[Arrays]
+) -> None:
+    """Weights with massive activations are float32, other weights, and give other answers that are still finite."""
+    stressed = reference(model, lambda name: model.synthetic(name, seed, peak=300), inputs)
+    for ours, theirs in zip(stressed, expected, strict=True):
+        assert all(np.isfinite(array).all() for array in ours.values())
+        assert any(not np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert all(model.synthetic(name, seed, peak=300).dtype == np.float32 for name in model.tensors)
 
 
 def _signature(model: Model) -> None:

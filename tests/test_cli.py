@@ -43,7 +43,7 @@ def test_help_answers_at_once() -> None:
             [sys.executable, "-m", "dinoexport", "--help"], capture_output=True, text=True, check=True
         )
         times.append(time.perf_counter() - started)
-    assert all(verb in result.stdout for verb in ("build", "export", "validate", "inspect", "list", "schema"))
+    assert all(verb in result.stdout for verb in ("build", "export", "validate", "inspect", "list", "schema", "report"))
     assert "Exit codes" in result.stdout
     assert min(times) < 0.3, times
 

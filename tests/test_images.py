@@ -455,9 +455,11 @@ def test_a_folder_gives_sorted_cases_and_says_what_it_left_out(tmp_path: Path) -
     (tmp_path / "zz.txt").write_text("notes")
     (tmp_path / ".DS_Store").write_text("hidden")
     told: list[tuple[int, int]] = []
-    found, skipped = from_folder(
-        tmp_path, as_bytes=True, progress=lambda doing, done, total: told.append((done, total))
+    everything = list(
+        from_folder(tmp_path, as_bytes=True, progress=lambda doing, done, total: told.append((done, total)))
     )
+    found = [case for case in everything if not isinstance(case, str)]
+    skipped = [line for line in everything if isinstance(line, str)]
     assert [case.name for case in found] == ["b/c.png/x.webp", "b/y.JPG", "z.png"]
     assert [line.split(": ")[0] for line in skipped] == [
         str(tmp_path / name) for name in ("b/broken.jpg", "broken.jpg", "gone.png", "moving.gif", "thin.png", "zz.txt")
@@ -465,12 +467,22 @@ def test_a_folder_gives_sorted_cases_and_says_what_it_left_out(tmp_path: Path) -
     assert told == [(i, 9) for i in range(1, 10)]
     picture = for_evaluation(load(tmp_path / "z.png"))
     assert np.array_equal(found[2].inputs["images"], picture[np.newaxis])
-    as_pixels, _ = from_folder(tmp_path, as_bytes=False, progress=silent)
+    as_pixels = [case for case in from_folder(tmp_path, as_bytes=False, progress=silent) if not isinstance(case, str)]
     assert np.array_equal(as_pixels[2].inputs["pixels"], normalised(picture[np.newaxis]))
 
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
-    assert from_folder(tmp_path, as_bytes=True, progress=silent) == ((), ())
+    assert list(from_folder(tmp_path, as_bytes=True, progress=silent)) == []
+
+
+def test_images_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    """However many there are, the first is there before the second is opened."""
+    for i in range(3):
+        saved(tmp_path / f"{i}.png", noise(20, 20, seed=i))
+    reading = from_folder(tmp_path, as_bytes=True, progress=silent)
+    next(reading)
+    (tmp_path / "1.png").write_bytes(b"gone meanwhile")
+    assert isinstance(next(reading), str) and not isinstance(next(reading), str)
 
 
 def test_the_crop_keeps_the_top_left() -> None:

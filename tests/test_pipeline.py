@@ -49,7 +49,9 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_bundle_is_all_there(built: Path) -> None:
     manifest = bundle.verify(built)
-    assert {file.name for file in manifest.files} == {"model.onnx", "model.onnx.data", "reference.npz", "report.json"}
+    assert {file.name for file in manifest.files} == {
+        "model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html",
+    }  # fmt: skip
     assert {path.name for path in built.iterdir()} == {file.name for file in manifest.files} | {bundle.MANIFEST}
     assert manifest.verdict == "passed" and manifest.checkpoint.source == "synthetic:0"
     assert {"torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "python"} <= manifest.versions.keys()
@@ -81,7 +83,7 @@ def test_onnx_says_where_it_came_from(built: Path) -> None:
 def test_same_bytes_in_another_process(built: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "1234"}
     subprocess.run(build_command(tmp_path / "again"), check=True, capture_output=True, env=environment)
-    for name in ("model.onnx", "model.onnx.data", "reference.npz"):
+    for name in ("model.onnx", "model.onnx.data", "reference.npz", "report.html"):
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
@@ -140,7 +142,9 @@ def test_validate_needs_no_torch_and_no_network(built: Path) -> None:
     assert json.loads(result.stdout)["report"]["passed"]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "reference.npz", "report.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html", "manifest.json"]
+)
 def test_validate_notices_a_changed_byte(built: Path, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -206,6 +210,25 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
     with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
         proof.validate(built, images=tmp_path, weights="synthetic:1")
+
+
+def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more images are held at once than are answered at once, and no image is lost or asked twice."""
+    from PIL import Image
+
+    for i in range(7):
+        noise = np.random.RandomState(i).randint(0, 256, (60, 70, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(proof, "_IMAGES_AT_ONCE", 3)
+    asked: list[int] = []
+    ask = proof.ask_pytorch
+    monkeypatch.setattr(
+        proof, "ask_pytorch", lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k)
+    )
+    validated = proof.validate(built, images=tmp_path, explained=True)
+    assert asked == [3, 3, 1] and validated.report.passed
+    assert [row.case for row in validated.report.rows[::3]] == [f"{i}.png" for i in range(7)]
+    assert validated.growth is not None and validated.growth.case in {f"{i}.png" for i in range(7)}
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import json
 import math
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import BuildError, require
 from dinoexport.runtime import Arithmetic, Opened, check_inputs
-from dinoexport.spec import Array, Arrays, Graph
+from dinoexport.spec import Array, Arrays, Graph, Runner
 
 # ONNX Runtime's names of the types that numbers are multiplied in, as everybody else calls them; the first that an
 # input of a product has decides: a quantised product has its scales in float beside its bytes.
@@ -38,21 +39,29 @@ def open_graph(path: Path, graph: Graph, *, threads: int = 0, cuda: bool = False
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    session = _session(path, threads=threads, cuda=cuda)
-    names = [tensor.name for tensor in graph.outputs]
-
-    def run(arrays: Arrays) -> dict[str, Array]:
-        check_inputs(graph, arrays)
-        try:
-            return dict(zip(names, session.run(names, dict(arrays)), strict=True))
-        except Exception as error:
-            shapes = {name: array.shape for name, array in arrays.items()}
-            raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
+    run = _runner(_session(path, threads=threads, cuda=cuda), graph, [tensor.name for tensor in graph.outputs])
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
         return dict(Counter(operator.arithmetic for operator in executed(path, arrays) if operator.is_product))
 
     return Opened(run=run, arithmetic=arithmetic)
+
+
+def open_edited(model: bytes, path: Path, graph: Graph, *, more_outputs: Sequence[str]) -> Runner:
+    """A runner of `model`, the file at `path` with `more_outputs`; its weights stay where that file has them."""
+    return _runner(_session(path, model=model), graph, [*(tensor.name for tensor in graph.outputs), *more_outputs])
+
+
+def _runner(session: Any, graph: Graph, names: Sequence[str]) -> Runner:
+    def run(arrays: Arrays) -> dict[str, Array]:
+        check_inputs(graph, arrays)
+        try:
+            return dict(zip(names, session.run(list(names), dict(arrays)), strict=True))
+        except Exception as error:
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +119,15 @@ def _operator(facts: dict[str, Any]) -> Operator:
 
 
 def _session(
-    path: Path, *, threads: int = 0, profile: Path | None = None, optimised: bool = True, cuda: bool = False
+    path: Path,
+    *,
+    model: bytes | None = None,
+    threads: int = 0,
+    profile: Path | None = None,
+    optimised: bool = True,
+    cuda: bool = False,
 ) -> Any:
+    """A session of the file at `path`, or of `model`, whose weights lie beside it."""
     require("cpu", "onnxruntime")
     import onnxruntime
 
@@ -122,12 +138,14 @@ def _session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if model is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # fp32 is fp32 on the GPU too: without TF32. Small integer work on shapes is done on the CPU in any case.
     providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if cuda else []
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model or path, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # its exception classes share no public base but Exception
         raise BuildError(
             f"ONNX Runtime refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."

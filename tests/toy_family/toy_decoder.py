@@ -32,6 +32,8 @@ class Toy:
     )
     tensors = {"embedding": (VOCABULARY, WIDTH), "unembedding": (VOCABULARY, WIDTH)}  # noqa: RUF012
     optional_tensors = frozenset()
+    promotable = ()
+    probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012
 
@@ -43,9 +45,12 @@ class Toy:
     def adapt(self, found, read):
         return found, read
 
-    def synthetic(self, name, seed):
+    def synthetic(self, name, seed, *, peak=None):
         noise = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()))
-        return noise.standard_normal(self.tensors[name]).astype(np.float32)
+        values = noise.standard_normal(self.tensors[name]).astype(np.float32)
+        if peak is not None and name == "embedding":
+            values[:, 0] = peak
+        return values
 
     def calls(self, graph, read):
         import torch
@@ -75,7 +80,7 @@ class Toy:
         }
         return (Call(piece=piece, scope="decoder", inputs=names, outputs=("cache", "logits"), weights=weights),)
 
-    def reference(self, read, inputs, *, precision, progress):
+    def reference(self, read, inputs, *, precision, progress, inside=False):
         import torch
 
         embedding, unembedding = torch.from_numpy(read("embedding")), torch.from_numpy(read("unembedding"))
@@ -88,6 +93,9 @@ class Toy:
             answers.append({"logits": torch.stack(logits, dim=1).numpy()})
         return answers
 
+    def promoted(self, parts):
+        return self.recipe.graph
+
     def upstream(self, read, inputs, *, progress):
         raise NotImplementedError
 
@@ -96,7 +104,10 @@ class Toy:
         return Case(name=table["name"], why=table["why"], inputs={"prompt": prompt})
 
     def cases_from(self, folder, *, progress):
-        return (), ()
+        return iter(())
+
+    def pictures(self, case, reference, candidates):
+        return ()
 
     def front_ends(self, samples, *, progress):
         return ()

@@ -18,7 +18,7 @@ from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,10 @@ class Dinov2:
         choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
         try:
             choices.chosen_blocks(arch.depth)
+            choices.fp32_parts(arch.depth)
         except ValueError as error:
             raise UsageError(
-                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose blocks the model has."
+                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose what the model has."
             ) from None
         wanted = {"batch", "height", "width"}
         if set(recipe.profile) != wanted:
@@ -112,9 +113,11 @@ class Dinov2Model:
         """See `layouts`."""
         return layouts.adapt(found, read)
 
-    def synthetic(self, name: str, seed: int) -> Array:
-        """See `synthetic`."""
-        return synthetic.tensor(name, self.tensors[name], seed)
+    def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
+        """See `synthetic`; with a `peak`, the massive activations of trained large ViTs."""
+        if peak is None:
+            return synthetic.tensor(name, self.tensors[name], seed)
+        return synthetic.stressed(name, self.tensors[name], seed, arch=self.arch, peak=peak)
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Stem, each block, and a head for each block that is an output."""
@@ -125,12 +128,16 @@ class Dinov2Model:
 
         body = _dtype(self.recipe.precision or Precision.FP32)
         residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
+        fp32 = self.choices.fp32_parts(self.arch.depth) if body == torch.float16 else frozenset()
+        norms = torch.float32 if "norms" in fp32 else residual
+        scores = torch.float32 if "softmax" in fp32 else body
+        form = f"{body} with residual {residual}, norms {norms}, scores {scores}"
         folded = fold.Folded(arch=self.arch, read=read)
         tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
 
         def over_tokens(name: str, module: torch.nn.Module) -> Piece:
             return Piece(
-                name=name,
+                name=f"{name}, {form}",
                 module=module,
                 example_inputs={"tokens": tokens},
                 dynamic={"tokens": {0: "batch", 1: "tokens"}},
@@ -143,12 +150,15 @@ class Dinov2Model:
         )
         image_name = graph.inputs[0].name
         stem = Piece(
-            name="stem",
+            name=f"stem, {form}",
             module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
         )
-        block = over_tokens("block", Block(self.arch, body=body, residual=residual))
+        block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
+        exact = over_tokens(
+            "fp32_block", Block(self.arch, body=torch.float32, norms=torch.float32, scores=torch.float32)
+        )
         last_head = over_tokens("head", Head(self.arch, with_registers=True))
         chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False))
 
@@ -157,7 +167,7 @@ class Dinov2Model:
             value = "stem_tokens"
             for i in range(self.arch.depth):
                 yield Call(
-                    piece=block,
+                    piece=exact if f"blocks.{i}" in fp32 else block,
                     scope=f"blocks.{i}",
                     inputs=(value,),
                     outputs=(f"blocks.{i}_tokens",),
@@ -177,23 +187,50 @@ class Dinov2Model:
 
         return tuple(sequence())
 
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """What the published remedies promote: the residual stream, norms, softmax; then each block as a whole."""
+        if self.recipe.precision is not Precision.FP16:
+            return ()
+        return ("residual", "norms", "softmax", *(f"blocks.{i}" for i in range(self.arch.depth)))
+
+    def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
+        """The table `[graph]` with `parts` in fp32; what it already has there stays."""
+        others = tuple(part for part in self.promotable if part in {*self.choices.fp32, *parts} - {"residual"})
+        residual = "fp32" if "residual" in parts else self.choices.residual
+        return self.choices.model_copy(update={"residual": residual, "fp32": others}).model_dump(mode="json")
+
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """The residual stream after the stem and after each block."""
+        return {"model": ("stem_tokens", *(f"blocks.{i}_tokens" for i in range(self.arch.depth)))}
+
     def reference(
-        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
     ) -> list[dict[str, Array]]:
-        """The plain upstream formulation; see `reference`."""
+        """The plain upstream formulation; see `reference`. inside: the residual stream at `probes` too."""
         import torch
 
         from dinoexport.models.dinov2 import reference
 
         dtype = _dtype(precision)
+        streams: list[dict[str, Array]] = [{} for _ in inputs]
+
+        def keep(j: int, blocks_done: int, stream: torch.Tensor) -> None:
+            streams[j][self.probes["model"][blocks_done]] = stream.float().numpy()
+
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
             [torch.from_numpy(self._normalised(arrays)) for arrays in inputs],
             blocks=[block for block, _ in self._heads],
             block_done=lambda done: progress(f"PyTorch {precision}", done, self.arch.depth),
+            keep_stream=keep if inside else None,
         )
-        return [self._named({i: t.float().numpy() for i, t in tokens.items()}) for tokens in answers]
+        return [
+            self._named({i: t.float().numpy() for i, t in tokens.items()}) | stream
+            for tokens, stream in zip(answers, streams, strict=True)
+        ]
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
         """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
@@ -229,9 +266,20 @@ class Dinov2Model:
             table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
         )
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
         return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Photographs, their patch tokens as colours, errors per patch; see `pictures`."""
+        from dinoexport.models.dinov2 import pictures
+
+        expected = reference["patch_tokens"]
+        tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
+        drawable = {name: ours for name, ours in tokens.items() if ours.shape == expected.shape}
+        return pictures.of_case(self._normalised(case.inputs), expected, drawable)
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -64,7 +64,7 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
             if strict:
                 pictures = cropped(pictures)
         inputs = inputs_of(pictures, as_bytes)
-        return Case(name=entry.name, why=entry.why, inputs=inputs, neighbours=len(pictures) > 1)
+        return Case(name=entry.name, why=entry.why, inputs=inputs, neighbours=len(pictures) > 1, shown=True)
     assert entry.height is not None and entry.width is not None
     refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
     noise = _noise(entry.batch, entry.height, entry.width, entry.seed, as_bytes)
@@ -93,10 +93,12 @@ def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
     )
 
 
-def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-    """A case for each image directly in `folder` or below, and a line for each file that is none; hidden ones aside."""
+def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> Iterator[Case | str]:
+    """A case for each image directly in `folder` or below, or a line for a file that is none; hidden ones aside.
+
+    An image is read when it is asked for: however many there are, memory is that of the one.
+    """
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
-    found, skipped = [], []
     for done, path in enumerate(paths, start=1):
         progress("reading images", done, len(paths))
         try:
@@ -104,11 +106,10 @@ def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tu
                 raise images.ImageError(path, f"not one of {', '.join(images.FORMATS)} by its name")
             picture = _prepared(path)[np.newaxis]
         except images.ImageError as error:
-            skipped.append(error.message)
+            yield error.message
             continue
         name = path.relative_to(folder).as_posix()
-        found.append(Case(name=name, why="a photograph of the user's", inputs=inputs_of(picture, as_bytes)))
-    return tuple(found), tuple(skipped)
+        yield Case(name=name, why="a photograph of the user's", inputs=inputs_of(picture, as_bytes))
 
 
 def _prepared(path: Path) -> Array:

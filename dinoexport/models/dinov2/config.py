@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dinoexport.recipe import Frozen
+from dinoexport.spec import closest
 
 PATCH = 14  # pixels a side; every published DINOv2 backbone
 GRID = 37  # patches a side of the position table: trained at 518 = 37 * 14 pixels
@@ -87,6 +88,10 @@ class GraphChoices(Frozen):
     residual: Literal["fp16", "fp32"] = Field(
         default="fp16", description="What an fp16 graph adds its blocks up in. An fp32 graph always uses fp32."
     )
+    fp32: tuple[str, ...] = Field(
+        default=(),
+        description="Parts of an fp16 graph kept in fp32: `norms`, `softmax` (with the scores it is of), `blocks.N`.",
+    )
     blocks: tuple[int, ...] = Field(default=(), description="Blocks whose normalised tokens become outputs too.")
     last_blocks: int = Field(default=0, ge=0, description="The same for the last n blocks.")
 
@@ -95,6 +100,13 @@ class GraphChoices(Frozen):
         if self.blocks and self.last_blocks:
             raise ValueError("give blocks or last_blocks, not both")
         return self
+
+    def fp32_parts(self, depth: int) -> frozenset[str]:
+        """The parts kept in fp32; a ValueError when the model has no such part."""
+        known = ("norms", "softmax", *(f"blocks.{i}" for i in range(depth)))
+        if wrong := [part for part in self.fp32 if part not in known]:
+            raise ValueError(f"fp32: there is no part {wrong[0]!r}.{closest(wrong[0], known)}")
+        return frozenset(self.fp32)
 
     def chosen_blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the blocks that become outputs, ascending; a ValueError when the model has no such block."""

@@ -119,16 +119,24 @@ class Block(nn.Module):
 
     Attention is spelt out as MatMul, Softmax, MatMul with the scale inside q's weights: TensorRT's fused attention
     wants it before the first product. LayerScale is inside the projections. LayerNorm stays one op, fp32 inside:
-    decomposed in fp16 it overflows.
+    decomposed in fp16 it overflows. norms and scores: the dtypes of LayerNorm and of attention's scores and softmax.
     """
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        body: torch.dtype,
+        norms: torch.dtype,
+        scores: torch.dtype,
+    ) -> None:
         super().__init__()
         dim, hidden = arch.embed_dim, arch.hidden_dim
+        self.norms, self.scores = norms, scores
         self.dim, self.num_heads, self.body, self.swiglu = dim, arch.num_heads, body, arch.feed_forward == "swiglu"
         for norm in ("norm1", "norm2"):
-            self.register_parameter(f"{norm}_weight_D", _parameter(dim, dtype=residual))
-            self.register_parameter(f"{norm}_bias_D", _parameter(dim, dtype=residual))
+            self.register_parameter(f"{norm}_weight_D", _parameter(dim, dtype=self.norms))
+            self.register_parameter(f"{norm}_bias_D", _parameter(dim, dtype=self.norms))
         self.qkv_weight_IO, self.qkv_bias_O = _parameter(dim, 3 * dim, dtype=body), _parameter(3 * dim, dtype=body)
         self.proj_weight_IO, self.proj_bias_O = _parameter(dim, dim, dtype=body), _parameter(dim, dtype=body)
         first = 2 * hidden if self.swiglu else hidden
@@ -144,13 +152,13 @@ class Block(nn.Module):
 
     def _norm(self, tokens_BND: Tensor, name: str) -> Tensor:
         weight, bias = self.get_parameter(f"{name}_weight_D"), self.get_parameter(f"{name}_bias_D")
-        return F.layer_norm(tokens_BND, (self.dim,), weight, bias, NORM_EPSILON).to(self.body)
+        return F.layer_norm(tokens_BND.to(self.norms), (self.dim,), weight, bias, NORM_EPSILON).to(self.body)
 
     def _attention(self, x_BND: Tensor) -> Tensor:
         qkv = x_BND @ self.qkv_weight_IO + self.qkv_bias_O
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split(self.dim, dim=-1))
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        mixed: Tensor = scores.softmax(dim=-1) @ v.transpose(1, 2)
+        scores = q.transpose(1, 2).to(self.scores) @ k.permute(0, 2, 3, 1).to(self.scores)
+        mixed: Tensor = scores.softmax(dim=-1).to(self.body) @ v.transpose(1, 2)
         return mixed.transpose(1, 2).flatten(2) @ self.proj_weight_IO + self.proj_bias_O
 
     def _feed_forward(self, x_BND: Tensor) -> Tensor:

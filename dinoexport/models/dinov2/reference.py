@@ -30,12 +30,17 @@ def tokens_of(
     *,
     blocks: Sequence[int],
     block_done: Callable[[int], None],
+    keep_stream: Callable[[int, int, Tensor], None] | None = None,
 ) -> list[dict[int, Tensor]]:
     """Normalised tokens (B, 1 + R + N, D) of each image batch after each block in `blocks`.
 
     load: tensor name -> weights in the dtype to compute in. Images of any size are cropped first, top left kept.
+    keep_stream: gets (batch's index, blocks done, the residual stream as it is), from the stem's on.
     """
     streams = [_embed(arch, load, image) for image in images_B3HW]
+    if keep_stream is not None:
+        for j, stream in enumerate(streams):
+            keep_stream(j, 0, stream)
     norm_weight, norm_bias = load("norm.weight"), load("norm.bias")
     kept: list[dict[int, Tensor]] = [{} for _ in streams]
     for i in range(arch.depth):
@@ -45,6 +50,8 @@ def tokens_of(
         }
         for j in range(len(streams)):
             streams[j] = _block(arch, weights, streams[j])
+            if keep_stream is not None:
+                keep_stream(j, i + 1, streams[j])
             if i in blocks:
                 kept[j][i] = F.layer_norm(streams[j], (arch.embed_dim,), norm_weight, norm_bias, NORM_EPSILON)
         block_done(i + 1)

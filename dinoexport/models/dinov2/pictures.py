@@ -1,0 +1,98 @@
+"""What a person looks at: a photograph, its patch tokens as colours, and where a candidate's tokens differ.
+
+The colours are the first three principal components of the patch tokens, as the DINOv2 paper shows them (Oquab et al.
+2023, arXiv:2304.07193, figure 1), without its separation of the foreground. PyTorch's tokens of a case choose the basis
+and the range of the colours, so equal tokens have equal colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from io import BytesIO
+
+import numpy as np
+
+from dinoexport.metrics import vector_cosines
+from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, PATCH
+from dinoexport.spec import Array, Picture
+
+_PHOTOGRAPH_SIDE_MAX = 448  # pixels: enough beside a map of 32 patches
+# Viridis at nine places (van der Walt and Smith 2015, CC0): even to the eye, in print and for the colour-blind.
+_VIRIDIS = np.array(
+    [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
+     (170, 220, 50), (253, 231, 37)], np.float64,
+)  # fmt: skip
+
+
+def of_case(
+    pixels_B3HW: Array, reference_BND: Array, candidates_BND: Mapping[str, Array]
+) -> tuple[tuple[Picture, ...], ...]:
+    """A row for each image: itself, PyTorch's patch tokens, then each candidate's and its error per patch."""
+    h, w = (side // PATCH for side in pixels_B3HW.shape[2:])
+    project = _colours(reference_BND)
+    rows = []
+    for i, pixels_3HW in enumerate(pixels_B3HW):
+        row = [_photograph(pixels_3HW[:, : h * PATCH, : w * PATCH])]
+        row.append(_map(project(reference_BND[i]).reshape(h, w, 3), "PyTorch", "three principal components as colours"))
+        for name, tokens_BND in candidates_BND.items():
+            row.append(_map(project(tokens_BND[i]).reshape(h, w, 3), name, "the same components"))
+            errors = 1 - vector_cosines(tokens_BND[i], reference_BND[i])
+            row.append(_heat(errors.reshape(h, w)))
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _colours(reference_BND: Array) -> Callable[[Array], Array]:
+    """The projection of tokens (N, D) to bytes (N, 3) that the reference's tokens choose."""
+    tokens_ND = reference_BND.reshape(-1, reference_BND.shape[-1]).astype(np.float64)
+    mean_D = tokens_ND.mean(axis=0)
+    centred_ND = tokens_ND - mean_D
+    _, vectors_DD = np.linalg.eigh(centred_ND.T @ centred_ND)
+    basis_D3 = vectors_DD[:, :-4:-1]
+    # An eigenvector's sign is arbitrary; its largest entry decides, so that every machine draws the same colours.
+    largest_3 = np.abs(basis_D3).argmax(axis=0)
+    basis_D3 = basis_D3 * np.sign(basis_D3[largest_3, np.arange(basis_D3.shape[1])])
+    low_3, high_3 = np.percentile(centred_ND @ basis_D3, (1, 99), axis=0)
+
+    def project(tokens_ND: Array) -> Array:
+        scaled = ((tokens_ND.astype(np.float64) - mean_D) @ basis_D3 - low_3) / np.maximum(high_3 - low_3, 1e-12)
+        return _bytes(255 * scaled)
+
+    return project
+
+
+def _photograph(pixels_3HW: Array) -> Picture:
+    from PIL import Image
+
+    colours = pixels_3HW.transpose(1, 2, 0) * np.array(IMAGE_STD) + np.array(IMAGE_MEAN)
+    image = Image.fromarray(_bytes(255 * colours))
+    image.thumbnail((_PHOTOGRAPH_SIDE_MAX, _PHOTOGRAPH_SIDE_MAX))
+    stored = BytesIO()
+    image.save(stored, "JPEG", quality=85)
+    caption = f"{pixels_3HW.shape[1]} x {pixels_3HW.shape[2]} pixels, as the model sees it"
+    return Picture(title="Photograph", caption=caption, data=stored.getvalue(), media_type="image/jpeg")
+
+
+def _heat(errors_hw: Array) -> Picture:
+    finite = errors_hw[np.isfinite(errors_hw)]
+    largest = float(finite.max()) if finite.size else 0.0
+    places = np.clip(np.nan_to_num(errors_hw, nan=largest) / max(largest, 1e-300), 0, 1) * (len(_VIRIDIS) - 1)
+    colours = np.stack([np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=-1)
+    caption = f"per patch, dark 0, bright {largest:.1e}"
+    if finite.size < errors_hw.size:
+        caption += f"; {errors_hw.size - finite.size} patches are not finite"
+    return _map(_bytes(colours), "Cosine error", caption)
+
+
+def _map(colours_hw3: Array, title: str, caption: str) -> Picture:
+    """A pixel for each patch; the page enlarges it without smoothing."""
+    from PIL import Image
+
+    stored = BytesIO()
+    Image.fromarray(np.ascontiguousarray(colours_hw3)).save(stored, "PNG")
+    return Picture(title=title, caption=caption, data=stored.getvalue(), media_type="image/png")
+
+
+def _bytes(values: Array) -> Array:
+    whole: Array = np.clip(np.rint(np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)), 0, 255)
+    return whole.astype(np.uint8)

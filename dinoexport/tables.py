@@ -1,0 +1,40 @@
+"""Rows and facts as tables for a terminal. Nothing is printed here, and rich is loaded only when a table is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows under the first one's keys."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(title), title_justify="left")
+    for column in rows[0] if rows else ():
+        shown.add_column(column)
+    for row in rows:
+        shown.add_row(*(Text(_cell(value)) for value in row.values()))  # no markup: brackets are brackets
+    return shown
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def facts(title: str, named: dict[str, str]) -> Table:
+    """A row for each fact, without a head."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(title), title_justify="left", show_header=False)
+    for key, value in named.items():
+        shown.add_row(Text(key), Text(value))
+    return shown
