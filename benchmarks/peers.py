@@ -23,7 +23,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 THREADS = 2
 
 
-def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> None:
+def write_checkpoint(variant: str, folder: Path) -> None:
     """Transformers' model of a shipped variant with made-up weights of trained size, as `model.safetensors`."""
     import torch
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
@@ -37,9 +37,7 @@ def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> None
         image_size=518,
         patch_size=14,
     )
-    torch.set_default_dtype(getattr(torch, dtype))
     filled = Dinov2Model(config).eval()
-    torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         for name, parameter in filled.named_parameters():
             values = synthetic.tensor(name.replace("lambda1", "gamma"), tuple(parameter.shape), 0)

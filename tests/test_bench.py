@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_ROUNDS", 3)
     monkeypatch.setattr(bench, "_GEMM_SIDE", 256)
+    monkeypatch.setattr(bench, "GEMM_GFLOP", 2 * 256**3 / 1e9)
     monkeypatch.setattr(Dinov2Model, "loads", property(lambda self: LOADS))
 
 
@@ -73,11 +74,13 @@ def test_every_load_is_timed_beside_pytorch(folder: Path) -> None:
     assert [row["load"] for row in table] == ["1 x 56 x 56", "3 x 98 x 98"] and "images/s" in table[0]
 
 
-def test_figures_follow_from_the_samples() -> None:
+def test_figures_follow_from_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "GEMM_GFLOP", 0.5)
     row = bench.Row(
         load=LOADS[1],
         gflop=5.0,
         ours=timing.Latencies(samples_ms=(10.0, 20.0, 30.0)),
+        peak=timing.Latencies(samples_ms=(1.0,)),
         pytorch=timing.Latencies(samples_ms=(40.0,)),
     )
     found = bench.Bench(machine="m", usable_cpus=2, candidate="c", peak_gflop_per_s=500.0, rows=(row,), notes=("n",))
