@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +223,8 @@ def _keeping(edited: bytes, measured: Mapping[str, str], path: Path, graph: Grap
         answers = run(arrays)
         for result, name in measured.items():
             value = float(answers.pop(result))
-            if not value <= largest.get(name, -1.0):  # so that NaN stays
-                largest[name] = value
+            before = largest.get(name, 0.0)
+            largest[name] = before if isnan(before) or value <= before else value
         return answers
 
     return run_and_keep

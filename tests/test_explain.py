@@ -15,7 +15,7 @@ from dinoexport import bundle, cli, explain, pipeline, proof
 from dinoexport.errors import ValidationFailed
 from dinoexport.models.dinov2 import fold
 from dinoexport.recipe import Limit, Limits
-from dinoexport.spec import Precision, silent
+from dinoexport.spec import Case, Graph, Precision, silent
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
@@ -187,6 +187,20 @@ def test_growth_follows_the_figures_by_hand() -> None:
     infinite = explain.growth("case", ["a"], {"a": np.array([[np.nan, 1]])}, reference, None, limits(1.0))
     assert infinite.leaves is infinite.steps[0]
     json.dumps(infinite.to_json(), allow_nan=False)
+
+
+def test_nan_inside_the_graph_is_an_overflow_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is driven twice keeps what the worse call had; the first value that is not finite is named."""
+    calls = iter([{"a/largest": 3.0, "b/largest": np.nan}, {"a/largest": 2.0, "b/largest": 1.0}])
+    monkeypatch.setattr(explain.ort, "open_edited", lambda *args, **kwargs: lambda arrays: next(calls))
+    largest: dict[str, float] = {}
+    measured = {"a/largest": "a (Add)", "b/largest": "b (Mul)"}
+    run = explain._keeping(b"", measured, Path("model.onnx"), Graph(name="g", inputs=(), outputs=(), dims=()), largest)
+    assert run({}) == run({}) == {}
+    assert largest["a (Add)"] == 3.0 and np.isnan(largest["b (Mul)"])
+    row = explain._range_row(Case(name="case", why="a test", inputs={}), largest)
+    assert not row.passed and row.problem == "fp16 overflows in b (Mul)"
+    assert explain._range_row(Case(name="case", why="a test", inputs={}), {"a (Add)": 3.0}).passed
 
 
 def test_the_streams_are_the_tokens_before_the_norm() -> None:

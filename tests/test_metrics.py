@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dinoexport.metrics import Distance, distance, neighbour_agreement
+from dinoexport.metrics import Distance, distance, neighbour_agreement, vector_cosines, vector_errors
 
 
 def test_figures_worked_out_by_hand() -> None:
@@ -182,3 +182,13 @@ def test_neighbours_of_one_item_are_its_other_vectors() -> None:
 def test_too_few_vectors_say_nothing() -> None:
     few = np.random.RandomState(0).standard_normal((4, 384)).astype(np.float32)
     assert neighbour_agreement(few, few) is None
+
+
+def test_each_vector_by_hand() -> None:
+    """Nothing over nothing is no difference; anything over nothing is infinitely far, and orthogonal to it."""
+    reference = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    candidate = np.array([[3.0, 4.5], [0.0, 0.0], [1.0, 0.0], [np.nan, 0.0]])
+    errors, cosines = vector_errors(candidate, reference), vector_cosines(candidate, reference)
+    assert errors[:3].tolist() == [0.1, 0.0, np.inf] and np.isnan(errors[3])
+    assert cosines[1:3].tolist() == [1.0, 0.0] and np.isnan(cosines[3])
+    assert cosines[0] == pytest.approx((9 + 18) / (5 * np.hypot(3, 4.5)))
