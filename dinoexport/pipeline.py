@@ -108,11 +108,13 @@ def order(
     model = family.find(recipe.family).model(recipe)
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
+    # An engine needs a range for every dimension; the ONNX alone does not, so a family may leave some open.
+    profiled = model.graphs if chosen.runtime.has_engine or recipe.engine.profiles else ()
     return Order(
         recipe=recipe,
         model=model,
         chosen=chosen,
-        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs},
+        profiles={graph.name: profiles.of(recipe, graph) for graph in profiled},
         gpu=gpus[0] if gpus else None,
         limits=proof.limits_for(validation, chosen.precision),
         cases=proof.cases_of(model, validation, folder),
