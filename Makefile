@@ -1,6 +1,7 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
-# make bench     what a build costs beside a plain export and the PyTorch runs
+# make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
+#                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
@@ -13,6 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
+PEERS := .venv-peers
 
 .PHONY: demo test bench engines gpu soak clean
 
@@ -27,7 +29,8 @@ test: $(READY) $(TRITON_READY)
 	$(BIN)/hadolint --failure-threshold info Dockerfile
 	$(BIN)/pytest -n 2 --dist worksteal $(REQUIRE:%=--require %)
 
-bench: $(READY)
+bench: $(READY) $(PEERS)/.ready
+	$(PEERS)/bin/python benchmarks/run.py
 	$(BIN)/python benchmarks/build_cost.py
 
 engines: $(READY)
@@ -66,5 +69,11 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
+$(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
+	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
+		--constraint constraints.txt --requirement benchmarks/requirements.txt --editable '.[export,cpu,openvino]'
+	touch $(PEERS)/.ready
+
 clean:
-	rm -rf $(VENV) $(TRITON) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

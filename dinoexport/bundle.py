@@ -25,7 +25,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from dinoexport import files
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.recipe import Frozen, Limits, Sha256
-from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Runtime, Tensor, silent
+from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Runtime, Tensor, Way, silent
 
 SCHEMA: Final = 1
 MANIFEST = "manifest.json"
@@ -130,6 +130,38 @@ class EngineFacts(Frozen):
     caution: str = ""
 
 
+class Timed(Frozen):
+    """A way to run the graphs and how long it took. spread: of the middle half of the samples, by the median."""
+
+    way: Way
+    median_ms: float = Field(gt=0)
+    spread: float = Field(ge=0)
+    samples: int = Field(ge=1)
+
+
+class CpuFacts(Frozen):
+    """How the graphs ran best on the CPU that built the bundle, when it was asked `load`.
+
+    arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
+    measured: empty where there was nothing to choose. others_share: of the CPUs' time, what other processes took.
+    """
+
+    machine: str
+    usable_cpus: int = Field(ge=1)
+    load: str
+    chosen: Way
+    runtime_version: str
+    arithmetic: dict[str, int]
+    times_fp32: float | None
+    measured: tuple[Timed, ...]
+    others_share: float = Field(ge=0)
+
+    @property
+    def measured_ms(self) -> float | None:
+        """The chosen way's median, where anything was measured."""
+        return next((timed.median_ms for timed in self.measured if timed.way == self.chosen), None)
+
+
 class Manifest(Frozen):
     """Everything a bundle says about itself."""
 
@@ -143,6 +175,7 @@ class Manifest(Frozen):
     checkpoint: CheckpointFacts
     graphs: tuple[GraphFacts, ...]
     engines: tuple[EngineFacts, ...] = ()
+    cpu: CpuFacts | None = None
     files: tuple[BundleFile, ...]
     stage_keys: dict[str, Sha256]
     versions: dict[str, str]
@@ -269,6 +302,7 @@ class _StoredCase(Frozen):
     name: str
     why: str
     refused: bool
+    neighbours: bool = False
     own_error: dict[str, float]
 
 
@@ -300,7 +334,15 @@ def write_reference(path: Path, reference: Reference) -> None:
     for i, (case, outputs, own_error) in enumerate([*cases, *((case, {}, {}) for case in reference.refusals)]):
         arrays |= {f"{i}/in/{name}": array for name, array in case.inputs.items()}
         arrays |= {f"{i}/out/{name}": array for name, array in outputs.items()}
-        entries.append(_StoredCase(name=case.name, why=case.why, refused=case.expect_refusal, own_error=own_error))
+        entries.append(
+            _StoredCase(
+                name=case.name,
+                why=case.why,
+                refused=case.expect_refusal,
+                neighbours=case.neighbours,
+                own_error=own_error,
+            )
+        )
     index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
     arrays["index.json"] = np.frombuffer(_canonical(index.model_dump(mode="json")), np.uint8)
     with path.open("wb") as file:
@@ -322,7 +364,13 @@ def read_reference(path: Path) -> Reference:
     for i, entry in enumerate(index.cases):
         inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
         outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
-        case = Case(name=entry.name, why=entry.why, inputs=inputs, expect_refusal=entry.refused)
+        case = Case(
+            name=entry.name,
+            why=entry.why,
+            inputs=inputs,
+            expect_refusal=entry.refused,
+            neighbours=entry.neighbours,
+        )
         if case.expect_refusal:
             refusals.append(case)
         else:

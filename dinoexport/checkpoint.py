@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # How much of a mapped file may be read before it is mapped anew.
 _MAPPED_BYTES_MAX = 256 * 2**20
-_SYNTHETIC = "synthetic:"
+SYNTHETIC = "synthetic:"
 _ZIP_START = b"PK\x03\x04"
 # Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
 _DICTS_DEEP_MAX = 8
@@ -51,7 +51,7 @@ def open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progres
 
     Raises WeightsError when they cannot be had, are damaged, hold code, or are not this variant's.
     """
-    if source is not None and source.startswith(_SYNTHETIC):
+    if source is not None and source.startswith(SYNTHETIC):
         return _synthetic(model, source)
     if source is None:
         if not wanted.weights:
@@ -83,7 +83,7 @@ def open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progres
 
 def _synthetic(model: Model, source: str) -> Checkpoint:
     try:
-        seed = int(source.removeprefix(_SYNTHETIC))
+        seed = int(source.removeprefix(SYNTHETIC))
         if seed < 0:
             raise ValueError
     except ValueError:
@@ -91,7 +91,7 @@ def _synthetic(model: Model, source: str) -> Checkpoint:
             f"{source!r} is no synthetic checkpoint.",
             next_step="Write synthetic:SEED with a whole number, synthetic:0.",
         ) from None
-    source = f"{_SYNTHETIC}{seed}"  # 07 and 7 are the same weights
+    source = f"{SYNTHETIC}{seed}"  # 07 and 7 are the same weights
     identity = f"{source}:{sorted(model.tensors.items())}"
     return Checkpoint(
         source=source,

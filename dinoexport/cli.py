@@ -44,7 +44,7 @@ Weights = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="fp16|fp32", help="Default: the recipe's, else the target's first.")
+    str | None, typer.Option(metavar="fp32|fp16|bf16|int8", help="Default: the recipe's, else the target's first.")
 ]
 TargetOption = Annotated[
     str | None,
@@ -143,7 +143,7 @@ def build(
             _show_report(built.engines.report)
         _say_reused(built)
         _print(f"\nBundle: {built.folder}")
-        _print_engines(built.manifest, not_run=built.engines.not_run)
+        _print_ways(built.manifest, not_run=built.engines.not_run)
         _print(f"Next:   dinoexport inspect {built.folder}")
         _print(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
 
@@ -206,7 +206,7 @@ def validate(
             _print_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         _show_report(validated.report, to_stderr=as_json)
-        _print_engines(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
+        _print_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
         for line in validated.skipped:
             _print(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:
@@ -266,6 +266,27 @@ def doctor(as_json: Json = False) -> None:
                 as_json,
                 findings=rows,
             )
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
+    with _reporting(as_json):
+        from dinoexport import bench as stopwatch
+
+        with _progress() as progress:
+            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+        if as_json:
+            _print_json(timed.to_json())
+            return
+        _print(_table(f"{timed.candidate}; {timed.machine}, {timed.usable_cpus} CPUs", timed.table()))
+        _print(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
+        for note in timed.notes:
+            _print(f"note: {note}")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -451,6 +472,7 @@ def _built_facts(built: Any) -> dict[str, Any]:
         "bundle": str(built.folder),
         "verdict": built.manifest.verdict,
         "reused": list(built.reused),
+        "cpu": built.manifest.cpu and built.manifest.cpu.model_dump(mode="json"),
         "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
         "not_run": built.engines.not_run,
     }
@@ -470,10 +492,10 @@ def _show_report(report: Report, *, to_stderr: bool = False) -> None:
     _print(_table(title, listing.report_rows(report)), to_stderr=to_stderr)
 
 
-def _print_engines(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
+def _print_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
     from dinoexport import listing
 
-    for line in listing.engine_lines(manifest, not_run):
+    for line in (*listing.cpu_lines(manifest), *listing.engine_lines(manifest, not_run)):
         _print(line, to_stderr=to_stderr)
 
 

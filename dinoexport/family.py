@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Recipe
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Weight, closest
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Weight, closest
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,10 @@ class Model(Protocol):
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """A graph's inputs, an item for each of `encoded`; a UsageError that names the item which is no good."""
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
 
     @property
     def facts(self) -> Mapping[str, int | str]:

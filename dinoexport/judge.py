@@ -12,8 +12,8 @@ from math import isfinite
 from typing import Any
 
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
-from dinoexport.metrics import Distance, distance
-from dinoexport.recipe import Limits
+from dinoexport.metrics import Distance, distance, neighbour_agreement
+from dinoexport.recipe import Limit, Limits
 from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
 
 # Answers one case's inputs with named outputs.
@@ -123,7 +123,9 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
     names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
     for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
-        measured, problem = None, ""
+        measured: Distance | None = None
+        agreement: tuple[Bound, ...] = ()
+        problem = ""
         if not name:
             problem = "the reference has no answer to this case"
         elif expected is None:
@@ -135,6 +137,8 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
         else:
             try:
                 measured = distance(answer, expected)
+                if expectation.case.neighbours and limits.neighbour_agreement_min:
+                    agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
             except ValueError as error:
                 problem = str(error)
         rows.append(
@@ -144,7 +148,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
                 output=name,
                 shape=() if expected is None else expected.shape,
                 distance=measured,
-                bounds=_bounds(measured, limits, expectation.own_error.get(name)) if measured else (),
+                bounds=_bounds(measured, limits, expectation.own_error.get(name)) + agreement if measured else (),
                 problem=problem,
             )
         )
@@ -169,6 +173,21 @@ def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tupl
     if times is not None and own_error is not None:
         bounds.append(at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
     return tuple(bounds)
+
+
+def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:
+    value = neighbour_agreement(answer, expected)
+    if value is None:
+        return ()
+    return (
+        Bound(
+            figure="neighbour_agreement",
+            value=value,
+            limit=limit.value,
+            reason=limit.reason,
+            holds=value >= limit.value,
+        ),
+    )
 
 
 def _judge_refusal(candidate: Candidate, case: Case) -> Row:

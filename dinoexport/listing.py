@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport import bundle, family, recipe, shipped
+from dinoexport import bundle, family, recipe, shipped, timing
 from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
+from dinoexport.spec import Way
 
 if TYPE_CHECKING:
     from dinoexport.deploy.triton import Deployed
@@ -109,6 +110,7 @@ def of_path(path: Path) -> dict[str, Any]:
             for t in tensors
         ],
         **_engines(manifest),
+        **_cpu(manifest),
         "Dimensions": [dim for g in manifest.graphs for dim in g.dims],
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
@@ -152,6 +154,56 @@ def engine_lines(manifest: bundle.Manifest, not_run: str = "") -> list[str]:
         if e.caution:
             lines.append(f"        caution: {e.caution}")
     return lines
+
+
+def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
+    """What was measured to choose how the bundle runs on a CPU."""
+    if manifest.cpu is None or not manifest.cpu.measured:
+        return {}
+    fastest_ms = manifest.cpu.measured[0].median_ms
+    rows = [
+        {
+            "runtime": timed.way.runtime,
+            "precision": timed.way.precision.value,
+            "threads": timed.way.threads,
+            "median ms": f"{timed.median_ms:.1f}",
+            "spread": f"{timed.spread:.0%}",
+            "of the fastest": f"{timed.median_ms / fastest_ms:.2f}",
+            "": "chosen" if timed.way == manifest.cpu.chosen else "",
+        }
+        for timed in manifest.cpu.measured
+    ]
+    return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
+
+
+def cpu_lines(manifest: bundle.Manifest) -> list[str]:
+    """How the bundle runs here: in what way, in which arithmetic, why this one, and how far to trust the figures."""
+    facts = manifest.cpu
+    if facts is None:
+        return []
+    ran = ", ".join(f"{count} products in {kind}" for kind, count in facts.arithmetic.items())
+    lines = [
+        f"Runs:   {_way(facts.chosen, facts.runtime_version)} ({ran}) on {facts.machine}, {facts.usable_cpus} CPUs"
+    ]
+    if not facts.measured:
+        lines.append("        the one runtime for this that is installed; nothing was timed to choose it")
+        return lines
+    for timed in facts.measured:
+        chosen = ", chosen" if timed.way == facts.chosen else ""
+        lines.append(f"        {timed.median_ms:9.1f} ms for {facts.load}: {_way(timed.way)}{chosen}")
+    if facts.times_fp32 is not None:
+        lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 there")
+    if facts.others_share > timing.NOISY_SHARE:
+        lines.append(
+            f"        noisy: other processes had {facts.others_share:.0%} of the CPUs while this was measured; "
+            "build with --force on a quiet machine to choose again"
+        )
+    return lines
+
+
+def _way(way: Way, version: str = "") -> str:
+    threads = f"{way.threads} thread{'s' * (way.threads != 1)}"
+    return f"{way.runtime}{version and f' {version}'}, {threads}, {way.precision}"
 
 
 def deployed_facts(deployed: Deployed) -> dict[str, Any]:

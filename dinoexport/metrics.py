@@ -67,6 +67,37 @@ def distance(candidate: Array, reference: Array) -> Distance:
     )
 
 
+# Too few to tell agreement from luck: the tokens that stand for a whole input come one a case.
+_ENOUGH_VECTORS = 64
+
+
+def neighbour_agreement(candidate: Array, reference: Array) -> float | None:
+    """The share of vectors whose nearest other vector, by cosine, is the same one in both; None where they are few.
+
+    Both (B, ..., D). What a retrieval over these vectors would notice. With several items in a batch a vector's
+    neighbours are sought in the other items, where they mean something, and not among those beside it.
+    """
+    import numpy as np
+
+    ours, theirs = (array.reshape(-1, array.shape[-1]) for array in (candidate, reference))
+    if len(theirs) < _ENOUGH_VECTORS:
+        return None
+    item = (
+        np.arange(len(theirs)) * reference.shape[0] // len(theirs) if reference.shape[0] > 1 else np.arange(len(theirs))
+    )
+    return float((_nearest(ours, item) == _nearest(theirs, item)).mean())
+
+
+def _nearest(vectors: Array, item: Array) -> Array:
+    """The index of each vector's nearest among those of other items."""
+    import numpy as np
+
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    cosines = np.where(item[:, None] == item[None, :], -2.0, unit @ unit.T)
+    nearest: Array = cosines.argmax(axis=1)
+    return nearest
+
+
 def _ratio(difference: float, scale: float) -> float:
     """The quotient, where nothing over nothing is no difference."""
     if scale > 0:

@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, engine, family, files, judge, machine, plan, profiles, proof
+from dinoexport import bundle, engine, family, files, judge, machine, plan, profiles, proof, quantise, tuning
 from dinoexport import target as targets
-from dinoexport.bundle import CheckpointFacts, EngineFacts, GraphFacts, Manifest, Verdict
+from dinoexport.bundle import CheckpointFacts, CpuFacts, EngineFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, ValidationFailed, require
 from dinoexport.export import PACKAGES, export
@@ -32,7 +32,8 @@ from dinoexport.workspace import Stage, Workspace, key_of, workspace
 
 # What decides a stage's bytes besides our own code.
 _TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-_RUNTIMES = ("onnxruntime", "numpy")
+_RUNTIMES = ("onnxruntime", "openvino", "numpy")
+_QUANTISERS = ("onnxruntime", "onnx")
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
 _ENGINE_ONLY = {"engine", "profiles"}
 
@@ -41,7 +42,7 @@ _ENGINE_ONLY = {"engine", "profiles"}
 class Order:
     """What to build, with every decision made and every impossible one already refused.
 
-    profiles: graph name -> the engine's profiles. gpu: the one an engine is built or run on, where there is one.
+    profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
     """
 
     recipe: Recipe
@@ -105,16 +106,14 @@ def order(
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=precision, gpus=gpus)
     recipe = recipe.model_copy(update={"precision": chosen.precision})
-    model = family.find(recipe.family).model(recipe)
+    model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
-    # An engine needs a range for every dimension; the ONNX alone does not, so a family may leave some open.
-    profiled = model.graphs if chosen.runtime.has_engine or recipe.engine.profiles else ()
     return Order(
         recipe=recipe,
         model=model,
         chosen=chosen,
-        profiles={graph.name: profiles.of(recipe, graph) for graph in profiled},
+        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs if chosen.runtime.has_engine},
         gpu=gpus[0] if gpus else None,
         limits=proof.limits_for(validation, chosen.precision),
         cases=proof.cases_of(model, validation, folder),
@@ -133,22 +132,25 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
     with workspace(order.out, force=force, progress=progress) as work:
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-        exported = _export_stage(work, order, checkpoint)
-        _check_memory(order, exported)
+        plain = _export_stage(work, order, checkpoint)
+        _check_memory(order, plain)
+        exported = _quantise_stage(work, plain) if order.precision is Precision.INT8 else plain
         reference = _reference_stage(work, order, checkpoint)
-        judged, report = _judge_stage(work, order, exported, reference)
+        facts = _tune(order, exported, plain, progress) if order.chosen.on_cpu else None
+        judged, report = _judge_stage(work, order, exported, reference, facts)
+        passed = report.passed and not _too_slow(facts)
         stages = {stage.name: stage for stage in (exported, reference, judged)}
         engines = proof.NO_ENGINE
-        if report.passed and order.runtime.has_engine:
+        if passed and order.runtime.has_engine:
             stages["engine"] = _engine_stage(work, order, exported)
             engines = _judge_engines(work, order, stages)
-        failed = next((r for r in (report, engines.report) if r is not None and not r.passed), None)
-        if failed is None or keep_rejected:
-            verdict: Verdict = "rejected" if failed else "passed"
-            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json(), engines.facts)
+            passed = engines.report is None or engines.report.passed
+        if passed or keep_rejected:
+            verdict: Verdict = "passed" if passed else "rejected"
+            manifest = _manifest(order, checkpoint, stages, verdict, report.to_json(), facts, engines.facts)
             work.publish(stages, manifest)
-    if failed is not None:
-        raise _rejected(order, failed, published=keep_rejected)
+    if not passed:
+        raise _rejected(order, engines.report or report, facts, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(stage.name for stage in stages.values() if stage.reused and stage is not judged)
     return Built(folder=order.out, manifest=manifest, reused=reused, report=report, engines=engines)
@@ -161,9 +163,11 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
         _check_disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
         exported = _export_stage(work, order, checkpoint)
-        manifest = _manifest(order, checkpoint, {"export": exported}, "unjudged", {})
-        work.publish({"export": exported}, manifest)
-    return Built(folder=order.out, manifest=manifest, reused=("export",) if exported.reused else ())
+        if order.precision is Precision.INT8:
+            exported = _quantise_stage(work, exported)
+        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged", {})
+        work.publish({exported.name: exported}, manifest)
+    return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 
 def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
@@ -186,6 +190,36 @@ def _export_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stag
     return work.stage("export", key_of(code=_code(order), metadata=metadata), make)
 
 
+def _quantise_stage(work: Workspace, exported: Stage) -> Stage:
+    """The int8 twins of the fp32 graphs."""
+
+    def make(folder: Path) -> None:
+        onnx_files = [file.name for file in exported.files if file.name.endswith(".onnx")]
+        for done, name in enumerate(onnx_files, start=1):
+            quantise.to_int8(exported.folder / name, folder)
+            work.progress("quantising", done, len(onnx_files))
+
+    key = key_of(exported=exported.key, versions=_versions(_QUANTISERS))
+    return work.stage("quantise", key, make)
+
+
+def _tune(order: Order, exported: Stage, plain: Stage, progress: Progress) -> CpuFacts:
+    """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
+    wanted = tuning.Candidate(precision=order.precision, graphs=_graphs(order, exported))
+    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=_graphs(order, plain))
+    lowered = order.precision in (Precision.BF16, Precision.INT8)
+    return tuning.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
+
+
+def _graphs(order: Order, exported: Stage) -> dict[Path, Graph]:
+    return {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
+
+
+def _too_slow(facts: CpuFacts | None) -> bool:
+    """Whether a lower precision gains no time, so that there is nothing to pay its error with."""
+    return facts is not None and facts.times_fp32 is not None and facts.times_fp32 >= 1
+
+
 def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
     def make(folder: Path) -> None:
         reference = proof.ask_pytorch(
@@ -204,20 +238,30 @@ def _reference_stage(work: Workspace, order: Order, checkpoint: Checkpoint) -> S
         checkpoint=checkpoint.sha256,
         recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
         limits=order.limits.model_dump(mode="json"),
-        cases=[(case.name, case.why, case.expect_refusal, _digest(case.inputs)) for case in order.cases],
+        cases=[
+            (case.name, case.why, case.expect_refusal, case.neighbours, _digest(case.inputs)) for case in order.cases
+        ],
         judge_code=order.judge_code,
         versions=_versions(_TRACERS),
     )
     return work.stage("reference", key, make)
 
 
-def _judge_stage(work: Workspace, order: Order, exported: Stage, reference: Stage) -> tuple[Stage, judge.Report]:
-    """Judges what lies on the disk: the very files that will be published, read back."""
+def _judge_stage(
+    work: Workspace, order: Order, exported: Stage, reference: Stage, facts: CpuFacts | None
+) -> tuple[Stage, judge.Report]:
+    """Judges what lies on the disk: the very files that will be published, read back, run as they will be."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
-    graphs = {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
-    candidate = proof.open_candidate(order.model, graphs)
-    report = proof.judged(candidate, stored, proof.candidate_name(order.precision), progress=work.progress)
-    content = {**report.to_json(), "versions": _versions(_RUNTIMES), "machine": platform.machine()}
+    way = facts.chosen if facts else proof.graph_way(order.precision)
+    candidate = proof.open_candidate(order.model, _graphs(order, exported), way)
+    name = proof.candidate_name(order.precision, way, facts.arithmetic if facts else {})
+    report = proof.judged(candidate, stored, name, progress=work.progress)
+    content = {
+        **report.to_json(),
+        "cpu": facts and facts.model_dump(mode="json"),
+        "versions": _versions(_RUNTIMES),
+        "machine": platform.machine(),
+    }
 
     def make(folder: Path) -> None:
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -311,6 +355,7 @@ def _manifest(
     stages: Mapping[str, Stage],
     verdict: Verdict,
     report: dict[str, Any],
+    facts: CpuFacts | None = None,
     engines: tuple[EngineFacts, ...] = (),
 ) -> Manifest:
     return Manifest(
@@ -323,6 +368,7 @@ def _manifest(
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
         engines=engines,
+        cpu=facts,
         files=tuple(file for stage in stages.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in stages.items()},
         versions=_versions((*_TRACERS, "onnxruntime")) | {"python": platform.python_version()},
@@ -332,13 +378,17 @@ def _manifest(
     )
 
 
-def _rejected(order: Order, report: judge.Report, *, published: bool) -> Rejected:
+def _rejected(order: Order, report: judge.Report, facts: CpuFacts | None, *, published: bool) -> Rejected:
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
+    if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
+        problems.append(f"{order.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
+    problem = "; ".join(problems)
     if published:
-        message = f"{order.out} was published, marked rejected: its outputs are not PyTorch's ({worst})."
+        message = f"{order.out} was published, marked rejected: {problem}."
         next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."
     else:
-        message = f"Nothing was published: the outputs are not PyTorch's ({worst})."
+        message = f"Nothing was published: {problem}."
         next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."
     return Rejected(message, next_step=next_step, report=report)
 
@@ -347,13 +397,18 @@ def _require_packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
     require("export", *PACKAGES)
     require("cpu", "onnxruntime")
+    if order.chosen.on_cpu:
+        tuning.ways(order.precision)
+    else:
+        runtime = proof.graph_way(order.precision).runtime
+        require("openvino" if runtime == "openvino" else "cpu", runtime)
     if order.runtime.has_engine:
         require(plan.EXTRA[order.runtime], *engine.PACKAGES[order.runtime])
 
 
 def _check_disk(order: Order) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    width = 4 if order.precision is Precision.FP32 else 2
+    width = 2 if order.chosen.traced in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
     needed = weights * (2 if order.runtime.has_engine else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())

@@ -43,6 +43,9 @@ def profile(name: str, graph: Graph, ranges: Mapping[str, Range]) -> Profile:
     if unknown := sorted(ranges.keys() - dims.keys()):
         raise _wrong(name, f"the model has no dimension {unknown[0]!r}.{closest(unknown[0], list(dims))}")
     ends = {dim.name: _ends(name, dim, ranges.get(dim.name)) for dim in graph.dims}
+    dynamic = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+    if unbounded := sorted(dynamic - ends.keys()):
+        raise _wrong(name, f"an engine needs a range for {unbounded[0]}, and [profile] has none.")
 
     def shape(sizes: tuple[int | str, ...], end: int) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else ends[size][end] for size in sizes)

@@ -19,7 +19,7 @@ from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, 
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
-from dinoexport.runtime import ort, trt
+from dinoexport.runtime import Arithmetic, cpu, trt
 from dinoexport.spec import (
     Array,
     Arrays,
@@ -31,6 +31,7 @@ from dinoexport.spec import (
     Progress,
     Runner,
     Runtime,
+    Way,
     silent,
 )
 
@@ -96,19 +97,43 @@ def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
     return {name: error for name, error in errors.items() if isfinite(error)}
 
 
-def open_candidate(model: Model, graphs: Mapping[Path, Graph]) -> judge.Candidate:
-    """The exported graphs in ONNX Runtime, as the function from a case's inputs to its outputs."""
-    runners: dict[str, Runner] = {graph.name: ort.open_graph(path, graph) for path, graph in graphs.items()}
+def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> judge.Candidate:
+    """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
+    return _driven(model, cpu.open_graphs(graphs, way))
 
+
+def _driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:
     def answer(inputs: Arrays) -> dict[str, Array]:
         return model.drive(runners, inputs)
 
     return answer
 
 
-def candidate_name(precision: Precision) -> str:
-    """What the verdict is about, in words."""
-    return f"ONNX Runtime {ort.version()} on the CPU, {precision}"
+def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
+    """What the verdict is about, in words, with what really computed: never what was only asked for."""
+    widened = "" if precision is way.precision else f" widened to {way.precision}"
+    ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
+    return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
+
+
+def graph_way(precision: Precision) -> Way:
+    """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
+    if precision is Precision.BF16:
+        return Way(runtime="openvino", precision=Precision.FP32)
+    return Way(runtime="onnxruntime", precision=precision)
+
+
+def way_of(manifest: Manifest) -> Way:
+    """How this machine runs a bundle: as the building one did, with as many threads as the runtime likes here.
+
+    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
+    """
+    if manifest.cpu is None:
+        return graph_way(manifest.precision)
+    chosen = manifest.cpu.chosen
+    if chosen.precision is Precision.FP32 and chosen.runtime not in cpu.installed():
+        return cpu.PLAIN
+    return Way(runtime=chosen.runtime, precision=chosen.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +187,7 @@ def open_engines(
         )
         for path, facts in engines.items()
     }
-
-    def answer(inputs: Arrays) -> dict[str, Array]:
-        return model.drive(runners, inputs)
-
-    return answer, devices[0]
+    return _driven(model, runners), devices[0]
 
 
 def engine_name(facts: EngineFacts, device: str) -> str:
@@ -229,7 +250,7 @@ def validate(
             recorded = bundle.rewrite_manifest(folder, manifest)
         return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
     cases, skipped = _user_cases(model, images, progress)
-    checkpoint = _same_weights(model, recipe, manifest, weights, progress)
+    checkpoint = same_weights(model, recipe, manifest, weights, progress)
     limits = _limits_of(folder, manifest, recipe)
     reports = []
     for start in range(0, len(cases), _IMAGES_AT_ONCE):
@@ -272,7 +293,10 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
             if runtime is not None:
                 raise
             not_run = missing.message
-    return _Opened(candidate=open_candidate(model, graphs), name=candidate_name(manifest.precision), not_run=not_run)
+    way = way_of(manifest)
+    opened = cpu.open_graphs(graphs, way)
+    name = candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
+    return _Opened(candidate=_driven(model, opened), name=name, not_run=not_run)
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -298,7 +322,7 @@ def _user_cases(model: Model, images: Path, progress: Progress) -> tuple[tuple[C
     return cases, skipped
 
 
-def _same_weights(
+def same_weights(
     model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
 ) -> Checkpoint:
     """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""

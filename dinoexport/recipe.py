@@ -139,7 +139,10 @@ class Limit(Frozen):
 
 
 class Limits(Frozen):
-    """What a candidate of one precision must hold, per output and per case."""
+    """What a candidate of one precision must hold, per output and per case.
+
+    neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
+    """
 
     relative_l2_max: Limit
     worst_l2_max: Limit
@@ -147,6 +150,7 @@ class Limits(Frozen):
     cosine_p01_min: Limit
     cosine_worst_min: Limit
     times_own_error_max: Limit | None = None
+    neighbour_agreement_min: Limit | None = None
 
 
 class Validation(Frozen):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,10 +30,12 @@ def silent(_doing: str, _done: int, _total: int) -> None:
 
 
 class Precision(enum.StrEnum):
-    """The arithmetic of a graph's body. What stays fp32 all the same is the family's decision."""
+    """The arithmetic of a model's body. What stays fp32 all the same is the family's or the runtime's decision."""
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
 
 
 class Runtime(enum.StrEnum):
@@ -113,13 +115,37 @@ class Weight:
 class Case:
     """One question put to the model: named inputs, and why this question is asked.
 
-    `expect_refusal` marks inputs the model must not accept; no reference exists for them.
+    `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
+    where it means something which of the outputs' vectors are nearest to each other.
     """
 
     name: str
     why: str
     inputs: Arrays
     expect_refusal: bool = False
+    neighbours: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One question whose answering is timed. It holds `items` of what a user counts, such as 8 `images`."""
+
+    name: str
+    inputs: Arrays
+    items: int
+    unit: str
+
+
+CpuRuntime = Literal["onnxruntime", "openvino"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to run a model's graphs on a CPU. threads: 0 leaves their number to the runtime."""
+
+    runtime: CpuRuntime
+    precision: Precision
+    threads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

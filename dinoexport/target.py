@@ -29,6 +29,17 @@ class Chosen:
     triton: Triton | None = None
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the product runs on a CPU: which of its runtimes, and on how many threads, is then measured."""
+        return not self.target.compute_capabilities
+
+    @property
+    def traced(self) -> Precision:
+        """The precision of the graph itself: on a CPU bf16 is a runtime's arithmetic and int8 the quantiser's work."""
+        lowered_later = self.on_cpu and self.precision in (Precision.BF16, Precision.INT8)
+        return Precision.FP32 if lowered_later else self.precision
+
+    @property
     def name(self) -> str:
         """The target as the manifest calls it."""
         return self.target.name + (f",triton:{self.triton.tag}" if self.triton else "")

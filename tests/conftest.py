@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from dinoexport import machine
+from dinoexport import machine, tuning
+from dinoexport.spec import Precision
 from tests import triton_server
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
@@ -59,3 +60,9 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is chosen by the clock: with one runtime there is no choice. Tests of the choice take this back."""
+    monkeypatch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))

@@ -385,7 +385,8 @@ def some_reference() -> Reference:
     numbers = np.random.RandomState(0)
 
     def case(name: str, **inputs: Any) -> Case:
-        return Case(name=name, why=f"why {name} is asked, naïvely", inputs=inputs)
+        why = f"why {name} is asked, naïvely"
+        return Case(name=name, why=why, inputs=inputs, neighbours=name.endswith("3"))
 
     expectations = tuple(
         Expectation(
@@ -422,6 +423,7 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
     assert (found.name, found.limits) == (original.name, original.limits)
     for ours, theirs in zip(found.expectations, original.expectations, strict=True):
         assert (ours.case.name, ours.case.why, ours.case.expect_refusal) == (theirs.case.name, theirs.case.why, False)
+        assert ours.case.neighbours == theirs.case.neighbours
         assert ours.own_error == theirs.own_error
         same(ours.case.inputs, theirs.case.inputs)
         same(ours.outputs, theirs.outputs)

@@ -238,22 +238,22 @@ def test_judge_fails_a_wrong_resize(judged_model: Any, monkeypatch: pytest.Monke
         monkeypatch.setattr(graph.Stem, "_antialiased_weights", _without_antialias)
     else:
         weights = graph.Stem._offset_weights
-        monkeypatch.setattr(graph.Stem, "_offset_weights", lambda self, i, n: weights(self, i, n.floor()))
+        monkeypatch.setattr(graph.Stem, "_offset_weights", lambda self, i, tenths: weights(self, i, tenths // 10 * 10))
     assert not verdict(judged_model)
 
 
-def _without_antialias(self: Any, index: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    return graph._cubic(self._distances(index, size), a=-0.5)
+def _without_antialias(self: Any, index: torch.Tensor, tenths: torch.Tensor) -> torch.Tensor:
+    return graph._cubic(self._distances(index, tenths), a=-0.5)
 
 
-def _unnormalised(self: Any, index: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    step = (37 / size).clamp(min=1)
-    return graph._cubic(self._distances(index, size) / step, a=-0.5) / step
+def _unnormalised(self: Any, index: torch.Tensor, tenths: torch.Tensor) -> torch.Tensor:
+    step = (370 / tenths).clamp(min=1)
+    return graph._cubic(self._distances(index, tenths) / step, a=-0.5) / step
 
 
 def _without_edges(weights: Any) -> Any:
-    def cut(self: Any, index: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        return weights(self, index, size) * ((torch.arange(41) > 1) & (torch.arange(41) < 39))
+    def cut(self: Any, index: torch.Tensor, tenths: torch.Tensor) -> torch.Tensor:
+        return weights(self, index, tenths) * ((torch.arange(41) > 1) & (torch.arange(41) < 39))
 
     return cut
 

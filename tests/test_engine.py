@@ -95,6 +95,24 @@ def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -
     assert pipeline.build(order).reused == ("export", "reference")
 
 
+def test_bf16_for_a_gpu(tmp_path: Path) -> None:
+    """The graph's own tensors are bf16: attention is fused; on the CPU it is judged widened, and said so."""
+    order = pipeline.order(
+        TINY, weights="synthetic:0", precision=Precision.BF16, target="a100", out=tmp_path / "bundle"
+    )
+    built = pipeline.build(order)
+    (facts,) = built.manifest.engines
+    assert (facts.precision, facts.fused_attentions, facts.attentions) == (Precision.BF16, 3, 3)
+    types = {
+        tensor.data_type for tensor in onnx.load(order.out / "model.onnx", load_external_data=False).graph.initializer
+    }
+    assert onnx.TensorProto.BFLOAT16 in types and onnx.TensorProto.FLOAT16 not in types
+    assert built.report is not None and "bf16 widened to fp32" in built.report.candidate
+    errors = [row.distance.relative_l2 for row in built.report.rows if row.distance]
+    assert min(errors) > 1e-3 and max(errors) < 2e-2, "more than fp16 loses, within bf16's limits"
+    assert "bf16 widened to fp32" in proof.validate(order.out).report.candidate
+
+
 def test_a_damaged_graph_is_one_error(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(tiny[0].read_bytes()[:5000])
     with pytest.raises(BuildError, match="engine failed"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dinoexport.metrics import Distance, distance
+from dinoexport.metrics import Distance, distance, neighbour_agreement
 
 
 def test_figures_worked_out_by_hand() -> None:
@@ -140,3 +140,45 @@ def test_the_distance_is_zero_exactly_for_equal_arrays(pair: tuple[Any, Any], sa
     equal = bool((candidate == reference).all())
     assert (found.relative_l2 == 0) == equal
     assert (found.max_abs == 0) == equal
+
+
+def _agreement_one_by_one(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The same by the definition: every vector against every vector of the other items, in float64."""
+
+    def nearest(vectors: np.ndarray) -> list[tuple[int, int]]:
+        found = []
+        for b, item in enumerate(vectors.astype(np.float64)):
+            for vector in item:
+                cosines = {
+                    (c, j): other @ vector / np.linalg.norm(other) / np.linalg.norm(vector)
+                    for c, others in enumerate(vectors.astype(np.float64))
+                    for j, other in enumerate(others)
+                    if c != b
+                }
+                found.append(max(cosines, key=lambda at: cosines[at]))
+        return found
+
+    pairs = list(zip(nearest(ours), nearest(theirs), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5, 3.0])
+def test_neighbour_agreement_is_its_definition(noise: float) -> None:
+    rng = np.random.RandomState(5)
+    theirs = rng.standard_normal((3, 30, 8)).astype(np.float32)
+    ours = (theirs + noise * rng.standard_normal(theirs.shape)).astype(np.float32)
+    found = neighbour_agreement(ours, theirs)
+    assert found == pytest.approx(_agreement_one_by_one(ours, theirs))
+    assert (found == 1.0) if noise == 0 else (found is not None and found < 1)
+
+
+def test_neighbours_of_one_item_are_its_other_vectors() -> None:
+    angles = np.linspace(0, 1, 80) ** 2
+    theirs = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[np.newaxis].astype(np.float32)
+    assert neighbour_agreement(theirs, theirs) == 1.0
+    assert neighbour_agreement(theirs[:, ::-1], theirs) == pytest.approx(0, abs=0.05)
+
+
+def test_too_few_vectors_say_nothing() -> None:
+    few = np.random.RandomState(0).standard_normal((4, 384)).astype(np.float32)
+    assert neighbour_agreement(few, few) is None

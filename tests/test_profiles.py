@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_what_a_profile_covers(shapes: dict[str, tuple[int, ...]], covered: bool
 def test_wrong_profiles_are_named(ranges: dict[str, Range], words: str) -> None:
     with pytest.raises(UsageError, match=rf"\[profiles\.mine\]: {words}"):
         profiles.profile("mine", STEP, ranges)
+
+
+def test_a_dimension_without_a_range_is_named() -> None:
+    with pytest.raises(UsageError, match="needs a range for length"):
+        profiles.profile("whole", replace(STEP, dims=STEP.dims[:1]), {})
 
 
 def wanted(name: str, *chosen: str) -> tuple[Recipe, Graph]:

@@ -347,7 +347,7 @@ tables = st.fixed_dictionaries(
         "profile": st.dictionaries(st.text(), ranges, max_size=3),
     },
     optional={
-        "precision": st.sampled_from(["fp32", "fp16"]),
+        "precision": st.sampled_from(["fp32", "fp16", "bf16", "int8"]),
         "licence": st.text(),
         "graph": st.dictionaries(st.text(), json_values, max_size=4),
         "weights": st.lists(weight_files, max_size=2),

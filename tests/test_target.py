@@ -91,6 +91,8 @@ def test_the_runtime_is_the_first_that_can_be_built_here() -> None:
         ),
         ("h100", {"runtime": Runtime.TENSORRT_RTX}, UsageError, r"h100 is not built with tensorrt_rtx"),
         ("cpu", {"runtime": Runtime.TENSORRT}, UsageError, r"cpu is not built with tensorrt"),
+        ("t4", {"precision": Precision.BF16}, UsageError, r"t4 has no bf16: the tensor cores of SM 7\.5"),
+        ("a100", {"precision": Precision.INT8}, UsageError, r"a100 has no int8"),
         ("a1000", {}, UsageError, "Did you mean 'a100'"),
         ("a100,trton:26.08", {}, UsageError, "no modifier"),
         ("a100,triton:", {}, UsageError, "no modifier"),

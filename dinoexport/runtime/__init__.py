@@ -6,10 +6,30 @@ same words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from dinoexport.errors import InputRefused
-from dinoexport.spec import Arrays, Dim, Graph
+from dinoexport.spec import Array, Arrays, Dim, Graph, Runner
+
+# How many of a graph's products (matrix products and convolutions) were computed in which arithmetic: {"bf16": 73}.
+Arithmetic = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A graph opened by a runtime; a `Runner` itself.
+
+    arithmetic: asks the runtime, for given inputs, what it really computes in. What was asked for proves nothing:
+    OpenVINO takes bf16 for fp32 by itself, and ONNX Runtime casts fp16 to fp32 around every product.
+    """
+
+    run: Runner
+    arithmetic: Callable[[Arrays], Arithmetic]
+
+    def __call__(self, arrays: Arrays) -> dict[str, Array]:
+        """The graph's outputs, by name."""
+        return self.run(arrays)
 
 
 def check_inputs(graph: Graph, arrays: Arrays) -> None:

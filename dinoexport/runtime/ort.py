@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import check_inputs
-from dinoexport.spec import Array, Arrays, Graph, Runner
+from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.spec import Array, Arrays, Graph
+
+# ONNX Runtime's names of the types that numbers are multiplied in, as everybody else calls them; the first that an
+# input of a product has decides: a quantised product has its scales in float beside its bytes.
+_ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "bf16", "float": "f32", "double": "f64"}
 
 
 def version() -> str:
@@ -24,26 +33,12 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def open_graph(path: Path, graph: Graph, *, cuda: bool = False) -> Runner:
-    """A runner of the ONNX file at `path`, on the GPU with `cuda`. fp32 is fp32 there too: TF32 is off.
+def open_graph(path: Path, graph: Graph, *, threads: int = 0, cuda: bool = False) -> Opened:
+    """The ONNX file at `path`, opened, on the GPU with `cuda`. threads: 0 leaves their number to ONNX Runtime.
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    require("cpu", "onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Idle threads of several sessions in one process otherwise spin against each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if cuda else []
-    providers.append("CPUExecutionProvider")  # small integer work on shapes is done there in any case
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # its exception classes share no public base but Exception
-        raise BuildError(
-            f"ONNX Runtime refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."
-        ) from error
+    session = _session(path, threads=threads, cuda=cuda)
     names = [tensor.name for tensor in graph.outputs]
 
     def run(arrays: Arrays) -> dict[str, Array]:
@@ -54,4 +49,86 @@ def open_graph(path: Path, graph: Graph, *, cuda: bool = False) -> Runner:
             shapes = {name: array.shape for name, array in arrays.items()}
             raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
 
-    return run
+    def arithmetic(arrays: Arrays) -> Arithmetic:
+        return dict(Counter(operator.arithmetic for operator in executed(path, arrays) if operator.is_product))
+
+    return Opened(run=run, arithmetic=arithmetic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One operator as ONNX Runtime ran it. shapes, types: of its inputs; written_bytes: of its outputs."""
+
+    kind: str
+    types: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+    written_bytes: int
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product or a convolution: where a network's arithmetic is."""
+        return any(word in self.kind for word in ("MatMul", "Gemm", "Conv"))
+
+    @property
+    def arithmetic(self) -> str:
+        """What it multiplies in."""
+        return next((name for kind, name in _ARITHMETIC.items() if kind in self.types), "unknown")
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of a product; all else is counted as nothing, as everybody does."""
+        if not self.is_product:
+            return 0
+        if "Conv" in self.kind:
+            return 2 * math.prod(self.output_shape) * math.prod(self.shapes[1][1:])
+        return 2 * math.prod(self.output_shape) * self.shapes[0][-1]
+
+
+def executed(path: Path, arrays: Arrays, *, optimised: bool = True) -> tuple[Operator, ...]:
+    """The operators ONNX Runtime ran to answer `arrays`, with the shapes they had then.
+
+    optimised: as it runs them, or else as the file has them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = _session(path, profile=Path(folder) / "profile", optimised=optimised)
+        session.run(None, dict(arrays))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return tuple(_operator(kernel["args"]) for kernel in kernels)
+
+
+def _operator(facts: dict[str, Any]) -> Operator:
+    inputs = [next(iter(tensor.items())) for tensor in facts["input_type_shape"] if tensor]
+    return Operator(
+        kind=facts["op_name"],
+        types=tuple(kind for kind, _ in inputs),
+        shapes=tuple(tuple(shape) for _, shape in inputs),
+        output_shape=tuple(next(iter(facts["output_type_shape"][0].values()))) if facts["output_type_shape"] else (),
+        written_bytes=int(facts["output_size"]),
+    )
+
+
+def _session(
+    path: Path, *, threads: int = 0, profile: Path | None = None, optimised: bool = True, cuda: bool = False
+) -> Any:
+    require("cpu", "onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Idle threads of several sessions in one process otherwise spin against each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    # fp32 is fp32 on the GPU too: without TF32. Small integer work on shapes is done on the CPU in any case.
+    providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if cuda else []
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
+    except Exception as error:  # its exception classes share no public base but Exception
+        raise BuildError(
+            f"ONNX Runtime refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."
+        ) from error

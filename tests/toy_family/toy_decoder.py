@@ -11,7 +11,7 @@ import numpy as np
 
 from dinoexport.family import Call, Piece
 from dinoexport.recipe import Recipe
-from dinoexport.spec import Case, Dim, Graph, Tensor, Weight
+from dinoexport.spec import Case, Dim, Graph, Load, Tensor, Weight
 
 VOCABULARY, WIDTH, STEPS = 11, 8, 3
 TOKENS = Tensor(name="token_ids", dtype="int64", shape=("batch", "length"), meaning="token numbers")
@@ -34,6 +34,11 @@ class Toy:
     optional_tensors = frozenset()
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012
+
+    @property
+    def loads(self):
+        inputs = {"prompt": np.arange(8).reshape(2, 4)}
+        return (Load(name="2 prompts", inputs=inputs, items=2 * (STEPS + 1), unit="tokens"),)
 
     def adapt(self, found, read):
         return found, read

@@ -18,7 +18,7 @@ from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Array, Arrays, Case, Graph, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Load, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ class Dinov2Model:
         from dinoexport.models.dinov2 import fold
         from dinoexport.models.dinov2.graph import Block, Head, Stem
 
-        body = torch.float16 if self.recipe.precision is Precision.FP16 else torch.float32
+        body = _dtype(self.recipe.precision or Precision.FP32)
         residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
         folded = fold.Folded(arch=self.arch, read=read)
         tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
@@ -185,7 +185,7 @@ class Dinov2Model:
 
         from dinoexport.models.dinov2 import reference
 
-        dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+        dtype = _dtype(precision)
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
@@ -246,6 +246,11 @@ class Dinov2Model:
         return serving.prepare(front_end, settings, encoded, as_bytes=self.choices.input == "images")
 
     @property
+    def loads(self) -> tuple[Load, ...]:
+        """Noise images at upstream's evaluation size and at the native one, alone and eight at a time."""
+        return cases.loads(self.recipe.profile, as_bytes=self.choices.input == "images")
+
+    @property
     def facts(self) -> Mapping[str, int | str]:
         """Width, depth, heads, feed-forward and registers."""
         return {
@@ -269,6 +274,19 @@ class Dinov2Model:
             "bias": "Despite training without annotations, significant biases remain toward rich households from "
             "Western countries.",
         }
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    """What PyTorch computes in. It has nothing for int8, which a quantiser makes of an fp32 graph."""
+    import torch
+
+    dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+    if precision not in dtypes:
+        raise UsageError(
+            f"PyTorch has no {precision} of its own to compare with.",
+            next_step=f"Leave times_own_error_max out of [limits.{precision}].",
+        )
+    return dtypes[precision]
 
 
 def _tokens(name: str, shape: tuple[int | str, ...], meaning: str) -> Tensor:

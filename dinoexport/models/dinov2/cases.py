@@ -12,9 +12,12 @@ from pydantic import Field, model_validator
 from dinoexport import images
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import synthetic
-from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, PATCH
-from dinoexport.recipe import Frozen, parse
-from dinoexport.spec import Array, Case, Progress
+from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH
+from dinoexport.recipe import Frozen, Range, parse
+from dinoexport.spec import Array, Case, Load, Progress
+
+_EVALUATION_SIDE = 224  # pixels, upstream's make_classification_eval_transform
+_BATCH = 8
 
 
 class CaseTable(Frozen):
@@ -60,12 +63,34 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
                 raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
             if strict:
                 pictures = cropped(pictures)
-        return Case(name=entry.name, why=entry.why, inputs=inputs_of(pictures, as_bytes))
+        inputs = inputs_of(pictures, as_bytes)
+        return Case(name=entry.name, why=entry.why, inputs=inputs, neighbours=len(pictures) > 1)
     assert entry.height is not None and entry.width is not None
     refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
-    size = (entry.batch, entry.height, entry.width, entry.seed)
-    noise = {"images": synthetic.images(*size)} if as_bytes else {"pixels": synthetic.pixels(*size)}
+    noise = _noise(entry.batch, entry.height, entry.width, entry.seed, as_bytes)
     return Case(name=entry.name, why=entry.why, inputs=noise, expect_refusal=refused)
+
+
+def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
+    """Noise images to time: 224 and 518 a side, alone and eight at a time, or what the profile has closest to that."""
+
+    def within(dimension: str, size: int) -> int:
+        return min(max(size, profile[dimension].min), profile[dimension].max)
+
+    shapes = {
+        (within("batch", batch), within("height", side), within("width", side)): None
+        for batch in (1, _BATCH)
+        for side in (_EVALUATION_SIDE, GRID * PATCH)
+    }
+    return tuple(
+        Load(
+            name=f"{batch} x {height} x {width}",
+            inputs=_noise(batch, height, width, 0, as_bytes),
+            items=batch,
+            unit="images",
+        )
+        for batch, height, width in shapes
+    )
 
 
 def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> tuple[tuple[Case, ...], tuple[str, ...]]:
@@ -106,6 +131,11 @@ def normalised(pictures_BHW3: Array) -> Array:
     scaled = pictures_BHW3.astype(np.float32) / np.float32(255)
     values = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def _noise(batch: int, height: int, width: int, seed: int, as_bytes: bool) -> dict[str, Array]:
+    size = (batch, height, width, seed)
+    return {"images": synthetic.images(*size)} if as_bytes else {"pixels": synthetic.pixels(*size)}
 
 
 def inputs_of(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:

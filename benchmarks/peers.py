@@ -1,0 +1,175 @@
+"""The same weights through other people's ways: each contender is a function from images to patch tokens.
+
+The weights are transformers' `Dinov2Model` filled with made-up numbers and saved as one safetensors file, which every
+contender starts from, dinoexport included. `python benchmarks/peers.py export CONTENDER CHECKPOINT OUT PRECISION` makes
+one contender's ONNX in a process of its own, so that its time and memory are its own too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoexport import recipe
+from dinoexport.models.dinov2 import synthetic
+
+Run = Callable[[np.ndarray], np.ndarray]
+THREADS = 2
+
+
+def write_checkpoint(variant: str, folder: Path, dtype: str = "float32") -> None:
+    """Transformers' model of a shipped variant with made-up weights of trained size, as `model.safetensors`."""
+    import torch
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    model = recipe.load(variant).model
+    config = Dinov2Config(
+        hidden_size=model["embed_dim"],
+        num_hidden_layers=model["depth"],
+        num_attention_heads=model["num_heads"],
+        use_swiglu_ffn=model["feed_forward"] == "swiglu",
+        image_size=518,
+        patch_size=14,
+    )
+    torch.set_default_dtype(getattr(torch, dtype))
+    filled = Dinov2Model(config).eval()
+    torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, parameter in filled.named_parameters():
+            values = synthetic.tensor(name.replace("lambda1", "gamma"), tuple(parameter.shape), 0)
+            parameter.copy_(torch.from_numpy(values))
+    filled.save_pretrained(folder)
+    BitImageProcessor().save_pretrained(folder)  # optimum's exporter looks for one
+
+
+def pytorch(checkpoint: Path, dtype: str = "float32") -> Any:
+    """Transformers' model with the checkpoint's weights."""
+    import torch
+    from transformers import Dinov2Model
+
+    torch.set_num_threads(THREADS)
+    return Dinov2Model.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+
+
+def export(contender: str, checkpoint: Path, out: Path, precision: str) -> None:
+    """Writes the contender's ONNX of the checkpoint in `checkpoint` below `out`."""
+    warnings.simplefilter("ignore")
+    dtype = {"fp32": "float32", "fp16": "float16"}[precision]
+    if contender == "optimum":
+        from optimum.exporters.onnx import main_export
+
+        main_export(str(checkpoint), output=out, task="feature-extraction", do_validation=False)
+        return
+    assert contender == "torch.onnx"
+    import torch
+
+    out.mkdir(exist_ok=True)
+    pixels = torch.zeros(2, 3, 238, 266, dtype=getattr(torch, dtype))
+    axes = {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
+    torch.onnx.export(
+        pytorch(checkpoint, dtype), (pixels,), out / "model.onnx", dynamo=False, opset_version=17,
+        input_names=["pixel_values"], output_names=["last_hidden_state"], dynamic_axes=axes,
+    )  # fmt: skip
+
+
+def export_command(contender: str, variant: str, checkpoint: Path, out: Path, precision: str) -> list[str]:
+    """The process that exports as `contender`."""
+    if contender == "dinoexport":
+        weights = str(checkpoint / "model.safetensors")
+        options = ["--weights", weights, "--precision", precision, "--out", str(out)]
+        return [sys.executable, "-m", "dinoexport", "export", variant, *options]
+    return [sys.executable, __file__, "export", contender, str(checkpoint), str(out), precision]
+
+
+def contenders(variant: str, checkpoint: Path, work: Path) -> dict[str, Run]:
+    """Every contender that works here, by what it is called in the table; those that fail are named on stderr."""
+    found: dict[str, Run] = {}
+
+    def add(name: str, make: Callable[[], Run]) -> None:
+        try:
+            found[name] = make()
+            found[name](np.zeros((1, 3, 28, 42), np.float32))
+        except Exception as error:
+            found.pop(name, None)
+            print(f"{name} does not run: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+    files = {}
+    for name in ("dinoexport", "optimum", "torch.onnx"):
+        command = export_command(name, variant, checkpoint, work / name, "fp32")
+        if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+            files[name] = work / name / "model.onnx"
+        else:
+            print(f"{name} does not export", file=sys.stderr)
+    for name, path in files.items():
+        add(f"{name}, ONNX Runtime", lambda path=path: onnx_runtime(path))
+        add(f"{name}, OpenVINO f32", lambda path=path: openvino(path, "f32"))
+    add("dinoexport, OpenVINO bf16", lambda: openvino(files["dinoexport"], "bf16"))
+    add("dinoexport int8, ONNX Runtime", lambda: onnx_runtime(_int8(files["dinoexport"], work)))
+    add("torch eager", lambda: _torch(checkpoint, compiled=False))
+    add("torch compiled", lambda: _torch(checkpoint, compiled=True))
+    return found
+
+
+def _int8(path: Path, work: Path) -> Path:
+    from dinoexport.quantise import to_int8
+
+    (work / "int8").mkdir()
+    return to_int8(path, work / "int8")[0]
+
+
+def onnx_runtime(path: Path) -> Run:
+    """The file in ONNX Runtime, its idle threads asleep so that they do not slow the others down."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = THREADS, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name, outputs = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
+    return lambda pixels: _patches(dict(zip(outputs, session.run(outputs, {name: pixels}), strict=True)))
+
+
+def openvino(path: Path, precision: str) -> Run:
+    """The file in OpenVINO, which is told its precision."""
+    import openvino as package
+
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = package.Core().compile_model(path, "CPU", options)
+    request = compiled.create_infer_request()
+    names = [output.get_any_name() for output in compiled.outputs]
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        request.infer([pixels], share_inputs=True)
+        return _patches({name: request.get_tensor(name).data for name in names}).copy()
+
+    return run
+
+
+def _torch(checkpoint: Path, *, compiled: bool) -> Run:
+    import torch
+
+    model = pytorch(checkpoint)
+    call = torch.compile(model, dynamic=False) if compiled else model
+
+    @torch.inference_mode()
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return call(torch.from_numpy(pixels)).last_hidden_state[:, 1:].numpy()
+
+    return run
+
+
+def _patches(outputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Patch tokens, whether a contender gives them apart or after the class token."""
+    return outputs["patch_tokens"] if "patch_tokens" in outputs else outputs["last_hidden_state"][:, 1:]
+
+
+if __name__ == "__main__":
+    _, verb, contender, checkpoint, out, precision = sys.argv
+    assert verb == "export"
+    export(contender, Path(checkpoint), Path(out), precision)

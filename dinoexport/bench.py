@@ -1,0 +1,205 @@
+"""How fast a bundle is on this machine, beside what the machine can do and beside PyTorch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dinoexport import bundle, family, proof, timing
+from dinoexport.bundle import Manifest
+from dinoexport.checkpoint import SYNTHETIC
+from dinoexport.errors import ValidationFailed
+from dinoexport.family import Model
+from dinoexport.recipe import Recipe, parse
+from dinoexport.runtime import Arithmetic, Opened, cpu
+from dinoexport.spec import Load, Precision, Progress, Way, silent
+
+_ROUNDS = 30
+_BUDGET_S = 6.0
+# A load that takes longer at the machine's own peak is left out: nobody waits for its thirty rounds.
+_LONGEST_S = 5.0
+# Large enough that memory does not matter, small enough for a tenth of a second: 17 GFLOP.
+_GEMM_SIDE = 2048
+_GEMM_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One load. gflop: of products in one answer. pytorch: the same question put to PyTorch, in turn."""
+
+    load: Load
+    gflop: float
+    ours: timing.Latencies
+    pytorch: timing.Latencies | None
+
+    @property
+    def gflop_per_s(self) -> float:
+        """Products' arithmetic by the median."""
+        return self.gflop / self.ours.median_ms * 1e3
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the samples lie too far apart to tell a tenth."""
+        return self.ours.spread > timing.NOISY_SPREAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All loads of one bundle. peak_gflop_per_s: of a large fp32 matrix product, here and in the same minute.
+
+    notes: what a reader must know before believing a figure.
+    """
+
+    machine: str
+    usable_cpus: int
+    candidate: str
+    peak_gflop_per_s: float
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each load, for a terminal."""
+        return [
+            {
+                "load": row.load.name,
+                "median ms": f"{row.ours.median_ms:.1f}",
+                "p90": f"{row.ours.percentile_ms(90):.1f}",
+                "p99": f"{row.ours.percentile_ms(99):.1f}",
+                f"{row.load.unit}/s": f"{row.load.items / row.ours.median_ms * 1e3:.2f}",
+                "GFLOP/s": f"{row.gflop_per_s:.0f}",
+                "of fp32 peak": f"{row.gflop_per_s / self.peak_gflop_per_s:.0%}",
+                "of PyTorch's time": "" if row.pytorch is None else f"{row.ours.median_ms / row.pytorch.median_ms:.2f}",
+                "spread": f"{row.ours.spread:.0%}{' noisy' if row.noisy else ''}",
+            }
+            for row in self.rows
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, and every sample."""
+        return {
+            "machine": self.machine,
+            "usable_cpus": self.usable_cpus,
+            "candidate": self.candidate,
+            "peak_gflop_per_s": self.peak_gflop_per_s,
+            "loads": [
+                {
+                    "load": row.load.name,
+                    "items": row.load.items,
+                    "unit": row.load.unit,
+                    "gflop": row.gflop,
+                    "median_ms": row.ours.median_ms,
+                    "p90_ms": row.ours.percentile_ms(90),
+                    "p99_ms": row.ours.percentile_ms(99),
+                    "items_per_s": row.load.items / row.ours.median_ms * 1e3,
+                    "gflop_per_s": row.gflop_per_s,
+                    "share_of_fp32_peak": row.gflop_per_s / self.peak_gflop_per_s,
+                    "times_pytorch": row.pytorch and row.ours.median_ms / row.pytorch.median_ms,
+                    "noisy": row.noisy,
+                    "samples_ms": row.ours.samples_ms,
+                    "pytorch_samples_ms": row.pytorch and row.pytorch.samples_ms,
+                }
+                for row in self.rows
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def bench(folder: Path, *, weights: str | None = None, progress: Progress = silent) -> Bench:
+    """Times the bundle in `folder` on every load its family names, beside PyTorch where torch and the weights are here.
+
+    Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: a wrong answer's speed is
+    of no use.
+    """
+    manifest = bundle.verify(folder, progress=progress)
+    if manifest.verdict == "rejected":
+        raise ValidationFailed(
+            f"{folder} is marked rejected: how fast it is wrong says nothing.", next_step="Build one that passes."
+        )
+    recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+    model = family.find(manifest.family).model(recipe)
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    way = _way(manifest)
+    opened = cpu.open_graphs(graphs, way)
+    ask_pytorch, why_not = _pytorch(model, recipe, manifest, weights, progress)
+    neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
+    rows, notes = [], [why_not] if why_not else []
+    for done, load in enumerate(model.loads, start=1):
+        gflop = cpu.flops(model, graphs, opened, load.inputs) / 1e9
+        if gflop / peak > _LONGEST_S:
+            notes.append(
+                f"{load.name} was left out: {gflop:.0f} GFLOP take {gflop / peak:.0f} s at this machine's peak"
+            )
+        else:
+            rows.append(_row(model, opened, load, gflop, ask_pytorch))
+        progress("timing loads", done, len(model.loads))
+    peak = max(peak, peak_gflop_per_s())
+    if (others := neighbours.share()) > timing.NOISY_SHARE:
+        notes.append(f"noisy: other processes had {others:.0%} of the CPUs' time; ratios hold better than times do")
+    return Bench(
+        machine=cpu.machine(),
+        usable_cpus=cpu.usable_cpus(),
+        candidate=proof.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
+        peak_gflop_per_s=peak,
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _way(manifest: Manifest) -> Way:
+    """The bundle's own way with its own threads on the machine that chose them, with this one's CPUs elsewhere."""
+    way, facts = proof.way_of(manifest), manifest.cpu
+    same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
+    threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()
+    return Way(runtime=way.runtime, precision=way.precision, threads=threads)
+
+
+def _arithmetic(model: Model, opened: Mapping[str, Opened]) -> Arithmetic:
+    return cpu.arithmetic(model, opened, model.loads[0].inputs)
+
+
+def _row(
+    model: Model, opened: Mapping[str, Opened], load: Load, gflop: float, ask_pytorch: Callable[[Load], object] | None
+) -> Row:
+    runs: dict[str, Callable[[], object]] = {"ours": lambda: model.drive(opened, load.inputs)}
+    if ask_pytorch is not None:
+        runs["pytorch"] = lambda: ask_pytorch(load)
+    taken = timing.in_turn(runs, rounds=_ROUNDS, budget_s=_BUDGET_S)
+    return Row(load=load, gflop=gflop, ours=taken["ours"], pytorch=taken.get("pytorch"))
+
+
+def _pytorch(
+    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+) -> tuple[Callable[[Load], object] | None, str]:
+    """The plain formulation in eager PyTorch, its weights in memory; or None, and why. Nothing is downloaded."""
+    if find_spec("torch") is None:
+        return None, "PyTorch was not timed: torch is not installed"
+    source = weights or manifest.checkpoint.source
+    if not source.startswith(SYNTHETIC) and not Path(source).is_file():
+        return None, "PyTorch was not timed: give the weights the bundle was made from as --weights"
+    checkpoint = proof.same_weights(model, recipe, manifest, source, progress)
+    import torch
+
+    torch.set_num_threads(cpu.usable_cpus())
+    tensors = {name: checkpoint.read(name) for name in model.tensors if name not in model.optional_tensors}
+
+    def ask(load: Load) -> object:
+        return model.reference(tensors.__getitem__, [load.inputs], precision=Precision.FP32, progress=silent)
+
+    return ask, ""
+
+
+def peak_gflop_per_s() -> float:
+    """The best of a few large fp32 matrix products in NumPy, in GFLOP/s: what the machine can do right now."""
+    import numpy as np
+
+    side = np.random.RandomState(0).standard_normal((_GEMM_SIDE, _GEMM_SIDE)).astype(np.float32)
+    seconds = []
+    for _ in range(_GEMM_ROUNDS):
+        started = time.perf_counter()
+        side @ side
+        seconds.append(time.perf_counter() - started)
+    return 2 * _GEMM_SIDE**3 / min(seconds) / 1e9

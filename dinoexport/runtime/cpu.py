@@ -1,0 +1,107 @@
+"""The CPU's runtimes behind one function: a model's graphs opened the way a bundle says."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from dinoexport.family import Model
+from dinoexport.runtime import Arithmetic, Opened, openvino, ort
+from dinoexport.spec import Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
+
+PLAIN = Way(runtime="onnxruntime", precision=Precision.FP32)
+_TITLES: Mapping[CpuRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def installed() -> tuple[CpuRuntime, ...]:
+    """The runtimes this machine has, the one that needs no extra choice first."""
+    known: tuple[CpuRuntime, ...] = ("onnxruntime", "openvino")
+    return tuple(runtime for runtime in known if _is_installed(runtime))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # what find_spec says of a module that was put out of action
+        return False
+
+
+def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
+    """Every graph by its name, opened in `way`.
+
+    Raises MissingRequirement without the runtime or without the precision on this CPU.
+    """
+    if way.runtime == "openvino":
+        return {
+            graph.name: openvino.open_graph(path, graph, precision=way.precision, threads=way.threads)
+            for path, graph in graphs.items()
+        }
+    return {graph.name: ort.open_graph(path, graph, threads=way.threads) for path, graph in graphs.items()}
+
+
+def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
+    """What the graphs really computed in to answer `inputs`, all graphs together."""
+    first_calls = dict(reversed(_calls(model, opened, inputs)))
+    total: Counter[str] = Counter()
+    for name, arrays in first_calls.items():
+        total.update(opened[name].arithmetic(arrays))
+    return dict(total)
+
+
+def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
+    """Multiplications and additions in the graphs' products to answer `inputs`, counted as ONNX Runtime runs them."""
+    paths = {graph.name: path for path, graph in graphs.items()}
+    return sum(
+        operator.flops
+        for name, arrays in _calls(model, opened, inputs)
+        for operator in ort.executed(paths[name], arrays, optimised=False)
+    )
+
+
+def _calls(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
+    """The graphs that are run to answer `inputs`, in their order, each with its own inputs."""
+    calls: list[tuple[str, Arrays]] = []
+
+    def watched(name: str) -> Runner:
+        def run(arrays: Arrays) -> dict[str, Array]:
+            calls.append((name, arrays))
+            return opened[name](arrays)
+
+        return run
+
+    model.drive({name: watched(name) for name in opened}, inputs)
+    return calls
+
+
+def title(runtime: CpuRuntime) -> str:
+    """The runtime's name and version, as people write it."""
+    return f"{_TITLES[runtime]} {version(runtime)}"
+
+
+def version(runtime: CpuRuntime) -> str:
+    """The installed version of a runtime."""
+    return ort.version() if runtime == "onnxruntime" else openvino.version()
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: those it is bound to, or a container's share of them where that is less."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return bound if quota == "max" else max(1, min(bound, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return bound
+
+
+def machine() -> str:
+    """The CPU's name, as /proc/cpuinfo has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

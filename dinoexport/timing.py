@@ -1,0 +1,89 @@
+"""Latencies worth comparing: taken in turn, with their spread, and with what else the machine was doing meanwhile."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoexport.spec import Progress, silent
+
+# Samples whose middle half is wider than this cannot tell a tenth of the time.
+NOISY_SPREAD = 0.1
+# A tenth of the machine in other hands moves a time by as much.
+NOISY_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latencies:
+    """The samples of one candidate, in milliseconds, in the order they were taken."""
+
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Half the samples took no longer."""
+        return statistics.median(self.samples_ms)
+
+    def percentile_ms(self, percent: float) -> float:
+        """The sample below which `percent` of a hundred lie, between its neighbours where it is none itself."""
+        ordered = sorted(self.samples_ms)
+        at = (len(ordered) - 1) * percent / 100
+        below = int(at)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (ordered[above] - ordered[below]) * (at - below)
+
+    @property
+    def spread(self) -> float:
+        """How far apart the middle half of the samples lies, as a share of the median."""
+        return (self.percentile_ms(75) - self.percentile_ms(25)) / self.median_ms
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, budget_s: float, progress: Progress = silent
+) -> dict[str, Latencies]:
+    """Latencies of each of `runs`, one sample of each per round, so that a slow moment is everybody's.
+
+    Each is run once before it counts. Stops after `rounds`, or after three once `budget_s` is spent.
+    """
+    for run in runs.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for done in range(1, rounds + 1):
+        for name, run in runs.items():
+            before = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - before) * 1e3)
+        progress("timing", done, rounds)
+        if done >= min(3, rounds) and time.perf_counter() - started > budget_s:
+            break
+    return {name: Latencies(samples_ms=tuple(taken)) for name, taken in samples.items()}
+
+
+class Neighbours:
+    """What other processes take of the machine's CPUs between `__init__` and `share`. Linux only; else nothing."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._total = self._now()
+
+    def share(self) -> float:
+        """The share of all CPU time, 0 to 1, that went to others since the start."""
+        busy, own, total = self._now()
+        passed = total - self._total
+        return max(0.0, ((busy - self._busy) - (own - self._own)) / passed) if passed > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """(busy, our own, all) CPU seconds since boot; children count as our own once they have ended."""
+        own = sum(os.times()[:4])
+        try:
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except OSError:
+            return own, own, 0.0
+        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, own, sum(ticks)
