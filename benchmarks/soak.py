@@ -13,8 +13,10 @@ import csv
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -62,6 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     if why := missing():
         raise SystemExit(why)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server does not outlive it
     stretch_s = given.seconds / len(LEVELS) / 3
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
