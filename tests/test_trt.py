@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport import bundle, machine, pipeline, plan, proof
+from dinoexport import bundle, machine, pipeline, plan, preflight, proof
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile, UsageError
 from dinoexport.machine import Gpu
@@ -253,7 +253,7 @@ def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
 
     monkeypatch.setattr(child, "run", compiles)
     monkeypatch.setattr(engine, "require", lambda *_: None)
-    monkeypatch.setattr(pipeline, "require", lambda *_: None)
+    monkeypatch.setattr(preflight, "require", lambda *_: None)
     header = plan.Header(runtime=Runtime.TENSORRT, version="11.4.0.106")
     monkeypatch.setattr(plan, "read_header", lambda _: header)
     order = pipeline.order(

@@ -1,0 +1,311 @@
+"""The stages of a build. Each is made once, and again only when something it depends on has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dinoexport
+from dinoexport import bundle, engine, files, judge, machine, page, plan, proof, repair, tuning
+from dinoexport import quantise as quantiser
+from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
+from dinoexport.checkpoint import Checkpoint
+from dinoexport.errors import ValidationFailed
+from dinoexport.explain import Growth
+from dinoexport.export import export as write_onnx
+from dinoexport.order import Order
+from dinoexport.spec import Array, Graph, Precision, Progress
+from dinoexport.workspace import Stage, Workspace, key_of
+
+# What decides a stage's bytes besides our own code.
+TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+_RUNTIMES = ("onnxruntime", "openvino", "numpy")
+_QUANTISERS = ("onnxruntime", "onnx")
+# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
+_ENGINE_ONLY = {"engine", "profiles"}
+
+
+class NothingHolds(ValidationFailed):
+    """`--precision auto` found no form of the graph that holds the limits."""
+
+
+def export(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+    """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
+    recipe = order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
+    versions = versions_of(TRACERS)
+    metadata = {
+        "dinoexport.variant": order.recipe.name,
+        # The hash alone: the same weights at another path must give the same bytes.
+        "dinoexport.checkpoint_sha256": checkpoint.sha256,
+        "dinoexport.licence": order.recipe.licence,
+        "dinoexport.recipe": json.dumps(recipe, sort_keys=True),
+        "dinoexport.versions": json.dumps(versions, sort_keys=True),
+    }
+
+    def make(folder: Path) -> None:
+        for graph in order.model.graphs:
+            calls = order.model.calls(graph, checkpoint.read)
+            write_onnx(graph, calls, folder, metadata=metadata, progress=work.progress)
+
+    return work.stage("export", key_of(code=_code(order), metadata=metadata), make)
+
+
+def quantise(work: Workspace, exported: Stage) -> Stage:
+    """The int8 twins of the fp32 graphs."""
+
+    def make(folder: Path) -> None:
+        onnx_files = [file.name for file in exported.files if file.name.endswith(".onnx")]
+        for done, name in enumerate(onnx_files, start=1):
+            quantiser.to_int8(exported.folder / name, folder)
+            work.progress("quantising", done, len(onnx_files))
+
+    key = key_of(exported=exported.key, versions=versions_of(_QUANTISERS))
+    return work.stage("quantise", key, make)
+
+
+def tune(order: Order, exported: Stage, plain: Stage, progress: Progress) -> CpuFacts:
+    """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
+    wanted = tuning.Candidate(precision=order.precision, graphs=_graphs(order, exported))
+    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=_graphs(order, plain))
+    lowered = order.precision in (Precision.BF16, Precision.INT8)
+    return tuning.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
+
+
+def _graphs(order: Order, exported: Stage) -> dict[Path, Graph]:
+    return {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
+
+
+def reference(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+    """PyTorch's answers to every case."""
+
+    def make(folder: Path) -> None:
+        reference = proof.ask_pytorch(
+            order.model,
+            checkpoint,
+            order.cases,
+            order.limits,
+            precision=order.precision,
+            judge_code=order.judge_code,
+            progress=work.progress,
+        )
+        bundle.write_reference(folder / bundle.REFERENCE, reference)
+
+    key = key_of(
+        code=_code(order),
+        checkpoint=checkpoint.sha256,
+        recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
+        limits=order.limits.model_dump(mode="json"),
+        cases=[
+            (case.name, case.why, case.expect_refusal, case.neighbours, _digest(case.inputs)) for case in order.cases
+        ],
+        judge_code=order.judge_code,
+        versions=versions_of(TRACERS),
+    )
+    return work.stage("reference", key, make)
+
+
+def precision(work: Workspace, order: Order, checkpoint: Checkpoint, reference: Stage) -> tuple[Stage, Order]:
+    """The order with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        found = repair.repair(order.recipe, order.model, checkpoint, stored, folder, progress=work.progress)
+        if found.fp32 is None:
+            raise NothingHolds(
+                f"Nothing was published: {order.precision} misses its limits even with all of "
+                f"{', '.join(order.model.promotable)} in fp32 ({found.trials[-1].failed_by}).",
+                next_step="Build it with --precision fp32.",
+            )
+        (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+
+    stage = work.stage(
+        "precision", key_of(code=_code(order), reference=reference.key, runtimes=versions_of(_RUNTIMES)), make
+    )
+    recipe, model = repair.promoted(order.recipe, order.model, tried(stage)["fp32"])
+    return stage, replace(order, recipe=recipe, model=model)
+
+
+def tried(stage: Stage) -> dict[str, Any]:
+    """What the precision stage tried and found."""
+    content: dict[str, Any] = json.loads((stage.folder / bundle.PRECISION).read_text())
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """The graph's verdict. growth: of its error inside, where that can be followed. kept: answers worth a picture."""
+
+    stage: Stage
+    report: judge.Report
+    growth: Growth | None
+    kept: page.Kept
+
+
+def judge_graph(
+    work: Workspace,
+    order: Order,
+    checkpoint: Checkpoint,
+    exported: Stage,
+    reference: Stage,
+    facts: CpuFacts | None,
+) -> Judged:
+    """Judges what lies on the disk, the very files that will be published, run as they will be; and looks inside."""
+    stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+    graphs = _graphs(order, exported)
+    way = facts.chosen if facts else proof.graph_way(order.precision)
+    kept = page.Kept()
+    candidate = page.keeping(proof.open_candidate(order.model, graphs, way), stored.expectations, kept)
+    name = proof.candidate_name(order.precision, way, facts.arithmetic if facts else {})
+    report = proof.judged(candidate, stored, name, progress=work.progress)
+    report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
+    growth = proof.growth_of(
+        report,
+        [expectation.case for expectation in stored.expectations],
+        order.model,
+        graphs,
+        checkpoint,
+        order.limits,
+        way=way,
+        precision=order.precision,
+        progress=work.progress,
+    )
+    content = {
+        **report.to_json(),
+        **({"growth": growth.to_json()} if growth else {}),
+        "cpu": facts and facts.model_dump(mode="json"),
+        "versions": versions_of(_RUNTIMES),
+        "machine": platform.machine(),
+    }
+
+    def make(folder: Path) -> None:
+        (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    stage = work.stage("judge", key_of(report=content), make)
+    return Judged(stage=stage, report=report, growth=growth, kept=kept)
+
+
+def report_page(
+    work: Workspace,
+    order: Order,
+    manifest: Manifest,
+    reference: Stage,
+    judged: Judged,
+) -> Stage:
+    """The verdict to look at, of everything the manifest says but the time."""
+
+    def make(folder: Path) -> None:
+        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        html = page.render(manifest, order.model, judged.report, judged.growth, stored, judged.kept)
+        (folder / bundle.PAGE).write_text(html, encoding="utf-8")
+
+    key = key_of(
+        code=_code(order),
+        template=files.sha256(page.TEMPLATE),
+        manifest=manifest.model_dump(mode="json", exclude={"created"}),
+        versions=versions_of((*page.PACKAGES, "pillow")),
+    )
+    return work.stage("page", key, make)
+
+
+def engines(work: Workspace, order: Order, exported: Stage) -> Stage:
+    """An engine from each judged graph, and what is known of each before it is run."""
+
+    def make(folder: Path) -> None:
+        facts = [
+            _compile(work, order, exported.folder / f"{graph.name}.onnx", graph, folder) for graph in order.model.graphs
+        ]
+        content = [engine_facts.model_dump(mode="json") for engine_facts in facts]
+        (folder / bundle.ENGINES).write_text(json.dumps(content, indent=1) + "\n")
+
+    key = key_of(
+        code=_code(order),
+        exported=[file.sha256 for file in exported.files],
+        target=order.chosen.target.model_dump(mode="json"),
+        runtime=order.runtime,
+        choices=order.recipe.engine.model_dump(mode="json"),
+        profiles={name: [asdict(profile) for profile in found] for name, found in order.profiles.items()},
+        gpu=order.builder_gpu,
+        versions=[plan.installed_version(order.runtime), versions_of(("polygraphy",))],
+    )
+    return work.stage("engine", key, make)
+
+
+def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
+    target, choices, gpu = order.chosen.target, order.recipe.engine, order.builder_gpu
+    made = engine.build(
+        onnx,
+        graph,
+        folder,
+        runtime=order.runtime,
+        profiles=order.profiles[graph.name],
+        compute_capabilities=target.compute_capabilities,
+        choices=choices,
+        gpu=gpu,
+        progress=work.progress,
+    )
+    return EngineFacts(
+        graph=graph.name,
+        file=made.path.name,
+        runtime=order.runtime,
+        runtime_version=made.runtime_version,
+        compute_capabilities=made.compute_capabilities,
+        device=gpu.name if gpu else "",
+        compatibility=choices.compatibility,
+        version_compatible=choices.version_compatible,
+        stripped=choices.strip_weights,
+        precision=order.precision,
+        profiles={profile.name: dict(profile.shapes) for profile in order.profiles[graph.name]},
+        size_bytes=made.size_bytes,
+        weight_bytes=made.weight_bytes,
+        scratch_bytes=made.scratch_bytes,
+        attentions=made.attentions,
+        fused_attentions=made.fused_attentions,
+        build_s=round(made.build_s, 1),
+        peak_memory_bytes=made.peak_memory_bytes,
+        log=made.log.name,
+        log_sha256=files.sha256(made.log),
+        caution=target.cautions.get(order.runtime, ""),
+    )
+
+
+def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage]) -> proof.EngineVerdict:
+    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done."""
+    folder, exported = stages["engine"].folder, stages["export"].folder
+    content = json.loads((folder / bundle.ENGINES).read_text())
+    engines = [EngineFacts.model_validate(facts) for facts in content]
+    return proof.judge_engines(
+        order.model,
+        {folder / facts.file: facts for facts in engines},
+        {exported / f"{graph.name}.onnx": graph for graph in order.model.graphs},
+        bundle.read_reference(stages["reference"].folder / bundle.REFERENCE),
+        progress=work.progress,
+    )
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of `packages`, and our own."""
+    found = {package: machine.installed(package) or "not installed" for package in packages}
+    return {"dinoexport": dinoexport.__version__} | found
+
+
+def _code(order: Order) -> str:
+    """The hash of our own code and the family's: a stage made by other code is another stage."""
+    own = Path(dinoexport.__file__)
+    brought = Path(sys.modules[type(order.model).__module__].__file__ or own)
+    sources = {path for module in (own, brought) for path in _sources(module)}
+    return key_of(sources=[files.sha256(path) for path in sorted(sources)])
+
+
+def _sources(module: Path) -> tuple[Path, ...]:
+    """A package's source files, or the one file of a module that is no package."""
+    return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)
+
+
+def _digest(arrays: Mapping[str, Array]) -> dict[str, str]:
+    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
