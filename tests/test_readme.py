@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from dinoexport import cli, pipeline, recipe, shipped
+from dinoexport.cli import making
 from dinoexport.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_commands_are_commands(command: str) -> None:
     _, verb, *args = shlex.split(command)
     context = verbs()[verb].make_context(verb, list(args))
     if "variant" in context.params:
-        pipeline.order(context.params["variant"], precision=cli._precision(context.params.get("precision")))
+        pipeline.order(context.params["variant"], precision=making.precision_of(context.params.get("precision")))
 
 
 def test_every_verb_and_option_is_documented() -> None:

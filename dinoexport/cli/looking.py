@@ -1,0 +1,170 @@
+"""The verbs that look at a bundle: validate, inspect, report, diff, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.making import ReferenceOption, Weights
+from dinoexport.cli.terminal import (
+    Json,
+    choice,
+    fail,
+    progress_lines,
+    reporting,
+    runtime_of,
+    say,
+    say_json,
+    show_report,
+    show_ways,
+)
+from dinoexport.tables import facts as facts_table
+from dinoexport.tables import table
+
+
+@app.command(epilog=EXIT_CODES)
+def validate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
+    ] = None,
+    weights: Weights = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+    ] = None,
+    reference: ReferenceOption = "plain",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
+    with reporting(as_json):
+        from dinoexport import proof
+        from dinoexport.errors import ValidationFailed
+
+        with progress_lines() as progress:
+            validated = proof.validate(
+                bundle,
+                images=images,
+                weights=weights,
+                runtime=runtime_of(runtime),
+                judge_code=choice("reference", reference, ("plain", "hub")),
+                explained=explain,
+                progress=progress,
+            )
+        facts: dict[str, Any] = {
+            "skipped": list(validated.skipped),
+            "not_run": validated.not_run,
+            "recorded": validated.recorded,
+        }
+        if validated.growth is not None:
+            facts["growth"] = validated.growth.to_json()
+        if as_json and validated.report.passed:
+            say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
+            return
+        show_report(validated.report, to_stderr=as_json)
+        show_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
+        if explain:
+            _show_growth(validated, to_stderr=as_json)
+        for line in validated.skipped:
+            say(f"skipped: {line}", to_stderr=as_json)
+        if not validated.report.passed:
+            failed = ValidationFailed(
+                f"{bundle} does not give PyTorch's outputs on this machine.",
+                next_step="The table shows each figure beside its limit.",
+            )
+            fail(failed, as_json, report=validated.report.to_json(), **facts)
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder, or an ONNX file.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a bundle or an ONNX file holds. Nothing is run."""
+    with reporting(as_json):
+        from dinoexport import listing
+
+        found = listing.of_path(path)
+        if as_json:
+            say_json(found)
+            return
+        for title, content in found.items():
+            say(table(title, content) if isinstance(content, list) else facts_table(title, content))
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say where a bundle's report is, after checking its bytes, and open it."""
+    with reporting(as_json):
+        from dinoexport import listing
+
+        path = listing.page_of(bundle)
+        if show:
+            import webbrowser
+
+            webbrowser.open(path.absolute().as_uri())
+        if as_json:
+            say_json({"report": str(path)})
+            return
+        say(f"Report: {path}")
+
+
+@app.command(epilog=EXIT_CODES)
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A bundle's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
+    with reporting(as_json):
+        from dinoexport import compare
+
+        with progress_lines() as progress:
+            found = compare.compare(first, second, progress=progress)
+        if as_json:
+            say_json(found)
+            return
+        for title, rows in found.items():
+            say(table(title, rows) if rows else f"{title}: nothing")
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
+    with reporting(as_json):
+        from dinoexport import bench as stopwatch
+
+        with progress_lines() as progress:
+            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+        if as_json:
+            say_json(timed.to_json())
+            return
+        say(table(f"{timed.candidate}; {timed.machine}, {timed.usable_cpus} CPUs", timed.table()))
+        say(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
+        for note in timed.notes:
+            say(f"note: {note}")
+
+
+def _show_growth(validated: Any, *, to_stderr: bool) -> None:
+    from dinoexport import listing
+
+    if validated.growth is not None:
+        title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
+        say(table(title, listing.growth_rows(validated.growth)), to_stderr=to_stderr)
+    for line in listing.explained(validated.report, validated.growth):
+        say(line, to_stderr=to_stderr)

@@ -1,0 +1,125 @@
+"""What the verbs share: how they end, and everything that reaches the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from dinoexport.errors import DinoexportError
+from dinoexport.tables import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dinoexport.judge import Report
+    from dinoexport.spec import Progress
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+@contextmanager
+def reporting(as_json: bool) -> Iterator[None]:
+    """Ends in an error's own exit code, with one sentence on stderr or one object on stdout."""
+    try:
+        yield
+    except DinoexportError as error:
+        fail(error, as_json)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. Nothing half written is left; finished stages are reused.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
+    """Ends in the error's exit code; with --json what is known goes to stdout as well."""
+    if as_json:
+        say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
+    typer.echo(f"error: {printable(error.message)}", err=True)
+    if error.next_step:
+        typer.echo(f"  next: {printable(error.next_step)}", err=True)
+    sys.exit(error.exit_code)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: names in a hostile file must not steer the user's terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+@contextmanager
+def progress_lines() -> Iterator[Progress]:
+    """A progress line per piece of work on stderr, drawn only on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def report(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = bars.add_task(doing, total=total or None)
+                if not console.is_terminal:
+                    typer.echo(f"{doing} ...", err=True)
+            bars.update(tasks[doing], completed=done, total=total or None)
+
+        yield report
+
+
+def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
+    """The word, if it is one of those the option knows; else a UsageError that names them."""
+    from dinoexport.errors import UsageError
+    from dinoexport.spec import closest
+
+    if word not in known:
+        raise UsageError(f"--{option} {word!r} is unknown.{closest(word, known)}", next_step=f"Use {', '.join(known)}.")
+    return word
+
+
+def runtime_of(word: str | None) -> Any:
+    """The runtime that was asked for, or None."""
+    from dinoexport.spec import Runtime
+
+    return None if word is None else Runtime(choice("runtime", word, tuple(Runtime)))
+
+
+def say(what: Table | str, *, to_stderr: bool = False) -> None:
+    """A line or a table."""
+    from rich.console import Console
+
+    if isinstance(what, str):
+        typer.echo(what, err=to_stderr)
+        return
+    console = Console(stderr=to_stderr)
+    # A pipe has no width; 80 columns would cut the figures off.
+    (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
+
+
+def say_json(content: Any) -> None:
+    """The one object on stdout."""
+    typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def show_report(report: Report, *, to_stderr: bool = False) -> None:
+    """The verdict as a table: a row for each output of each case."""
+    from dinoexport import listing
+
+    verdict = "PASSED" if report.passed else "FAILED"
+    title = f"{verdict}: {report.candidate}, against {report.reference}"
+    say(table(title, listing.report_rows(report)), to_stderr=to_stderr)
+
+
+def show_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
+    """How a bundle runs: on a CPU, and its engines."""
+    from dinoexport import listing
+
+    for line in (*listing.cpu_lines(manifest), *listing.engine_lines(manifest, not_run)):
+        say(line, to_stderr=to_stderr)
