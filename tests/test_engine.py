@@ -49,6 +49,7 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     ("variant", "precision", "targets"),
     [
         ("vits14", Precision.FP16, ("8.0",)),
+        ("vits14_reg", Precision.FP16, ("8.0",)),
         ("vits14_reg", Precision.FP16, ("8.6", "8.9", "12.0")),
         ("vits14", Precision.FP32, ("8.0",)),
         ("vits14_reg", Precision.FP32, ("8.0",)),
