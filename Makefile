@@ -27,7 +27,7 @@ test: $(READY) $(TRITON_READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint --failure-threshold info Dockerfile
-	$(BIN)/pytest -n 2 --dist worksteal $(REQUIRE:%=--require %)
+	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/run.py

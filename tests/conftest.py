@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
 
 DATA = Path(__file__).parent / "data"
+
+
+def hear_sigint() -> None:
+    """A shell's background jobs are born deaf to Ctrl-C, and so are their children: this one is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
