@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,8 @@ settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
 
 DATA = Path(__file__).parent / "data"
-
-
-def hear_sigint() -> None:
-    """A shell's background jobs are born deaf to Ctrl-C, and so are their children: this one is not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell's background jobs are born deaf to Ctrl-C, and so are their children: what follows these words is not.
+HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

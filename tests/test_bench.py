@@ -11,11 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from dinoexport import bench, cli, pipeline, timing
+from dinoexport import bench, cli, pipeline, recipe, timing
 from dinoexport.bundle import Manifest
 from dinoexport.models.dinov2 import Dinov2Model
 from dinoexport.runtime import cpu
-from dinoexport.recipe import load
 from dinoexport.spec import Load, Precision, silent
 from tests.conftest import DATA
 
@@ -142,8 +141,8 @@ def test_a_wrong_bundle_is_not_timed(folder: Path, tmp_path: Path) -> None:
 def test_shipped_loads_fit_the_profile() -> None:
     from dinoexport.models.dinov2 import cases
 
-    small: Any = {name: load(TINY).profile[name].model_copy(update={"max": 70}) for name in ("height", "width")}
-    names = [found.name for found in cases.loads(load(TINY).profile | small, as_bytes=False)]
+    small: Any = {name: recipe.load(TINY).profile[name].model_copy(update={"max": 70}) for name in ("height", "width")}
+    names = [found.name for found in cases.loads(recipe.load(TINY).profile | small, as_bytes=False)]
     assert names == ["1 x 70 x 70", "4 x 70 x 70"]
     shipped = cases.loads(pipeline.load("vits14").profile, as_bytes=True)
     assert [found.name for found in shipped] == ["1 x 224 x 224", "1 x 518 x 518", "8 x 224 x 224", "8 x 518 x 518"]

@@ -22,7 +22,7 @@ from dinoexport.machine import Gpu
 from dinoexport.recipe import EngineChoices
 from dinoexport.spec import Graph, Precision, Runtime
 from tests import conformance
-from tests.conftest import DATA, hear_sigint
+from tests.conftest import DATA, HEARING_SIGINT
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
 
@@ -264,8 +264,8 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tiny: tuple[Path, Graph], t
     """The very key press: SIGINT to the process group of a real build while its compiler runs."""
     command = [sys.executable, "-m", "dinoexport", "build", TINY, "--weights", "synthetic:0", "--target", "a100"]
     settings: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    command += ["--out", str(tmp_path / "bundle")]
-    with subprocess.Popen(command, start_new_session=True, preexec_fn=hear_sigint, **settings) as build:
+    command = [*HEARING_SIGINT, *command, "--out", str(tmp_path / "bundle")]
+    with subprocess.Popen(command, start_new_session=True, **settings) as build:
         assert build.stderr is not None
         assert any("compiling the engine" in line for line in build.stderr), "the compiler has begun"
         os.killpg(build.pid, signal.SIGINT)

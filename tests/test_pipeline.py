@@ -19,7 +19,7 @@ import pytest
 from dinoexport import bundle, pipeline, proof
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, WeightsError
 from dinoexport.spec import Precision
-from tests.conftest import DATA, hear_sigint
+from tests.conftest import DATA, HEARING_SIGINT
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
 
@@ -255,9 +255,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "bundle"
-    with subprocess.Popen(
-        build_command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint
-    ) as process:
+    words = [*HEARING_SIGINT, *build_command(out)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith("tracing"))
         process.send_signal(number)
