@@ -144,6 +144,6 @@ def test_shipped_loads_fit_the_profile() -> None:
     small: Any = {name: recipe.load(TINY).profile[name].model_copy(update={"max": 70}) for name in ("height", "width")}
     names = [found.name for found in cases.loads(recipe.load(TINY).profile | small, as_bytes=False)]
     assert names == ["1 x 70 x 70", "4 x 70 x 70"]
-    shipped = cases.loads(pipeline.load("vits14").profile, as_bytes=True)
+    shipped = cases.loads(recipe.load("vits14").profile, as_bytes=True)
     assert [found.name for found in shipped] == ["1 x 224 x 224", "1 x 518 x 518", "8 x 224 x 224", "8 x 518 x 518"]
     assert shipped[3].inputs["images"].shape == (8, 518, 518, 3)
