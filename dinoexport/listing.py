@@ -238,11 +238,11 @@ def deployed_facts(deployed: Deployed) -> dict[str, Any]:
 def deployed_lines(deployed: Deployed) -> list[str]:
     """What is served now, and what to do so that a running server notices."""
     before = f" (before: {deployed.previous})" if deployed.previous else ""
-    first = deployed.models[0]
     return [
         f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
         f"Models:  {', '.join(deployed.models)}",
-        f"Next:    curl -X POST HOST:8000/v2/repository/models/{first}/load   (a running server takes it over)",
+        "Next, so that a running server takes it over:",
+        *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
         f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",
     ]
 
