@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dinoexport import bundle, family, proof, timing
+from dinoexport import bundle, candidates, family, proof, timing
 from dinoexport.bundle import Manifest
 from dinoexport.checkpoint import SYNTHETIC
 from dinoexport.errors import ValidationFailed
@@ -150,7 +150,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     return Bench(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
-        candidate=proof.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
+        candidate=candidates.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
         peak_gflop_per_s=peak,
         rows=tuple(rows),
         notes=tuple(notes),
@@ -159,7 +159,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
 
 def _way(manifest: Manifest) -> Way:
     """The bundle's own way with its own threads on the machine that chose them, with this one's CPUs elsewhere."""
-    way, facts = proof.way_of(manifest), manifest.cpu
+    way, facts = candidates.way_of(manifest), manifest.cpu
     same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
     threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()
     return Way(runtime=way.runtime, precision=way.precision, threads=threads)

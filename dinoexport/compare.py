@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dinoexport import bundle, family, proof
+from dinoexport import bundle, candidates, family
 from dinoexport.bundle import Manifest
 from dinoexport.errors import UsageError
 from dinoexport.judge import Candidate
@@ -71,7 +71,7 @@ def _opened(folder: Path, progress: Progress) -> _Side:
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {folder / bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
-    return _Side(folder=folder, manifest=manifest, candidate=proof.open_candidate(model, graphs))
+    return _Side(folder=folder, manifest=manifest, candidate=candidates.open_candidate(model, graphs))
 
 
 def _differences(a: Manifest, b: Manifest) -> Rows:

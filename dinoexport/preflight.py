@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 
-from dinoexport import engine, page, plan, proof, tuning
+from dinoexport import candidates, engine, page, plan, tuning
 from dinoexport.errors import MissingRequirement, require
 from dinoexport.export import PACKAGES
 from dinoexport.order import Order
@@ -20,7 +20,7 @@ def packages(order: Order) -> None:
     if order.chosen.on_cpu:
         tuning.ways(order.precision)
     else:
-        runtime = proof.graph_way(order.precision).runtime
+        runtime = candidates.graph_way(order.precision).runtime
         require("openvino" if runtime == "openvino" else "cpu", runtime)
     if order.runtime.has_engine:
         require(plan.EXTRA[order.runtime], *engine.PACKAGES[order.runtime])

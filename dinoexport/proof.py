@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from dinoexport import bundle, explain, family, judge, machine, plan
+from dinoexport import bundle, candidates, explain, family, judge
 from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -21,17 +21,14 @@ from dinoexport.explain import Growth
 from dinoexport.family import Model
 from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
-from dinoexport.runtime import Arithmetic, cpu, trt
+from dinoexport.runtime import cpu
 from dinoexport.spec import (
-    Array,
     Arrays,
     Case,
     Expectation,
     Graph,
     Precision,
-    Profile,
     Progress,
-    Runner,
     Runtime,
     Way,
     silent,
@@ -99,45 +96,6 @@ def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
     return {name: error for name, error in errors.items() if isfinite(error)}
 
 
-def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> judge.Candidate:
-    """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
-    return _driven(model, cpu.open_graphs(graphs, way))
-
-
-def _driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:
-    def answer(inputs: Arrays) -> dict[str, Array]:
-        return model.drive(runners, inputs)
-
-    return answer
-
-
-def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
-    """What the verdict is about, in words, with what really computed: never what was only asked for."""
-    widened = "" if precision is way.precision else f" widened to {way.precision}"
-    ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
-    return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
-
-
-def graph_way(precision: Precision) -> Way:
-    """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
-    if precision is Precision.BF16:
-        return Way(runtime="openvino", precision=Precision.FP32)
-    return Way(runtime="onnxruntime", precision=precision)
-
-
-def way_of(manifest: Manifest) -> Way:
-    """How this machine runs a bundle: as the building one did, with as many threads as the runtime likes here.
-
-    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
-    """
-    if manifest.cpu is None:
-        return graph_way(manifest.precision)
-    chosen = manifest.cpu.chosen
-    if chosen.precision is Precision.FP32 and chosen.runtime not in cpu.installed():
-        return cpu.PLAIN
-    return Way(runtime=chosen.runtime, precision=chosen.precision)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineVerdict:
     """What this machine's GPU says of a bundle's engines: `report`, or `not_run`, the reason why it was not asked."""
@@ -161,40 +119,11 @@ def judge_engines(
     """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead."""
     facts = tuple(engines.values())
     try:
-        candidate, device = open_engines(model, engines, graphs)
+        candidate, device = candidates.open_engines(model, engines, graphs)
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
-    report = judged(candidate, reference, engine_name(facts[0], device), progress=progress)
+    report = judged(candidate, reference, candidates.engine_name(facts[0], device), progress=progress)
     return EngineVerdict(facts=_executed(facts, device, report), report=report)
-
-
-def open_engines(
-    model: Model, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
-) -> tuple[judge.Candidate, str]:
-    """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
-
-    Raises MissingRequirement, before any is opened, when one is for another device or version.
-    """
-    gpus = machine.gpus()
-    devices = [plan.check_runs_here(facts, gpus).name for facts in engines.values()]
-    signatures = {graph.name: graph for graph in graphs.values()}
-    weights = {graph.name: path for path, graph in graphs.items()}
-    runners: dict[str, Runner] = {
-        facts.graph: trt.open_engine(
-            path,
-            signatures[facts.graph],
-            runtime=facts.runtime,
-            profiles=[Profile(name=name, shapes=shapes) for name, shapes in facts.profiles.items()],
-            weights_from=weights[facts.graph] if facts.stripped else None,
-        )
-        for path, facts in engines.items()
-    }
-    return _driven(model, runners), devices[0]
-
-
-def engine_name(facts: EngineFacts, device: str) -> str:
-    """What the verdict on an engine is about, in words."""
-    return f"{facts.runtime} {facts.runtime_version} on {device}, {facts.precision}"
 
 
 def _executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:
@@ -287,7 +216,7 @@ def validate(
             graphs,
             checkpoint,
             limits,
-            way=way_of(manifest),
+            way=candidates.way_of(manifest),
             precision=manifest.precision,
             progress=progress,
         )
@@ -320,16 +249,16 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = open_engines(model, engines, graphs)
-            return _Opened(candidate=candidate, name=engine_name(manifest.engines[0], device), device=device)
+            candidate, device = candidates.open_engines(model, engines, graphs)
+            return _Opened(candidate=candidate, name=candidates.engine_name(manifest.engines[0], device), device=device)
         except MissingRequirement as missing:
             if runtime is not None:
                 raise
             not_run = missing.message
-    way = way_of(manifest)
+    way = candidates.way_of(manifest)
     opened = cpu.open_graphs(graphs, way)
-    name = candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
-    return _Opened(candidate=_driven(model, opened), name=name, not_run=not_run)
+    name = candidates.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
+    return _Opened(candidate=candidates.driven(model, opened), name=name, not_run=not_run)
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dinoexport import explain, family, proof
+from dinoexport import candidates, explain, family, proof
 from dinoexport.bundle import Reference
 from dinoexport.checkpoint import Checkpoint
 from dinoexport.errors import ValidationFailed
@@ -117,7 +117,7 @@ def _problems(
         except ValidationFailed as error:  # a weight the precision cannot hold
             return {expectation.case.name: error.message for expectation in reference.expectations}
         graphs = {Path(place) / f"{graph.name}.onnx": graph for graph in form.graphs}
-        report = proof.judged(proof.open_candidate(form, graphs), replace(reference, refusals=()), "a form")
+        report = proof.judged(candidates.open_candidate(form, graphs), replace(reference, refusals=()), "a form")
         cases = [expectation.case for expectation in reference.expectations]
         report = proof.with_ranges(report, form, graphs, cases)
     by_case = {

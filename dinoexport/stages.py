@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, engine, files, judge, machine, page, plan, proof, repair, tuning
+from dinoexport import bundle, candidates, engine, files, judge, machine, page, plan, proof, repair, tuning
 from dinoexport import quantise as quantiser
 from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
 from dinoexport.checkpoint import Checkpoint
@@ -158,10 +158,10 @@ def judge_graph(
     """Judges what lies on the disk, the very files that will be published, run as they will be; and looks inside."""
     stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
     graphs = _graphs(order, exported)
-    way = facts.chosen if facts else proof.graph_way(order.precision)
+    way = facts.chosen if facts else candidates.graph_way(order.precision)
     kept = page.Kept()
-    candidate = page.keeping(proof.open_candidate(order.model, graphs, way), stored.expectations, kept)
-    name = proof.candidate_name(order.precision, way, facts.arithmetic if facts else {})
+    candidate = page.keeping(candidates.open_candidate(order.model, graphs, way), stored.expectations, kept)
+    name = candidates.candidate_name(order.precision, way, facts.arithmetic if facts else {})
     report = proof.judged(candidate, stored, name, progress=work.progress)
     report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
     growth = proof.growth_of(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoexport import explain, proof
+from dinoexport import candidates, explain
 from dinoexport.export import export
 from dinoexport.family import Call, Model, Read
 from dinoexport.metrics import distance
@@ -76,7 +76,7 @@ def export_to(folder: Path, model: Model, read: Read) -> None:
 def exported(model: Model, read: Read, inputs: Sequence[Arrays], folder: Path) -> list[dict[str, Any]]:
     """Each case driven through the exported files."""
     export_to(folder, model, read)
-    candidate = proof.open_candidate(model, {folder / f"{graph.name}.onnx": graph for graph in model.graphs})
+    candidate = candidates.open_candidate(model, {folder / f"{graph.name}.onnx": graph for graph in model.graphs})
     return [candidate(arrays) for arrays in inputs]
 
 

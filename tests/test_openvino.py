@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoexport import pipeline, proof
+from dinoexport import candidates, pipeline
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement
 from dinoexport.metrics import distance
 from dinoexport.models.dinov2 import synthetic
@@ -93,7 +93,7 @@ def test_the_abs_that_openvino_drops_would_be_noticed(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Stem, "_positions", with_abs)
     wrong = Exported("tiny_swiglu", tmp_path)
-    onnxruntime = proof.open_candidate(wrong.model, {wrong.path: wrong.graph})
+    onnxruntime = candidates.open_candidate(wrong.model, {wrong.path: wrong.graph})
     assert wrong.error(onnxruntime, (1, 98, 126)) < 1e-5
     assert wrong.error(openvino.open_graph(wrong.path, wrong.graph), (1, 98, 126)) > 0.01
 
