@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dinoexport import bundle, candidates, explain, family, judge
 from dinoexport.bundle import EngineFacts, Manifest, Reference
@@ -127,8 +127,11 @@ def judge_engines(
 
 
 def _executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:
-    when = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return tuple(f.model_copy(update={"executed": when, "report": report.to_json()}) for f in facts)
+    """The facts with the verdict; only an engine that passed is said to have been executed."""
+    found: dict[str, Any] = {"report": report.to_json()}
+    if report.passed:
+        found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return tuple(f.model_copy(update=found) for f in facts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,8 @@ def reference(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
         recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
         limits=order.limits.model_dump(mode="json"),
         cases=[
-            (case.name, case.why, case.expect_refusal, case.neighbours, _digest(case.inputs)) for case in order.cases
+            (case.name, case.why, case.expect_refusal, case.neighbours, case.shown, _digest(case.inputs))
+            for case in order.cases
         ],
         judge_code=order.judge_code,
         versions=versions_of(TRACERS),

@@ -274,4 +274,7 @@ def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
     assert bundle.read_manifest(order.out) == before, "the good one stays"
     with pytest.raises(pipeline.Rejected):
         pipeline.build(order, keep_rejected=True)
-    assert bundle.read_manifest(order.out).verdict == "rejected"
+    rejected_manifest = bundle.read_manifest(order.out)
+    assert rejected_manifest.verdict == "rejected"
+    (facts,) = rejected_manifest.engines
+    assert facts.executed == "never" and not facts.report["passed"]

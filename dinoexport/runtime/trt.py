@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ def open_engine(
     """
     extra, packages = PACKAGES[runtime]
     require(extra, *packages)
+    # CUDA counts the fastest GPU first, the driver by the PCI bus; the GPU that was checked is the one that shall run.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     trt: Any = importlib.import_module(runtime.value)
     logger = trt.Logger(trt.Logger.ERROR)
     opened = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
