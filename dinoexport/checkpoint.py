@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 # How much of a mapped file may be read before it is mapped anew.
-_MAPPED_BYTES_MAX = 256 * 2**20
+_MAPPED_BYTES_MAX = 128 * 2**20
 SYNTHETIC = ("synthetic:", "synthetic-stress:")
 _SYNTHETIC = re.compile(
     r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII

@@ -8,6 +8,7 @@ the checkpoint to the external data file one at a time, folded and cast on the w
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,10 @@ def _trace(piece: Piece) -> ir.Graph:
     import onnxscript.optimizer
     import torch
 
-    axes = {name: {axis: torch.export.Dim(dim) for axis, dim in dims.items()} for name, dims in piece.dynamic.items()}
+    axes = {
+        name: {axis: torch.export.Dim(dim, min=piece.least_sizes.get(dim)) for axis, dim in dims.items()}
+        for name, dims in piece.dynamic.items()
+    }
     shapes = tuple(axes.get(name, {}) for name in piece.example_inputs)
     with _quiet():
         try:
@@ -187,6 +191,7 @@ def _weight(call: Call, parameter: ir.Value) -> ir.Value:
     """An initializer whose bytes are made when the file is written."""
     import numpy as np
     import onnx_ir as ir
+    import torch
 
     assert parameter.name is not None and parameter.dtype is not None
     weight, dtype = call.weights[parameter.name], parameter.dtype
@@ -195,15 +200,15 @@ def _weight(call: Call, parameter: ir.Value) -> ir.Value:
 
     def read() -> ir.Tensor[Any]:
         values = weight.read()
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(values, dtype=dtype.numpy())
-        if not np.isfinite(array).all():
+        # PyTorch rounds and transposes on all cores, at a quarter of NumPy's time for a large matrix.
+        cast = torch.from_numpy(values).to(getattr(torch, dtype.numpy().name)).contiguous()
+        if not all(math.isfinite(end) for end in cast.aminmax()):
             raise ValidationFailed(
                 f"The weight {name} reaches {np.abs(values).max():,.0f}, more than {dtype.name.lower()} can hold.",
                 next_step="--precision auto finds what must stay fp32.",
             )
-        assert array.shape == weight.shape, (name, array.shape, weight.shape)
-        return ir.Tensor(array, name=name)
+        assert cast.shape == weight.shape, (name, cast.shape, weight.shape)
+        return ir.Tensor(cast.view(torch.uint8).numpy().view(dtype.numpy()), name=name)
 
     tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
     return ir.Value(name=name, shape=ir.Shape(weight.shape), type=ir.TensorType(dtype), const_value=tensor)

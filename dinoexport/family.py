@@ -9,7 +9,7 @@ Nothing but `pieces` and `reference` may import torch: a bundle is validated on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,8 @@ class Piece:
     """A part of a graph that is traced once, however often it is used: pieces of one name are the same.
 
     example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
+    least_sizes: dimension name -> the least size the module takes, where that is not 1; the tracer finds it out as
+    well, by tracing twice.
     The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
     never looked at.
     """
@@ -41,6 +43,7 @@ class Piece:
     module: torch.nn.Module
     example_inputs: Mapping[str, torch.Tensor]
     dynamic: Mapping[str, Mapping[int, str]]
+    least_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,7 @@ class Dinov2Model:
             module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
+            least_sizes={"height": PATCH, "width": PATCH},
         )
         block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
         exact = over_tokens(
