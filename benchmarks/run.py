@@ -86,7 +86,7 @@ def inference(variant: str, work: Path) -> list[dict[str, Any]]:
 def exports(variant: str, work: Path, precision: str, *, rounds: int) -> list[dict[str, Any]]:
     """A row for each way to export, with the copy of the same bytes as what the disk costs."""
     checkpoint = work / "checkpoint"
-    ways = ["dinoexport", "torch.onnx"] + (["optimum"] if precision == "fp32" else [])
+    ways = ["dinoexport", "torch.onnx", "torch.onnx, TorchScript"] + (["optimum"] if precision == "fp32" else [])
     samples: dict[str, list[tuple[float, int]]] = {way: [] for way in (*ways, "copy of the bytes")}
     for _ in range(rounds):
         for way in ways:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from dinoexport.spec import Progress, silent
 
 # Samples whose middle half is wider than this cannot tell a tenth of the time.
 NOISY_SPREAD = 0.1
+# NumPy's threads spin for a tenth of a second after a product, and cost what came next half its time again.
+_SETTLE_S = 0.15
 # A tenth of the machine in other hands moves a time by as much.
 NOISY_SHARE = 0.1
 
@@ -47,14 +50,19 @@ def in_turn(
 ) -> dict[str, Latencies]:
     """Latencies of each of `runs`, one sample of each per round, so that a slow moment is everybody's.
 
-    Each is run once before it counts. Stops after `rounds`, or after three once `budget_s` is spent.
+    Each is run once before it counts. Every round has an order of its own, the same on each call, so that nobody
+    always follows the same other. Stops after `rounds`, or after three once `budget_s` is spent.
     """
     for run in runs.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs.items()), random.Random(0).shuffle  # noqa: S311 (no secret)
     started = time.perf_counter()
     for done in range(1, rounds + 1):
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in order:
+            if len(order) > 1:
+                time.sleep(_SETTLE_S)
             before = time.perf_counter()
             run()
             samples[name].append((time.perf_counter() - before) * 1e3)

@@ -25,8 +25,23 @@ def test_percentiles_are_numpys(taken: list[float], percent: float) -> None:
 def test_samples_are_taken_in_turn_after_a_warm_up() -> None:
     calls: list[str] = []
     found = timing.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, budget_s=9)
-    assert calls == ["a", "b"] * 5
+    assert calls[:2] == ["a", "b"]
+    turns = {"".join(calls[at : at + 2]) for at in range(2, 10, 2)}
+    assert turns == {"ab", "ba"}, "each once a round, and nobody always after the same other"
     assert {name: len(latencies.samples_ms) for name, latencies in found.items()} == {"a": 4, "b": 4}
+
+
+def test_threads_that_still_spin_for_one_are_not_on_the_next_ones_time() -> None:
+    stopped = 0.0
+
+    def spins_on() -> None:
+        nonlocal stopped
+        stopped = time.perf_counter() + 0.1
+
+    found = timing.in_turn(
+        {"spins": spins_on, "next": lambda: time.sleep(max(0.0, stopped - time.perf_counter()))}, rounds=6, budget_s=9
+    )
+    assert max(found["next"].samples_ms) < 50
 
 
 def test_a_budget_ends_it_after_three_rounds() -> None:
