@@ -2,8 +2,9 @@
 
 Dynamic, so no calibration images decide what the graph is good at. Products of two activations, in attention, stay
 fp32, and so do convolutions. Static ranges, calibrated on crops of the very photographs they were then judged on, were
-measured and left out (`benchmarks/static_int8.py`, ViT-S with made-up weights at 224 and 518): off by 5.3 to 10 %, where
-the limit is 5 % and dynamic is off by 3 %, for 1.03 to 1.13 times its time in ONNX Runtime, 0.88 to 0.92 in OpenVINO.
+measured and left out (`benchmarks/static_int8.py`, ViT-S with made-up weights at 224 and 518): off by 5.3 to 10 %,
+where the limit is 5 % and dynamic is off by 3 %, for 1.03 to 1.13 times its time in ONNX Runtime, 0.88 to 0.92
+in OpenVINO.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import promql_parser
 import pytest
@@ -76,14 +77,35 @@ def test_a_schema_error_would_be_seen() -> None:
         valid(wrong)
 
 
-def test_kserve_runs_a_valid_container() -> None:
-    """KServe's own schema was not at hand; its predictor is a pod's spec, which is Kubernetes'."""
+def kserve_schema() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "kserve_inferenceservice.json").read_text())
+    return schema
+
+
+def test_kserve_takes_the_service_and_kubernetes_its_pod() -> None:
     (service,) = documents(KUBERNETES / "kserve.yaml")
+    jsonschema.validate(service, kserve_schema())
     predictor = dict(service["spec"]["predictor"])
+    # KServe's own fields of a predictor; the rest is a pod's spec.
     assert {key: predictor.pop(key) for key in ("minReplicas", "maxReplicas")} == {"minReplicas": 1, "maxReplicas": 8}
     valid({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": predictor})
     (container,) = predictor["containers"]
     assert container["name"] == "kserve-container"  # what KServe looks for
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"spec": {"predictor": {"replicas": 3}}},
+        {"spec": {"predictor": {"minReplicas": "1"}}},
+        {"spec": {"predictors": {}}},
+        {"apiVersion": "serving.kserve.io/v1"},
+    ],
+)
+def test_kserve_refuses_what_it_does_not_know(wrong: dict[str, Any]) -> None:
+    (service,) = documents(KUBERNETES / "kserve.yaml")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(merged(service, wrong), kserve_schema())
 
 
 def test_resources_fit_together() -> None:
