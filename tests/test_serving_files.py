@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,9 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 def resources() -> list[dict[str, Any]]:
     """What the kustomization puts on the cluster."""
-    (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
-    return [document for name in kustomization["resources"] for document in documents(KUBERNETES / name)]
+    base = KUBERNETES / "base"
+    (kustomization,) = documents(base / "kustomization.yaml")
+    return [document for name in kustomization["resources"] for document in documents(base / name)]
 
 
 def of_kind(kind: str) -> dict[str, Any]:
@@ -69,6 +72,28 @@ def test_the_gpu_patch_fits() -> None:
     valid(patched)
     (container,) = patched["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": "1"}
+
+
+def test_the_overlay_lies_beside_its_base() -> None:
+    """Kustomize refuses a base that contains the overlay: "cycle detected"."""
+    overlay = KUBERNETES / "gpu"
+    (kustomization,) = documents(overlay / "kustomization.yaml")
+    bases = [(overlay / name).resolve() for name in kustomization["resources"]]
+    assert bases == [(KUBERNETES / "base").resolve()]
+    assert not overlay.resolve().is_relative_to(bases[0])
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders a kustomization, is not here")
+@pytest.mark.parametrize("folder", ["base", "gpu"])
+def test_what_kustomize_renders_is_valid(folder: str) -> None:
+    rendered = subprocess.run(["kubectl", "kustomize", KUBERNETES / folder], capture_output=True, text=True, check=True)
+    found = list(yaml.safe_load_all(rendered.stdout))
+    assert sorted(each["kind"] for each in found) == sorted(each["kind"] for each in resources())
+    for resource in found:
+        valid(resource)
+    (pod,) = [each["spec"]["template"]["spec"] for each in found if each["kind"] == "Deployment"]
+    assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == (folder == "gpu")
+    assert pod["containers"][0]["image"] == "dinoexport-serve:latest"
 
 
 def test_a_schema_error_would_be_seen() -> None:
