@@ -215,6 +215,7 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
     for timed in facts.measured:
         chosen = ", chosen" if timed.way == facts.chosen else ""
         lines.append(f"        {timed.median_ms:9.1f} ms for {facts.load}: {_way(timed.way)}{chosen}")
+    lines += [f"        {runtime} was left out: {why}" for runtime, why in facts.refused.items()]
     if facts.times_fp32 is not None:
         lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 there")
     if facts.others_share > timing.NOISY_SHARE:
