@@ -65,6 +65,10 @@ def validate(
         }
         if validated.growth is not None:
             facts["growth"] = validated.growth.to_json()
+        together = validated.together
+        if together is not None:
+            facts["said"] = list(together.said)
+            facts["agreement"] = together.agreement and together.agreement.to_json()
         if as_json and validated.report.passed:
             say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
@@ -72,6 +76,10 @@ def validate(
         show_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
         if explain:
             _show_growth(validated, to_stderr=as_json)
+        if together is not None and together.agreement is not None:
+            say(table("Decisions, candidate against PyTorch", together.agreement.table), to_stderr=as_json)
+        for line in (*together.said, *(together.agreement.lines if together.agreement else ())) if together else ():
+            say(line, to_stderr=as_json)
         for line in validated.skipped:
             say(f"skipped: {line}", to_stderr=as_json)
         if not validated.report.passed:

@@ -33,6 +33,7 @@ class Toy:
     tensors = {"embedding": (VOCABULARY, WIDTH), "unembedding": (VOCABULARY, WIDTH)}  # noqa: RUF012
     optional_tensors = frozenset()
     promotable = ()
+    uses = None
     probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012

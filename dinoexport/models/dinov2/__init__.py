@@ -17,6 +17,7 @@ from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
+from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
 
@@ -270,6 +271,11 @@ class Dinov2Model:
     def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
         return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+
+    @property
+    def uses(self) -> ImageUses:
+        """Class tokens, mean patch tokens, and patches found again in the mirrored image; see `uses`."""
+        return ImageUses()
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
