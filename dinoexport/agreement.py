@@ -16,7 +16,7 @@ from dinoexport.errors import require
 from dinoexport.family import Uses
 from dinoexport.judge import Bound, Row, without_nan
 from dinoexport.recipe import Limit, Limits
-from dinoexport.spec import Array, Arrays
+from dinoexport.spec import Array, Arrays, Progress, silent
 
 PACKAGES = ("sklearn",)
 KNN, PROBE = "knn_agreement", "probe_agreement"
@@ -48,10 +48,12 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Differs:
-    """An item that the candidate decides otherwise, and how."""
+    """An item that the candidate decides otherwise, and how. lost, instead: neighbours that only one side finds."""
 
     item: str
     how: str
+    lost: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ class Agreement:
         return content
 
 
-def agreement(uses: Uses, items: Sequence[Item], limits: Limits) -> Agreement:
+def agreement(uses: Uses, items: Sequence[Item], limits: Limits, *, progress: Progress = silent) -> Agreement:
     """How often candidate and PyTorch decide the same, in everything the items allow to be measured."""
     require("export", *PACKAGES)
     import sklearn
@@ -138,6 +140,7 @@ def agreement(uses: Uses, items: Sequence[Item], limits: Limits) -> Agreement:
         said.append(f"{len(items) - len(usable)} of {len(items)} have no usable answer and are left out here")
     if not usable:
         return Agreement(measures=(), said=tuple(said))
+    progress("comparing decisions", 0, 0)
     with sklearn.config_context(working_memory=_DISTANCES_MIB):
         found = [
             _recall(uses, usable, limits.recall_min, said),
@@ -145,11 +148,7 @@ def agreement(uses: Uses, items: Sequence[Item], limits: Limits) -> Agreement:
             _correspondence(usable, limits.correspondence_min),
         ]
     measures = tuple(measure for measure in found if measure is not None)
-    said += [
-        f"{m.figure}: with {m.items} the limit {m.bound.limit:g} lets none differ"
-        for m in measures
-        if m.bound is not None and m.figure in (KNN, PROBE) and 1 - 1 / m.items < m.bound.limit
-    ]
+    progress("comparing decisions", 1, 1)
     return Agreement(measures=measures, said=tuple(said))
 
 
@@ -192,26 +191,23 @@ def _recall(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[s
     nearest_NK = search.fit(exact).kneighbors(return_distance=False)
     found_NK = search.fit(ours).kneighbors(return_distance=False)
     unit = normalize(exact)
-    lost: dict[str, list[str]] = {}
     kept = np.empty(len(items))
+    differs: list[Differs | None] = []
     for i, (nearest_K, found_K) in enumerate(zip(nearest_NK, found_NK, strict=True)):
         farthest = (unit[nearest_K] @ unit[i]).min()
-        right_K = unit[found_K] @ unit[i] >= farthest - _EQUALLY_NEAR
-        kept[i] = right_K.mean()
-        if kept[i] < 1:
-            lost[items[i].name] = [items[j].name for j in nearest_K if j not in found_K]
-    places = {items[i].name: kept[i] for i in np.argsort(kept, kind="stable")}
+        kept[i] = (unit[found_K] @ unit[i] >= farthest - _EQUALLY_NEAR).mean()
+        lost = tuple(items[j].name for j in nearest_K if j not in found_K)
+        instead = tuple(items[j].name for j in found_K if j not in nearest_K)
+        how = f"{round(kept[i] * count)} of {count} kept, lost: {', '.join(lost)}"
+        differs.append(Differs(item=items[i].name, how=how, lost=lost, instead=instead) if kept[i] < 1 else None)
+    worst_first = [differs[i] for i in np.argsort(kept, kind="stable")]
     return _measure(
         "recall",
         uses.neighbours_by,
         kept,
-        limit,
+        _granting(limit, len(items) * count, "recall", said),
         f"of the {count} nearest neighbours by cosine",
-        [
-            Differs(item=name, how=f"{round(share * count)} of {count} kept, lost: {', '.join(lost[name])}")
-            for name, share in places.items()
-            if name in lost
-        ],
+        [found for found in worst_first if found is not None],
     )
 
 
@@ -228,7 +224,9 @@ def _by_class(uses: Uses, items: Sequence[Item], limits: Limits, said: list[str]
     if len({item.label for item in labelled}) < 2:
         said.append(f"{what}: left out, for that takes two classes (subfolders) of at least two")
         return ()
-    return _knn(uses, labelled, limits.knn_agreement_min, said), _probe(uses, labelled, limits.probe_agreement_min)
+    knn_limit = _granting(limits.knn_agreement_min, len(labelled), KNN, said)
+    probe_limit = _granting(limits.probe_agreement_min, len(labelled), PROBE, said)
+    return _knn(uses, labelled, knn_limit, said), _probe(uses, labelled, probe_limit)
 
 
 def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]) -> Measure:
@@ -305,6 +303,14 @@ def _correspondence(items: Sequence[Item], limit: Limit | None) -> Measure | Non
         f"nearest part in a second view; worst {min(shares.values()):.1%}",
         [Differs(item=name, how=f"{1 - share:.1%} of its parts are matched otherwise") for share, name in worst_first],
     )
+
+
+def _granting(limit: Limit | None, decisions: int, figure: str, said: list[str]) -> Limit | None:
+    """The limit for so few decisions: one of them alone proves nothing, unless the limit is 1 and grants none."""
+    if limit is None or limit.value == 1 or limit.value <= 1 - 1 / decisions:
+        return limit
+    said.append(f"{figure}: one of {decisions} decisions may differ, though the limit is {limit.value:g}")
+    return limit.model_copy(update={"value": 1 - 1 / decisions})
 
 
 def _measure(

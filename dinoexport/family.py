@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -95,6 +95,9 @@ class Uses(Protocol):
     def matches(self, outputs: Arrays, of_view: Arrays) -> Array:
         """For each part of the item (P,) the index of the part that is nearest to it in the second view."""
 
+    def thumbnail(self, inputs: Arrays) -> Picture:
+        """A small picture of the item, to be recognised by."""
+
 
 class Model(Protocol):
     """One variant of a family, as a recipe describes it."""
@@ -151,8 +154,13 @@ class Model(Protocol):
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """The validation case that `table` describes; files it names lie in `folder`."""
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
-        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used."""
+    def cases_from(
+        self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
+    ) -> Iterator[Case | str]:
+        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used.
+
+        only: the names of the cases that are wanted; no other file is opened.
+        """
 
     @property
     def uses(self) -> Uses | None:

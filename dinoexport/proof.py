@@ -363,6 +363,7 @@ def _judge_own(
         names=(opened.name, _reference_name(judge_code)),
         identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.sha256, family.code_of(model)),
         at_once=_IMAGES_AT_ONCE,
+        progress=progress,
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, requi
 from dinoexport.family import Model, Uses
 from dinoexport.judge import Candidate, Report, Row
 from dinoexport.recipe import Limits
-from dinoexport.spec import Array, Arrays, Case, Expectation, Progress
+from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
 
 _FACTS = "facts.json"
 
@@ -117,7 +117,7 @@ class Keep:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with partial.open("wb") as file:
-                    np.savez_compressed(file, **arrays)
+                    np.savez(file, **arrays)
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -148,10 +148,16 @@ class Together:
     agreement: Agreement | None
     said: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """What was found besides the report, ready for json.dumps."""
+        return {"said": list(self.said), "agreement": self.agreement and self.agreement.to_json()}
 
-def usable(model: Model, folder: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
-    """The user's cases, and into `skipped` a line for each file that is none."""
-    for found in model.cases_from(folder, progress=progress):
+
+def usable(
+    model: Model, folder: Path, skipped: list[str], progress: Progress, *, only: Collection[str] | None = None
+) -> Iterator[Case]:
+    """The user's cases, or `only` those so named, and into `skipped` a line for each file that is none."""
+    for found in model.cases_from(folder, progress=progress, only=only):
         if isinstance(found, str):
             skipped.append(found)
         else:
@@ -182,6 +188,7 @@ def judge_own(
     names: tuple[str, str],
     identity: Sequence[str],
     at_once: int,
+    progress: Progress = silent,
 ) -> Together:
     """Judges every case, `at_once` of them at a time, then what all of them together are good for.
 
@@ -222,7 +229,7 @@ def judge_own(
         known += before
     if known:
         said.append(f"{known} of {len(items)} were taken over from a run that was interrupted")
-    together = agreement.agreement(uses, items, limits) if uses else None
+    together = agreement.agreement(uses, items, limits, progress=progress) if uses else None
     report = Report(
         candidate=names[0],
         reference=names[1],

@@ -186,7 +186,9 @@ def test_two_items_exchanged_are_named() -> None:
     lost = measured(found)["recall"].differs
     assert {lost[0].item, lost[1].item} == {"003.png", "030.png"} and lost[0].how.startswith("0 of 10 kept, lost: ")
     assert not any(row.passed for row in found.rows) and len(found.rows) == 3
-    assert f"{agreement.KNN}: with 36 the limit 0.99 lets none differ" in found.said
+    assert f"{agreement.KNN}: one of 36 decisions may differ, though the limit is 0.99" in found.said
+    assert set(lost[0].lost) <= {f"{i:03}.png" for i in range(12)} and len(lost[0].lost) == 10
+    assert set(lost[0].instead) <= {f"{i:03}.png" for i in range(24, 36)} and len(lost[0].instead) == 10
     assert any(line.startswith("recall differs: 003.png: 0 of 10 kept") for line in found.lines)
     assert any("more; --json names them all" in line for line in found.lines)
 
@@ -198,6 +200,18 @@ def test_a_limit_is_held_exactly_at_its_value() -> None:
     for least, holds in ((34 / 36, True), (34 / 36 + 1e-9, False)):
         (row,) = of(items(exact, ours, labels), limits(knn_agreement_min=least)).rows
         assert row.passed == holds and row.bounds[0].reason == REASON and row.output == "knn_agreement"
+
+
+@pytest.mark.parametrize(("least", "holds"), [(0.99, True), (1.0, False)])
+def test_one_decision_alone_fails_nothing_but_a_limit_of_one(least: float, holds: bool) -> None:
+    """Of 36, one is 2.8 %: more than most limits grant, and no evidence. Two are."""
+    exact, labels = clusters(12, 3, spread=0.2)
+    ours = exact.copy()
+    ours[3] = exact[30] + 0.01
+    found = of(items(exact, ours, labels), limits(knn_agreement_min=least))
+    assert measured(found)["knn_agreement"].value == pytest.approx(35 / 36)
+    assert found.rows[0].passed == holds
+    assert (found.rows[0].bounds[0].limit == 1) == (not holds)
 
 
 def test_copies_of_one_item_are_each_right() -> None:

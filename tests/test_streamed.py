@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dinoexport import agreement, cli, download, judge, listing, pipeline, proof, streamed
+from dinoexport import agreement, album, cli, download, images, judge, listing, pipeline, proof, streamed
 from dinoexport.bundle import Reference
 from dinoexport.errors import BuildError, OutsideProfile, UsageError
 from dinoexport.models.dinov2 import cases
@@ -226,8 +227,16 @@ def test_ten_thousand_are_streamed() -> None:
         for i in range(10_000):
             yield Case(name=str(i), why="a number", inputs={"number": counted(np.array([float(i)]))})
 
-    run = Run(candidate=candidate)
-    run.ask = ask  # type: ignore[method-assign]
+    def judged(recorded: Any, reference: Reference) -> judge.Report:
+        for expectation in reference.expectations:
+            recorded(expectation.case.inputs)
+        bound = judge.Bound(figure="relative_l2", value=1.0, limit=2.0, reason="of the tests", holds=True)
+        rows = (
+            judge.Row(case=e.case.name, why="", output="tokens", shape=(), distance=None, bounds=(bound,))
+            for e in reference.expectations
+        )
+        return judge.Report(candidate="ours", reference="exact", rows=tuple(rows))
+
     together = streamed.judge_own(
         Numbers(),
         inputs(),
@@ -235,7 +244,7 @@ def test_ten_thousand_are_streamed() -> None:
         LIMITS,
         ask=ask,
         exact=lambda views: [candidate(arrays) for arrays in views],
-        judged=run.judged,
+        judged=judged,
         names=("ours", "exact"),
         identity=(),
         at_once=50,
@@ -294,18 +303,12 @@ def noise(seed: int, side: int = 40) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle held to the shipped limits of agreement."""
+    """A tiny bundle that is held to the shipped limits."""
     folder = tmp_path_factory.mktemp("streamed")
-    shipped_limits = "\n".join(
-        f'{name} = {{ value = {limit.value}, reason = "{limit.reason}" }}'
-        for name in ("knn_agreement_min", "recall_min", "probe_agreement_min", "correspondence_min")
-        if (limit := getattr(LIMITS, name))
-    )
-    cases_toml = (DATA / "tiny_cases.toml").read_text().replace("[limits.fp16]", f"{shipped_limits}\n\n[limits.fp16]")
-    (folder / "tiny_cases.toml").write_text(cases_toml)
-    (folder / "tiny.toml").write_text((DATA / "tiny_swiglu.toml").read_text())
+    tiny = (DATA / "tiny_swiglu.toml").read_text().replace('"tiny_cases"', '"dinov2"')
+    (folder / "tiny.toml").write_text(tiny)
     order = pipeline.order(str(folder / "tiny.toml"), weights="synthetic:0", out=folder / "bundle")
-    pipeline.build(order)
+    pipeline.export_only(order)
     return order.out
 
 
@@ -396,7 +399,6 @@ def test_without_scikit_learn_it_says_so_before_anything_is_asked(
     monkeypatch.setattr(proof, "ask_pytorch", lambda *_, **__: pytest.fail("it was asked"))
     result = CliRunner().invoke(cli.app, ["validate", str(built), "--images", str(pictures)])
     assert result.exit_code == 4 and "sklearn is not installed" in result.stderr
-    assert CliRunner().invoke(cli.app, ["validate", str(built)]).exit_code == 0
 
 
 def test_one_image_is_judged_and_what_it_cannot_show_is_said(built: Path, tmp_path: Path) -> None:
@@ -437,3 +439,76 @@ def test_classes_are_the_folders_directly_within(tmp_path: Path) -> None:
         c.name: c.label for c in cases.from_folder(tmp_path, as_bytes=True, progress=silent) if isinstance(c, Case)
     }
     assert found == {"4.png": "", "a/1.png": "a", "a/deep/er/2.png": "a", "b/3.png": "b", "b/7.png": "b"}
+
+
+def test_the_page_shows_the_images_that_differ(
+    built: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = streamed._item
+    page = tmp_path / "page.html"
+
+    def wrong(*args: Any) -> agreement.Item:
+        item = right(*args)
+        if item.name == "dogs/11.png":
+            flipped = {name: -vector for name, vector in item.candidate.items()}
+            object.__setattr__(item, "candidate", flipped)
+        return item
+
+    words = ["validate", str(built), "--images", str(pictures), "--page", str(page)]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    html = page.read_text()
+    assert "PASSED" in html and "<img" not in html and "broken.jpg" in html and "owls" in html
+    monkeypatch.setattr(streamed, "_item", wrong)
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 1 and f"Page: {page}" in result.stdout
+    html = page.read_text()
+    assert '<img alt="dogs/11.png" src="data:image/jpeg;base64,' in html and "FAILED" in html
+    assert "PyTorch finds" in html and "instead:" in html and "recall" in html
+    assert "<script" not in html and "http:" not in html and "https:" not in html
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_names_in_the_page_are_no_markup() -> None:
+    hostile = "<script>alert(1)</script>.png"
+    differs = agreement.Differs(item=hostile, how="otherwise", lost=(hostile,))
+    measure = agreement.Measure(
+        figure="recall", of="v", value=0.5, items=3, detail="", bound=None, differs=(differs,) * 30
+    )
+    found = agreement.Agreement(measures=(measure,), said=())
+    report = judge.Report(candidate="ours", reference="exact", rows=())
+    shown = SimpleNamespace(
+        manifest=SimpleNamespace(variant="v", precision="fp32"),
+        report=report,
+        together=Together(report=report, agreement=found, said=()),
+        skipped=(hostile,),
+    )
+    html = album.render(shown, found, {})  # type: ignore[arg-type]
+    assert "<script" not in html and "&lt;script&gt;" in html and "And 6 more." in html
+
+
+@pytest.mark.parametrize(
+    ("page", "with_images", "words"),
+    [("page.html", False, "Add --images DIR"), ("absent/page.html", True, "folder that exists"), (".", True, "a file")],
+)
+def test_a_page_that_cannot_be_is_refused_before_anything_is_asked(
+    built: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    page: str,
+    with_images: bool,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--images", str(pictures)] if with_images else []
+    result = CliRunner().invoke(cli.app, ["validate", str(built), "--page", page, *given])
+    assert result.exit_code == 2 and words in result.stderr
+
+
+def test_only_the_cases_that_are_wanted_are_read(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda path: opened.append(path.name) or load(path))
+    found = list(cases.from_folder(pictures, as_bytes=True, progress=silent, only={"cats/3.png", "absent.png"}))
+    assert [case.name for case in found if isinstance(case, Case)] == ["cats/3.png"] and opened == ["3.png"]
+    assert len(found) == 1

@@ -104,7 +104,7 @@ class Toy:
         prompt = np.array(table["prompt"], np.int64)
         return Case(name=table["name"], why=table["why"], inputs={"prompt": prompt})
 
-    def cases_from(self, folder, *, progress):
+    def cases_from(self, folder, *, progress, only=None):
         return iter(())
 
     def pictures(self, case, reference, candidates):

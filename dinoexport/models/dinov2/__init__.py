@@ -5,7 +5,7 @@ The family's contract with dinoexport. Upstream code: github.com/facebookresearc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -268,9 +268,11 @@ class Dinov2Model:
             table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
         )
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
+    def cases_from(
+        self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
+    ) -> Iterator[Case | str]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
-        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress, only=only)
 
     @property
     def uses(self) -> ImageUses:

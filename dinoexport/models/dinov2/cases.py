@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -93,14 +93,18 @@ def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
     )
 
 
-def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> Iterator[Case | str]:
+def from_folder(
+    folder: Path, *, as_bytes: bool, progress: Progress, only: Collection[str] | None = None
+) -> Iterator[Case | str]:
     """A case for each image directly in `folder` or below, or a line for a file that is none; hidden ones aside.
 
     Its label is the folder directly in `folder` that it lies in, as torchvision's ImageFolder has it. A link is
     followed to a file within `folder` only. An image is read when it is asked for: however many there are, memory is
-    that of the one.
+    that of the one. only: the cases that are wanted, if not all.
     """
     paths = sorted(path for path in folder.rglob("*") if _is_meant(path, folder))
+    if only is not None:
+        paths = [path for path in paths if path.relative_to(folder).as_posix() in only]
     for done, path in enumerate(paths, start=1):
         progress("reading images", done, len(paths))
         try:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinoexport.spec import Array, Arrays
+from dinoexport.models.dinov2.cases import normalised
+from dinoexport.models.dinov2.pictures import photograph
+from dinoexport.spec import Array, Arrays, Picture
+
+_THUMBNAIL_SIDE = 128  # pixels
 
 
 class ImageUses:
@@ -34,6 +38,11 @@ class ImageUses:
         unit_ND, of_view_ND = (_unit(tokens["patch_tokens"][0]) for tokens in (outputs, of_view))
         nearest: Array = (unit_ND @ of_view_ND.T).argmax(axis=1)
         return nearest
+
+    def thumbnail(self, inputs: Arrays) -> Picture:
+        """The image as the model sees it, small."""
+        ((pixels_3HW,),) = (normalised(array) if name == "images" else array for name, array in inputs.items())
+        return photograph(pixels_3HW, side_max=_THUMBNAIL_SIDE)
 
 
 def _unit(tokens_ND: Array) -> Array:
