@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dinoexport.judge import Report, Row
 
 Rows = list[dict[str, Any]]
+# More than a build has; a user's images can make a hundred thousand.
+_ROWS_MAX = 150
 
 
 def everything() -> dict[str, Rows]:
@@ -295,8 +297,22 @@ def _shape(shape: list[int | str]) -> str:
 
 
 def report_rows(report: Report) -> Rows:
-    """A row for each output of each case: its figures and, where it failed, the limits it missed."""
-    return [_report_row(row) for row in report.rows]
+    """A row for each output of each case: its figures and, where it failed, the limits it missed.
+
+    Of more than anybody reads, the rows that failed and those nearest to their limit.
+    """
+    if len(report.rows) <= _ROWS_MAX:
+        return [_report_row(row) for row in report.rows]
+    rest = f"and {len(report.rows) - _ROWS_MAX:,} more; --json has them all"
+    shown = [_report_row(row) for row in sorted(report.rows, key=_closeness, reverse=True)[:_ROWS_MAX]]
+    return [*shown, {column: rest if column == "case" else "" for column in shown[0]}]
+
+
+def _closeness(row: Row) -> float:
+    """How much of its limit a row's error takes up; infinite where it failed."""
+    if not row.passed:
+        return math.inf
+    return max((b.value / b.limit for b in row.bounds if b.figure == "relative_l2" and b.limit > 0), default=0.0)
 
 
 def growth_rows(growth: Growth) -> Rows:

@@ -13,6 +13,7 @@ from dinoexport.cli.terminal import (
     Json,
     choice,
     fail,
+    printable,
     progress_lines,
     reporting,
     runtime_of,
@@ -31,6 +32,9 @@ def validate(
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
+    ] = None,
     weights: Weights = None,
     runtime: Annotated[
         str | None,
@@ -45,9 +49,11 @@ def validate(
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
-        from dinoexport import proof
+        from dinoexport import album, proof
         from dinoexport.errors import ValidationFailed
 
+        if page is not None:
+            album.check(page, images)
         with progress_lines() as progress:
             validated = proof.validate(
                 bundle,
@@ -58,6 +64,8 @@ def validate(
                 explained=explain,
                 progress=progress,
             )
+            if page is not None and images is not None:
+                album.write(page, validated, images, progress=progress)
         facts: dict[str, Any] = {
             "skipped": list(validated.skipped),
             "not_run": validated.not_run,
@@ -65,6 +73,8 @@ def validate(
         }
         if validated.growth is not None:
             facts["growth"] = validated.growth.to_json()
+        if validated.together is not None:
+            facts |= validated.together.to_json() | {"page": page and str(page)}
         if as_json and validated.report.passed:
             say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
@@ -72,8 +82,8 @@ def validate(
         show_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
         if explain:
             _show_growth(validated, to_stderr=as_json)
-        for line in validated.skipped:
-            say(f"skipped: {line}", to_stderr=as_json)
+        if validated.together is not None:
+            _show_together(validated, page, to_stderr=as_json)
         if not validated.report.passed:
             failed = ValidationFailed(
                 f"{bundle} does not give PyTorch's outputs on this machine.",
@@ -158,6 +168,18 @@ def bench(
         say(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
         for note in timed.notes:
             say(f"note: {note}")
+
+
+def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
+    """What all of a user's files are good for together, and which of them could not be used."""
+    found = validated.together.agreement
+    if found is not None and found.measures:
+        say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
+    lines = [*validated.together.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
+    for line in lines:
+        say(printable(line), to_stderr=to_stderr)
+    if page is not None:
+        say(f"Page: {page}", to_stderr=to_stderr)
 
 
 def _show_growth(validated: Any, *, to_stderr: bool) -> None:
