@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is chosen by the clock: with one runtime there is no choice. Tests of the choice take this back."""
-    monkeypatch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))
+@pytest.fixture(autouse=True, scope="session")
+def _one_runtime() -> Iterator[None]:
+    """Nothing is chosen by the clock, not even for a whole module's bundle: with one runtime there is no choice.
+
+    Tests of the choice take this back.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))
+        yield
