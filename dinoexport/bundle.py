@@ -5,6 +5,7 @@
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
     report.html         the same to look at, with pictures
+    sbom.cdx.json       what went in: checkpoint, files, packages, as a CycloneDX bill of materials
     precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
 
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
 PAGE = "report.html"
+SBOM = "sbom.cdx.json"
 ENGINES = "engines.json"
 PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.

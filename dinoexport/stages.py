@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, candidates, engine, files, judge, machine, page, plan, proof, repair, tuning
+from dinoexport import bundle, candidates, engine, files, judge, machine, page, plan, proof, repair, sbom, tuning
 from dinoexport import quantise as quantiser
 from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
 from dinoexport.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from dinoexport.workspace import Stage, Workspace, key_of
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "openvino", "numpy")
 _QUANTISERS = ("onnxruntime", "onnx")
+_ABSENT = "not installed"
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
 _ENGINE_ONLY = {"engine", "profiles"}
 
@@ -214,6 +215,16 @@ def report_page(
     return work.stage("page", key, make)
 
 
+def bill_of_materials(work: Workspace, manifest: Manifest) -> Stage:
+    """What went into the bundle that `manifest` describes; last, because it lists every other file."""
+    content = sbom.of(manifest)
+
+    def make(folder: Path) -> None:
+        (folder / bundle.SBOM).write_text(content, encoding="utf-8")
+
+    return work.stage("sbom", key_of(content=content), make)
+
+
 def engines(work: Workspace, order: Order, exported: Stage) -> Stage:
     """An engine from each judged graph, and what is known of each before it is run."""
 
@@ -291,8 +302,17 @@ def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage]) ->
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
     """The versions of `packages`, and our own."""
-    found = {package: machine.installed(package) or "not installed" for package in packages}
+    found = {package: machine.installed(package) or _ABSENT for package in packages}
     return {"dinoexport": dinoexport.__version__} | found
+
+
+def versions_in(order: Order) -> dict[str, str]:
+    """The versions of all that may have had a part in a bundle, as far as it is installed."""
+    compilers = (*plan.PACKAGES[order.runtime], "polygraphy") if order.runtime.has_engine else ()
+    found = versions_of((*TRACERS, *_RUNTIMES, "safetensors", "pillow", *page.PACKAGES, *compilers)) | {
+        "python": platform.python_version()
+    }
+    return {package: version for package, version in found.items() if version != _ABSENT}
 
 
 def _code(order: Order) -> str:

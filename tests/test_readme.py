@@ -94,7 +94,15 @@ def test_engine_example(tmp_path: Path) -> None:
 def test_bundle_layout_is_the_documented_one() -> None:
     (layout,) = [block for kind, block in BLOCKS if kind == "" and block.startswith("bundles/")]
     documented = set(re.findall(r"^  (\S+)  ", layout, flags=re.MULTILINE))
-    always = {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html"}
+    always = {
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+        "reference.npz",
+        "report.json",
+        "report.html",
+        "sbom.cdx.json",
+    }
     assert documented == always | {"model.plan", "precision.json"}
 
 
