@@ -8,6 +8,7 @@
     sbom.cdx.json       what went in: checkpoint, files, packages, as a CycloneDX bill of materials
     precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
+    model.sig           with --sign: OpenSSF's signature of all the others; not in the manifest, which it signs
 
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
 """
@@ -36,6 +37,7 @@ REFERENCE = "reference.npz"
 REPORT = "report.json"
 PAGE = "report.html"
 SBOM = "sbom.cdx.json"
+SIGNATURE = "model.sig"
 ENGINES = "engines.json"
 PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
@@ -276,10 +278,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
-    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to."""
+    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to.
+
+    A signature goes first: better a bundle that is not signed than one that is not what was signed.
+    """
     partial = folder / f"{MANIFEST}.partial"
     try:
         partial.write_bytes(manifest.to_bytes())
+        (folder / SIGNATURE).unlink(missing_ok=True)
         os.replace(partial, folder / MANIFEST)
     except OSError:
         return False

@@ -13,6 +13,7 @@ from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.export import PACKAGES
 from dinoexport.order import Order, order
+from dinoexport.signing import Signer
 from dinoexport.spec import Precision, Progress, silent
 from dinoexport.stages import Judged, NothingHolds
 from dinoexport.workspace import Stage, Workspace, workspace
@@ -39,10 +40,18 @@ class Rejected(ValidationFailed):
         self.report = report
 
 
-def build(order: Order, *, force: bool = False, keep_rejected: bool = False, progress: Progress = silent) -> Built:
+def build(
+    order: Order,
+    *,
+    force: bool = False,
+    keep_rejected: bool = False,
+    signer: Signer | None = None,
+    progress: Progress = silent,
+) -> Built:
     """Takes a checkpoint to a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
 
-    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised.
+    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised. `signer` signs
+    what passed, and nothing else.
     """
     preflight.packages(order)
     with workspace(order.out, force=force, progress=progress) as work:
@@ -68,7 +77,8 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         if passed or keep_rejected:
             manifest = _manifest(order, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
             made["page"] = page = stages.report_page(work, order, manifest, reference, judged)
-            manifest = _publish(work, made, manifest.with_stage(page.name, page.key, page.files))
+            manifest = manifest.with_stage(page.name, page.key, page.files)
+            manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
         raise _rejected(order, judged, facts, engines, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
@@ -97,11 +107,12 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
     return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 
-def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest) -> Manifest:
+def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
     """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
     bill = stages.bill_of_materials(work, manifest)
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
-    work.publish({**made, bill.name: bill}, manifest)
+    finish = {} if signer is None else {"sign": signer.sign}
+    work.publish({**made, bill.name: bill}, manifest, **finish)
     return manifest
 
 

@@ -139,7 +139,8 @@ class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
     not_run: why the bundle's engines were not asked, the graph was instead. recorded: whether the manifest now says
-    that the engines passed on this machine. growth: of the error inside the graph, if asked for.
+    that the engines passed on this machine; not_recorded: why not, if they did. growth: of the error inside the graph,
+    if asked for.
     """
 
     manifest: Manifest
@@ -147,6 +148,7 @@ class Validated:
     skipped: tuple[str, ...] = ()
     not_run: str = ""
     recorded: bool = False
+    not_recorded: str = ""
     growth: Growth | None = None
 
 
@@ -158,14 +160,17 @@ def validate(
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     explained: bool = False,
+    signs: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first. `images` and `explained` need torch and the weights the bundle was made from: `weights`, or where the
-    manifest says they came from. Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that
-    cannot run here; a failed verdict is in the result.
+    checked first. A signed manifest is rewritten only for a caller who `signs` it again. `images` and `explained` need
+    torch and the weights the bundle was made from: `weights`, or where the manifest says they came from.
+
+    Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
+    verdict is in the result.
     """
     manifest = bundle.verify(folder, progress=progress)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -182,18 +187,25 @@ def validate(
         limits = reference.limits
         cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
         report = judged(opened.candidate, reference, opened.name, progress=progress)
-        recorded = bool(opened.device) and report.passed
-        if recorded:
+        recorded, not_recorded = False, ""
+        if opened.device and report.passed:
             engines = _executed(manifest.engines, opened.device, report)
             manifest = manifest.model_copy(update={"engines": engines})
-            recorded = bundle.rewrite_manifest(folder, manifest)
+            not_recorded = _record(folder, manifest, signs)
+            recorded = not not_recorded
         if not explained:
-            return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
+            return Validated(
+                manifest=manifest,
+                report=report,
+                not_run=opened.not_run,
+                recorded=recorded,
+                not_recorded=not_recorded,
+            )
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         report = with_ranges(report, model, graphs, [*cases], progress=progress)
         skipped: list[str] = []
     else:
-        recorded = False
+        recorded, not_recorded = False, ""
         chunks, skipped = _chunks(model, images, progress)
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         limits = _limits_of(folder, manifest, recipe)
@@ -230,7 +242,17 @@ def validate(
         growth=growth,
         not_run=opened.not_run,
         recorded=recorded,
+        not_recorded=not_recorded,
     )
+
+
+def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
+    """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
+    if (folder / bundle.SIGNATURE).exists() and not signs:
+        return (
+            "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
+        )
+    return "" if bundle.rewrite_manifest(folder, manifest) else f"Not recorded: {folder} cannot be written."
 
 
 @dataclass(frozen=True, kw_only=True)

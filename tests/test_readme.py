@@ -103,7 +103,7 @@ def test_bundle_layout_is_the_documented_one() -> None:
         "report.html",
         "sbom.cdx.json",
     }
-    assert documented == always | {"model.plan", "precision.json"}
+    assert documented == always | {"model.plan", "precision.json", "model.sig"}
 
 
 def test_help_of_every_verb() -> None:

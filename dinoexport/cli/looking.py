@@ -11,6 +11,8 @@ from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.making import ReferenceOption, Weights
 from dinoexport.cli.terminal import (
     Json,
+    Sign,
+    Verify,
     choice,
     fail,
     progress_lines,
@@ -20,6 +22,7 @@ from dinoexport.cli.terminal import (
     say_json,
     show_report,
     show_ways,
+    signer_of,
 )
 from dinoexport.tables import facts as facts_table
 from dinoexport.tables import table
@@ -41,13 +44,18 @@ def validate(
         bool,
         typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
     ] = False,
+    verify: Verify = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
-        from dinoexport import proof
+        from dinoexport import listing, proof, signing
         from dinoexport.errors import ValidationFailed
 
+        signer = signer_of(sign)
+        verified = verify and signing.verify(bundle, verify)
+        signed = signing.signed_by(bundle)
         with progress_lines() as progress:
             validated = proof.validate(
                 bundle,
@@ -56,12 +64,19 @@ def validate(
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
+                signs=signer is not None,
                 progress=progress,
             )
+        if signer is not None and validated.report.passed:
+            signer.sign(bundle)
+            signed = signer.fingerprint
         facts: dict[str, Any] = {
+            "signed_by": signed,
+            "verified": verified is not None,
             "skipped": list(validated.skipped),
             "not_run": validated.not_run,
             "recorded": validated.recorded,
+            "not_recorded": validated.not_recorded,
         }
         if validated.growth is not None:
             facts["growth"] = validated.growth.to_json()
@@ -69,7 +84,9 @@ def validate(
             say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         show_report(validated.report, to_stderr=as_json)
-        show_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
+        show_ways(validated.manifest, not_run=validated.not_run or validated.not_recorded, to_stderr=as_json)
+        for line in listing.signature_lines(signed, by_us=signer is not None, verified=verified is not None):
+            say(line, to_stderr=as_json)
         if explain:
             _show_growth(validated, to_stderr=as_json)
         for line in validated.skipped:
