@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from dinoexport import bundle, candidates, explain, family, judge
+from dinoexport import bundle, candidates, explain, family, judge, steadiness
 from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -123,6 +123,7 @@ def judge_engines(
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
     report = judged(candidate, reference, candidates.engine_name(facts[0], device), progress=progress)
+    report = with_steadiness(report, reference, candidate)
     return EngineVerdict(facts=_executed(facts, device, report), report=report)
 
 
@@ -187,6 +188,7 @@ def validate(
         limits = reference.limits
         cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
         report = judged(opened.candidate, reference, opened.name, progress=progress)
+        report = with_steadiness(report, reference, opened.candidate, opened.one_thread)
         recorded, not_recorded = False, ""
         if opened.device and report.passed:
             engines = _executed(manifest.engines, opened.device, report)
@@ -257,12 +259,16 @@ def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why."""
+    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
+
+    one_thread: the graph with one thread, where it has more.
+    """
 
     candidate: judge.Candidate
     name: str
     device: str = ""
     not_run: str = ""
+    one_thread: judge.Candidate | None = None
 
 
 def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
@@ -283,7 +289,12 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     way = candidates.way_of(manifest)
     opened = cpu.open_graphs(graphs, way)
     name = candidates.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
-    return _Opened(candidate=candidates.driven(model, opened), name=name, not_run=not_run)
+    return _Opened(
+        candidate=candidates.driven(model, opened),
+        name=name,
+        not_run=not_run,
+        one_thread=candidates.with_one_thread(model, graphs, way),
+    )
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -297,6 +308,14 @@ def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progr
         reference_name=reference.name,
         progress=progress,
     )
+
+
+def with_steadiness(
+    report: judge.Report, reference: Reference, candidate: judge.Candidate, one_thread: judge.Candidate | None = None
+) -> judge.Report:
+    """The report with what changes when `candidate` is asked the same otherwise; one_thread: itself with one thread."""
+    cases = [expectation.case for expectation in reference.expectations]
+    return replace(report, steadiness=steadiness.measure(candidate, cases, one_thread))
 
 
 def with_ranges(

@@ -162,9 +162,11 @@ def judge_graph(
     graphs = _graphs(order, exported)
     way = facts.chosen if facts else candidates.graph_way(order.precision)
     kept = page.Kept()
-    candidate = page.keeping(candidates.open_candidate(order.model, graphs, way), stored.expectations, kept)
+    candidate = candidates.open_candidate(order.model, graphs, way)
     name = candidates.candidate_name(order.precision, way, facts.arithmetic if facts else {})
-    report = proof.judged(candidate, stored, name, progress=work.progress)
+    report = proof.judged(page.keeping(candidate, stored.expectations, kept), stored, name, progress=work.progress)
+    one_thread = candidates.with_one_thread(order.model, graphs, way)
+    report = proof.with_steadiness(report, stored, candidate, one_thread)
     report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
     growth = proof.growth_of(
         report,

@@ -133,9 +133,12 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bundle")
     built = json.loads(run("build", TINY, "--weights", "synthetic:0", "--out", out, "--json").stdout)
     assert built["verdict"] == "passed" and built["bundle"] == out and built["report"]["rows"]
+    assert built["report"]["steadiness"]["again"] == 0 and built["report"]["steadiness"]["cases"] == ["batch"]
     exported = json.loads(run("export", TINY, "--weights", "synthetic:1", "--out", out, "--json").stdout)
     assert exported["verdict"] == "unjudged"
-    assert json.loads(run("validate", str(bundle_folder), "--json").stdout)["report"]["passed"]
+    validated = json.loads(run("validate", str(bundle_folder), "--json").stdout)["report"]
+    assert validated["passed"] and validated["steadiness"]["alone"] < 1e-5
+    assert "Steady: the same inputs again: equal to the last bit; alone" in run("validate", str(bundle_folder)).stdout
     assert json.loads(run("inspect", str(bundle_folder), "--json").stdout)["Bundle"]["verdict"] == "passed"
     onnx_facts = json.loads(run("inspect", str(bundle_folder / "model.onnx"), "--json").stdout)
     assert onnx_facts["ONNX"]["external data"] == "model.onnx.data"
