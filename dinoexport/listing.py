@@ -201,6 +201,17 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
     return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
 
 
+def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
+    """What a verdict that passed proves where it was reached, and what it leaves open."""
+    count = len({row.case for row in report.rows})
+    asked = f"{count} images of yours" if own_images else f"the {count} cases the bundle carries"
+    left_open = ["other inputs and sizes", "that the weights are the authors' own"]
+    left_open += [f"{len(report.not_covered)} cases outside the engine's profiles"] if report.not_covered else []
+    left_open += ["the engine, which was not run"] if not_run else []
+    left_open += [] if verified else ["who made the bundle (--verify KEY)"]
+    return f"{report.candidate}, on this machine, gives PyTorch's answers to {asked}, within their limits", left_open
+
+
 def signature_lines(signed_by: str | None, *, by_us: bool = False, verified: bool = False) -> list[str]:
     """Who signed a bundle, as far as that is known."""
     if signed_by is None:

@@ -72,7 +72,7 @@ def build(
         engines = proof.NO_ENGINE
         if passed and order.runtime.has_engine:
             made["engine"] = stages.engines(work, order, exported)
-            engines = stages.judge_engines(work, order, made)
+            engines = stages.judge_engines(work, order, made, judged)
             passed = engines.report is None or engines.report.passed
         if passed or keep_rejected:
             manifest = _manifest(order, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)

@@ -5,7 +5,7 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -23,6 +23,7 @@ from dinoexport.metrics import distance
 from dinoexport.recipe import Limits, Recipe, Validation, load_validation, parse
 from dinoexport.runtime import cpu
 from dinoexport.spec import (
+    Array,
     Arrays,
     Case,
     Expectation,
@@ -76,18 +77,28 @@ def ask_pytorch(
         answers = model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
         name = "PyTorch fp32, plain upstream formulation"
     own_errors: list[Mapping[str, float]] = [{} for _ in asked]
+    seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
         own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+        seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
         name=f"{name} (torch {torch.__version__})",
         limits=limits,
         expectations=tuple(
-            Expectation(case=case, outputs=outputs, own_error=own)
-            for case, outputs, own in zip(asked, answers, own_errors, strict=True)
+            Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
+            for case, outputs, own, half in zip(asked, answers, own_errors, seen, strict=True)
         ),
         refusals=tuple(case for case in cases if case.expect_refusal),
     )
+
+
+def _halved(answers: Arrays) -> dict[str, Array]:
+    """In float16, which holds what a 16-bit precision gave at half the size; what is out of its range becomes Inf."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return {name: array.astype(np.float16) for name, array in answers.items()}
 
 
 def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
@@ -114,15 +125,19 @@ def judge_engines(
     graphs: Mapping[Path, Graph],
     reference: Reference,
     *,
+    watch: Callable[[judge.Candidate], judge.Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead."""
+    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead.
+
+    watch: stands between the judge and the candidate, for who wants to see the answers too.
+    """
     facts = tuple(engines.values())
     try:
         candidate, device = candidates.open_engines(model, engines, graphs)
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
-    report = judged(candidate, reference, candidates.engine_name(facts[0], device), progress=progress)
+    report = judged(watch(candidate), reference, candidates.engine_name(facts[0], device), progress=progress)
     report = with_steadiness(report, reference, candidate)
     return EngineVerdict(facts=_executed(facts, device, report), report=report)
 

@@ -141,12 +141,15 @@ def tried(stage: Stage) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """The graph's verdict. growth: of its error inside, where that can be followed. kept: answers worth a picture."""
+    """The graph's verdict. growth: of its error inside, where that can be followed.
+
+    kept: what is worth a picture, by the name of the candidate; an engine that is judged later adds its own.
+    """
 
     stage: Stage
     report: judge.Report
     growth: Growth | None
-    kept: page.Kept
+    kept: dict[str, page.Kept]
 
 
 def judge_graph(
@@ -191,7 +194,7 @@ def judge_graph(
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     stage = work.stage("judge", key_of(report=content), make)
-    return Judged(stage=stage, report=report, growth=growth, kept=kept)
+    return Judged(stage=stage, report=report, growth=growth, kept={name: kept})
 
 
 def report_page(
@@ -288,18 +291,27 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
     )
 
 
-def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage]) -> proof.EngineVerdict:
-    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done."""
+def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage], judged: Judged) -> proof.EngineVerdict:
+    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done.
+
+    What of their answers is worth a picture joins `judged.kept`.
+    """
     folder, exported = stages["engine"].folder, stages["export"].folder
     content = json.loads((folder / bundle.ENGINES).read_text())
     engines = [EngineFacts.model_validate(facts) for facts in content]
-    return proof.judge_engines(
+    stored = bundle.read_reference(stages["reference"].folder / bundle.REFERENCE)
+    kept = page.Kept()
+    verdict = proof.judge_engines(
         order.model,
         {folder / facts.file: facts for facts in engines},
         {exported / f"{graph.name}.onnx": graph for graph in order.model.graphs},
-        bundle.read_reference(stages["reference"].folder / bundle.REFERENCE),
+        stored,
+        watch=lambda candidate: page.keeping(candidate, stored.expectations, kept),
         progress=work.progress,
     )
+    if verdict.report is not None:
+        judged.kept[verdict.report.candidate] = kept
+    return verdict
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport import bundle, machine, pipeline, plan, preflight, proof
+from dinoexport import bundle, machine, page, pipeline, plan, preflight, proof
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile, UsageError
 from dinoexport.machine import Gpu
@@ -260,8 +260,14 @@ def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
         str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", precision=Precision.FP32, out=tmp_path / "bundle"
     )
     assert (order.chosen.name, order.runtime) == ("a100", Runtime.TENSORRT), "the GPU that is here"
+    drawn: list[dict[str, page.Kept]] = []
+    render = page.render
+    monkeypatch.setattr(page, "render", lambda *args: drawn.append(args[-1]) or render(*args))
     built = pipeline.build(order)
     assert built.engines.report is not None and built.engines.report.passed
+    assert built.report is not None
+    assert list(drawn[0]) == [built.report.candidate, built.engines.report.candidate], "the page is given both answers"
+    assert drawn[0][built.engines.report.candidate].errors and built.engines.report.steadiness is not None
     manifest = bundle.verify(order.out)
     assert manifest.engines[0].executed.startswith("on NVIDIA A100") and manifest.engines[0].scratch_bytes == 5
 

@@ -78,6 +78,14 @@ def validate(
             "recorded": validated.recorded,
             "not_recorded": validated.not_recorded,
         }
+        proves, leaves_open = listing.proven(
+            validated.report,
+            own_images=images is not None,
+            not_run=validated.not_run,
+            verified=verified is not None,
+        )
+        if validated.report.passed:
+            facts |= {"proves": proves, "does_not_prove": leaves_open}
         if validated.growth is not None:
             facts["growth"] = validated.growth.to_json()
         if as_json and validated.report.passed:
@@ -87,6 +95,8 @@ def validate(
         show_ways(validated.manifest, not_run=validated.not_run or validated.not_recorded, to_stderr=as_json)
         for line in listing.signature_lines(signed, by_us=signer is not None, verified=verified is not None):
             say(line, to_stderr=as_json)
+        if validated.report.passed:
+            say(f"Proves: {proves}.\nNot:    {'; '.join(leaves_open)}.")
         if explain:
             _show_growth(validated, to_stderr=as_json)
         for line in validated.skipped:
