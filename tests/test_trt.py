@@ -191,7 +191,8 @@ def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Pa
     assert validated.report.candidate == "tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp32"
     (facts,) = bundle.verify(folder).engines
     assert facts.executed.startswith("on NVIDIA A100-SXM4-40GB at 20") and facts.report["passed"]
-    assert "replay" not in device.calls, "every case has another shape"
+    assert "replay" in device.calls, "what was asked again was answered by the graph that was captured"
+    assert validated.report.steadiness is not None and validated.report.steadiness.one_thread is None
     assert proof.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(("ONNX Runtime", "OpenVINO"))
 
 
