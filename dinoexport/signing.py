@@ -113,6 +113,8 @@ def verify(folder: Path, public_key: Path) -> str:
     from model_signing import verifying
 
     fingerprint = _fingerprint(_open_public(public_key))
+    if not (folder / bundle.MANIFEST).is_file():
+        raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}.", next_step="Check the path.")
     signer = signed_by(folder)
     if signer is None:
         raise ValidationFailed(
@@ -151,7 +153,7 @@ def signed_by(folder: Path) -> str | None:
         if path.is_symlink() or path.stat().st_size > _SIGNATURE_MAX_BYTES:
             raise ValueError("it is a link, or too large")
         return str(json.loads(path.read_bytes())["verificationMaterial"]["publicKey"]["hint"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error!r}") from None

@@ -176,6 +176,13 @@ def test_what_was_changed_is_refused(signed: Path, keys: Path, change: Any, word
     assert caught.value.next_step and caught.value.exit_code == 1
 
 
+def test_what_is_no_bundle_is_not_called_forged(tmp_path: Path, keys: Path) -> None:
+    for path in (tmp_path / "absent", keys / "text.pem"):
+        assert signing.signed_by(path) is None
+        with pytest.raises(UsageError, match="is no bundle"):
+            signing.verify(path, keys / "sign.pub")
+
+
 @pytest.mark.parametrize("field", ["dsseEnvelope", "mediaType", "verificationMaterial"])
 def test_a_signature_without_a_part_is_refused(signed: Path, keys: Path, field: str) -> None:
     content = json.loads((signed / bundle.SIGNATURE).read_text())
@@ -248,6 +255,18 @@ def test_validate_and_deploy_verify(built: Path, keys: Path, tmp_path: Path) -> 
         refused = run(*verb, "--verify", keys / "other.pub")
         assert refused.exit_code == 1 and "signed by another key" in refused.stderr
     assert not repository.exists()
+
+
+def test_what_was_rejected_is_published_unsigned(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinoexport.models.dinov2 import Dinov2Model
+
+    right = Dinov2Model.drive
+    wrong = lambda self, runners, inputs: {n: 1.001 * a for n, a in right(self, runners, inputs).items()}  # noqa: E731
+    monkeypatch.setattr(Dinov2Model, "drive", wrong)
+    out = tmp_path / "bundle"
+    made = run("build", TINY, "--weights", "synthetic:0", "--out", out, "--keep-rejected", "--sign", keys / "sign.pem")
+    assert made.exit_code == 1 and "marked rejected" in made.stderr
+    assert bundle.read_manifest(out).verdict == "rejected" and signing.signed_by(out) is None
 
 
 def test_bad_keys_are_refused_before_any_work(built: Path, keys: Path, tmp_path: Path) -> None:

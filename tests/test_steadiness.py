@@ -71,6 +71,8 @@ def test_what_is_not_finite_is_no_equality() -> None:
     broken = lambda inputs: {"out": np.full_like(inputs["x"], np.nan)}  # noqa: E731
     measured = found(broken)
     assert np.isnan(measured.again) and "not finite" in measured.lines["the same inputs again"]
+    one_of_two = lambda inputs: {"fine": inputs["x"], "broken": np.full_like(inputs["x"], np.nan)}  # noqa: E731
+    assert np.isnan(found(one_of_two).again), "what is fine does not hide what is not"
     told = judge.Report(candidate="c", reference="r", rows=(), steadiness=measured).to_json()["steadiness"]
     assert json.loads(json.dumps(told, allow_nan=False))["again"] is None
     shrinking = lambda inputs: {"out": inputs["x"][:, : len(inputs["x"])]}  # noqa: E731
