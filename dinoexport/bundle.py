@@ -152,7 +152,8 @@ class CpuFacts(Frozen):
     """How the graphs ran best on the CPU that built the bundle, when it was asked `load`.
 
     arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
-    measured: empty where there was nothing to choose. others_share: of the CPUs' time, what other processes took.
+    measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
+    out of the choice. others_share: of the CPUs' time, what other processes took.
     """
 
     machine: str
@@ -163,6 +164,7 @@ class CpuFacts(Frozen):
     arithmetic: dict[str, int]
     times_fp32: float | None
     measured: tuple[Timed, ...]
+    refused: dict[str, str] = Field(default_factory=dict)
     others_share: float = Field(ge=0)
 
     @property

@@ -8,12 +8,16 @@ Nothing but `pieces` and `reference` may import torch: a bundle is validated on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import dinoexport
+from dinoexport import files
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Recipe
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Weight, closest
@@ -71,6 +75,30 @@ class FrontEnd:
     settings: Mapping[str, Any]
 
 
+class Uses(Protocol):
+    """What a model's outputs are used for besides being looked at one by one, on cases of one item each."""
+
+    @property
+    def neighbours_by(self) -> tuple[str, ...]:
+        """The features, joined, by whose cosine an item's nearest neighbours are found."""
+
+    @property
+    def classified_by(self) -> tuple[str, ...]:
+        """The features, joined, that a linear classifier is put on."""
+
+    def features(self, outputs: Arrays) -> dict[str, Array]:
+        """Vectors (D,) that stand for the item, by name: all that is kept of its outputs."""
+
+    def second_view(self, inputs: Arrays) -> dict[str, Array]:
+        """Inputs that show the item another way; the graphs take them wherever they take `inputs`."""
+
+    def matches(self, outputs: Arrays, of_view: Arrays) -> Array:
+        """For each part of the item (P,) the index of the part that is nearest to it in the second view."""
+
+    def thumbnail(self, inputs: Arrays) -> Picture:
+        """A small picture of the item, to be recognised by."""
+
+
 class Model(Protocol):
     """One variant of a family, as a recipe describes it."""
 
@@ -126,8 +154,17 @@ class Model(Protocol):
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """The validation case that `table` describes; files it names lie in `folder`."""
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
-        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used."""
+    def cases_from(
+        self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
+    ) -> Iterator[Case | str]:
+        """Cases made of a user's own files, one after the other, and a line for every file that cannot be used.
+
+        only: the names of the cases that are wanted; no other file is opened.
+        """
+
+    @property
+    def uses(self) -> Uses | None:
+        """How to see whether answers to `cases_from` serve as PyTorch's do; None: there is no such way."""
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
@@ -180,3 +217,16 @@ def find(name: str) -> Family:
         f"No model family {name!r} is installed.{closest(name, installed())}",
         next_step=f"Installed families: {', '.join(installed()) or 'none; reinstall dinoexport'}.",
     )
+
+
+def code_of(model: Model) -> str:
+    """The hash of our own code and the family's: what other code has made is something else."""
+    own = Path(dinoexport.__file__)
+    brought = Path(sys.modules[type(model).__module__].__file__ or own)
+    sources = sorted({path for module in (own, brought) for path in _sources(module)})
+    return hashlib.sha256("".join(files.sha256(path) for path in sources).encode()).hexdigest()
+
+
+def _sources(module: Path) -> tuple[Path, ...]:
+    """A package's source files, or the one file of a module that is no package."""
+    return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dinoexport.judge import Report, Row
 
 Rows = list[dict[str, Any]]
+# More than a build has; a user's images can make a hundred thousand.
+_ROWS_MAX = 150
 
 
 def everything() -> dict[str, Rows]:
@@ -204,7 +206,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
 def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
     """What a verdict that passed proves where it was reached, and what it leaves open."""
     count = len({row.case for row in report.rows})
-    asked = f"{count} images of yours" if own_images else f"the {count} cases the bundle carries"
+    asked = "the images of yours that were read" if own_images else f"the {count} cases the bundle carries"
     left_open = ["other inputs and sizes", "that the weights are the authors' own"]
     left_open += [f"{len(report.not_covered)} cases outside the engine's profiles"] if report.not_covered else []
     left_open += ["the engine, which was not run"] if not_run else []
@@ -235,6 +237,7 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
     for timed in facts.measured:
         chosen = ", chosen" if timed.way == facts.chosen else ""
         lines.append(f"        {timed.median_ms:9.1f} ms for {facts.load}: {_way(timed.way)}{chosen}")
+    lines += [f"        {runtime} was left out: {why}" for runtime, why in facts.refused.items()]
     if facts.times_fp32 is not None:
         lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 there")
     if facts.others_share > timing.NOISY_SHARE:
@@ -314,8 +317,22 @@ def _shape(shape: list[int | str]) -> str:
 
 
 def report_rows(report: Report) -> Rows:
-    """A row for each output of each case: its figures and, where it failed, the limits it missed."""
-    return [_report_row(row) for row in report.rows]
+    """A row for each output of each case: its figures and, where it failed, the limits it missed.
+
+    Of more than anybody reads, the rows that failed and those nearest to their limit.
+    """
+    if len(report.rows) <= _ROWS_MAX:
+        return [_report_row(row) for row in report.rows]
+    rest = f"and {len(report.rows) - _ROWS_MAX:,} more; --json has them all"
+    shown = [_report_row(row) for row in sorted(report.rows, key=_closeness, reverse=True)[:_ROWS_MAX]]
+    return [*shown, {column: rest if column == "case" else "" for column in shown[0]}]
+
+
+def _closeness(row: Row) -> float:
+    """How much of its limit a row's error takes up; infinite where it failed."""
+    if not row.passed:
+        return math.inf
+    return max((b.value / b.limit for b in row.bounds if b.figure == "relative_l2" and b.limit > 0), default=0.0)
 
 
 def growth_rows(growth: Growth) -> Rows:

@@ -5,15 +5,15 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from dinoexport import bundle, candidates, explain, family, judge, steadiness
+from dinoexport import bundle, candidates, explain, family, judge, steadiness, streamed
 from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -34,6 +34,7 @@ from dinoexport.spec import (
     Way,
     silent,
 )
+from dinoexport.streamed import Together
 
 Judge = Literal["plain", "hub"]
 # How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
@@ -66,16 +67,9 @@ def ask_pytorch(
 ) -> Reference:
     """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too."""
     require("export", "torch")
-    import torch
-
     asked = [case for case in cases if not case.expect_refusal]
     inputs = [case.inputs for case in asked]
-    if judge_code == "hub":
-        answers = model.upstream(checkpoint.read, inputs, progress=progress)
-        name = "PyTorch fp32, the authors' own code"
-    else:
-        answers = model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
-        name = "PyTorch fp32, plain upstream formulation"
+    answers = _exact(model, checkpoint, inputs, judge_code, progress)
     own_errors: list[Mapping[str, float]] = [{} for _ in asked]
     seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
@@ -83,7 +77,7 @@ def ask_pytorch(
         own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
         seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
-        name=f"{name} (torch {torch.__version__})",
+        name=_reference_name(judge_code),
         limits=limits,
         expectations=tuple(
             Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
@@ -99,6 +93,21 @@ def _halved(answers: Arrays) -> dict[str, Array]:
 
     with np.errstate(over="ignore"):
         return {name: array.astype(np.float16) for name, array in answers.items()}
+
+
+def _reference_name(judge_code: Judge) -> str:
+    import torch
+
+    formulation = "the authors' own code" if judge_code == "hub" else "plain upstream formulation"
+    return f"PyTorch fp32, {formulation} (torch {torch.__version__})"
+
+
+def _exact(
+    model: Model, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
+) -> list[dict[str, Array]]:
+    if judge_code == "hub":
+        return model.upstream(checkpoint.read, inputs, progress=progress)
+    return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
 
 
 def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
@@ -154,14 +163,15 @@ def _executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report)
 class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
-    not_run: why the bundle's engines were not asked, the graph was instead. recorded: whether the manifest now says
-    that the engines passed on this machine; not_recorded: why not, if they did. growth: of the error inside the graph,
-    if asked for.
+    together: what all the others were found good for. not_run: why the bundle's engines were not asked, the graph was
+    instead. recorded: whether the manifest now says that the engines passed on this machine; not_recorded: why not, if
+    they did. growth: of the error inside the graph, if asked for.
     """
 
     manifest: Manifest
     report: judge.Report
     skipped: tuple[str, ...] = ()
+    together: Together | None = None
     not_run: str = ""
     recorded: bool = False
     not_recorded: str = ""
@@ -221,24 +231,16 @@ def validate(
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         report = with_ranges(report, model, graphs, [*cases], progress=progress)
         skipped: list[str] = []
+        together = None
     else:
         recorded, not_recorded = False, ""
-        chunks, skipped = _chunks(model, images, progress)
+        skipped = []
+        cases = streamed.readable(model, images, skipped, progress)
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         limits = _limits_of(folder, manifest, recipe)
-        reports = []
-        for chunk in chunks:
-            reference = ask_pytorch(
-                model, checkpoint, chunk, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
-            )
-            report = judged(opened.candidate, reference, opened.name, progress=progress)
-            reports.append(with_ranges(report, model, graphs, chunk, progress=progress))
-        report = replace(
-            reports[0],
-            rows=tuple(row for part in reports for row in part.rows),
-            not_covered=tuple(name for part in reports for name in part.not_covered),
-        )
-        cases = _usable(model, images, [], silent)
+        together = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
+        report = together.report
+        cases = streamed.usable(model, images, [], silent)
     growth = None
     if explained:
         growth = growth_of(
@@ -256,6 +258,7 @@ def validate(
         manifest=manifest,
         report=report,
         skipped=tuple(skipped),
+        together=together,
         growth=growth,
         not_run=opened.not_run,
         recorded=recorded,
@@ -380,29 +383,42 @@ def growth_of(
     return explain.growth(case.name, names, inside, ask(Precision.FP32), own, limits)
 
 
-def _usable(model: Model, images: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
-    for found in model.cases_from(images, progress=progress):
-        if isinstance(found, str):
-            skipped.append(found)
-        else:
-            yield found
+def _judge_own(
+    opened: _Opened,
+    model: Model,
+    checkpoint: Checkpoint,
+    cases: Iterable[Case],
+    graphs: Mapping[Path, Graph],
+    manifest: Manifest,
+    limits: Limits,
+    judge_code: Judge,
+    progress: Progress,
+) -> Together:
+    """The verdict on a user's own cases, each by itself and all together; see `streamed`."""
+    require("export", "torch")
 
+    def ask(asked: Sequence[Case]) -> Reference:
+        return ask_pytorch(
+            model, checkpoint, asked, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+        )
 
-def _chunks(model: Model, images: Path, progress: Progress) -> tuple[Iterator[tuple[Case, ...]], list[str]]:
-    """The user's cases, a few at a time, and a list that fills with a line for each file that cannot be used.
+    def judge_them(candidate: judge.Candidate, reference: Reference) -> judge.Report:
+        report = judged(candidate, reference, opened.name, progress=progress)
+        return with_ranges(report, model, graphs, [e.case for e in reference.expectations], progress=progress)
 
-    Raises UsageError when there is no folder, or when not one file of it can be used.
-    """
-    if not images.is_dir():
-        raise UsageError(f"There is no folder {images}.", next_step="Give a folder of images as --images.")
-    skipped: list[str] = []
-    cases = _usable(model, images, skipped, progress)
-    first = next(cases, None)
-    if first is None:
-        listed = "".join(f"\n  {line}" for line in skipped)
-        raise UsageError(f"{images} holds no image that can be read.{listed}", next_step="Give another folder.")
-    rest = chain((first,), cases)
-    return iter(lambda: tuple(islice(rest, _IMAGES_AT_ONCE)), ()), skipped
+    return streamed.judge_own(
+        model.uses,
+        cases,
+        opened.candidate,
+        limits,
+        ask=ask,
+        exact=lambda inputs: _exact(model, checkpoint, inputs, judge_code, progress),
+        judged=judge_them,
+        names=(opened.name, _reference_name(judge_code)),
+        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.sha256, family.code_of(model)),
+        at_once=_IMAGES_AT_ONCE,
+        progress=progress,
+    )
 
 
 def same_weights(

@@ -142,6 +142,7 @@ class Limits(Frozen):
     """What a candidate of one precision must hold, per output and per case.
 
     neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
+    knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
     """
 
     relative_l2_max: Limit
@@ -151,6 +152,10 @@ class Limits(Frozen):
     cosine_worst_min: Limit
     times_own_error_max: Limit | None = None
     neighbour_agreement_min: Limit | None = None
+    knn_agreement_min: Limit | None = None
+    recall_min: Limit | None = None
+    probe_agreement_min: Limit | None = None
+    correspondence_min: Limit | None = None
 
 
 class Validation(Frozen):

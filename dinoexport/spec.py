@@ -117,7 +117,7 @@ class Case:
 
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
     where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
-    something from looking at it, as at a photograph.
+    something from looking at it, as at a photograph. label: the class it belongs to, where that is known.
     """
 
     name: str
@@ -126,6 +126,7 @@ class Case:
     expect_refusal: bool = False
     neighbours: bool = False
     shown: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, candidates, engine, files, judge, machine, page, plan, proof, repair, sbom, tuning
+from dinoexport import (
+    bundle,
+    candidates,
+    engine,
+    family,
+    files,
+    judge,
+    machine,
+    page,
+    plan,
+    proof,
+    repair,
+    sbom,
+    tuning,
+)
 from dinoexport import quantise as quantiser
 from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
 from dinoexport.checkpoint import Checkpoint
@@ -331,15 +344,7 @@ def versions_in(order: Order) -> dict[str, str]:
 
 def _code(order: Order) -> str:
     """The hash of our own code and the family's: a stage made by other code is another stage."""
-    own = Path(dinoexport.__file__)
-    brought = Path(sys.modules[type(order.model).__module__].__file__ or own)
-    sources = {path for module in (own, brought) for path in _sources(module)}
-    return key_of(sources=[files.sha256(path) for path in sorted(sources)])
-
-
-def _sources(module: Path) -> tuple[Path, ...]:
-    """A package's source files, or the one file of a module that is no package."""
-    return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)
+    return family.code_of(order.model)
 
 
 def _digest(arrays: Mapping[str, Array]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dinoexport import timing
 from dinoexport.bundle import CpuFacts, Timed
-from dinoexport.errors import MissingRequirement, require
+from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.family import Model
 from dinoexport.runtime import Arithmetic, cpu, openvino
 from dinoexport.spec import CpuRuntime, Graph, Load, Precision, Progress, Way, silent
@@ -74,7 +74,7 @@ def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, pro
     if plain is not None:
         candidates += [(way, plain) for way in ways(plain.precision) if way.threads == own[0].threads]
     neighbours = timing.Neighbours()
-    measured = _measured(model, candidates, load, progress)
+    measured, refused = _measured(model, candidates, load, progress)
     best = min((timed for timed in measured if timed.way in own), key=lambda timed: timed.median_ms)
     beaten = [timed for timed in measured if timed.way not in own]
     fp32_ms = min((timed.median_ms for timed in beaten), default=None)
@@ -87,6 +87,7 @@ def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, pro
         arithmetic=dict(_arithmetic(model, wanted, best.way, load)),
         times_fp32=None if fp32_ms is None else best.median_ms / fp32_ms,
         measured=tuple(sorted(measured, key=lambda timed: timed.median_ms)),
+        refused=refused,
         others_share=neighbours.share(),
     )
 
@@ -106,23 +107,40 @@ def _without_choice(model: Model, wanted: Candidate, way: Way, load: Load) -> Cp
     )
 
 
-def _measured(model: Model, candidates: Sequence[tuple[Way, Candidate]], load: Load, progress: Progress) -> list[Timed]:
-    """One way is open at a time, so that the largest model needs the memory of one session."""
+def _measured(
+    model: Model, candidates: Sequence[tuple[Way, Candidate]], load: Load, progress: Progress
+) -> tuple[list[Timed], dict[str, str]]:
+    """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
+
+    One way is open at a time, so that the largest model needs the memory of one session.
+    """
     samples: dict[Way, tuple[float, ...]] = {}
+    refused: dict[str, str] = {}
+    precisions = {way.precision for way, _ in candidates}
     visits = [*candidates, *reversed(candidates)]
     for done, (way, candidate) in enumerate(visits, start=1):
         fastest = min((min(taken) for taken in samples.values()), default=0.0)
-        if way not in samples or min(samples[way]) <= _HOPELESS * fastest:
-            opened = cpu.open_graphs(candidate.graphs, way)
-            run = {"": lambda opened=opened: model.drive(opened, load.inputs)}
-            taken = timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
-            samples[way] = samples.get(way, ()) + taken
+        if way.runtime not in refused and (way not in samples or min(samples[way]) <= _HOPELESS * fastest):
+            try:
+                samples[way] = samples.get(way, ()) + _visit(model, way, candidate, load)
+            except BuildError as error:
+                refused[way.runtime] = error.message
+                samples = {other: taken for other, taken in samples.items() if other.runtime != way.runtime}
+                if precisions != {other.precision for other, _ in candidates if other.runtime not in refused}:
+                    raise
         progress("measuring runtimes and threads", done, len(visits))
     latencies = {way: timing.Latencies(samples_ms=taken) for way, taken in samples.items()}
-    return [
+    timed = [
         Timed(way=way, median_ms=found.median_ms, spread=found.spread, samples=len(found.samples_ms))
         for way, found in latencies.items()
     ]
+    return timed, refused
+
+
+def _visit(model: Model, way: Way, candidate: Candidate, load: Load) -> tuple[float, ...]:
+    opened = cpu.open_graphs(candidate.graphs, way)
+    run = {"": lambda: model.drive(opened, load.inputs)}
+    return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
 
 
 def _arithmetic(model: Model, candidate: Candidate, way: Way, load: Load) -> Arithmetic:

@@ -9,6 +9,7 @@ import webbrowser
 from html import unescape
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,20 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dinoexport import bundle, checkpoint, cli, explain, family, judge, page, pipeline, shipped
+from dinoexport import (
+    agreement,
+    album,
+    bundle,
+    checkpoint,
+    cli,
+    explain,
+    family,
+    judge,
+    page,
+    pipeline,
+    shipped,
+    streamed,
+)
 from dinoexport.models.dinov2 import pictures
 from dinoexport.recipe import Recipe
 from dinoexport.spec import Precision, silent
@@ -279,4 +293,29 @@ def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRe
     (red,) = re.findall(r"rgb\((\d+)", tab.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert (int(red) < 64) == (scheme == "dark")
     assert problems == []
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, browser: Any) -> None:
+    """A long name without a space, more neighbours than are shown, a picture for each: nothing cut off or missing."""
+    name = f"{'n' * 120}.png"
+    ((photograph, *_),) = pictures.of_case(np.zeros((1, 3, 28, 42), np.float32), np.ones((1, 6, 5)), {})
+    differs = agreement.Differs(item=name, how="otherwise", lost=(name,) * 9, instead=(name,) * 9)
+    measure = agreement.Measure(
+        figure="recall", of="v", value=0.5, items=3, detail="by chance", bound=None, differs=(differs,) * 2
+    )
+    found = agreement.Agreement(measures=(measure,), said=("left out",))
+    report = judge.Report(candidate="ours", reference="exact", rows=())
+    shown: Any = SimpleNamespace(
+        manifest=SimpleNamespace(variant="v", precision="fp32"),
+        report=report,
+        together=streamed.Together(report=report, agreement=found, said=()),
+        skipped=(),
+    )
+    (tmp_path / "differ.html").write_text(album.render(shown, found, {name: photograph}))
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto((tmp_path / "differ.html").as_uri())
+    assert tab.evaluate(MISSING) == [] and tab.evaluate("document.images.length") == 2 * (1 + 3 + 3)
+    assert tab.evaluate(CUT_OFF) == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.close()

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli, listing, pipeline, proof, timing, tuning
-from dinoexport.errors import MissingRequirement, UsageError
+from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.runtime import cpu, openvino
 from dinoexport.spec import Precision, Way
 from tests.conftest import DATA
@@ -77,6 +77,26 @@ def test_a_hopeless_way_is_not_visited_again(slow: Any, exported: tuning.Candida
     # There and back, then once more for what it computes in.
     assert seen[:4] == [("onnxruntime", 2), ("onnxruntime", 1), ("openvino", 2), ("openvino", 1)]
     assert seen[4:] == [("openvino", 2), ("onnxruntime", 2), ("onnxruntime", 2)]
+
+
+def test_a_runtime_that_refuses_the_graph_is_left_out_and_named(
+    slow: Any, exported: tuning.Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(FP32 | {("openvino", "fp32", 2): 1.0})
+    opened = cpu.open_graphs
+
+    def refuse(graphs: Any, way: Way) -> Any:
+        if way.runtime == "openvino":
+            raise BuildError("OpenVINO refuses model.onnx: no such operator", next_step="")
+        return opened(graphs, way)
+
+    monkeypatch.setattr(cpu, "open_graphs", refuse)
+    facts = tuning.tune(pipeline.order(TINY).model, exported)
+    assert facts.chosen.runtime == "onnxruntime" and {timed.way.runtime for timed in facts.measured} == {"onnxruntime"}
+    assert facts.refused == {"openvino": "OpenVINO refuses model.onnx: no such operator"}
+    monkeypatch.setattr(cpu, "open_graphs", lambda *_: (_ for _ in ()).throw(BuildError("no", next_step="")))
+    with pytest.raises(BuildError):
+        tuning.tune(pipeline.order(TINY).model, exported)
 
 
 def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(

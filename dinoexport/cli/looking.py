@@ -15,6 +15,7 @@ from dinoexport.cli.terminal import (
     Verify,
     choice,
     fail,
+    printable,
     progress_lines,
     reporting,
     runtime_of,
@@ -34,6 +35,9 @@ def validate(
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
+    ] = None,
     weights: Weights = None,
     runtime: Annotated[
         str | None,
@@ -50,12 +54,14 @@ def validate(
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
-        from dinoexport import listing, proof, signing
+        from dinoexport import album, listing, proof, signing
         from dinoexport.errors import ValidationFailed
 
         signer = signer_of(sign)
         verified = verify and signing.verify(bundle, verify)
         signed = signing.signed_by(bundle)
+        if page is not None:
+            album.check(page, images)
         with progress_lines() as progress:
             validated = proof.validate(
                 bundle,
@@ -67,46 +73,54 @@ def validate(
                 signs=signer is not None,
                 progress=progress,
             )
+            if page is not None and images is not None:
+                album.write(page, validated, images, progress=progress)
         if signer is not None and validated.report.passed:
             signer.sign(bundle)
             signed = signer.fingerprint
-        facts: dict[str, Any] = {
-            "signed_by": signed,
-            "verified": verified is not None,
-            "skipped": list(validated.skipped),
-            "not_run": validated.not_run,
-            "recorded": validated.recorded,
-            "not_recorded": validated.not_recorded,
-        }
+        checked_key = verified is not None
         proves, leaves_open = listing.proven(
-            validated.report,
-            own_images=images is not None,
-            not_run=validated.not_run,
-            verified=verified is not None,
+            validated.report, own_images=images is not None, not_run=validated.not_run, verified=checked_key
         )
+        facts = _validated_facts(validated, page) | {"signed_by": signed, "verified": checked_key}
         if validated.report.passed:
             facts |= {"proves": proves, "does_not_prove": leaves_open}
-        if validated.growth is not None:
-            facts["growth"] = validated.growth.to_json()
         if as_json and validated.report.passed:
             say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         show_report(validated.report, to_stderr=as_json)
         show_ways(validated.manifest, not_run=validated.not_run or validated.not_recorded, to_stderr=as_json)
-        for line in listing.signature_lines(signed, by_us=signer is not None, verified=verified is not None):
+        for line in listing.signature_lines(signed, by_us=signer is not None, verified=checked_key):
             say(line, to_stderr=as_json)
         if validated.report.passed:
             say(f"Proves: {proves}.\nNot:    {'; '.join(leaves_open)}.")
-        if explain:
-            _show_growth(validated, to_stderr=as_json)
-        for line in validated.skipped:
-            say(f"skipped: {line}", to_stderr=as_json)
+        _show_more(validated, page, explain=explain, to_stderr=as_json)
         if not validated.report.passed:
             failed = ValidationFailed(
                 f"{bundle} does not give PyTorch's outputs on this machine.",
                 next_step="The table shows each figure beside its limit.",
             )
             fail(failed, as_json, report=validated.report.to_json(), **facts)
+
+
+def _validated_facts(validated: Any, page: Path | None) -> dict[str, Any]:
+    growth = {} if validated.growth is None else {"growth": validated.growth.to_json()}
+    together = {} if validated.together is None else validated.together.to_json() | {"page": page and str(page)}
+    return {
+        "skipped": list(validated.skipped),
+        "not_run": validated.not_run,
+        "recorded": validated.recorded,
+        "not_recorded": validated.not_recorded,
+        **growth,
+        **together,
+    }
+
+
+def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: bool) -> None:
+    if explain:
+        _show_growth(validated, to_stderr=to_stderr)
+    if validated.together is not None:
+        _show_together(validated, page, to_stderr=to_stderr)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -185,6 +199,18 @@ def bench(
         say(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
         for note in timed.notes:
             say(f"note: {note}")
+
+
+def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
+    """What all of a user's files are good for together, and which of them could not be used."""
+    found = validated.together.agreement
+    if found is not None and found.measures:
+        say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
+    lines = [*validated.together.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
+    for line in lines:
+        say(printable(line), to_stderr=to_stderr)
+    if page is not None:
+        say(f"Page: {page}", to_stderr=to_stderr)
 
 
 def _show_growth(validated: Any, *, to_stderr: bool) -> None:

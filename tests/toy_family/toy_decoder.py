@@ -33,6 +33,7 @@ class Toy:
     tensors = {"embedding": (VOCABULARY, WIDTH), "unembedding": (VOCABULARY, WIDTH)}  # noqa: RUF012
     optional_tensors = frozenset()
     promotable = ()
+    uses = None
     probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012
@@ -103,7 +104,7 @@ class Toy:
         prompt = np.array(table["prompt"], np.int64)
         return Case(name=table["name"], why=table["why"], inputs={"prompt": prompt})
 
-    def cases_from(self, folder, *, progress):
+    def cases_from(self, folder, *, progress, only=None):
         return iter(())
 
     def pictures(self, case, reference, candidates):

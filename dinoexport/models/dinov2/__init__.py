@@ -5,7 +5,7 @@ The family's contract with dinoexport. Upstream code: github.com/facebookresearc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
+from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
 
@@ -267,9 +268,16 @@ class Dinov2Model:
             table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
         )
 
-    def cases_from(self, folder: Path, *, progress: Progress) -> Iterator[Case | str]:
+    def cases_from(
+        self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
+    ) -> Iterator[Case | str]:
         """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
-        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress)
+        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress, only=only)
+
+    @property
+    def uses(self) -> ImageUses:
+        """Class tokens, mean patch tokens, and patches found again in the mirrored image; see `uses`."""
+        return ImageUses()
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]

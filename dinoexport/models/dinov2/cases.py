@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -93,23 +93,54 @@ def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
     )
 
 
-def from_folder(folder: Path, *, as_bytes: bool, progress: Progress) -> Iterator[Case | str]:
+def from_folder(
+    folder: Path, *, as_bytes: bool, progress: Progress, only: Collection[str] | None = None
+) -> Iterator[Case | str]:
     """A case for each image directly in `folder` or below, or a line for a file that is none; hidden ones aside.
 
-    An image is read when it is asked for: however many there are, memory is that of the one.
+    Its label is the folder directly in `folder` that it lies in, as torchvision's ImageFolder has it. A link is
+    followed to a file within `folder` only. An image is read when it is asked for: however many there are, memory is
+    that of the one. only: the cases that are wanted, if not all.
     """
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.rglob("*") if _is_meant(path, folder))
+    if only is not None:
+        paths = [path for path in paths if path.relative_to(folder).as_posix() in only]
     for done, path in enumerate(paths, start=1):
         progress("reading images", done, len(paths))
         try:
+            if path.is_symlink():
+                _check_link(path, folder)
             if path.suffix.lower() not in images.SUFFIXES:
                 raise images.ImageError(path, f"not one of {', '.join(images.FORMATS)} by its name")
             picture = _prepared(path)[np.newaxis]
         except images.ImageError as error:
             yield error.message
             continue
-        name = path.relative_to(folder).as_posix()
-        yield Case(name=name, why="a photograph of the user's", inputs=inputs_of(picture, as_bytes))
+        name = path.relative_to(folder)
+        yield Case(
+            name=name.as_posix(),
+            why="a photograph of the user's",
+            inputs=inputs_of(picture, as_bytes),
+            label=name.parts[0] if len(name.parts) > 1 else "",
+        )
+
+
+def _is_meant(path: Path, folder: Path) -> bool:
+    """Whether `path` is a file, or a link to anything, and neither it nor a folder it lies in is hidden."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and (path.is_symlink() or not path.is_dir())
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """An ImageError for a link to a folder, which is not followed, and for one that leads out of `folder`."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # a circle is a RuntimeError
+        raise images.ImageError(path, "a link to nothing") from None
+    if target.is_dir():
+        raise images.ImageError(path, "a link to a folder, which is not followed")
+    if not target.is_relative_to(folder.resolve()):
+        raise images.ImageError(path, "a link that leads out of the folder")
 
 
 def _prepared(path: Path) -> Array:

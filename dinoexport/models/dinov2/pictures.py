@@ -35,7 +35,7 @@ def of_case(
     project = _colours(reference_BND)
     rows = []
     for i, pixels_3HW in enumerate(pixels_B3HW):
-        row = [_photograph(pixels_3HW[:, : h * PATCH, : w * PATCH])]
+        row = [photograph(pixels_3HW[:, : h * PATCH, : w * PATCH])]
         row.append(_map(project(reference_BND[i]).reshape(h, w, 3), "PyTorch", "three principal components as colours"))
         errors = {name: 1 - vector_cosines(ours[i], reference_BND[i]) for name, ours in candidates_BND.items()}
         largest = max((float(e[np.isfinite(e)].max(initial=0.0)) for e in errors.values()), default=0.0)
@@ -65,12 +65,13 @@ def _colours(reference_BND: Array) -> Callable[[Array], Array]:
     return project
 
 
-def _photograph(pixels_3HW: Array) -> Picture:
+def photograph(pixels_3HW: Array, *, side_max: int = _PHOTOGRAPH_SIDE_MAX) -> Picture:
+    """The image that normalised pixels are, as a JPEG of at most `side_max` pixels a side."""
     from PIL import Image
 
     colours = pixels_3HW.transpose(1, 2, 0) * np.array(IMAGE_STD) + np.array(IMAGE_MEAN)
     image = Image.fromarray(_bytes(255 * colours))
-    image.thumbnail((_PHOTOGRAPH_SIDE_MAX, _PHOTOGRAPH_SIDE_MAX))
+    image.thumbnail((side_max, side_max))
     stored = BytesIO()
     image.save(stored, "JPEG", quality=85)
     caption = f"{pixels_3HW.shape[1]} x {pixels_3HW.shape[2]} pixels, as the model sees it"
