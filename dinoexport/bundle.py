@@ -5,8 +5,10 @@
     reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
     report.json         every figure of the verdict
     report.html         the same to look at, with pictures
+    sbom.cdx.json       what went in: checkpoint, files, packages, as a CycloneDX bill of materials
     precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
     NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
+    model.sig           with --sign: OpenSSF's signature of all the others; not in the manifest, which it signs
 
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
 """
@@ -30,10 +32,13 @@ from dinoexport.recipe import Frozen, Limits, Sha256
 from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Runtime, Tensor, Way, silent
 
 SCHEMA: Final = 1
+REFERENCE_VERSION: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
 PAGE = "report.html"
+SBOM = "sbom.cdx.json"
+SIGNATURE = "model.sig"
 ENGINES = "engines.json"
 PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
@@ -276,10 +281,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
-    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to."""
+    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to.
+
+    A signature goes first: better a bundle that is not signed than one that is not what was signed.
+    """
     partial = folder / f"{MANIFEST}.partial"
     try:
         partial.write_bytes(manifest.to_bytes())
+        (folder / SIGNATURE).unlink(missing_ok=True)
         os.replace(partial, folder / MANIFEST)
     except OSError:
         return False
@@ -320,6 +329,7 @@ class _StoredCase(Frozen):
 class _Index(Frozen):
     """What `index.json` in a reference.npz holds beside the arrays."""
 
+    version: Literal[1] = REFERENCE_VERSION
     reference: str
     limits: Limits
     cases: tuple[_StoredCase, ...]
@@ -341,10 +351,11 @@ def write_reference(path: Path, reference: Reference) -> None:
 
     arrays: dict[str, Array] = {}
     entries = []
-    cases = [(e.case, e.outputs, dict(e.own_error)) for e in reference.expectations]
-    for i, (case, outputs, own_error) in enumerate([*cases, *((case, {}, {}) for case in reference.refusals)]):
-        arrays |= {f"{i}/in/{name}": array for name, array in case.inputs.items()}
-        arrays |= {f"{i}/out/{name}": array for name, array in outputs.items()}
+    asked = [*reference.expectations, *(Expectation(case=case, outputs={}) for case in reference.refusals)]
+    for i, expectation in enumerate(asked):
+        case = expectation.case
+        for kind, named in (("in", case.inputs), ("out", expectation.outputs), ("own", expectation.own_outputs)):
+            arrays |= {f"{i}/{kind}/{name}": array for name, array in named.items()}
         entries.append(
             _StoredCase(
                 name=case.name,
@@ -352,7 +363,7 @@ def write_reference(path: Path, reference: Reference) -> None:
                 refused=case.expect_refusal,
                 neighbours=case.neighbours,
                 shown=case.shown,
-                own_error=own_error,
+                own_error=dict(expectation.own_error),
             )
         )
     index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
@@ -363,19 +374,29 @@ def write_reference(path: Path, reference: Reference) -> None:
 
 
 def read_reference(path: Path) -> Reference:
-    """The reference in `path`; a ValidationFailed when it is damaged."""
+    """The reference in `path`; a ValidationFailed when it is damaged, a UsageError when it is of another version."""
     import numpy as np
 
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        index = _Index.model_validate(json.loads(arrays.pop("index.json").tobytes()))
+        content = json.loads(arrays.pop("index.json").tobytes())
+        if (version := content.get("version")) != REFERENCE_VERSION:
+            raise UsageError(
+                f"{path.name} has version {version!r}; this dinoexport reads {REFERENCE_VERSION}.",
+                next_step="Use the dinoexport that built the bundle, or build it again.",
+            )
+        index = _Index.model_validate(content)
+    except UsageError:
+        raise
     except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base
         raise _damaged(f"{path.name} is not readable: {error}") from None
     expectations, refusals = [], []
     for i, entry in enumerate(index.cases):
-        inputs = {n.removeprefix(f"{i}/in/"): a for n, a in arrays.items() if n.startswith(f"{i}/in/")}
-        outputs = {n.removeprefix(f"{i}/out/"): a for n, a in arrays.items() if n.startswith(f"{i}/out/")}
+        inputs, outputs, own = (
+            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            for prefix in (f"{i}/in/", f"{i}/out/", f"{i}/own/")
+        )
         case = Case(
             name=entry.name,
             why=entry.why,
@@ -387,7 +408,7 @@ def read_reference(path: Path) -> Reference:
         if case.expect_refusal:
             refusals.append(case)
         else:
-            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error))
+            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error, own_outputs=own))
     return Reference(
         name=index.reference, limits=index.limits, expectations=tuple(expectations), refusals=tuple(refusals)
     )

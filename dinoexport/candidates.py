@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dinoexport import judge, machine, plan
@@ -15,6 +16,21 @@ from dinoexport.spec import Array, Arrays, Graph, Precision, Profile, Runner, Wa
 def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> judge.Candidate:
     """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
     return driven(model, cpu.open_graphs(graphs, way))
+
+
+def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> judge.Candidate | None:
+    """The graphs as `way` runs them but with one thread, opened when first asked; None where there are no more."""
+    if way.threads == 1 or cpu.usable_cpus() == 1:
+        return None
+
+    opened: list[judge.Candidate] = []
+
+    def answer(inputs: Arrays) -> dict[str, Array]:
+        if not opened:
+            opened.append(open_candidate(model, graphs, replace(way, threads=1)))
+        return opened[0](inputs)
+
+    return answer
 
 
 def driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:

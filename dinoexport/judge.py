@@ -15,6 +15,7 @@ from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
 from dinoexport.metrics import Distance, distance, neighbour_agreement
 from dinoexport.recipe import Limit, Limits
 from dinoexport.spec import Array, Arrays, Case, Expectation, Progress, silent
+from dinoexport.steadiness import Steadiness
 
 # Answers one case's inputs with named outputs.
 Candidate = Callable[[Arrays], dict[str, "Array"]]
@@ -53,13 +54,15 @@ class Row:
 class Report:
     """All rows of one candidate. `reference` and `candidate` say in words what was compared.
 
-    not_covered: cases an engine's profiles leave out; they were not judged.
+    not_covered: cases an engine's profiles leave out; they were not judged. steadiness: of the candidate against
+    itself, where that was measured; no part of the verdict.
     """
 
     candidate: str
     reference: str
     rows: tuple[Row, ...]
     not_covered: tuple[str, ...] = ()
+    steadiness: Steadiness | None = None
 
     @property
     def passed(self) -> bool:
@@ -80,6 +83,7 @@ class Report:
             "reference": self.reference,
             "rows": rows,
             "not_covered": list(self.not_covered),
+            **({"steadiness": without_nan(asdict(self.steadiness))} if self.steadiness else {}),
         }
 
 

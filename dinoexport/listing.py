@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoexport import bundle, explain, family, recipe, shipped, timing
+from dinoexport import bundle, explain, family, recipe, shipped, signing, timing
 from dinoexport.errors import UsageError, require
 from dinoexport.recipe import Recipe, load, load_target
 from dinoexport.spec import Way
@@ -94,6 +94,7 @@ def of_path(path: Path) -> dict[str, Any]:
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
             "licence": manifest.checkpoint.licence,
+            "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
             "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
             + ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
@@ -200,6 +201,25 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
         for timed in manifest.cpu.measured
     ]
     return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
+
+
+def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
+    """What a verdict that passed proves where it was reached, and what it leaves open."""
+    count = len({row.case for row in report.rows})
+    asked = "the images of yours that were read" if own_images else f"the {count} cases the bundle carries"
+    left_open = ["other inputs and sizes", "that the weights are the authors' own"]
+    left_open += [f"{len(report.not_covered)} cases outside the engine's profiles"] if report.not_covered else []
+    left_open += ["the engine, which was not run"] if not_run else []
+    left_open += [] if verified else ["who made the bundle (--verify KEY)"]
+    return f"{report.candidate}, on this machine, gives PyTorch's answers to {asked}, within their limits", left_open
+
+
+def signature_lines(signed_by: str | None, *, by_us: bool = False, verified: bool = False) -> list[str]:
+    """Who signed a bundle, as far as that is known."""
+    if signed_by is None:
+        return []
+    known = "just now" if by_us else "verified" if verified else "not verified; --verify KEY does that"
+    return [f"Signed: by key {signed_by[:16]}, {known}"]
 
 
 def cpu_lines(manifest: bundle.Manifest) -> list[str]:

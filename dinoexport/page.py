@@ -7,7 +7,7 @@ follow the reader's colours. The same build gives the same bytes: no date, no ra
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, isfinite, log10
 from pathlib import Path
@@ -57,9 +57,17 @@ def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kep
 
 
 def render(
-    manifest: Manifest, model: Model, report: Report, growth: Growth | None, reference: Reference, kept: Kept
+    manifest: Manifest,
+    model: Model,
+    report: Report,
+    growth: Growth | None,
+    reference: Reference,
+    kept: Mapping[str, Kept],
 ) -> str:
-    """The page as HTML; of the manifest everything but the time it was made."""
+    """The page as HTML; of the manifest everything but the time it was made.
+
+    kept: of each candidate by its name; charts are of the one that `report` judges, pictures of all.
+    """
     require("export", *PACKAGES)
     import jinja2
 
@@ -84,8 +92,8 @@ def render(
         limits=_limits(report),
         growth=growth,
         growth_bars=[] if growth is None else _growth_bars(growth),
-        pictures=_pictures(model, report, reference, kept),
-        histograms=[_histogram(name, parts) for name, parts in sorted(kept.errors.items())],
+        pictures=_pictures(manifest, model, reference, kept),
+        histograms=[_histogram(name, parts) for name, parts in sorted(kept[report.candidate].errors.items())],
         sizes=_sizes(model.graphs, reference),
     )
 
@@ -207,13 +215,23 @@ def _histogram(name: str, parts: Sequence[Array]) -> _Histogram:
     )
 
 
-def _pictures(model: Model, report: Report, reference: Reference, kept: Kept) -> list[tuple[str, str, Any]]:
-    """(case, why, rows of the family's pictures) of every case a person shall see."""
-    return [
-        (e.case.name, e.case.why, model.pictures(e.case, e.outputs, {report.candidate: kept.answers[e.case.name]}))
-        for e in reference.expectations
-        if e.case.name in kept.answers
-    ]
+def _pictures(
+    manifest: Manifest, model: Model, reference: Reference, kept: Mapping[str, Kept]
+) -> list[tuple[str, str, Any]]:
+    """(case, why, rows of the family's pictures) of every case a person shall see.
+
+    Before the candidates stands what PyTorch itself makes of the case in their precision, where it was asked.
+    """
+    drawn = []
+    for expectation in reference.expectations:
+        name = expectation.case.name
+        answers = {candidate: found.answers[name] for candidate, found in kept.items() if name in found.answers}
+        if expectation.own_outputs:
+            answers = {f"PyTorch's own {manifest.precision}": expectation.own_outputs} | answers
+        if expectation.case.shown and answers:
+            rows = model.pictures(expectation.case, expectation.outputs, answers)
+            drawn.append((name, expectation.case.why, rows))
+    return drawn
 
 
 @dataclass(frozen=True, kw_only=True)

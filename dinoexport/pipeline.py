@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dinoexport import explain, judge, preflight, proof, stages
+from dinoexport import explain, judge, preflight, proof, sbom, stages
 from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.export import PACKAGES
 from dinoexport.order import Order, order
+from dinoexport.signing import Signer
 from dinoexport.spec import Precision, Progress, silent
 from dinoexport.stages import Judged, NothingHolds
-from dinoexport.workspace import Stage, workspace
+from dinoexport.workspace import Stage, Workspace, workspace
 
 __all__ = ["Built", "NothingHolds", "Order", "Rejected", "build", "export_only", "order"]
 
@@ -40,10 +40,18 @@ class Rejected(ValidationFailed):
         self.report = report
 
 
-def build(order: Order, *, force: bool = False, keep_rejected: bool = False, progress: Progress = silent) -> Built:
+def build(
+    order: Order,
+    *,
+    force: bool = False,
+    keep_rejected: bool = False,
+    signer: Signer | None = None,
+    progress: Progress = silent,
+) -> Built:
     """Takes a checkpoint to a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
 
-    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised.
+    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised. `signer` signs
+    what passed, and nothing else.
     """
     preflight.packages(order)
     with workspace(order.out, force=force, progress=progress) as work:
@@ -64,16 +72,19 @@ def build(order: Order, *, force: bool = False, keep_rejected: bool = False, pro
         engines = proof.NO_ENGINE
         if passed and order.runtime.has_engine:
             made["engine"] = stages.engines(work, order, exported)
-            engines = stages.judge_engines(work, order, made)
+            engines = stages.judge_engines(work, order, made, judged)
             passed = engines.report is None or engines.report.passed
         if passed or keep_rejected:
             manifest = _manifest(order, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
             made["page"] = page = stages.report_page(work, order, manifest, reference, judged)
-            work.publish(made, manifest.with_stage(page.name, page.key, page.files))
+            manifest = manifest.with_stage(page.name, page.key, page.files)
+            manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
         raise _rejected(order, judged, facts, engines, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
-    reused = tuple(stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page"))
+    reused = tuple(
+        stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
+    )
     return Built(folder=order.out, manifest=manifest, reused=reused, report=judged.report, engines=engines)
 
 
@@ -84,7 +95,7 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
             "--precision auto chooses by what it measures, and export measures nothing.",
             next_step="Use dinoexport build, or name the precision.",
         )
-    require("export", *PACKAGES)
+    require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         preflight.disk(order)
         checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
@@ -92,8 +103,17 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
         if order.precision is Precision.INT8:
             exported = stages.quantise(work, exported)
         manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")
-        work.publish({exported.name: exported}, manifest)
+        manifest = _publish(work, {exported.name: exported}, manifest)
     return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
+
+
+def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
+    """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
+    bill = stages.bill_of_materials(work, manifest)
+    manifest = manifest.with_stage(bill.name, bill.key, bill.files)
+    finish = {} if signer is None else {"sign": signer.sign}
+    work.publish({**made, bill.name: bill}, manifest, **finish)
+    return manifest
 
 
 def _too_slow(facts: CpuFacts | None) -> bool:
@@ -126,7 +146,7 @@ def _manifest(
         cpu=facts,
         files=tuple(file for stage in made.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in made.items()},
-        versions=stages.versions_of((*stages.TRACERS, "onnxruntime")) | {"python": platform.python_version()},
+        versions=stages.versions_in(order),
         card=dict(order.model.card),
         report=report,
         created=datetime.now(UTC),

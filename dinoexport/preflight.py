@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 
-from dinoexport import candidates, engine, page, plan, tuning
+from dinoexport import candidates, engine, page, plan, sbom, tuning
 from dinoexport.errors import MissingRequirement, require
 from dinoexport.export import PACKAGES
 from dinoexport.order import Order
@@ -15,7 +15,7 @@ from dinoexport.workspace import Stage
 
 def packages(order: Order) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
-    require("export", *PACKAGES, *page.PACKAGES)
+    require("export", *PACKAGES, *page.PACKAGES, *sbom.PACKAGES)
     require("cpu", "onnxruntime")
     if order.chosen.on_cpu:
         tuning.ways(order.precision)

@@ -6,14 +6,14 @@ Nothing here builds. Judging a bundle by the reference it carries needs neither 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from dinoexport import bundle, candidates, explain, family, judge, streamed
+from dinoexport import bundle, candidates, explain, family, judge, steadiness, streamed
 from dinoexport.bundle import EngineFacts, Manifest, Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -71,18 +71,28 @@ def ask_pytorch(
     inputs = [case.inputs for case in asked]
     answers = _exact(model, checkpoint, inputs, judge_code, progress)
     own_errors: list[Mapping[str, float]] = [{} for _ in asked]
+    seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
         own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+        seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
         name=_reference_name(judge_code),
         limits=limits,
         expectations=tuple(
-            Expectation(case=case, outputs=outputs, own_error=own)
-            for case, outputs, own in zip(asked, answers, own_errors, strict=True)
+            Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
+            for case, outputs, own, half in zip(asked, answers, own_errors, seen, strict=True)
         ),
         refusals=tuple(case for case in cases if case.expect_refusal),
     )
+
+
+def _halved(answers: Arrays) -> dict[str, Array]:
+    """In float16, which holds what a 16-bit precision gave at half the size; what is out of its range becomes Inf."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return {name: array.astype(np.float16) for name, array in answers.items()}
 
 
 def _reference_name(judge_code: Judge) -> str:
@@ -124,15 +134,20 @@ def judge_engines(
     graphs: Mapping[Path, Graph],
     reference: Reference,
     *,
+    watch: Callable[[judge.Candidate], judge.Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead."""
+    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead.
+
+    watch: stands between the judge and the candidate, for who wants to see the answers too.
+    """
     facts = tuple(engines.values())
     try:
         candidate, device = candidates.open_engines(model, engines, graphs)
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
-    report = judged(candidate, reference, candidates.engine_name(facts[0], device), progress=progress)
+    report = judged(watch(candidate), reference, candidates.engine_name(facts[0], device), progress=progress)
+    report = with_steadiness(report, reference, candidate)
     return EngineVerdict(facts=_executed(facts, device, report), report=report)
 
 
@@ -149,8 +164,8 @@ class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
     together: what all the others were found good for. not_run: why the bundle's engines were not asked, the graph was
-    instead. recorded: whether the manifest now says that the engines passed on this machine. growth: of the error
-    inside the graph, if asked for.
+    instead. recorded: whether the manifest now says that the engines passed on this machine; not_recorded: why not, if
+    they did. growth: of the error inside the graph, if asked for.
     """
 
     manifest: Manifest
@@ -159,6 +174,7 @@ class Validated:
     together: Together | None = None
     not_run: str = ""
     recorded: bool = False
+    not_recorded: str = ""
     growth: Growth | None = None
 
 
@@ -170,14 +186,17 @@ def validate(
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     explained: bool = False,
+    signs: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first. `images` and `explained` need torch and the weights the bundle was made from: `weights`, or where the
-    manifest says they came from. Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that
-    cannot run here; a failed verdict is in the result.
+    checked first. A signed manifest is rewritten only for a caller who `signs` it again. `images` and `explained` need
+    torch and the weights the bundle was made from: `weights`, or where the manifest says they came from.
+
+    Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
+    verdict is in the result.
     """
     manifest = bundle.verify(folder, progress=progress)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -194,19 +213,27 @@ def validate(
         limits = reference.limits
         cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
         report = judged(opened.candidate, reference, opened.name, progress=progress)
-        recorded = bool(opened.device) and report.passed
-        if recorded:
+        report = with_steadiness(report, reference, opened.candidate, opened.one_thread)
+        recorded, not_recorded = False, ""
+        if opened.device and report.passed:
             engines = _executed(manifest.engines, opened.device, report)
             manifest = manifest.model_copy(update={"engines": engines})
-            recorded = bundle.rewrite_manifest(folder, manifest)
+            not_recorded = _record(folder, manifest, signs)
+            recorded = not not_recorded
         if not explained:
-            return Validated(manifest=manifest, report=report, not_run=opened.not_run, recorded=recorded)
+            return Validated(
+                manifest=manifest,
+                report=report,
+                not_run=opened.not_run,
+                recorded=recorded,
+                not_recorded=not_recorded,
+            )
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         report = with_ranges(report, model, graphs, [*cases], progress=progress)
         skipped: list[str] = []
         together = None
     else:
-        recorded = False
+        recorded, not_recorded = False, ""
         skipped = []
         cases = streamed.readable(model, images, skipped, progress)
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
@@ -235,17 +262,31 @@ def validate(
         growth=growth,
         not_run=opened.not_run,
         recorded=recorded,
+        not_recorded=not_recorded,
     )
+
+
+def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
+    """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
+    if (folder / bundle.SIGNATURE).exists() and not signs:
+        return (
+            "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
+        )
+    return "" if bundle.rewrite_manifest(folder, manifest) else f"Not recorded: {folder} cannot be written."
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why."""
+    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
+
+    one_thread: the graph with one thread, where it has more.
+    """
 
     candidate: judge.Candidate
     name: str
     device: str = ""
     not_run: str = ""
+    one_thread: judge.Candidate | None = None
 
 
 def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
@@ -266,7 +307,12 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     way = candidates.way_of(manifest)
     opened = cpu.open_graphs(graphs, way)
     name = candidates.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
-    return _Opened(candidate=candidates.driven(model, opened), name=name, not_run=not_run)
+    return _Opened(
+        candidate=candidates.driven(model, opened),
+        name=name,
+        not_run=not_run,
+        one_thread=candidates.with_one_thread(model, graphs, way),
+    )
 
 
 def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -280,6 +326,14 @@ def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progr
         reference_name=reference.name,
         progress=progress,
     )
+
+
+def with_steadiness(
+    report: judge.Report, reference: Reference, candidate: judge.Candidate, one_thread: judge.Candidate | None = None
+) -> judge.Report:
+    """The report with what changes when `candidate` is asked the same otherwise; one_thread: itself with one thread."""
+    cases = [expectation.case for expectation in reference.expectations]
+    return replace(report, steadiness=steadiness.measure(candidate, cases, one_thread))
 
 
 def with_ranges(

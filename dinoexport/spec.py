@@ -166,12 +166,14 @@ class Expectation:
     """A case together with what PyTorch answered.
 
     outputs: float32 arrays by output name. own_error: output name -> the relative L2 error PyTorch itself
-    makes on this case in the candidate's precision (empty for fp32).
+    makes on this case in the candidate's precision (empty for fp32). own_outputs: what it answered in that precision,
+    as float16, where a person shall see it.
     """
 
     case: Case
     outputs: Arrays
     own_error: Mapping[str, float] = field(default_factory=dict)
+    own_outputs: Arrays = field(default_factory=dict)
 
 
 def closest(word: str, known: Sequence[str]) -> str:

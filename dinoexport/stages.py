@@ -11,7 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import dinoexport
-from dinoexport import bundle, candidates, engine, family, files, judge, machine, page, plan, proof, repair, tuning
+from dinoexport import (
+    bundle,
+    candidates,
+    engine,
+    family,
+    files,
+    judge,
+    machine,
+    page,
+    plan,
+    proof,
+    repair,
+    sbom,
+    tuning,
+)
 from dinoexport import quantise as quantiser
 from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
 from dinoexport.checkpoint import Checkpoint
@@ -26,6 +40,7 @@ from dinoexport.workspace import Stage, Workspace, key_of
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "openvino", "numpy")
 _QUANTISERS = ("onnxruntime", "onnx")
+_ABSENT = "not installed"
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
 _ENGINE_ONLY = {"engine", "profiles"}
 
@@ -139,12 +154,15 @@ def tried(stage: Stage) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """The graph's verdict. growth: of its error inside, where that can be followed. kept: answers worth a picture."""
+    """The graph's verdict. growth: of its error inside, where that can be followed.
+
+    kept: what is worth a picture, by the name of the candidate; an engine that is judged later adds its own.
+    """
 
     stage: Stage
     report: judge.Report
     growth: Growth | None
-    kept: page.Kept
+    kept: dict[str, page.Kept]
 
 
 def judge_graph(
@@ -160,9 +178,11 @@ def judge_graph(
     graphs = _graphs(order, exported)
     way = facts.chosen if facts else candidates.graph_way(order.precision)
     kept = page.Kept()
-    candidate = page.keeping(candidates.open_candidate(order.model, graphs, way), stored.expectations, kept)
+    candidate = candidates.open_candidate(order.model, graphs, way)
     name = candidates.candidate_name(order.precision, way, facts.arithmetic if facts else {})
-    report = proof.judged(candidate, stored, name, progress=work.progress)
+    report = proof.judged(page.keeping(candidate, stored.expectations, kept), stored, name, progress=work.progress)
+    one_thread = candidates.with_one_thread(order.model, graphs, way)
+    report = proof.with_steadiness(report, stored, candidate, one_thread)
     report = proof.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
     growth = proof.growth_of(
         report,
@@ -187,7 +207,7 @@ def judge_graph(
         (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     stage = work.stage("judge", key_of(report=content), make)
-    return Judged(stage=stage, report=report, growth=growth, kept=kept)
+    return Judged(stage=stage, report=report, growth=growth, kept={name: kept})
 
 
 def report_page(
@@ -211,6 +231,16 @@ def report_page(
         versions=versions_of((*page.PACKAGES, "pillow")),
     )
     return work.stage("page", key, make)
+
+
+def bill_of_materials(work: Workspace, manifest: Manifest) -> Stage:
+    """What went into the bundle that `manifest` describes; last, because it lists every other file."""
+    content = sbom.of(manifest)
+
+    def make(folder: Path) -> None:
+        (folder / bundle.SBOM).write_text(content, encoding="utf-8")
+
+    return work.stage("sbom", key_of(content=content), make)
 
 
 def engines(work: Workspace, order: Order, exported: Stage) -> Stage:
@@ -274,24 +304,42 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
     )
 
 
-def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage]) -> proof.EngineVerdict:
-    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done."""
+def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage], judged: Judged) -> proof.EngineVerdict:
+    """The engines over every case, where this machine's GPU can run them; else the reason why it was not done.
+
+    What of their answers is worth a picture joins `judged.kept`.
+    """
     folder, exported = stages["engine"].folder, stages["export"].folder
     content = json.loads((folder / bundle.ENGINES).read_text())
     engines = [EngineFacts.model_validate(facts) for facts in content]
-    return proof.judge_engines(
+    stored = bundle.read_reference(stages["reference"].folder / bundle.REFERENCE)
+    kept = page.Kept()
+    verdict = proof.judge_engines(
         order.model,
         {folder / facts.file: facts for facts in engines},
         {exported / f"{graph.name}.onnx": graph for graph in order.model.graphs},
-        bundle.read_reference(stages["reference"].folder / bundle.REFERENCE),
+        stored,
+        watch=lambda candidate: page.keeping(candidate, stored.expectations, kept),
         progress=work.progress,
     )
+    if verdict.report is not None:
+        judged.kept[verdict.report.candidate] = kept
+    return verdict
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
     """The versions of `packages`, and our own."""
-    found = {package: machine.installed(package) or "not installed" for package in packages}
+    found = {package: machine.installed(package) or _ABSENT for package in packages}
     return {"dinoexport": dinoexport.__version__} | found
+
+
+def versions_in(order: Order) -> dict[str, str]:
+    """The versions of all that may have had a part in a bundle, as far as it is installed."""
+    compilers = (*plan.PACKAGES[order.runtime], "polygraphy") if order.runtime.has_engine else ()
+    found = versions_of((*TRACERS, *_RUNTIMES, "safetensors", "pillow", *page.PACKAGES, *compilers)) | {
+        "python": platform.python_version()
+    }
+    return {package: version for package, version in found.items() if version != _ABSENT}
 
 
 def _code(order: Order) -> str:

@@ -73,13 +73,17 @@ class Workspace:
         self._finish(partial, key, folder, made)
         return Stage(name=name, key=key, folder=folder, files=made, reused=False)
 
-    def publish(self, stages: Mapping[str, Stage], manifest: Manifest) -> None:
-        """Puts all stages' files and the manifest at `out`, at once, and clears the workspace."""
-        ready = self._empty("publish.partial")
+    def publish(
+        self, stages: Mapping[str, Stage], manifest: Manifest, *, sign: Callable[[Path], None] = lambda _folder: None
+    ) -> None:
+        """Puts all stages' files and the manifest at `out`, at once and signed by `sign`, and clears the workspace."""
+        ready = self._empty("publish.partial") / self.out.name  # a signature holds the folder's name
+        ready.mkdir()
         for stage in stages.values():
             for file in stage.files:
                 files.link_or_copy(stage.folder / file.name, ready / file.name)
         (ready / bundle.MANIFEST).write_bytes(manifest.to_bytes())
+        sign(ready)
         files.replace_folder(ready, self.out)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -157,7 +161,9 @@ def _check_place(out: Path) -> None:
     content = manifest.read_bytes() if manifest.is_file() else b""
     if b'"manifest_sha256"' not in content:
         raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
-    listed = {bundle.MANIFEST} | {path.name for path in out.iterdir() if json.dumps(path.name).encode() in content}
+    listed = {bundle.MANIFEST, bundle.SIGNATURE} | {
+        path.name for path in out.iterdir() if json.dumps(path.name).encode() in content
+    }
     if added := sorted({path.name for path in out.iterdir()} - listed):
         raise UsageError(
             f"{out} holds what no build put there: {', '.join(added)}.",

@@ -396,6 +396,7 @@ def some_reference() -> Reference:
                 "patch_tokens": np.asfortranarray(numbers.standard_normal((1, i + 1, 4)).astype(np.float32)),
             },
             own_error={"class_token": 1.25e-3 * i, "patch_tokens": 2e-3} if i % 2 else {},
+            own_outputs={"class_token": np.full((1, 4), i, np.float16)} if i % 3 == 0 else {},
         )
         for i in range(12)  # more than ten: the arrays of case 1 are not those of case 11
     )
@@ -427,6 +428,7 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
         assert ours.own_error == theirs.own_error
         same(ours.case.inputs, theirs.case.inputs)
         same(ours.outputs, theirs.outputs)
+        same(ours.own_outputs, theirs.own_outputs)
     for refused, wanted in zip(found.refusals, original.refusals, strict=True):
         assert (refused.name, refused.why, refused.expect_refusal) == (wanted.name, wanted.why, True)
         same(refused.inputs, wanted.inputs)
@@ -439,7 +441,7 @@ def test_the_same_reference_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def index(**changes: Any) -> Any:
-    content = {"reference": "somebody", "limits": LIMITS.model_dump(mode="json"), "cases": [], **changes}
+    content = {"version": 1, "reference": "somebody", "limits": LIMITS.model_dump(mode="json"), "cases": [], **changes}
     return np.frombuffer(json.dumps(content).encode(), np.uint8)
 
 
@@ -545,6 +547,16 @@ def test_what_is_no_reference_gets_one_sentence(tmp_path: Path, raw: bytes) -> N
     with pytest.raises(ValidationFailed, match=r"reference\.npz is not readable") as caught:
         bundle.read_reference(path)
     assert caught.value.next_step
+
+
+@pytest.mark.parametrize("version", [2, None, "1", [1]])
+def test_a_reference_of_another_version_says_so(tmp_path: Path, version: Any) -> None:
+    """Whatever else it holds: what a later version means by its keys is not known here."""
+    path = tmp_path / bundle.REFERENCE
+    path.write_bytes(npz(**{"index.json": index(version=version, surprise=1)}))
+    with pytest.raises(UsageError, match=r"reference\.npz has version .*; this dinoexport reads 1") as caught:
+        bundle.read_reference(path)
+    assert "built the bundle" in caught.value.next_step
 
 
 def test_a_missing_reference_gets_one_sentence(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dinoexport
-from dinoexport import cli
+from dinoexport import cli, judge, listing
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu.toml")
@@ -133,9 +133,19 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bundle")
     built = json.loads(run("build", TINY, "--weights", "synthetic:0", "--out", out, "--json").stdout)
     assert built["verdict"] == "passed" and built["bundle"] == out and built["report"]["rows"]
+    assert built["report"]["steadiness"]["again"] == 0 and built["report"]["steadiness"]["cases"] == ["batch"]
     exported = json.loads(run("export", TINY, "--weights", "synthetic:1", "--out", out, "--json").stdout)
     assert exported["verdict"] == "unjudged"
-    assert json.loads(run("validate", str(bundle_folder), "--json").stdout)["report"]["passed"]
+    told = json.loads(run("validate", str(bundle_folder), "--json").stdout)
+    assert "the 2 cases the bundle carries" in told["proves"] and "other inputs and sizes" in told["does_not_prove"]
+    validated = told["report"]
+    assert validated["passed"] and validated["steadiness"]["alone"] < 1e-5
+    shown = run("validate", str(bundle_folder)).stdout
+    assert "Steady: the same inputs again: equal to the last bit; alone" in shown
+    assert (
+        "\nProves: " in shown
+        and "\nNot:    other inputs and sizes; that the weights are the authors' own; who" in shown
+    )
     assert json.loads(run("inspect", str(bundle_folder), "--json").stdout)["Bundle"]["verdict"] == "passed"
     onnx_facts = json.loads(run("inspect", str(bundle_folder / "model.onnx"), "--json").stdout)
     assert onnx_facts["ONNX"]["external data"] == "model.onnx.data"
@@ -154,6 +164,13 @@ def test_failed_validation_exits_1(bundle_folder: Path, monkeypatch: pytest.Monk
     assert told["exit_code"] == 1 and not told["report"]["passed"]
     shown = run("validate", str(bundle_folder))
     assert shown.exit_code == 1 and "FAILED" in shown.stdout and "limit" in shown.stdout
+
+
+def test_what_a_verdict_leaves_open() -> None:
+    report = judge.Report(candidate="c", reference="r", rows=(), not_covered=("wide", "tall"))
+    proves, left_open = listing.proven(report, own_images=True, not_run="no GPU here", verified=True)
+    assert "images of yours" in proves
+    assert left_open[2:] == ["2 cases outside the engine's profiles", "the engine, which was not run"]
 
 
 def test_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_folder: Path) -> None:

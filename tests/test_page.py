@@ -17,9 +17,23 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dinoexport import agreement, album, bundle, cli, explain, judge, page, pipeline, shipped, streamed
+from dinoexport import (
+    agreement,
+    album,
+    bundle,
+    checkpoint,
+    cli,
+    explain,
+    family,
+    judge,
+    page,
+    pipeline,
+    shipped,
+    streamed,
+)
 from dinoexport.models.dinov2 import pictures
-from dinoexport.spec import Precision
+from dinoexport.recipe import Recipe
+from dinoexport.spec import Precision, silent
 from tests.conftest import DATA
 
 HOSTILE = "<script>alert(1)</script> & 'quotes'"
@@ -83,6 +97,7 @@ def test_page_says_everything(built: Path) -> None:
         "Sizes tried",
         "register_tokens: relative error of each",
         "the end of fp16's range",
+        "the same inputs again",
     ):
         assert word in html, word
     assert all(version in html for version in manifest.versions.values())
@@ -105,11 +120,65 @@ def test_nothing_leaves_the_page_and_nothing_in_it_is_markup(built: Path) -> Non
 
 
 def test_the_pictures_are_of_every_photograph(built: Path) -> None:
-    """Four a photograph: itself, PyTorch, the candidate, the error. Equal tokens have equal colours."""
+    """Six a photograph: itself, PyTorch, its own fp16 and the candidate with the error of each."""
     html = (built / bundle.PAGE).read_text()
     titles = re.findall(r'<img alt="([^"]+)"', html)
     candidate = bundle.read_manifest(built).report["candidate"]
-    assert titles == ["Photograph", "PyTorch", candidate, "Cosine error"] * 3
+    own = "PyTorch's own fp16"
+    assert list(map(unescape, titles)) == ["Photograph", "PyTorch", own, "Cosine error", candidate, "Cosine error"] * 3
+
+
+def test_what_pytorch_makes_of_it_in_fp16_is_kept_whole_for_photographs_alone(built: Path) -> None:
+    """float16 holds an fp16 model's answers exactly; the page draws them, and nothing else needs them."""
+    manifest = bundle.read_manifest(built)
+    model = family.find("dinov2").model(Recipe.model_validate(manifest.recipe))
+    for e in bundle.read_reference(built / bundle.REFERENCE).expectations:
+        assert bool(e.own_outputs) == e.case.shown
+        if e.case.name == "own":
+            recipe = Recipe.model_validate(manifest.recipe)
+            weights = checkpoint.open_checkpoint(model, recipe, "synthetic-stress:0", progress=silent)
+            (asked,) = model.reference(weights.read, [e.case.inputs], precision=Precision.FP16, progress=silent)
+            assert all(np.array_equal(asked[name], kept) for name, kept in e.own_outputs.items())
+            assert e.own_outputs.keys() == e.outputs.keys()
+
+
+@pytest.fixture(scope="module")
+def with_engine(built: Path) -> Path:
+    """The page of the same bundle, as if an engine had been executed too: its patches are a little off."""
+    manifest = bundle.read_manifest(built)
+    model = family.find("dinov2").model(Recipe.model_validate(manifest.recipe))
+    reference = bundle.read_reference(built / bundle.REFERENCE)
+    kept = {
+        name: page.Kept(
+            answers={e.case.name: {n: a * scale for n, a in e.outputs.items()} for e in reference.expectations},
+            errors={"patch_tokens": [np.array([1e-3, 2e-3])]},
+        )
+        for name, scale in (("the graph", 1.0), ("tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp16", 1.001))
+    }
+    report = judge.Report(candidate="the graph", reference=reference.name, rows=())
+    path = built.parent / "with_engine.html"
+    path.write_text(page.render(manifest, model, report, None, reference, kept), encoding="utf-8")
+    return path
+
+
+def test_an_engine_that_was_executed_has_a_column_of_its_own(with_engine: Path) -> None:
+    titles = [unescape(title) for title in re.findall(r'<img alt="([^"]+)"', with_engine.read_text())]
+    engine = "tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp16"
+    columns = ["PyTorch's own fp16", "Cosine error", "the graph", "Cosine error", engine, "Cosine error"]
+    assert titles == ["Photograph", "PyTorch", *columns] * 3
+
+
+def test_errors_of_one_image_share_a_scale() -> None:
+    tokens = np.random.RandomState(0).standard_normal((1, 6, 5))
+    near, far = tokens.copy(), tokens.copy()
+    near[0, 0, 0] += 0.1
+    far[0, 0, 0] += 1.0
+    ((*_, dark, _, bright),) = pictures.of_case(
+        np.zeros((1, 3, 28, 42), np.float32), tokens, {"near": near, "far": far}
+    )
+    first = [np.asarray(Image.open(BytesIO(picture.data))).reshape(-1, 3)[0] for picture in (dark, bright)]
+    assert first[1].tolist() == [253, 231, 37] and first[0][0] < 80, "the smaller error is nearly dark"
+    assert bright.caption.startswith("of far: dark 0") and dark.caption.startswith("of near: dark 0")
 
 
 def test_colours_of_known_tokens() -> None:
@@ -203,19 +272,22 @@ def browser() -> Any:
         started.close()
 
 
-@pytest.mark.parametrize("which", ["built", "rejected"])
+@pytest.mark.parametrize("which", ["built", "rejected", "with_engine"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRequest, browser: Any) -> None:
     """No error, no request, no missing image, nothing cut off; dark is dark."""
-    path = request.getfixturevalue(which) / bundle.PAGE
+    path = request.getfixturevalue(which)
+    path = path / bundle.PAGE if path.is_dir() else path
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     tab.on("console", lambda message: problems.append(message.text))
     tab.on("pageerror", lambda error: problems.append(str(error)))
     tab.on("request", lambda r: problems.append(r.url) if not r.url.startswith(("data:", "file:")) else None)
     tab.goto(path.as_uri())
-    assert tab.evaluate(MISSING) == [] and tab.evaluate("document.images.length") == 12
+    assert tab.evaluate(MISSING) == [] and tab.evaluate("document.images.length") == (
+        24 if which == "with_engine" else 18
+    )
     assert tab.evaluate(CUT_OFF) == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     (red,) = re.findall(r"rgb\((\d+)", tab.evaluate("getComputedStyle(document.body).backgroundColor"))

@@ -94,8 +94,16 @@ def test_engine_example(tmp_path: Path) -> None:
 def test_bundle_layout_is_the_documented_one() -> None:
     (layout,) = [block for kind, block in BLOCKS if kind == "" and block.startswith("bundles/")]
     documented = set(re.findall(r"^  (\S+)  ", layout, flags=re.MULTILINE))
-    always = {"manifest.json", "model.onnx", "model.onnx.data", "reference.npz", "report.json", "report.html"}
-    assert documented == always | {"model.plan", "precision.json"}
+    always = {
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+        "reference.npz",
+        "report.json",
+        "report.html",
+        "sbom.cdx.json",
+    }
+    assert documented == always | {"model.plan", "precision.json", "model.sig"}
 
 
 def test_help_of_every_verb() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport import bundle, machine, pipeline, plan, preflight, proof
+from dinoexport import bundle, machine, page, pipeline, plan, preflight, proof
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile, UsageError
 from dinoexport.machine import Gpu
@@ -191,7 +191,8 @@ def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Pa
     assert validated.report.candidate == "tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp32"
     (facts,) = bundle.verify(folder).engines
     assert facts.executed.startswith("on NVIDIA A100-SXM4-40GB at 20") and facts.report["passed"]
-    assert "replay" not in device.calls, "every case has another shape"
+    assert "replay" in device.calls, "what was asked again was answered by the graph that was captured"
+    assert validated.report.steadiness is not None and validated.report.steadiness.one_thread is None
     assert proof.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(("ONNX Runtime", "OpenVINO"))
 
 
@@ -260,8 +261,14 @@ def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
         str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", precision=Precision.FP32, out=tmp_path / "bundle"
     )
     assert (order.chosen.name, order.runtime) == ("a100", Runtime.TENSORRT), "the GPU that is here"
+    drawn: list[dict[str, page.Kept]] = []
+    render = page.render
+    monkeypatch.setattr(page, "render", lambda *args: drawn.append(args[-1]) or render(*args))
     built = pipeline.build(order)
     assert built.engines.report is not None and built.engines.report.passed
+    assert built.report is not None
+    assert list(drawn[0]) == [built.report.candidate, built.engines.report.candidate], "the page is given both answers"
+    assert drawn[0][built.engines.report.candidate].errors and built.engines.report.steadiness is not None
     manifest = bundle.verify(order.out)
     assert manifest.engines[0].executed.startswith("on NVIDIA A100") and manifest.engines[0].scratch_bytes == 5
 

@@ -11,6 +11,8 @@ from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.making import ReferenceOption, Weights
 from dinoexport.cli.terminal import (
     Json,
+    Sign,
+    Verify,
     choice,
     fail,
     printable,
@@ -21,6 +23,7 @@ from dinoexport.cli.terminal import (
     say_json,
     show_report,
     show_ways,
+    signer_of,
 )
 from dinoexport.tables import facts as facts_table
 from dinoexport.tables import table
@@ -45,13 +48,18 @@ def validate(
         bool,
         typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
     ] = False,
+    verify: Verify = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
-        from dinoexport import album, proof
+        from dinoexport import album, listing, proof, signing
         from dinoexport.errors import ValidationFailed
 
+        signer = signer_of(sign)
+        verified = verify and signing.verify(bundle, verify)
+        signed = signing.signed_by(bundle)
         if page is not None:
             album.check(page, images)
         with progress_lines() as progress:
@@ -62,34 +70,57 @@ def validate(
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
+                signs=signer is not None,
                 progress=progress,
             )
             if page is not None and images is not None:
                 album.write(page, validated, images, progress=progress)
-        facts: dict[str, Any] = {
-            "skipped": list(validated.skipped),
-            "not_run": validated.not_run,
-            "recorded": validated.recorded,
-        }
-        if validated.growth is not None:
-            facts["growth"] = validated.growth.to_json()
-        if validated.together is not None:
-            facts |= validated.together.to_json() | {"page": page and str(page)}
+        if signer is not None and validated.report.passed:
+            signer.sign(bundle)
+            signed = signer.fingerprint
+        checked_key = verified is not None
+        proves, leaves_open = listing.proven(
+            validated.report, own_images=images is not None, not_run=validated.not_run, verified=checked_key
+        )
+        facts = _validated_facts(validated, page) | {"signed_by": signed, "verified": checked_key}
+        if validated.report.passed:
+            facts |= {"proves": proves, "does_not_prove": leaves_open}
         if as_json and validated.report.passed:
             say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
             return
         show_report(validated.report, to_stderr=as_json)
-        show_ways(validated.manifest, not_run=validated.not_run, to_stderr=as_json)
-        if explain:
-            _show_growth(validated, to_stderr=as_json)
-        if validated.together is not None:
-            _show_together(validated, page, to_stderr=as_json)
+        show_ways(validated.manifest, not_run=validated.not_run or validated.not_recorded, to_stderr=as_json)
+        for line in listing.signature_lines(signed, by_us=signer is not None, verified=checked_key):
+            say(line, to_stderr=as_json)
+        if validated.report.passed:
+            say(f"Proves: {proves}.\nNot:    {'; '.join(leaves_open)}.")
+        _show_more(validated, page, explain=explain, to_stderr=as_json)
         if not validated.report.passed:
             failed = ValidationFailed(
                 f"{bundle} does not give PyTorch's outputs on this machine.",
                 next_step="The table shows each figure beside its limit.",
             )
             fail(failed, as_json, report=validated.report.to_json(), **facts)
+
+
+def _validated_facts(validated: Any, page: Path | None) -> dict[str, Any]:
+    growth = {} if validated.growth is None else {"growth": validated.growth.to_json()}
+    together = {} if validated.together is None else validated.together.to_json() | {"page": page and str(page)}
+    return {
+        "skipped": list(validated.skipped),
+        "not_run": validated.not_run,
+        "recorded": validated.recorded,
+        "not_recorded": validated.not_recorded,
+        **growth,
+        **together,
+    }
+
+
+def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: bool) -> None:
+    if explain:
+        _show_growth(validated, to_stderr=to_stderr)
+    if validated.together is not None:
+        _show_together(validated, page, to_stderr=to_stderr)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -10,6 +10,7 @@ import typer
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.terminal import (
     Json,
+    Sign,
     choice,
     fail,
     progress_lines,
@@ -19,6 +20,7 @@ from dinoexport.cli.terminal import (
     say_json,
     show_report,
     show_ways,
+    signer_of,
 )
 from dinoexport.tables import table
 
@@ -88,11 +90,12 @@ def build(
         bool, typer.Option("--keep-rejected", help="Publish a bundle that failed too, marked rejected.")
     ] = False,
     reference: ReferenceOption = "plain",
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Build a bundle and judge it against PyTorch; publish it only if it passes."""
     with reporting(as_json):
-        from dinoexport import pipeline
+        from dinoexport import listing, pipeline
 
         order = pipeline.order(
             variant,
@@ -104,15 +107,20 @@ def build(
             out=out,
             judge_code=choice("reference", reference, ("plain", "hub")),
         )
+        signer = signer_of(sign)
         try:
             with progress_lines() as progress:
-                built = pipeline.build(order, force=force, keep_rejected=keep_rejected, progress=progress)
+                built = pipeline.build(
+                    order, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
+                )
         except pipeline.Rejected as rejected:
             show_report(rejected.report, to_stderr=as_json)
             fail(rejected, as_json, verdict="rejected", report=rejected.report.to_json())
         assert built.report is not None
         if as_json:
-            say_json(_built_facts(built) | {"report": built.report.to_json()})
+            say_json(
+                _built_facts(built) | {"report": built.report.to_json(), "signed_by": signer and signer.fingerprint}
+            )
             return
         show_report(built.report)
         if built.engines.report:
@@ -120,9 +128,9 @@ def build(
         _say_reused(built)
         say(f"\nBundle: {built.folder}")
         say(f"Report: {built.folder / 'report.html'}")
+        for line in listing.signature_lines(signer and signer.fingerprint, by_us=True):
+            say(line)
         if order.auto:
-            from dinoexport import listing
-
             say(f"Precision: {listing.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
         say(f"Next:   dinoexport inspect {built.folder}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
+from dinoexport.cli.terminal import Json, Verify, choice, fail, progress_lines, reporting, say, say_json, show_report
 from dinoexport.tables import table
 
 
@@ -31,6 +31,7 @@ def deploy(
         Path | None,
         typer.Option(metavar="DIR", help="Files like those it will be asked about; front ends learn sizes."),
     ] = None,
+    verify: Verify = None,
     as_json: Json = False,
 ) -> None:
     """Add a bundle to a Triton model repository as the next version, and serve it."""
@@ -38,6 +39,10 @@ def deploy(
         from dinoexport.deploy import models
         from dinoexport.deploy import triton as repository
 
+        if verify is not None:
+            from dinoexport import signing
+
+            signing.verify(bundle, verify)
         chosen = None if backend is None else choice("backend", backend, models.BACKENDS)
         with progress_lines() as progress:
             deployed = repository.deploy(

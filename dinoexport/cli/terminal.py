@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from dinoexport.spec import Progress
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+Sign = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Sign what passed with this private key (PEM, elliptic curve)."),
+]
+Verify = Annotated[
+    Path | None,
+    typer.Option("--verify", metavar="KEY", help="Refuse a bundle that the owner of this public key did not sign."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -91,6 +100,24 @@ def runtime_of(word: str | None) -> Any:
     return None if word is None else Runtime(choice("runtime", word, tuple(Runtime)))
 
 
+def signer_of(key: Path | None) -> Any:
+    """The key that signs, opened before any work; its passphrase is asked for on a terminal. None for none."""
+    if key is None:
+        return None
+    from dinoexport import signing
+    from dinoexport.errors import UsageError
+
+    def ask() -> str:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"{key} is encrypted, and there is no terminal to ask for its passphrase.",
+                next_step=f"Run it on a terminal, or decrypt the key: openssl ec -in {key} -out PLAIN.pem",
+            )
+        return str(typer.prompt(f"Passphrase of {key}", hide_input=True, err=True))
+
+    return signing.open_signer(key, ask=ask)
+
+
 def say(what: Table | str, *, to_stderr: bool = False) -> None:
     """A line or a table."""
     from rich.console import Console
@@ -115,6 +142,9 @@ def show_report(report: Report, *, to_stderr: bool = False) -> None:
     verdict = "PASSED" if report.passed else "FAILED"
     title = f"{verdict}: {report.candidate}, against {report.reference}"
     say(table(title, listing.report_rows(report)), to_stderr=to_stderr)
+    if report.steadiness is not None:
+        lines = [f"{words}: {found}" for words, found in report.steadiness.lines.items()]
+        say(f"Steady: {'; '.join(lines)}", to_stderr=to_stderr)
 
 
 def show_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:

@@ -27,17 +27,21 @@ _VIRIDIS = np.array(
 def of_case(
     pixels_B3HW: Array, reference_BND: Array, candidates_BND: Mapping[str, Array]
 ) -> tuple[tuple[Picture, ...], ...]:
-    """A row for each image: itself, PyTorch's patch tokens, then each candidate's and its error per patch."""
+    """A row for each image: itself, PyTorch's patch tokens, then each candidate's and its error per patch.
+
+    The errors of one image share a scale, so that candidates can be compared.
+    """
     h, w = (side // PATCH for side in pixels_B3HW.shape[2:])
     project = _colours(reference_BND)
     rows = []
     for i, pixels_3HW in enumerate(pixels_B3HW):
         row = [photograph(pixels_3HW[:, : h * PATCH, : w * PATCH])]
         row.append(_map(project(reference_BND[i]).reshape(h, w, 3), "PyTorch", "three principal components as colours"))
+        errors = {name: 1 - vector_cosines(ours[i], reference_BND[i]) for name, ours in candidates_BND.items()}
+        largest = max((float(e[np.isfinite(e)].max(initial=0.0)) for e in errors.values()), default=0.0)
         for name, tokens_BND in candidates_BND.items():
             row.append(_map(project(tokens_BND[i]).reshape(h, w, 3), name, "the same components"))
-            errors = 1 - vector_cosines(tokens_BND[i], reference_BND[i])
-            row.append(_heat(errors.reshape(h, w)))
+            row.append(_heat(errors[name].reshape(h, w), largest, name))
         rows.append(tuple(row))
     return tuple(rows)
 
@@ -74,12 +78,11 @@ def photograph(pixels_3HW: Array, *, side_max: int = _PHOTOGRAPH_SIDE_MAX) -> Pi
     return Picture(title="Photograph", caption=caption, data=stored.getvalue(), media_type="image/jpeg")
 
 
-def _heat(errors_hw: Array) -> Picture:
+def _heat(errors_hw: Array, largest: float, name: str) -> Picture:
     finite = errors_hw[np.isfinite(errors_hw)]
-    largest = float(finite.max()) if finite.size else 0.0
     places = np.clip(np.nan_to_num(errors_hw, nan=largest) / max(largest, 1e-300), 0, 1) * (len(_VIRIDIS) - 1)
     colours = np.stack([np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=-1)
-    caption = f"per patch, dark 0, bright {largest:.1e}"
+    caption = f"of {name}: dark 0, bright {largest:.1e}, worst {finite.max(initial=0.0):.1e}"
     if finite.size < errors_hw.size:
         caption += f"; {errors_hw.size - finite.size} patches are not finite"
     return _map(_bytes(colours), "Cosine error", caption)
