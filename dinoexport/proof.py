@@ -208,60 +208,62 @@ def validate(
         )
     opened = _open(folder, manifest, model, runtime)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    cases: Iterable[Case]
     if images is None:
         reference = bundle.read_reference(folder / bundle.REFERENCE)
-        limits = reference.limits
-        cases: Iterable[Case] = [expectation.case for expectation in reference.expectations]
-        report = judged(opened.candidate, reference, opened.name, progress=progress)
-        report = with_steadiness(report, reference, opened.candidate, opened.one_thread)
-        recorded, not_recorded = False, ""
-        if opened.device and report.passed:
-            engines = _executed(manifest.engines, opened.device, report)
-            manifest = manifest.model_copy(update={"engines": engines})
-            not_recorded = _record(folder, manifest, signs)
-            recorded = not not_recorded
+        validated = _by_reference(folder, manifest, opened, reference, signs, progress)
         if not explained:
-            return Validated(
-                manifest=manifest,
-                report=report,
-                not_run=opened.not_run,
-                recorded=recorded,
-                not_recorded=not_recorded,
-            )
+            return validated
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
-        report = with_ranges(report, model, graphs, [*cases], progress=progress)
-        skipped: list[str] = []
-        together = None
+        cases, limits = [expectation.case for expectation in reference.expectations], reference.limits
+        report = with_ranges(validated.report, model, graphs, cases, progress=progress)
+        validated = replace(validated, report=report)
     else:
-        recorded, not_recorded = False, ""
-        skipped = []
+        skipped: list[str] = []
         cases = streamed.readable(model, images, skipped, progress)
         checkpoint = same_weights(model, recipe, manifest, weights, progress)
         limits = _limits_of(folder, manifest, recipe)
         together = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
-        report = together.report
-        cases = streamed.usable(model, images, [], silent)
-    growth = None
-    if explained:
-        growth = growth_of(
-            report,
-            cases,
-            model,
-            graphs,
-            checkpoint,
-            limits,
-            way=candidates.way_of(manifest),
-            precision=manifest.precision,
-            progress=progress,
+        validated = Validated(
+            manifest=manifest,
+            report=together.report,
+            skipped=tuple(skipped),
+            together=together,
+            not_run=opened.not_run,
         )
+        if not explained:
+            return validated
+        cases = streamed.usable(model, images, [], silent)
+    growth = growth_of(
+        validated.report,
+        cases,
+        model,
+        graphs,
+        checkpoint,
+        limits,
+        way=candidates.way_of(manifest),
+        precision=manifest.precision,
+        progress=progress,
+    )
+    return replace(validated, growth=growth)
+
+
+def _by_reference(
+    folder: Path, manifest: Manifest, opened: _Opened, reference: Reference, signs: bool, progress: Progress
+) -> Validated:
+    """The verdict by what the bundle carries; engines that pass are written down as executed on this machine."""
+    report = judged(opened.candidate, reference, opened.name, progress=progress)
+    report = with_steadiness(report, reference, opened.candidate, opened.one_thread)
+    passed_on_gpu = bool(opened.device and report.passed)
+    not_recorded = ""
+    if passed_on_gpu:
+        manifest = manifest.model_copy(update={"engines": _executed(manifest.engines, opened.device, report)})
+        not_recorded = _record(folder, manifest, signs)
     return Validated(
         manifest=manifest,
         report=report,
-        skipped=tuple(skipped),
-        together=together,
-        growth=growth,
         not_run=opened.not_run,
-        recorded=recorded,
+        recorded=passed_on_gpu and not not_recorded,
         not_recorded=not_recorded,
     )
 
