@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoexport import bundle, pipeline
+from dinoexport import bundle, carried, pipeline
 from dinoexport.client import DinoClient
 from dinoexport.deploy import triton
 from dinoexport.runtime import ort
@@ -82,7 +82,7 @@ def main() -> None:
 
 def item_of(folder: Path) -> Arrays:
     """One of the images the bundle was judged on."""
-    reference = bundle.read_reference(folder / bundle.REFERENCE)
+    reference = carried.read(folder / bundle.REFERENCE)
     (inputs,) = [e.case.inputs for e in reference.expectations if e.case.name == CASE]
     return {name: array[:1] for name, array in inputs.items()}
 

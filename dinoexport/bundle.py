@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -28,11 +28,10 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from dinoexport import files
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.recipe import Frozen, Limits, Sha256
-from dinoexport.spec import Array, Case, Dim, Expectation, Graph, Precision, Progress, Runtime, Tensor, Way, silent
+from dinoexport.recipe import Frozen, Sha256
+from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
 
 SCHEMA: Final = 1
-REFERENCE_VERSION: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
@@ -230,11 +229,11 @@ class Manifest(Frozen):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise _damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
+            raise damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
         except (ValueError, TypeError, RecursionError) as error:
-            raise _damaged(f"{MANIFEST} is not readable: {error}") from None
+            raise damaged(f"{MANIFEST} is not readable: {error}") from None
         if not unchanged:
-            raise _damaged(f"{MANIFEST} was changed after it was written")
+            raise damaged(f"{MANIFEST} was changed after it was written")
         return manifest
 
 
@@ -247,7 +246,8 @@ def _plain(value: Tensor | Dim) -> dict[str, Any]:
     return {**plain, "shape": list(plain["shape"])} if "shape" in plain else plain
 
 
-def _damaged(problem: str) -> ValidationFailed:
+def damaged(problem: str) -> ValidationFailed:
+    """What is said of a bundle that is not as it was written."""
     return ValidationFailed(f"The bundle is damaged: {problem}.", next_step="Copy it again, or build it again.")
 
 
@@ -273,7 +273,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
             )
         if path.stat().st_size > _MANIFEST_MAX_BYTES:
-            raise _damaged(f"{MANIFEST} has {path.stat().st_size} bytes, more than any manifest")
+            raise damaged(f"{MANIFEST} has {path.stat().st_size} bytes, more than any manifest")
         raw = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
@@ -308,107 +308,10 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
         path = folder / file.name
         try:
             if path.is_symlink() or not path.is_file():
-                raise _damaged(f"{file.name} is missing or no regular file")
+                raise damaged(f"{file.name} is missing or no regular file")
             if path.stat().st_size != file.size_bytes:
-                raise _damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
+                raise damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
             if files.sha256(path, progress=progress) != file.sha256:
-                raise _damaged(f"{file.name} does not have the SHA-256 in the manifest")
+                raise damaged(f"{file.name} does not have the SHA-256 in the manifest")
         except OSError as error:
-            raise _damaged(f"{file.name} cannot be read: {error.strerror}") from None
-
-
-class _StoredCase(Frozen):
-    name: str
-    why: str
-    refused: bool
-    neighbours: bool = False
-    shown: bool = False
-    own_error: dict[str, float]
-
-
-class _Index(Frozen):
-    """What `index.json` in a reference.npz holds beside the arrays."""
-
-    version: Literal[1] = REFERENCE_VERSION
-    reference: str
-    limits: Limits
-    cases: tuple[_StoredCase, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What a bundle carries to be judged by. `name` says in words who answered."""
-
-    name: str
-    limits: Limits
-    expectations: tuple[Expectation, ...]
-    refusals: tuple[Case, ...]
-
-
-def write_reference(path: Path, reference: Reference) -> None:
-    """Inputs, PyTorch's answers and limits as one .npz; the same content gives the same bytes."""
-    import numpy as np
-
-    arrays: dict[str, Array] = {}
-    entries = []
-    asked = [*reference.expectations, *(Expectation(case=case, outputs={}) for case in reference.refusals)]
-    for i, expectation in enumerate(asked):
-        case = expectation.case
-        for kind, named in (("in", case.inputs), ("out", expectation.outputs), ("own", expectation.own_outputs)):
-            arrays |= {f"{i}/{kind}/{name}": array for name, array in named.items()}
-        entries.append(
-            _StoredCase(
-                name=case.name,
-                why=case.why,
-                refused=case.expect_refusal,
-                neighbours=case.neighbours,
-                shown=case.shown,
-                own_error=dict(expectation.own_error),
-            )
-        )
-    index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
-    arrays["index.json"] = np.frombuffer(_canonical(index.model_dump(mode="json")), np.uint8)
-    with path.open("wb") as file:
-        stored: Any = arrays  # typed for the keyword NumPy 2 added
-        np.savez(file, **stored)
-
-
-def read_reference(path: Path) -> Reference:
-    """The reference in `path`; a ValidationFailed when it is damaged, a UsageError when it is of another version."""
-    import numpy as np
-
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        content = json.loads(arrays.pop("index.json").tobytes())
-        if (version := content.get("version")) != REFERENCE_VERSION:
-            raise UsageError(
-                f"{path.name} has version {version!r}; this dinoexport reads {REFERENCE_VERSION}.",
-                next_step="Use the dinoexport that built the bundle, or build it again.",
-            )
-        index = _Index.model_validate(content)
-    except UsageError:
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base
-        raise _damaged(f"{path.name} is not readable: {error}") from None
-    expectations, refusals = [], []
-    for i, entry in enumerate(index.cases):
-        inputs, outputs, own = (
-            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            for prefix in (f"{i}/in/", f"{i}/out/", f"{i}/own/")
-        )
-        case = Case(
-            name=entry.name,
-            why=entry.why,
-            inputs=inputs,
-            expect_refusal=entry.refused,
-            neighbours=entry.neighbours,
-            shown=entry.shown,
-        )
-        if case.expect_refusal:
-            refusals.append(case)
-        else:
-            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error, own_outputs=own))
-    return Reference(
-        name=index.reference, limits=index.limits, expectations=tuple(expectations), refusals=tuple(refusals)
-    )
+            raise damaged(f"{file.name} cannot be read: {error.strerror}") from None

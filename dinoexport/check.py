@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoexport import bundle, family, proof
-from dinoexport.bundle import Reference
+from dinoexport import bundle, carried, family, proof
+from dinoexport.carried import Reference
 from dinoexport.client import open_graphs
 from dinoexport.deploy.served import Served
 from dinoexport.deploy.triton import deployed_as
@@ -44,7 +44,7 @@ def check(
     """
     clients = open_graphs(url, model=model, timeout_s=timeout_s)
     served = next(iter(clients.values())).served
-    reference = bundle.read_reference(_reference_of(folder, served))
+    reference = carried.read(_reference_of(folder, served))
     if quick:
         reference = smallest(reference)
     recipe = parse(Recipe, served.recipe, where="the recipe of the served model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dinoexport import bundle, candidates, family
+from dinoexport import bundle, candidates, carried, family
 from dinoexport.bundle import Manifest
 from dinoexport.errors import UsageError
 from dinoexport.judge import Candidate
@@ -55,7 +55,7 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
             f"{first} was exported without a reference, so there are no inputs to compare on.",
             next_step="Give the judged bundle first, or build one.",
         )
-    asked = bundle.read_reference(first / bundle.REFERENCE).expectations
+    asked = carried.read(first / bundle.REFERENCE).expectations
     outputs, speed = _asked(a, b, asked, progress)
     return {
         "What differs": _differences(a.manifest, b.manifest),

@@ -13,7 +13,8 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from dinoexport.bundle import Manifest, Reference
+from dinoexport.bundle import Manifest
+from dinoexport.carried import Reference
 from dinoexport.errors import require
 from dinoexport.explain import RANGE, Growth
 from dinoexport.family import Model

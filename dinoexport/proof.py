@@ -13,8 +13,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from dinoexport import bundle, candidates, explain, family, judge, steadiness, streamed
-from dinoexport.bundle import EngineFacts, Manifest, Reference
+from dinoexport import bundle, candidates, carried, explain, family, judge, steadiness, streamed
+from dinoexport.bundle import EngineFacts, Manifest
+from dinoexport.carried import Reference
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.explain import Growth
@@ -210,7 +211,7 @@ def validate(
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     cases: Iterable[Case]
     if images is None:
-        reference = bundle.read_reference(folder / bundle.REFERENCE)
+        reference = carried.read(folder / bundle.REFERENCE)
         validated = _by_reference(folder, manifest, opened, reference, signs, progress)
         if not explained:
             return validated
@@ -444,4 +445,4 @@ def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
     if manifest.verdict == "unjudged":
         validation, _ = load_validation(recipe.validation, beside=None)
         return limits_for(validation, manifest.precision)
-    return bundle.read_reference(folder / bundle.REFERENCE).limits
+    return carried.read(folder / bundle.REFERENCE).limits

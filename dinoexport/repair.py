@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dinoexport import candidates, explain, family, proof
-from dinoexport.bundle import Reference
+from dinoexport.carried import Reference
 from dinoexport.checkpoint import Checkpoint
 from dinoexport.errors import ValidationFailed
 from dinoexport.export import Traces, export

@@ -14,6 +14,7 @@ import dinoexport
 from dinoexport import (
     bundle,
     candidates,
+    carried,
     engine,
     family,
     files,
@@ -108,7 +109,7 @@ def reference(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
             judge_code=order.judge_code,
             progress=work.progress,
         )
-        bundle.write_reference(folder / bundle.REFERENCE, reference)
+        carried.write(folder / bundle.REFERENCE, reference)
 
     key = key_of(
         code=_code(order),
@@ -129,7 +130,7 @@ def precision(work: Workspace, order: Order, checkpoint: Checkpoint, reference: 
     """The order with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
 
     def make(folder: Path) -> None:
-        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        stored = carried.read(reference.folder / bundle.REFERENCE)
         found = repair.repair(order.recipe, order.model, checkpoint, stored, folder, progress=work.progress)
         if found.fp32 is None:
             raise NothingHolds(
@@ -174,7 +175,7 @@ def judge_graph(
     facts: CpuFacts | None,
 ) -> Judged:
     """Judges what lies on the disk, the very files that will be published, run as they will be; and looks inside."""
-    stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+    stored = carried.read(reference.folder / bundle.REFERENCE)
     graphs = _graphs(order, exported)
     way = facts.chosen if facts else candidates.graph_way(order.precision)
     kept = page.Kept()
@@ -220,7 +221,7 @@ def report_page(
     """The verdict to look at, of everything the manifest says but the time."""
 
     def make(folder: Path) -> None:
-        stored = bundle.read_reference(reference.folder / bundle.REFERENCE)
+        stored = carried.read(reference.folder / bundle.REFERENCE)
         html = page.render(manifest, order.model, judged.report, judged.growth, stored, judged.kept)
         (folder / bundle.PAGE).write_text(html, encoding="utf-8")
 
@@ -312,7 +313,7 @@ def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage], ju
     folder, exported = stages["engine"].folder, stages["export"].folder
     content = json.loads((folder / bundle.ENGINES).read_text())
     engines = [EngineFacts.model_validate(facts) for facts in content]
-    stored = bundle.read_reference(stages["reference"].folder / bundle.REFERENCE)
+    stored = carried.read(stages["reference"].folder / bundle.REFERENCE)
     kept = page.Kept()
     verdict = proof.judge_engines(
         order.model,

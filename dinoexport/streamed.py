@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from dinoexport import agreement, download
 from dinoexport.agreement import Agreement, Item
-from dinoexport.bundle import Reference
+from dinoexport.carried import Reference
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
 from dinoexport.family import Model, Uses
 from dinoexport.judge import Candidate, Report, Row

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy
 from pydantic import ValidationError
 
-from dinoexport import bundle
-from dinoexport.bundle import BundleFile, CheckpointFacts, GraphFacts, Manifest, Reference
+from dinoexport import bundle, carried
+from dinoexport.bundle import BundleFile, CheckpointFacts, GraphFacts, Manifest
+from dinoexport.carried import Reference
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
 from dinoexport.recipe import Limits, load, load_validation
 from dinoexport.spec import Case, Dim, Expectation, Graph, Precision, Tensor
@@ -419,8 +420,8 @@ def same(found: Any, wanted: Any) -> None:
 def test_a_reference_comes_back(tmp_path: Path) -> None:
     original = some_reference()
     path = tmp_path / bundle.REFERENCE
-    bundle.write_reference(path, original)
-    found = bundle.read_reference(path)
+    carried.write(path, original)
+    found = carried.read(path)
     assert (found.name, found.limits) == (original.name, original.limits)
     for ours, theirs in zip(found.expectations, original.expectations, strict=True):
         assert (ours.case.name, ours.case.why, ours.case.expect_refusal) == (theirs.case.name, theirs.case.why, False)
@@ -435,8 +436,8 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_same_reference_gives_the_same_bytes(tmp_path: Path) -> None:
-    bundle.write_reference(tmp_path / "a.npz", some_reference())
-    bundle.write_reference(tmp_path / "b.npz", some_reference())
+    carried.write(tmp_path / "a.npz", some_reference())
+    carried.write(tmp_path / "b.npz", some_reference())
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
@@ -545,7 +546,7 @@ def test_what_is_no_reference_gets_one_sentence(tmp_path: Path, raw: bytes) -> N
     path = tmp_path / bundle.REFERENCE
     path.write_bytes(raw)
     with pytest.raises(ValidationFailed, match=r"reference\.npz is not readable") as caught:
-        bundle.read_reference(path)
+        carried.read(path)
     assert caught.value.next_step
 
 
@@ -555,13 +556,13 @@ def test_a_reference_of_another_version_says_so(tmp_path: Path, version: Any) ->
     path = tmp_path / bundle.REFERENCE
     path.write_bytes(npz(**{"index.json": index(version=version, surprise=1)}))
     with pytest.raises(UsageError, match=r"reference\.npz has version .*; this dinoexport reads 1") as caught:
-        bundle.read_reference(path)
+        carried.read(path)
     assert "built the bundle" in caught.value.next_step
 
 
 def test_a_missing_reference_gets_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValidationFailed, match=r"reference\.npz is not readable"):
-        bundle.read_reference(tmp_path / bundle.REFERENCE)
+        carried.read(tmp_path / bundle.REFERENCE)
 
 
 def test_an_error_that_is_no_number_is_not_written(tmp_path: Path) -> None:
@@ -569,6 +570,4 @@ def test_an_error_that_is_no_number_is_not_written(tmp_path: Path) -> None:
     whole = some_reference()
     spoilt = Expectation(case=whole.expectations[0].case, outputs={}, own_error={"class_token": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
-        bundle.write_reference(
-            tmp_path / "x.npz", Reference(name="x", limits=LIMITS, expectations=(spoilt,), refusals=())
-        )
+        carried.write(tmp_path / "x.npz", Reference(name="x", limits=LIMITS, expectations=(spoilt,), refusals=()))

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, compare, pipeline
+from dinoexport import bundle, carried, cli, compare, pipeline
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.metrics import distance
 from dinoexport.runtime import ort
@@ -70,7 +70,7 @@ def test_operations(compared: dict[str, Any], bundles: tuple[Path, Path]) -> Non
 
 
 def test_outputs_are_measured_on_the_same_inputs(compared: dict[str, Any], bundles: tuple[Path, Path]) -> None:
-    reference = bundle.read_reference(bundles[0] / bundle.REFERENCE)
+    reference = carried.read(bundles[0] / bundle.REFERENCE)
     answers = []
     for folder in bundles:
         (graph,) = bundle.read_manifest(folder).graphs

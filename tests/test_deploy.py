@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoexport import bundle, files, images, pipeline
+from dinoexport import bundle, carried, files, images, pipeline
 from dinoexport.deploy import batching, models, triton
 from dinoexport.deploy.config import Entry, Word, to_text
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
@@ -97,7 +97,7 @@ def test_derived_lines_say_what_they_were_derived_from(built: Path, tmp_path: Pa
 def test_warmup_is_what_the_bundle_passed_on(built: Path, tmp_path: Path) -> None:
     triton.deploy(built, tmp_path / "models", backend="python")
     folder = tmp_path / "models" / "tiny_swiglu"
-    reference = bundle.read_reference(built / bundle.REFERENCE)
+    reference = carried.read(built / bundle.REFERENCE)
     known = {e.case.inputs["pixels"][:1].tobytes() for e in reference.expectations}
     samples = parsed(folder / "config.pbtxt").model_warmup
     assert len(samples) == 2
@@ -350,7 +350,7 @@ def test_batches_that_pay() -> None:
 
 def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:
     graph = bundle.read_manifest(built).graphs[0].graph()
-    items = models.judged_items(graph, bundle.read_reference(built / bundle.REFERENCE))
+    items = models.judged_items(graph, carried.read(built / bundle.REFERENCE))
     assert [item["pixels"].shape for item in items] == [(1, 3, 28, 42), (1, 3, 30, 69)]
     for side, expected in ((14, 42), (28, 42), (518, 69)):
         dims = tuple(Dim(name=d.name, min=d.min, opt=side, max=d.max) for d in graph.dims)

@@ -21,6 +21,7 @@ from dinoexport import (
     agreement,
     album,
     bundle,
+    carried,
     checkpoint,
     cli,
     explain,
@@ -132,7 +133,7 @@ def test_what_pytorch_makes_of_it_in_fp16_is_kept_whole_for_photographs_alone(bu
     """float16 holds an fp16 model's answers exactly; the page draws them, and nothing else needs them."""
     manifest = bundle.read_manifest(built)
     model = family.find("dinov2").model(Recipe.model_validate(manifest.recipe))
-    for e in bundle.read_reference(built / bundle.REFERENCE).expectations:
+    for e in carried.read(built / bundle.REFERENCE).expectations:
         assert bool(e.own_outputs) == e.case.shown
         if e.case.name == "own":
             recipe = Recipe.model_validate(manifest.recipe)
@@ -147,7 +148,7 @@ def with_engine(built: Path) -> Path:
     """The page of the same bundle, as if an engine had been executed too: its patches are a little off."""
     manifest = bundle.read_manifest(built)
     model = family.find("dinov2").model(Recipe.model_validate(manifest.recipe))
-    reference = bundle.read_reference(built / bundle.REFERENCE)
+    reference = carried.read(built / bundle.REFERENCE)
     kept = {
         name: page.Kept(
             answers={e.case.name: {n: a * scale for n, a in e.outputs.items()} for e in reference.expectations},

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoexport import bundle, pipeline
-from dinoexport.bundle import Reference
+from dinoexport import bundle, carried, pipeline
+from dinoexport.carried import Reference
 from dinoexport.models.dinov2.config import PATCH
 from dinoexport.order import Order
 from dinoexport.spec import Array, Case, Expectation, Precision
@@ -37,9 +37,7 @@ def size_bytes(order: Order, path: Path) -> int:
         expectations.append(
             Expectation(case=case, outputs=outputs, own_outputs=own, own_error=dict.fromkeys(outputs, 1e-3))
         )
-    bundle.write_reference(
-        path, Reference(name="x" * 80, limits=order.limits, expectations=tuple(expectations), refusals=())
-    )
+    carried.write(path, Reference(name="x" * 80, limits=order.limits, expectations=tuple(expectations), refusals=()))
     return path.stat().st_size
 
 

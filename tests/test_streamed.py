@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinoexport import agreement, album, cli, download, images, judge, listing, pipeline, proof, streamed
-from dinoexport.bundle import Reference
+from dinoexport.carried import Reference
 from dinoexport.errors import BuildError, OutsideProfile, UsageError
 from dinoexport.models.dinov2 import cases
 from dinoexport.recipe import Limits, load_validation

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, images, pipeline, proof
+from dinoexport import bundle, carried, cli, images, pipeline, proof
 from dinoexport.client import DinoClient
 from dinoexport.deploy import triton
 from dinoexport.errors import InputRefused, UsageError
@@ -80,7 +80,7 @@ def photographs(*names: str) -> list[bytes]:
 @pytest.mark.parametrize("name", ["bytes", "floats"])
 def test_answers_are_judged_like_any_runtime(server: Server, bundles: dict[str, Path], name: str, way: str) -> None:
     """Five sizes, batch 1 and more, and the size the strict graph must refuse: all of the bundle's own limits."""
-    reference = bundle.read_reference(bundles[name] / bundle.REFERENCE)
+    reference = carried.read(bundles[name] / bundle.REFERENCE)
     url = server.grpc if way.endswith("grpc") else server.http
     with DinoClient(url, model=name, shared_memory=way.startswith("shared")) as client:
         assert client.shares_memory == way.startswith("shared")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dinoexport import bundle
-from dinoexport.bundle import GraphFacts, Manifest, Reference, Shapes
+from dinoexport.bundle import GraphFacts, Manifest, Shapes
+from dinoexport.carried import Reference
 from dinoexport.deploy import batching
 from dinoexport.deploy.batching import Batching
 from dinoexport.deploy.config import DATA_TYPES, Entry, Word, parameter, to_text

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoexport import bundle, family, files
+from dinoexport import bundle, carried, family, files
 from dinoexport.deploy import models
 from dinoexport.deploy.models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.errors import UsageError, ValidationFailed
@@ -71,7 +71,7 @@ def deploy(
     _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
-    reference = bundle.read_reference(folder / bundle.REFERENCE)
+    reference = carried.read(folder / bundle.REFERENCE)
     with _staging(repository) as staging:
         standing = deployed_as(repository, name)
         previous = _served_version(standing[0]) if standing else None
