@@ -13,9 +13,9 @@ from pathlib import Path
 from dinoexport import bundle, family, files, streamed
 from dinoexport.agreement import Agreement
 from dinoexport.errors import UsageError, require
-from dinoexport.proof import Validated
 from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Picture, Progress
+from dinoexport.verdict import Validated
 
 TEMPLATE = Path(__file__).with_name("album.html.jinja")
 # Enough to see what kind of item differs; a page of ten thousand pictures would open nowhere.

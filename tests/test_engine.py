@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
-from dinoexport import bundle, child, engine, engine_worker, files, listing, pipeline, plan, profiles, proof
+from dinoexport import bundle, child, engine, engine_worker, files, listing, pipeline, plan, profiles, verdict
 from dinoexport.errors import BuildError, MissingRequirement
 from dinoexport.machine import Gpu
 from dinoexport.recipe import EngineChoices
@@ -90,7 +90,7 @@ def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -
     assert plan.read_header(order.out / "model.rtx").version == facts.runtime_version
     said = "\n".join(listing.engine_lines(manifest))
     assert "executed: never" in said and "caution" in said
-    assert proof.validate(order.out).report.passed
+    assert verdict.validate(order.out).report.passed
     assert pipeline.build(order).reused == ("export", "reference", "engine")
     (order.out / "model.rtx").write_bytes(b"x" + (order.out / "model.rtx").read_bytes()[1:])
     assert pipeline.build(order).reused == ("export", "reference")
@@ -111,7 +111,7 @@ def test_bf16_for_a_gpu(tmp_path: Path) -> None:
     assert built.report is not None and "bf16 widened to fp32" in built.report.candidate
     errors = [row.distance.relative_l2 for row in built.report.rows if row.distance]
     assert min(errors) > 1e-3 and max(errors) < 2e-2, "more than fp16 loses, within bf16's limits"
-    assert "bf16 widened to fp32" in proof.validate(order.out).report.candidate
+    assert "bf16 widened to fp32" in verdict.validate(order.out).report.candidate
 
 
 def test_a_damaged_graph_is_one_error(tiny: tuple[Path, Graph], tmp_path: Path) -> None:

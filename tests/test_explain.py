@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, explain, pipeline, proof
+from dinoexport import bundle, cli, explain, pipeline, verdict
 from dinoexport.errors import ValidationFailed
 from dinoexport.models.dinov2 import fold
 from dinoexport.recipe import Limit, Limits
@@ -154,7 +154,7 @@ def test_an_error_after_the_last_block_is_told_from_one_inside(tmp_path: Path, m
 def test_explain_of_a_bundle_that_passes(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     pipeline.build(pipeline.order(TINY, weights="synthetic:0", precision=Precision.FP16, out=out))
-    validated = proof.validate(out, explained=True)
+    validated = verdict.validate(out, explained=True)
     assert validated.report.passed and validated.growth is not None and validated.growth.leaves is None
     shown = CliRunner().invoke(cli.app, ["validate", str(out), "--explain"]).stdout
     assert "stays within its expected growth" in shown and "times median" in shown

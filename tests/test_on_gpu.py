@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dinoexport import bundle, pipeline, proof
+from dinoexport import bundle, pipeline, verdict
 from dinoexport.spec import Runtime
 from tests.conftest import DATA
 
@@ -26,7 +26,7 @@ def test_a_plan_is_built_run_and_judged(precision: str, tmp_path: Path) -> None:
     assert facts.executed.startswith(f"on {facts.device} at ")
     assert facts.fused_attentions == (facts.attentions if precision == "fp16" else 0)
     assert facts.weight_bytes is None or facts.weight_bytes > 0
-    assert proof.validate(order.out).recorded
+    assert verdict.validate(order.out).recorded
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport import bundle, pipeline, proof
+from dinoexport import bundle, pipeline, proof, verdict
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, WeightsError
 from dinoexport.spec import Precision
 from tests.conftest import DATA, HEARING_SIGINT
@@ -158,7 +158,7 @@ def test_validate_notices_a_changed_byte(built: Path, tmp_path: Path, name: str)
     content[random.randrange(len(content))] ^= 1
     (copy / name).write_bytes(content)
     with pytest.raises(ValidationFailed):
-        proof.validate(copy)
+        verdict.validate(copy)
 
 
 def test_wrong_tokens_publish_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_wrong_tokens_publish_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(pipeline.Rejected):
         pipeline.build(order, keep_rejected=True)
     assert bundle.verify(order.out).verdict == "rejected"
-    assert not proof.validate(order.out).report.passed
+    assert not verdict.validate(order.out).report.passed
 
 
 def test_rejected_build_leaves_the_old_bundle(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_export_is_marked_unjudged(tmp_path: Path) -> None:
     exported = pipeline.export_only(order)
     assert exported.manifest.verdict == "unjudged" and not (order.out / bundle.REFERENCE).exists()
     with pytest.raises(UsageError, match="without a reference"):
-        proof.validate(order.out)
+        verdict.validate(order.out)
     assert pipeline.build(order).reused == ("export",)
 
 
@@ -209,11 +209,11 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
         noise = np.random.RandomState(i).randint(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    validated = proof.validate(built, images=tmp_path)
+    validated = verdict.validate(built, images=tmp_path)
     assert validated.report.passed and {row.case for row in validated.report.rows} == {"0.png", "1.png"}
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
     with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
-        proof.validate(built, images=tmp_path, weights="synthetic:1")
+        verdict.validate(built, images=tmp_path, weights="synthetic:1")
 
 
 def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,13 +223,13 @@ def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monk
     for i in range(7):
         noise = np.random.RandomState(i).randint(0, 256, (60, 70, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(proof, "_IMAGES_AT_ONCE", 3)
+    monkeypatch.setattr(verdict, "_IMAGES_AT_ONCE", 3)
     asked: list[int] = []
     ask = proof.ask_pytorch
     monkeypatch.setattr(
         proof, "ask_pytorch", lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k)
     )
-    validated = proof.validate(built, images=tmp_path, explained=True)
+    validated = verdict.validate(built, images=tmp_path, explained=True)
     assert asked == [3, 3, 1] and validated.report.passed
     assert [row.case for row in validated.report.rows[::3]] == [f"{i}.png" for i in range(7)]
     assert validated.growth is not None and validated.growth.case in {f"{i}.png" for i in range(7)}

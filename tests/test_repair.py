@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, pipeline, proof, repair
+from dinoexport import bundle, cli, pipeline, repair, verdict
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import fold
 from dinoexport.spec import Precision
@@ -68,7 +68,7 @@ def test_overflow_is_repaired_where_it_is(repaired: Path) -> None:
     assert manifest.verdict == "passed" and manifest.precision is Precision.FP16
     assert manifest.report["precision"] == tried
     assert manifest.recipe["graph"]["fp32"] == ["blocks.1"] and manifest.recipe["graph"]["residual"] == "fp32"
-    assert proof.validate(repaired).report.passed
+    assert verdict.validate(repaired).report.passed
     assert "residual, blocks.1 in fp32" in CliRunner().invoke(cli.app, ["inspect", str(repaired)]).stdout
 
 

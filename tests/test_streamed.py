@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dinoexport import agreement, album, cli, download, images, judge, listing, pipeline, proof, streamed
+from dinoexport import agreement, album, cli, download, images, judge, listing, pipeline, proof, streamed, verdict
 from dinoexport.carried import Reference
 from dinoexport.errors import BuildError, OutsideProfile, UsageError
 from dinoexport.models.dinov2 import cases
@@ -328,7 +328,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_validate_reports_all_measures(built: Path, pictures: Path) -> None:
-    validated = proof.validate(built, images=pictures)
+    validated = verdict.validate(built, images=pictures)
     assert validated.together is not None and validated.together.agreement is not None
     found = {m.figure: m for m in validated.together.agreement.measures}
     assert {name: m.items for name, m in found.items()} == {
@@ -403,7 +403,7 @@ def test_without_scikit_learn_it_says_so_before_anything_is_asked(
 
 def test_one_image_is_judged_and_what_it_cannot_show_is_said(built: Path, tmp_path: Path) -> None:
     noise(1).save(tmp_path / "one.png")
-    validated = proof.validate(built, images=tmp_path)
+    validated = verdict.validate(built, images=tmp_path)
     assert validated.report.passed and validated.together is not None and validated.together.agreement is not None
     assert [m.figure for m in validated.together.agreement.measures] == ["correspondence"]
     assert len(validated.together.agreement.said) == 2
@@ -425,7 +425,7 @@ def test_a_folder_without_images_is_one_error(built: Path, tmp_path: Path, conte
     if content == "text":
         (folder / "x.png").write_text("a cat")
     with pytest.raises(UsageError, match="holds no image that can be read") as caught:
-        proof.validate(built, images=folder)
+        verdict.validate(built, images=folder)
     assert ("a link that leads out of the folder" in caught.value.message) == (content == "links")
     assert ("a link to a folder, which is not followed" in caught.value.message) == (content == "links")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport import bundle, machine, page, pipeline, plan, preflight, proof
+from dinoexport import bundle, machine, page, pipeline, plan, preflight, verdict
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile, UsageError
 from dinoexport.machine import Gpu
@@ -186,27 +186,29 @@ def a100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Path, device: Device, a100: None) -> None:
     folder = with_engine(published, tmp_path / "bundle")
-    validated = proof.validate(folder)
+    validated = verdict.validate(folder)
     assert validated.report.passed and validated.recorded and not validated.not_run
     assert validated.report.candidate == "tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp32"
     (facts,) = bundle.verify(folder).engines
     assert facts.executed.startswith("on NVIDIA A100-SXM4-40GB at 20") and facts.report["passed"]
     assert "replay" in device.calls, "what was asked again was answered by the graph that was captured"
     assert validated.report.steadiness is not None and validated.report.steadiness.one_thread is None
-    assert proof.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(("ONNX Runtime", "OpenVINO"))
+    assert verdict.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(
+        ("ONNX Runtime", "OpenVINO")
+    )
 
 
 def test_without_a_gpu_the_graph_is_judged_and_it_is_said(published: Path, tmp_path: Path) -> None:
     folder = with_engine(published, tmp_path / "bundle")
     before = (folder / bundle.MANIFEST).read_bytes()
-    validated = proof.validate(folder)
+    validated = verdict.validate(folder)
     assert validated.report.passed and not validated.recorded
     assert validated.not_run == "model.plan was not run: no GPU here."
     assert (folder / bundle.MANIFEST).read_bytes() == before
     with pytest.raises(MissingRequirement, match="no GPU here"):
-        proof.validate(folder, runtime=Runtime.TENSORRT)
+        verdict.validate(folder, runtime=Runtime.TENSORRT)
     with pytest.raises(UsageError, match="nothing for tensorrt_rtx"):
-        proof.validate(folder, runtime=Runtime.TENSORRT_RTX)
+        verdict.validate(folder, runtime=Runtime.TENSORRT_RTX)
 
 
 def test_a_wrong_engine_is_found_out_and_not_recorded(
@@ -217,7 +219,7 @@ def test_a_wrong_engine_is_found_out_and_not_recorded(
     right = gpu.Context._outputs
     monkeypatch.setattr(gpu.Context, "_outputs", lambda self: {n: a * 1.001 for n, a in right(self).items()})
     folder = with_engine(published, tmp_path / "bundle")
-    validated = proof.validate(folder)
+    validated = verdict.validate(folder)
     assert not validated.report.passed and not validated.recorded
     assert bundle.read_manifest(folder).engines[0].executed == "never"
 
@@ -227,11 +229,11 @@ def test_cases_outside_the_profiles_are_listed_not_passed(
 ) -> None:
     graph = graph_of(published)
     single = {"single": dict(profile("single", graph, {"batch": Range(min=1, opt=1, max=1)}).shapes)}
-    report = proof.validate(with_engine(published, tmp_path / "bundle", profiles=single)).report
+    report = verdict.validate(with_engine(published, tmp_path / "bundle", profiles=single)).report
     assert report.passed and report.not_covered == ("batch",)
     assert {row.case for row in report.rows} == {"cropped"}
     none = {"none": dict(profile("none", graph, {"batch": Range(min=4, opt=4, max=4)}).shapes)}
-    report = proof.validate(with_engine(published, tmp_path / "other", profiles=none)).report
+    report = verdict.validate(with_engine(published, tmp_path / "other", profiles=none)).report
     assert not report.passed and not report.rows, "an engine that answers nothing proves nothing"
 
 

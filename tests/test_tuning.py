@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, listing, pipeline, proof, timing, tuning
+from dinoexport import bundle, cli, listing, pipeline, timing, tuning, verdict
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.runtime import cpu, openvino
 from dinoexport.spec import Precision, Way
@@ -114,10 +114,10 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
     (table,) = [rows for title, rows in listing.of_path(built.folder).items() if title.startswith("Measured")]
     assert [row[""] for row in table] == ["chosen", "", "", ""]
-    assert proof.validate(built.folder).report.candidate.startswith("OpenVINO")
+    assert verdict.validate(built.folder).report.candidate.startswith("OpenVINO")
     # A server without OpenVINO takes the same file.
     monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
-    assert proof.validate(built.folder).report.candidate.startswith("ONNX Runtime")
+    assert verdict.validate(built.folder).report.candidate.startswith("ONNX Runtime")
 
 
 def test_one_runtime_leaves_nothing_to_the_clock(exported: tuning.Candidate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_int8_is_published_where_it_is_faster_and_only_there(
     (fp32,) = exported.graphs
     sizes = [(folder / "model.onnx.data").stat().st_size for folder in (built.folder, fp32.parent)]
     assert sizes[0] < 0.35 * sizes[1]  # the patch kernel stays fp32, a tenth of this small model
-    report = proof.validate(built.folder).report
+    report = verdict.validate(built.folder).report
     assert "products in int8" in report.candidate
     assert 1e-3 < max(row.distance.relative_l2 for row in report.rows if row.distance) < 0.05
 

@@ -54,7 +54,7 @@ def validate(
 ) -> None:
     """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
-        from dinoexport import album, listing, proof, signing
+        from dinoexport import album, listing, signing, verdict
         from dinoexport.errors import ValidationFailed
 
         signer = signer_of(sign)
@@ -63,7 +63,7 @@ def validate(
         if page is not None:
             album.check(page, images)
         with progress_lines() as progress:
-            validated = proof.validate(
+            validated = verdict.validate(
                 bundle,
                 images=images,
                 weights=weights,
