@@ -1,4 +1,4 @@
-"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py vits14 vitb14`.
+"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py VARIANT …` for others.
 
 Inference: every contender on the same weights and images in one process, one sample of each in turn, medians with their
 spread, as ratios to dinoexport on ONNX Runtime, as a share of a large matrix product timed in turn with them, and with
@@ -243,4 +243,4 @@ def main(variants: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["vits14"])
+    main(sys.argv[1:] or ["vits14", "vitb14", "vitg14:fp16"])
