@@ -193,6 +193,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
+    axes[0].set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for name in sorted({row["contender"] for row in result["inference"]}):
         rows = [row for row in result["inference"] if row["contender"] == name]
         rows = [row for row in rows if row["variant"] == rows[0]["variant"]]
