@@ -182,6 +182,7 @@ def markdown(result: dict[str, Any]) -> str:
             for row in result["export"]
         ),
     ]
+    lines += ["", "![latency against size; time and memory of export against parameters](inference.png)"]
     return "\n".join(lines) + "\n"
 
 
