@@ -2,7 +2,8 @@
 
 A bundle of made-up weights is deployed to the Python backend and asked for one image a request, by our own client and
 by NVIDIA's perf_analyzer in turns. Beside each level the same graph runs in this process with as many threads, so that
-what the server costs is a ratio of neighbours in time, whatever else the machine does. Any error ends the run.
+what the server costs is a ratio of neighbours in time, whatever else the machine does. Memory is looked at halfway and
+at the end of a level: a larger batch takes more, the same load must not. Any error ends the run.
 Writes benchmarks/results/soak.md and soak.svg.
 """
 
@@ -38,13 +39,13 @@ LEVELS = (1, 2, 4, 8, 16, 32)
 CASE = "evaluation_size"
 HEADER = (
     "in flight", "requests", "client, images/s", "perf_analyzer, images/s", "in process, images/s",
-    "client / in process", "median ms", "99 % ms", "server MB",
+    "client / in process", "median ms", "99 % ms", "server MB halfway", "and after",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One level of concurrency. *_per_s: images a second; memory_mb: what the server's processes hold after it."""
+    """One level of concurrency. *_per_s: images a second; memory_mb: what the server's processes hold, twice."""
 
     concurrency: int
     requests: int
@@ -53,7 +54,7 @@ class Level:
     in_process_per_s: float
     p50_ms: float
     p99_ms: float
-    memory_mb: int
+    memory_mb: tuple[int, ...]
 
 
 def main() -> None:
@@ -88,20 +89,27 @@ def item_of(folder: Path) -> Arrays:
 
 
 def level(server: Server, run: Runner, item: Arrays, concurrency: int, stretch_s: float) -> Level:
-    """A third of the time each for the client, perf_analyzer and the graph in this process."""
+    """A third of the time each for the client, the graph in this process, in turns, and perf_analyzer."""
     client = DinoClient(server.grpc)
-    latencies_s, client_per_s = under_load(lambda: client(item), concurrency, stretch_s)
+    latencies_s: list[float] = []
+    client_per_s, in_process_per_s, held_mb = [], [], []
+    for _ in range(2):
+        took_s, per_s = under_load(lambda: client(item), concurrency, stretch_s / 2)
+        latencies_s += took_s
+        client_per_s.append(per_s)
+        held_mb.append(memory_mb(server))
+        # One image a call, one call at a time: what a server could at best pass on.
+        in_process_per_s.append(under_load(lambda: run(item), 1, stretch_s / 2)[1])
     p50_ms = 1000 * statistics.median(latencies_s)
     measured = Level(
         concurrency=concurrency,
         requests=len(latencies_s),
-        client_per_s=client_per_s,
-        # One image a call, one call at a time: what a server could at best pass on.
-        in_process_per_s=under_load(lambda: run(item), 1, stretch_s)[1],
+        client_per_s=statistics.mean(client_per_s),
+        in_process_per_s=statistics.mean(in_process_per_s),
         perf_analyzer_per_s=perf_analyzer(server, client, item, concurrency, max(1000 * stretch_s / 3, 3 * p50_ms)),
         p50_ms=p50_ms,
         p99_ms=1000 * float(np.quantile(latencies_s, 0.99)),
-        memory_mb=memory_mb(server),
+        memory_mb=tuple(held_mb),
     )
     print(measured, flush=True)
     return measured
@@ -170,7 +178,7 @@ def report(variant: str, seconds: float, levels: list[Level]) -> None:
     lines += [
         f"| {x.concurrency} | {x.requests} | {x.client_per_s:.1f} | {x.perf_analyzer_per_s:.1f} "
         f"| {x.in_process_per_s:.1f} | {x.client_per_s / x.in_process_per_s:.2f} "
-        f"| {x.p50_ms:.0f} | {x.p99_ms:.0f} | {x.memory_mb} |"
+        f"| {x.p50_ms:.0f} | {x.p99_ms:.0f} | {' | '.join(map(str, x.memory_mb))} |"
         for x in levels
     ]
     (RESULTS / "soak.md").write_text("\n".join(lines) + "\n\n![latency](soak.svg)\n")
