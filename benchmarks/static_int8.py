@@ -21,7 +21,7 @@ from PIL import Image
 
 from dinoexport import family, quantise, recipe, timing
 from dinoexport.metrics import distance
-from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD
+from dinoexport.models.dinov2.cases import normalised
 from dinoexport.runtime import cpu
 from dinoexport.spec import CpuRuntime, Precision, Way
 
@@ -34,8 +34,7 @@ RUNTIMES: tuple[CpuRuntime, ...] = ("onnxruntime", "openvino")
 def pixels(image: Image.Image, side: int) -> np.ndarray:
     """The whole image as (1, 3, side, side) float32."""
     resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    normed = (np.asarray(resized, np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
-    return np.ascontiguousarray(normed.transpose(2, 0, 1)[None])
+    return normalised(np.asarray(resized)[None])
 
 
 class Crops(CalibrationDataReader):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +18,11 @@ def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PL
     return driven(model, cpu.open_graphs(graphs, way))
 
 
-def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> judge.Candidate | None:
-    """The graphs as `way` runs them but with one thread, opened when first asked; None where there are no more."""
+def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], judge.Candidate] | None:
+    """What opens the graphs as `way` runs them but with one thread; None where there are no more."""
     if way.threads == 1 or cpu.usable_cpus() == 1:
         return None
-
-    opened: list[judge.Candidate] = []
-
-    def answer(inputs: Arrays) -> dict[str, Array]:
-        if not opened:
-            opened.append(open_candidate(model, graphs, replace(way, threads=1)))
-        return opened[0](inputs)
-
-    return answer
+    return lambda: open_candidate(model, graphs, replace(way, threads=1))
 
 
 def driven(model: Model, runners: Mapping[str, Runner]) -> judge.Candidate:

@@ -170,9 +170,12 @@ def judged(candidate: judge.Candidate, reference: Reference, name: str, *, progr
 
 
 def with_steadiness(
-    report: judge.Report, reference: Reference, candidate: judge.Candidate, one_thread: judge.Candidate | None = None
+    report: judge.Report,
+    reference: Reference,
+    candidate: judge.Candidate,
+    one_thread: Callable[[], judge.Candidate] | None = None,
 ) -> judge.Report:
-    """The report with what changes when `candidate` is asked the same otherwise; one_thread: itself with one thread."""
+    """The report with what changes when `candidate` is asked the same otherwise; one_thread: opens it with one thread."""
     cases = [expectation.case for expectation in reference.expectations]
     return replace(report, steadiness=steadiness.measure(candidate, cases, one_thread))
 

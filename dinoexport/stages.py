@@ -68,7 +68,7 @@ def export(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
             calls = order.model.calls(graph, checkpoint.read)
             write_onnx(graph, calls, folder, metadata=metadata, progress=work.progress)
 
-    return work.stage("export", key_of(code=_code(order), metadata=metadata), make)
+    return work.stage("export", key_of(code=family.code_of(order.model), metadata=metadata), make)
 
 
 def quantise(work: Workspace, exported: Stage) -> Stage:
@@ -112,7 +112,7 @@ def reference(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
         carried.write(folder / bundle.REFERENCE, reference)
 
     key = key_of(
-        code=_code(order),
+        code=family.code_of(order.model),
         checkpoint=checkpoint.sha256,
         recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
         limits=order.limits.model_dump(mode="json"),
@@ -141,7 +141,9 @@ def precision(work: Workspace, order: Order, checkpoint: Checkpoint, reference: 
         (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
     stage = work.stage(
-        "precision", key_of(code=_code(order), reference=reference.key, runtimes=versions_of(_RUNTIMES)), make
+        "precision",
+        key_of(code=family.code_of(order.model), reference=reference.key, runtimes=versions_of(_RUNTIMES)),
+        make,
     )
     recipe, model = repair.promoted(order.recipe, order.model, tried(stage)["fp32"])
     return stage, replace(order, recipe=recipe, model=model)
@@ -226,7 +228,7 @@ def report_page(
         (folder / bundle.PAGE).write_text(html, encoding="utf-8")
 
     key = key_of(
-        code=_code(order),
+        code=family.code_of(order.model),
         template=files.sha256(page.TEMPLATE),
         manifest=manifest.model_dump(mode="json", exclude={"created"}),
         versions=versions_of((*page.PACKAGES, "pillow")),
@@ -255,7 +257,7 @@ def engines(work: Workspace, order: Order, exported: Stage) -> Stage:
         (folder / bundle.ENGINES).write_text(json.dumps(content, indent=1) + "\n")
 
     key = key_of(
-        code=_code(order),
+        code=family.code_of(order.model),
         exported=[file.sha256 for file in exported.files],
         target=order.chosen.target.model_dump(mode="json"),
         runtime=order.runtime,
@@ -341,11 +343,6 @@ def versions_in(order: Order) -> dict[str, str]:
         "python": platform.python_version()
     }
     return {package: version for package, version in found.items() if version != _ABSENT}
-
-
-def _code(order: Order) -> str:
-    """The hash of our own code and the family's: a stage made by other code is another stage."""
-    return family.code_of(order.model)
 
 
 def _digest(arrays: Mapping[str, Array]) -> dict[str, str]:

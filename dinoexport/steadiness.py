@@ -7,7 +7,7 @@ user who asks twice, or asks for more at once, can count on equal bytes, and how
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
 
@@ -47,19 +47,22 @@ def _apart(relative_l2: float) -> str:
     return f"{relative_l2:.1e} apart" if relative_l2 else "equal to the last bit"
 
 
-def measure(candidate: Runner, cases: Sequence[Case], one_thread: Runner | None) -> Steadiness | None:
+def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], Runner] | None) -> Steadiness | None:
     """Asks `candidate` a few of `cases` otherwise; None when it could answer none of them.
 
-    one_thread: the same candidate with one thread, where it has threads.
+    one_thread: opens the same candidate with one thread, where it has threads; closed again at the end, for it holds
+    the weights once more.
     """
     asked, again, alone, threads = [], [], [], []
+    single: Runner | None = None
     for case in chosen(cases):
         try:
             answer = candidate(case.inputs)
             again.append(_difference(candidate(case.inputs), answer))
             alone += [_difference(candidate(inputs), part) for inputs, part in _ends(case, answer)]
             if one_thread is not None:
-                threads.append(_difference(one_thread(case.inputs), answer))
+                single = single or one_thread()
+                threads.append(_difference(single(case.inputs), answer))
         except DinoexportError:  # outside an engine's profiles, or broken: the judge's report says so
             continue
         asked.append(case.name)

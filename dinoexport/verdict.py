@@ -6,7 +6,7 @@ Nothing here builds. Judging by the carried reference needs neither torch nor th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,14 +149,14 @@ def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
 class _Opened:
     """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
 
-    one_thread: the graph with one thread, where it has more.
+    one_thread: opens the graph with one thread, where it has more.
     """
 
     candidate: judge.Candidate
     name: str
     device: str = ""
     not_run: str = ""
-    one_thread: judge.Candidate | None = None
+    one_thread: Callable[[], judge.Candidate] | None = None
 
 
 def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
