@@ -175,7 +175,10 @@ def with_steadiness(
     candidate: judge.Candidate,
     one_thread: Callable[[], judge.Candidate] | None = None,
 ) -> judge.Report:
-    """The report with what changes when `candidate` is asked the same otherwise; one_thread: opens it with one thread."""
+    """The report with what changes when `candidate` is asked the same otherwise.
+
+    one_thread: opens it with one thread.
+    """
     cases = [expectation.case for expectation in reference.expectations]
     return replace(report, steadiness=steadiness.measure(candidate, cases, one_thread))
 
