@@ -341,11 +341,22 @@ def test_any_value_survives_the_text_format(text: str, number: int, flag: bool, 
 
 
 def test_batches_that_pay() -> None:
-    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 8, of="x")
+    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0}, 8, of="x")
     assert chosen.preferred == (2, 4) and chosen.queue_delay_us == 1000
-    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x").preferred == ()
-    assert batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x").queue_delay_us == 0
+    alike = batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x")
+    assert (alike.preferred, alike.queue_delay_us) == ((), 0)
     assert batching.from_latency({1: 5000.0}, 4, of="x").queue_size == 8  # never less than two full batches
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "largest"),
+    [({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4), ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0}, 4), ({1: 10.0, 2: 30.0}, 1)],
+)
+def test_batches_that_cost_an_item_more_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
+    chosen = batching.from_latency(latency_ms, 8, of="x")
+    # With any delay at all Triton would merge past the preferred size whenever it is busy.
+    assert (chosen.preferred, chosen.queue_delay_us) == ((largest,), 0)
+    assert f"larger batches than {largest}" in chosen.queue_delay_why
 
 
 def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:

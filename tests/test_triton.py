@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from dinoexport import bundle, carried, cli, images, pipeline, proof
 from dinoexport.client import DinoClient
-from dinoexport.deploy import triton
+from dinoexport.deploy import batching, triton
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.models.dinov2 import cases, serving
 from dinoexport.runtime import ort
@@ -58,10 +58,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Both bundles served by the Python backend."""
+    """Both bundles, on the Python backend; as measured, merging pays the first, and the second two at a time."""
     scratch = tmp_path_factory.mktemp("server")
-    triton.deploy(bundles["bytes"], scratch / "models", name="bytes", backend="python", samples=IMAGES)
-    triton.deploy(bundles["floats"], scratch / "models", name="floats", backend="python")
+    for name, samples, latency_ms in (
+        ("bytes", IMAGES, {1: 10.0, 2: 18.0, 4: 30.0}),
+        ("floats", None, {1: 10.0, 2: 18.0, 4: 60.0}),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batching, "measure", lambda *_, found=latency_ms, **__: found)
+            triton.deploy(bundles[name], scratch / "models", name=name, backend="python", samples=samples)
     running = Server(scratch / "models", scratch, "--model-control-mode=explicit", "--load-model=*")
     try:
         yield running
@@ -173,6 +178,20 @@ def test_batching_merges(server: Server) -> None:
     assert max(b["batch_size"] for b in after["batch_stats"]) > 1
     for x, answer in zip(inputs, answers, strict=True):  # and nobody got his neighbour's answer
         np.testing.assert_allclose(answer["class_token"], client({"images": x})["class_token"], atol=1e-5)
+
+
+def test_no_batch_forms_that_costs_more(server: Server) -> None:
+    """Measured to be worth no more than two at once, it is never asked for more, however many wait."""
+    client = DinoClient(server.grpc, model="floats")
+    pixels = np.zeros((1, 3, 224, 224), np.float32)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: client({"pixels": pixels}), range(64)))
+    formed = {b["batch_size"]: b["compute_infer"]["count"] for b in _statistics(server, "floats")["batch_stats"]}
+    assert formed[2] >= 20, formed
+    client({"pixels": np.repeat(pixels, 4, axis=0)})  # a batch that comes as one is still answered as one
+    again = {b["batch_size"]: b["compute_infer"]["count"] for b in _statistics(server, "floats")["batch_stats"]}
+    assert again.get(4, 0) == formed.get(4, 0) + 1, (formed, again)
+    assert again.get(3, 0) == formed.get(3, 0)
 
 
 def _statistics(server: Server, model: str) -> Any:

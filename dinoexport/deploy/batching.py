@@ -10,8 +10,8 @@ from dinoexport.spec import Arrays, Progress, Runner
 
 _BUDGET_S = 10.0
 _REPEATS = 3
-# A larger batch is worth waiting for if it answers an item this much sooner; less is within noise.
-_GAIN = 0.95
+# Two sizes that cost an item as much as this differ by noise alone.
+_NOISE = 0.95
 # A lone request waits at most this share of its own latency for company.
 _DELAY_SHARE = 0.1
 QUEUE_TIMEOUT_S = 10.0
@@ -25,6 +25,7 @@ class Batching:
     preferred: tuple[int, ...] = ()
     preferred_why: str = ""
     queue_delay_us: int = 0
+    queue_delay_why: str = "what queued up while the last batch ran is merged all the same"
     queue_size: int
     latency_ms: Mapping[int, float] = field(default_factory=dict)
 
@@ -59,17 +60,40 @@ def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) ->
 
     latency_ms: batch size -> milliseconds a run; `of` names the shape it was measured with.
     """
-    best_ms, preferred = latency_ms[1], []
-    for size, total_ms in sorted(latency_ms.items()):
-        if total_ms / size <= _GAIN * best_ms:
-            best_ms = total_ms / size
-            preferred.append(size)
+    measured = f"measured where it was deployed, with {of}, ms a batch: " + ", ".join(
+        f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())
+    )
+    item_ms = {size: total_ms / size for size, total_ms in sorted(latency_ms.items())}
+    best_ms = min(item_ms.values())
+    queue_size = min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms)))
+    # Where larger batches only cost more, as on a CPU whose cache they outgrow, none may form. Triton takes a preferred
+    # size for an upper bound only while nothing waits: GetDynamicBatch (core, dynamic_batch_scheduler.cc) executes
+    # whatever is there once the oldest request has waited for the delay, which under load is always.
+    largest = max(size for size, ms in item_ms.items() if _NOISE * ms <= best_ms)
+    if largest < max(item_ms):
+        why = f"none, or larger batches than {largest} would form under load; they cost an item more"
+        return Batching(
+            preferred=(largest,),
+            preferred_why=measured,
+            queue_delay_why=why,
+            queue_size=queue_size,
+            latency_ms=latency_ms,
+        )
+    worth, paying = item_ms[1], []
+    for size, ms in item_ms.items():
+        if ms <= _NOISE * worth:
+            worth = ms
+            paying.append(size)
+    if not paying:
+        return Batching(
+            queue_delay_why="no batch was found worth waiting for", queue_size=queue_size, latency_ms=latency_ms
+        )
     return Batching(
-        preferred=tuple(preferred),
-        preferred_why=f"measured where it was deployed, with {of}, ms a batch: "
-        + ", ".join(f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())),
-        queue_delay_us=round(1000 * _DELAY_SHARE * latency_ms[1]) if preferred else 0,
-        queue_size=min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms))),
+        preferred=tuple(paying),
+        preferred_why=measured,
+        queue_delay_us=round(1000 * _DELAY_SHARE * latency_ms[1]),
+        queue_delay_why="a tenth of what one item takes",
+        queue_size=queue_size,
         latency_ms=latency_ms,
     )
 

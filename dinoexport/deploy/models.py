@@ -241,8 +241,7 @@ def _batching_entries(largest: int, chosen: Batching) -> list[Entry]:
         Entry("max_queue_size", chosen.queue_size, "more would only time out; the client is told 503 at once"),
     )
     preferred = (Entry("preferred_batch_size", chosen.preferred, chosen.preferred_why),) if chosen.preferred else ()
-    waited = "a tenth of what one item takes" if chosen.queue_delay_us else "no batch was found worth waiting for"
-    delay = Entry("max_queue_delay_microseconds", chosen.queue_delay_us, waited)
+    delay = Entry("max_queue_delay_microseconds", chosen.queue_delay_us, chosen.queue_delay_why)
     return [
         Entry("max_batch_size", largest, "the largest batch of the profile"),
         Entry("dynamic_batching", (*preferred, delay, Entry("default_queue_policy", policy))),
