@@ -7,15 +7,15 @@ the checkpoint to the external data file one at a time, folded and cast on the w
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dinoexport.errors import BuildError, ValidationFailed, require
+from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
@@ -29,8 +29,12 @@ Traces = dict[str, "ir.Graph"]
 OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
+# One tensor is read and folded while another is being written.
+WRITERS = 2
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
+# What the first trace spends more than a second importing.
+TRACER = ("onnxscript.optimizer", "torch._dynamo")
 
 
 def export(
@@ -60,12 +64,15 @@ def export(
         progress("tracing", done, len(pieces))
     model = _assemble(graph, calls, traced, metadata)
     path = folder / f"{graph.name}.onnx"
+    written = itertools.count(1)
     ir.save(
         model,
         path,
         external_data=f"{path.name}.data",
         size_threshold_bytes=INLINE_BYTES,
-        callback=lambda _tensor, info: progress(f"writing {path.name}.data", info.index + 1, info.total),
+        # In whatever order they are done.
+        callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
+        max_workers=WRITERS,
     )
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -189,29 +196,15 @@ def _value(tensor: Tensor) -> ir.Value:
 
 def _weight(call: Call, parameter: ir.Value) -> ir.Value:
     """An initializer whose bytes are made when the file is written."""
-    import numpy as np
     import onnx_ir as ir
-    import torch
+
+    from dinoexport.streamed_tensor import StreamedTensor
 
     assert parameter.name is not None and parameter.dtype is not None
-    weight, dtype = call.weights[parameter.name], parameter.dtype
-    assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, (call.scope, parameter.name)
-    name = f"{call.scope}.{parameter.name}"
-
-    def read() -> ir.Tensor[Any]:
-        values = weight.read()
-        # PyTorch rounds and transposes on all cores, at a quarter of NumPy's time for a large matrix.
-        cast = torch.from_numpy(values).to(getattr(torch, dtype.numpy().name)).contiguous()
-        if not all(math.isfinite(end) for end in cast.aminmax()):
-            raise ValidationFailed(
-                f"The weight {name} reaches {np.abs(values).max():,.0f}, more than {dtype.name.lower()} can hold.",
-                next_step="--precision auto finds what must stay fp32.",
-            )
-        assert cast.shape == weight.shape, (name, cast.shape, weight.shape)
-        return ir.Tensor(cast.view(torch.uint8).numpy().view(dtype.numpy()), name=name)
-
-    tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
-    return ir.Value(name=name, shape=ir.Shape(weight.shape), type=ir.TensorType(dtype), const_value=tensor)
+    weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
+    assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
+    tensor = StreamedTensor(weight, parameter.dtype, name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(parameter.dtype), const_value=tensor)
 
 
 def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:
