@@ -350,7 +350,11 @@ def test_batches_that_pay() -> None:
 
 @pytest.mark.parametrize(
     ("latency_ms", "largest"),
-    [({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4), ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0}, 4), ({1: 10.0, 2: 30.0}, 1)],
+    [
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
+        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 8),
+        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
+    ],
 )
 def test_batches_that_cost_an_item_more_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
     chosen = batching.from_latency(latency_ms, 8, of="x")

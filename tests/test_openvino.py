@@ -126,8 +126,9 @@ def test_a_precision_this_cpu_lacks_is_refused(exported: Exported, monkeypatch: 
 
 def test_bad_files_and_inputs_are_one_sentence(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(BuildError, match=r"OpenVINO refuses model\.onnx"):
+    with pytest.raises(BuildError, match=r"OpenVINO refuses model\.onnx") as caught:
         openvino.open_graph(tmp_path / "model.onnx", exported.graph)
+    assert str(tmp_path) not in caught.value.message and "\n" not in caught.value.message
     run = openvino.open_graph(exported.path, exported.graph)
     with pytest.raises(InputRefused, match="batch 5 is outside"):
         run({"pixels": np.zeros((5, 3, 28, 28), np.float32)})

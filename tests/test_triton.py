@@ -66,6 +66,7 @@ def server(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(batching, "measure", lambda *_, found=latency_ms, **__: found)
+            patch.setattr(batching, "_LEAST_LARGEST", 1)  # the largest batch of these is four
             triton.deploy(bundles[name], scratch / "models", name=name, backend="python", samples=samples)
     running = Server(scratch / "models", scratch, "--model-control-mode=explicit", "--load-model=*")
     try:

@@ -69,8 +69,10 @@ def open_graph(
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
+        # One line, and without where the file lay: it is kept in the bundle of a build that another runtime serves.
+        why = " ".join(str(error).replace(str(path), path.name).split())
         raise BuildError(
-            f"OpenVINO refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."
+            f"OpenVINO refuses {path.name}: {why[:300]}", next_step="dinoexport inspect shows what is in it."
         ) from error
     request = compiled.create_infer_request()
 
