@@ -174,7 +174,7 @@ def markdown(result: dict[str, Any]) -> str:
         "WRONG: off by more than 1e-3 from the plain upstream formulation. Away from 518 transformers resizes",
         "positions differently from upstream, so its own PyTorch is off as well, and every export of it.",
         "",
-        f"Exports, {result['export_date']}: whole processes in turn, {EXPORT_ROUNDS} rounds. Median ratio to dinoexport,",
+        f"Exports, {result['export_date']}: whole processes in turn, {EXPORT_ROUNDS} rounds: median ratio to ours,",
         "median and range of the seconds, highest peak. On a virtual machine pages that nobody had before cost many",
         "times the others, whoever comes first, so read the ratios.",
         "",
