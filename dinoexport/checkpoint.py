@@ -241,7 +241,8 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> 
     """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
 
     mapped: maps the file and returns what gets a tensor of it. It is mapped anew now and then, for a page that was once
-    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights.
+    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights. Two threads may read
+    at once: at worst it is mapped anew twice.
     """
     get, read_bytes = mapped(), 0
 

@@ -29,8 +29,9 @@ Traces = dict[str, "ir.Graph"]
 OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
-# One tensor is read and folded while another is being written.
+# One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
 WRITERS = 2
+IN_FLIGHT_BYTES = 64 * 2**20
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 # What the first trace spends more than a second importing.
@@ -73,6 +74,7 @@ def export(
         # In whatever order they are done.
         callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
         max_workers=WRITERS,
+        max_in_flight_bytes=IN_FLIGHT_BYTES,
     )
     try:
         onnx.checker.check_model(path, full_check=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GROUP = "dinoexport.families"
 # Tensor name in the family's own layout -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
-# Reads one tensor of a checkpoint as float32.
+# Reads one tensor of a checkpoint as float32; several threads may read at once.
 Read = Callable[[str], "Array"]
 
 

@@ -105,7 +105,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of the exported graph; `read` makes its float32 values only when they are wanted."""
+    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread."""
 
     shape: tuple[int, ...]
     read: Callable[[], Array]

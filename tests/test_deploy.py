@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import time
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,17 @@ def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 6, progress=lambda *_: None)
     assert list(latency_ms) == [1, 2, 4, 6] and set(asked) == {1, 2, 4, 6}
     assert all(ms >= 0 for ms in latency_ms.values())
+
+
+def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for() -> None:
+    calls = iter(range(1000))
+
+    def run(arrays: Any) -> Any:
+        time.sleep(0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0))
+        return {}
+
+    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)
+    assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
 
 
 SIDE = Dim(name="height", min=14, opt=518, max=1022)

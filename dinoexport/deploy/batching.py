@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 
 from dinoexport.spec import Arrays, Progress, Runner
 
-_BUDGET_S = 10.0
-_REPEATS = 3
-# A larger batch is worth waiting for if it answers an item this much sooner; less is within noise.
-_GAIN = 0.95
+_BUDGET_S = 5.0
+_ROUNDS = 3
 # A larger batch is not to form if an item of the best takes less than this share of an item of it. Batches below the
 # least are never held back: a server has work between two of them. ViT-S at 224 on two cores, 16 requests in flight,
 # images a second: 8.8 in twos, 10.2 in fours, 10.3 in eights, 10.1 in sixteens; the server held 513, 519, 613, 729 MB.
 _DEAR = 0.9
 _LEAST_LARGEST = 4
-# A lone request waits at most this share of its own latency for company.
+# A lone request waits at most this share of its own latency for company, and only for a batch that wins more than that.
 _DELAY_SHARE = 0.1
 QUEUE_TIMEOUT_S = 10.0
 _QUEUE_MAX = 1024  # each holds its inputs in memory
@@ -36,27 +34,28 @@ class Batching:
 
 
 def measure(run: Runner, item: Arrays, max_batch: int, *, progress: Progress) -> dict[int, float]:
-    """Milliseconds a run for batches of 1, 2, 4 … `max_batch` of `item` (batch first, of 1); stops after ten seconds.
+    """Milliseconds a run for batches of 1, 2, 4 … `max_batch` of `item` (batch first, of 1).
 
-    The best of three runs: whatever else the machine does only ever adds.
+    The best of three rounds over all sizes: whatever else the machine does only ever adds, and a machine that is slow
+    at first must not make the small ones look slow. No larger sizes once the first round has taken five seconds.
     """
     import numpy as np
 
     sizes = [*(2**i for i in range(max_batch.bit_length()) if 2**i < max_batch), max_batch]
     latency_ms: dict[int, float] = {}
     started = time.perf_counter()
-    for done, size in enumerate(sizes, start=1):
-        batch = {name: np.repeat(array, size, axis=0) for name, array in item.items()}
-        run(batch)  # the first run of a shape plans its memory
-        times = []
-        for _ in range(_REPEATS):
+    for round_ in range(_ROUNDS):
+        for done, size in enumerate(sizes if round_ == 0 else tuple(latency_ms), start=1):
+            batch = {name: np.repeat(array, size, axis=0) for name, array in item.items()}
+            if round_ == 0:
+                run(batch)  # the first run of a shape plans its memory
             begun = time.perf_counter()
             run(batch)
-            times.append(time.perf_counter() - begun)
-        latency_ms[size] = 1000 * min(times)
-        progress("measuring batches", done, len(sizes))
-        if time.perf_counter() - started > _BUDGET_S:
-            break
+            took_ms = 1000 * (time.perf_counter() - begun)
+            latency_ms[size] = min(latency_ms.get(size, took_ms), took_ms)
+            progress("measuring batches", round_ * len(sizes) + done, _ROUNDS * len(sizes))
+            if round_ == 0 and time.perf_counter() - started > _BUDGET_S:
+                break
     return latency_ms
 
 
@@ -86,7 +85,7 @@ def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) ->
         )
     worth, paying = item_ms[1], []
     for size, ms in item_ms.items():
-        if ms <= _GAIN * worth:
+        if ms <= (1 - _DELAY_SHARE) * worth:
             worth = ms
             paying.append(size)
     if not paying:
