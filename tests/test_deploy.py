@@ -6,9 +6,9 @@ import dataclasses
 import errno
 import json
 import shutil
-import time
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -387,7 +387,8 @@ def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(ms >= 0 for ms in latency_ms.values())
 
 
-def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for() -> None:
+def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     calls = iter(range(1000))
 
     def run(arrays: Any) -> Any:
