@@ -14,7 +14,7 @@ from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Weight
 
 # A block and its cast copy stay in a core's cache, and the pages they lie in are used again for the next one. Writing
-# ViT-g in fp16 took 6.4 s so, 9.7 s with whole tensors; half a megabyte and four took as long as those or longer.
+# ViT-g in fp16 took 6.4 s so, 9.7 s with whole tensors, and 10 s or more with a quarter or sixteen times as many.
 _BLOCK_NUMBERS = 1 << 18
 
 

@@ -64,42 +64,37 @@ def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) ->
 
     latency_ms: batch size -> milliseconds a run; `of` names the shape it was measured with.
     """
-    measured = f"measured where it was deployed, with {of}, ms a batch: " + ", ".join(
-        f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())
-    )
     item_ms = {size: total_ms / size for size, total_ms in sorted(latency_ms.items())}
     best_ms = min(item_ms.values())
-    queue_size = min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms)))
     # Where larger batches only cost more, as on a CPU whose cache they outgrow, none may form. Triton takes a preferred
     # size for an upper bound only while nothing waits: GetDynamicBatch (core, dynamic_batch_scheduler.cc) executes
     # whatever is there once the oldest request has waited for the delay, which under load is always.
     largest = max(size for size, ms in item_ms.items() if _DEAR * ms <= best_ms or size <= _LEAST_LARGEST)
+    preferred, delay_us, why = _paying(item_ms), 0, "no batch was found worth waiting for"
     if largest < max(item_ms):
+        preferred = (largest,)
         why = f"none, or larger batches than {largest} would form under load; they cost an item more"
-        return Batching(
-            preferred=(largest,),
-            preferred_why=measured,
-            queue_delay_why=why,
-            queue_size=queue_size,
-            latency_ms=latency_ms,
-        )
-    worth, paying = item_ms[1], []
+    elif preferred:
+        delay_us, why = round(1000 * _DELAY_SHARE * item_ms[1]), "a tenth of what one item takes"
+    return Batching(
+        preferred=preferred,
+        preferred_why=f"measured where it was deployed, with {of}, ms a batch: "
+        + ", ".join(f"{size} in {ms:.3g}" for size, ms in sorted(latency_ms.items())),
+        queue_delay_us=delay_us,
+        queue_delay_why=why,
+        queue_size=min(_QUEUE_MAX, max(2 * max_batch, int(1000 * QUEUE_TIMEOUT_S / best_ms))),
+        latency_ms=latency_ms,
+    )
+
+
+def _paying(item_ms: Mapping[int, float]) -> tuple[int, ...]:
+    """The batch sizes, ascending, that each win more time for an item than waiting for company costs it."""
+    worth, found = item_ms[1], []
     for size, ms in item_ms.items():
         if ms <= (1 - _DELAY_SHARE) * worth:
             worth = ms
-            paying.append(size)
-    if not paying:
-        return Batching(
-            queue_delay_why="no batch was found worth waiting for", queue_size=queue_size, latency_ms=latency_ms
-        )
-    return Batching(
-        preferred=tuple(paying),
-        preferred_why=measured,
-        queue_delay_us=round(1000 * _DELAY_SHARE * latency_ms[1]),
-        queue_delay_why="a tenth of what one item takes",
-        queue_size=queue_size,
-        latency_ms=latency_ms,
-    )
+            found.append(size)
+    return tuple(found)
 
 
 def unmeasured(preferred: tuple[int, ...], why: str, max_batch: int) -> Batching:
