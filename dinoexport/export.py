@@ -34,8 +34,8 @@ WRITERS = 2
 IN_FLIGHT_BYTES = 64 * 2**20
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
-# What the first trace spends more than a second importing.
-TRACER = ("onnxscript.optimizer", "torch._dynamo")
+# What the first trace would spend more than a second importing.
+IMPORTS = ("onnxscript.optimizer", "torch._dynamo")
 
 
 def export(

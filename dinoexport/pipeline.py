@@ -11,7 +11,7 @@ from dinoexport import explain, judge, preflight, proof, sbom, stages
 from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
-from dinoexport.export import PACKAGES, TRACER
+from dinoexport.export import IMPORTS, PACKAGES
 from dinoexport.order import Order, order
 from dinoexport.signing import Signer
 from dinoexport.spec import Precision, Progress, silent
@@ -56,7 +56,7 @@ def build(
     preflight.packages(order)
     with workspace(order.out, force=force, progress=progress) as work:
         preflight.disk(order)
-        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=TRACER, progress=progress)
+        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=IMPORTS, progress=progress)
         plain = stages.export(work, order, checkpoint)
         preflight.memory(order, plain)
         reference = stages.reference(work, order, checkpoint)
@@ -98,7 +98,7 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         preflight.disk(order)
-        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=TRACER, progress=progress)
+        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=IMPORTS, progress=progress)
         exported = stages.export(work, order, checkpoint)
         if order.precision is Precision.INT8:
             exported = stages.quantise(work, exported)
