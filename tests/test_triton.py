@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,14 +186,27 @@ def test_no_batch_forms_that_costs_more(server: Server) -> None:
     """Measured to be worth no more than two at once, it is never asked for more, however many wait."""
     client = DinoClient(server.grpc, model="floats")
     pixels = np.zeros((1, 3, 224, 224), np.float32)
+    before = _executions(server, "floats")
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: client({"pixels": pixels}), range(64)))
-    formed = {b["batch_size"]: b["compute_infer"]["count"] for b in _statistics(server, "floats")["batch_stats"]}
-    assert formed[2] >= 20, formed
+    after = _executions(server, "floats", beyond=before, items=64)
+    assert after[2] - before[2] >= 10, (before, after)
+    assert (after[3], after[4]) == (before[3], before[4])
     client({"pixels": np.repeat(pixels, 4, axis=0)})  # a batch that comes as one is still answered as one
-    again = {b["batch_size"]: b["compute_infer"]["count"] for b in _statistics(server, "floats")["batch_stats"]}
-    assert again.get(4, 0) == formed.get(4, 0) + 1, (formed, again)
-    assert again.get(3, 0) == formed.get(3, 0)
+    assert _executions(server, "floats", beyond=after, items=4) - after == Counter({4: 1})
+
+
+def _executions(server: Server, model: str, *, beyond: Counter[int] | None = None, items: int = 0) -> Counter[int]:
+    """How often each batch size was executed, once `items` more than `beyond` are counted: that is after the answer."""
+    deadline = time.monotonic() + 10
+    while True:
+        stats = _statistics(server, model)["batch_stats"]
+        found = Counter({b["batch_size"]: b["compute_infer"]["count"] for b in stats})
+        counted = sum(size * count for size, count in (found - (beyond or Counter())).items())
+        if counted >= items:
+            return found
+        assert time.monotonic() < deadline, (beyond, found)
+        time.sleep(0.05)
 
 
 def _statistics(server: Server, model: str) -> Any:
