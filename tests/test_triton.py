@@ -171,13 +171,12 @@ def test_batching_merges(server: Server) -> None:
     client = DinoClient(server.grpc, model="bytes")
     rng = np.random.default_rng(0)
     inputs = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(32)]
-    before = _statistics(server, "bytes")
+    before = _executions(server, "bytes")
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda x: client({"images": x}), inputs))
-    after = _statistics(server, "bytes")
-    assert after["inference_count"] - before["inference_count"] == 32
-    assert after["execution_count"] - before["execution_count"] <= 24
-    assert max(b["batch_size"] for b in after["batch_stats"]) > 1
+    formed = _executions(server, "bytes", beyond=before, items=len(inputs)) - before
+    assert sum(size * count for size, count in formed.items()) == len(inputs), formed
+    assert formed.total() <= 24 and max(formed) > 1, formed
     for x, answer in zip(inputs, answers, strict=True):  # and nobody got his neighbour's answer
         np.testing.assert_allclose(answer["class_token"], client({"images": x})["class_token"], atol=1e-5)
 
@@ -200,17 +199,13 @@ def _executions(server: Server, model: str, *, beyond: Counter[int] | None = Non
     """How often each batch size was executed, once `items` more than `beyond` are counted: that is after the answer."""
     deadline = time.monotonic() + 10
     while True:
-        stats = _statistics(server, model)["batch_stats"]
+        stats = server.ask("GET", f"/v2/models/{model}/stats")[1]["model_stats"][0]["batch_stats"]
         found = Counter({b["batch_size"]: b["compute_infer"]["count"] for b in stats})
         counted = sum(size * count for size, count in (found - (beyond or Counter())).items())
         if counted >= items:
             return found
         assert time.monotonic() < deadline, (beyond, found)
         time.sleep(0.05)
-
-
-def _statistics(server: Server, model: str) -> Any:
-    return server.ask("GET", f"/v2/models/{model}/stats")[1]["model_stats"][0]
 
 
 # ---- bad input ----
