@@ -11,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +53,8 @@ class Checkpoint:
     read: Read
 
 
-def open_checkpoint(
-    model: Model, wanted: Recipe, source: str | None, *, meanwhile: Sequence[str] = (), progress: Progress
-) -> Checkpoint:
+def open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progress: Progress) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
-
-    meanwhile: modules the caller will need, imported on another core for as long as a file is being hashed.
 
     Raises WeightsError when they cannot be had, are damaged, hold code, or are not this variant's.
     """
@@ -80,8 +73,7 @@ def open_checkpoint(
         shown = source
         try:
             paths = _local(Path(source))
-            with _importing(("torch", *meanwhile)):
-                digests = [files.sha256(path, progress=progress) for path in paths]
+            digests = [files.sha256(path, progress=progress) for path in paths]
         except OSError as error:
             raise WeightsError(
                 f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
@@ -94,22 +86,6 @@ def open_checkpoint(
     _check(model, wanted, shapes, shown)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return Checkpoint(source=shown, sha256=digest, read=adapted)
-
-
-@contextmanager
-def _importing(modules: Sequence[str]) -> Iterator[None]:
-    """Imports `modules` in a thread; what has not been begun by the end is left to whoever needs it.
-
-    Hashing ViT-g takes 3 to 4 s of one core, importing PyTorch and its tracer as much of another. A module that cannot
-    be imported is no error yet.
-    """
-    pool = ThreadPoolExecutor(1)
-    for module in modules:
-        pool.submit(import_module, module)
-    try:
-        yield
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _synthetic(model: Model, source: str) -> Checkpoint:

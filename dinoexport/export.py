@@ -10,9 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from dinoexport.errors import BuildError, require
@@ -34,8 +37,8 @@ WRITERS = 2
 IN_FLIGHT_BYTES = 64 * 2**20
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
-# What the first trace would spend more than a second importing.
-IMPORTS = ("onnxscript.optimizer", "torch._dynamo")
+# What the first trace would spend two seconds importing.
+_IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
 
 
 def export(
@@ -83,6 +86,33 @@ def export(
             f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
         ) from error
     return path, path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def tracing(calls: Callable[[], Sequence[Call]]) -> Iterator[Callable[[], Traces]]:
+    """Imports and traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
+
+    No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
+    What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
+    """
+    traces: Traces = {}
+    ended = Event()
+
+    def trace() -> Traces:
+        for module in _IMPORTS:
+            if not ended.is_set():
+                import_module(module)
+        for call in () if ended.is_set() else calls():
+            if not ended.is_set() and call.piece.name not in traces:
+                traces[call.piece.name] = _trace(call.piece)
+        return traces
+
+    with ThreadPoolExecutor(1) as pool:
+        traced = pool.submit(trace)
+        try:
+            yield traced.result
+        finally:
+            ended.set()
 
 
 def _trace(piece: Piece) -> ir.Graph:

@@ -124,7 +124,7 @@ class Model(Protocol):
         """
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
-        """The graph as calls of traced pieces, first to last. Imports torch."""
+        """The graph as calls of traced pieces, first to last. Imports torch; `read` waits until a weight is written."""
 
     @property
     def promotable(self) -> tuple[str, ...]:

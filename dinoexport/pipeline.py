@@ -11,7 +11,7 @@ from dinoexport import explain, judge, preflight, proof, sbom, stages
 from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict
 from dinoexport.checkpoint import Checkpoint, open_checkpoint
 from dinoexport.errors import UsageError, ValidationFailed, require
-from dinoexport.export import IMPORTS, PACKAGES
+from dinoexport.export import PACKAGES
 from dinoexport.order import Order, order
 from dinoexport.signing import Signer
 from dinoexport.spec import Precision, Progress, silent
@@ -56,14 +56,15 @@ def build(
     preflight.packages(order)
     with workspace(order.out, force=force, progress=progress) as work:
         preflight.disk(order)
-        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=IMPORTS, progress=progress)
-        plain = stages.export(work, order, checkpoint)
+        with stages.tracing(order) as traced:
+            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+            plain = stages.export(work, order, checkpoint, traced)
         preflight.memory(order, plain)
         reference = stages.reference(work, order, checkpoint)
         tried = {}
         if order.auto:
             tried["precision"], order = stages.precision(work, order, checkpoint, reference)
-            plain = stages.export(work, order, checkpoint)
+            plain = stages.export(work, order, checkpoint, traced)
         exported = stages.quantise(work, plain) if order.precision is Precision.INT8 else plain
         facts = stages.tune(order, exported, plain, progress) if order.chosen.on_cpu else None
         judged = stages.judge_graph(work, order, checkpoint, exported, reference, facts)
@@ -98,8 +99,9 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(order.out, force=force, progress=progress) as work:
         preflight.disk(order)
-        checkpoint = open_checkpoint(order.model, order.recipe, order.weights, meanwhile=IMPORTS, progress=progress)
-        exported = stages.export(work, order, checkpoint)
+        with stages.tracing(order) as traced:
+            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+            exported = stages.export(work, order, checkpoint, traced)
         if order.precision is Precision.INT8:
             exported = stages.quantise(work, exported)
         manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from dinoexport.bundle import CpuFacts, EngineFacts, Manifest
 from dinoexport.checkpoint import Checkpoint
 from dinoexport.errors import ValidationFailed
 from dinoexport.explain import Growth
+from dinoexport.export import Traces
 from dinoexport.export import export as write_onnx
+from dinoexport.export import tracing as begin_tracing
 from dinoexport.order import Order
 from dinoexport.spec import Array, Graph, Precision, Progress
 from dinoexport.workspace import Stage, Workspace, key_of
@@ -42,6 +45,8 @@ TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "openvino", "numpy")
 _QUANTISERS = ("onnxruntime", "onnx")
 _ABSENT = "not installed"
+# Waits for what is being traced, and gives it.
+Traced = Callable[[], Traces]
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
 _ENGINE_ONLY = {"engine", "profiles"}
 
@@ -50,7 +55,16 @@ class NothingHolds(ValidationFailed):
     """`--precision auto` found no form of the graph that holds the limits."""
 
 
-def export(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+def tracing(order: Order) -> AbstractContextManager[Traced]:
+    """The export stage's tracing, begun in a thread before the checkpoint is there."""
+
+    def unread(name: str) -> Array:
+        raise AssertionError(f"tracing read the weight {name}")
+
+    return begin_tracing(lambda: [call for graph in order.model.graphs for call in order.model.calls(graph, unread)])
+
+
+def export(work: Workspace, order: Order, checkpoint: Checkpoint, traced: Traced) -> Stage:
     """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
     recipe = order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
     versions = versions_of(TRACERS)
@@ -66,7 +80,7 @@ def export(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
     def make(folder: Path) -> None:
         for graph in order.model.graphs:
             calls = order.model.calls(graph, checkpoint.read)
-            write_onnx(graph, calls, folder, metadata=metadata, progress=work.progress)
+            write_onnx(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
 
     return work.stage("export", key_of(code=family.code_of(order.model), metadata=metadata), make)
 

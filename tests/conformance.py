@@ -31,6 +31,7 @@ def check(model: Model, cases: Sequence[Case], folder: Path, *, seed: int = 7) -
     inputs = [case.inputs for case in cases]
     expected = reference(model, read, inputs)
     _signature(model)
+    _weights_are_read_when_they_are_written(model)
     _weights_are_the_same_every_time(model, seed)
     _agree(eagerly(model, read, inputs), expected)
     _agree(exported(model, read, inputs, folder), expected)
@@ -117,6 +118,16 @@ def _signature(model: Model) -> None:
         tensors = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
         assert len(set(tensors)) == len(tensors)
         assert all(tensor.meaning for tensor in (*graph.inputs, *graph.outputs))
+
+
+def _weights_are_read_when_they_are_written(model: Model) -> None:
+    """Not when calls are asked for: tracing begins before the checkpoint is there."""
+
+    def unread(name: str) -> Any:
+        raise AssertionError(f"{name} was read to trace the graph")
+
+    for graph in model.graphs:
+        assert model.calls(graph, unread)
 
 
 def _weights_are_the_same_every_time(model: Model, seed: int) -> None:

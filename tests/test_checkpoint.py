@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,32 +74,6 @@ def test_threads_may_read_at_once(
     with ThreadPoolExecutor(8) as pool:
         for key, array in zip(names, pool.map(read, names), strict=True):
             np.testing.assert_array_equal(array, state[key].numpy(), err_msg=key)
-
-
-def test_imports_meanwhile_cost_nothing_and_fail_nothing() -> None:
-    """What is absent is for whoever needs it to say; what was not begun when the hash is there is left."""
-    begun = threading.Event()
-    asked = []
-
-    def slow(module: str) -> None:
-        asked.append(module)
-        begun.set()
-        if module == "absent":
-            raise ModuleNotFoundError(module)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "import_module", slow)
-        with checkpoint._importing(("absent",)):
-            assert begun.wait(10)
-    assert asked == ["absent"]
-    held = threading.Event()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "import_module", lambda module: asked.append(module) or held.wait(10))
-        with checkpoint._importing(("first", "second")):
-            while "first" not in asked:
-                time.sleep(0.001)
-            threading.Timer(0.05, held.set).start()
-    assert asked == ["absent", "first"]
 
 
 def test_parameters_and_strided_tensors_are_read_by_value(tmp_path: Path, state: Tensors) -> None:
