@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from dinoexport import recipe
+from dinoexport import family, quantise, recipe
 from dinoexport.models.dinov2 import synthetic
+from dinoexport.runtime import openvino as runtime
+from dinoexport.spec import Precision
 
 Run = Callable[[np.ndarray], np.ndarray]
 THREADS = 2
@@ -111,17 +113,28 @@ def contenders(variant: str, checkpoint: Path, work: Path) -> dict[str, Run]:
         add(f"{name}, ONNX Runtime", lambda path=path: onnx_runtime(path))
         add(f"{name}, OpenVINO f32", lambda path=path: openvino(path, "f32"))
     add("dinoexport, OpenVINO bf16", lambda: openvino(files["dinoexport"], "bf16"))
-    add("dinoexport int8, ONNX Runtime", lambda: onnx_runtime(_int8(files["dinoexport"], work)))
+    integer, wide = _int8(files["dinoexport"], work)
+    add("dinoexport int8, ONNX Runtime", lambda: onnx_runtime(integer))
+    add("dinoexport int8, OpenVINO", lambda: _own(variant, wide, Precision.INT8))
     add("torch eager", lambda: _torch(checkpoint, compiled=False))
     add("torch compiled", lambda: _torch(checkpoint, compiled=True))
     return found
 
 
-def _int8(path: Path, work: Path) -> Path:
-    from dinoexport.quantise import to_int8
+def _int8(path: Path, work: Path) -> tuple[Path, Path]:
+    """The int8 twins of the file at `path`, for ONNX Runtime and for OpenVINO."""
+    for name in ("integer", "wide"):
+        (work / name).mkdir()
+    integer, _ = quantise.to_int8(path, work / "integer")
+    return integer, quantise.with_wide_products(integer, work / "wide")[0]
 
-    (work / "int8").mkdir()
-    return to_int8(path, work / "int8")[0]
+
+def _own(variant: str, path: Path, precision: Precision) -> Run:
+    """The file as dinoexport opens it in OpenVINO."""
+    loaded = recipe.load(variant)
+    (graph,) = family.find(loaded.family).model(loaded).graphs
+    opened = runtime.open_graph(path, graph, precision=precision, threads=THREADS)
+    return lambda pixels: opened({"pixels": pixels})["patch_tokens"]
 
 
 def onnx_runtime(path: Path) -> Run:

@@ -264,6 +264,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
     return [
         f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
         f"Models:  {', '.join(deployed.models)}",
+        *([f"Note:    {deployed.note}"] if deployed.note else []),
         "Next, so that a running server takes it over:",
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
         f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",

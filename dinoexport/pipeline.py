@@ -14,7 +14,7 @@ from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.export import PACKAGES
 from dinoexport.order import Order, order
 from dinoexport.signing import Signer
-from dinoexport.spec import Precision, Progress, silent
+from dinoexport.spec import Progress, silent
 from dinoexport.stages import Judged, NothingHolds
 from dinoexport.workspace import Stage, Workspace, workspace
 
@@ -65,8 +65,9 @@ def build(
         if order.auto:
             tried["precision"], order = stages.precision(work, order, checkpoint, reference)
             plain = stages.export(work, order, checkpoint, traced)
-        exported = stages.quantise(work, plain) if order.precision is Precision.INT8 else plain
-        facts = stages.tune(order, exported, plain, progress) if order.chosen.on_cpu else None
+        forms = stages.forms(work, order, plain)
+        facts = stages.tune(order, forms, plain, progress) if order.chosen.on_cpu else None
+        exported = forms[facts.chosen.runtime] if facts else plain
         judged = stages.judge_graph(work, order, checkpoint, exported, reference, facts)
         made = {stage.name: stage for stage in (exported, reference, *tried.values(), judged.stage)}
         passed = judged.report.passed and not _too_slow(facts)
@@ -101,9 +102,8 @@ def export_only(order: Order, *, force: bool = False, progress: Progress = silen
         preflight.disk(order)
         with stages.tracing(order) as traced:
             checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-            exported = stages.export(work, order, checkpoint, traced)
-        if order.precision is Precision.INT8:
-            exported = stages.quantise(work, exported)
+            plain = stages.export(work, order, checkpoint, traced)
+        exported = stages.forms(work, order, plain)["onnxruntime"]
         manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")
         manifest = _publish(work, {exported.name: exported}, manifest)
     return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())

@@ -37,16 +37,19 @@ from dinoexport.export import Traces
 from dinoexport.export import export as write_onnx
 from dinoexport.export import tracing as begin_tracing
 from dinoexport.order import Order
-from dinoexport.spec import Array, Graph, Precision, Progress
+from dinoexport.runtime import cpu
+from dinoexport.spec import Array, CpuRuntime, Graph, Precision, Progress
 from dinoexport.workspace import Stage, Workspace, key_of
 
 # What decides a stage's bytes besides our own code.
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _RUNTIMES = ("onnxruntime", "openvino", "numpy")
-_QUANTISERS = ("onnxruntime", "onnx")
+_QUANTISERS = ("onnxruntime", "onnx", "onnx-ir")
 _ABSENT = "not installed"
 # Waits for what is being traced, and gives it.
 Traced = Callable[[], Traces]
+# The same graphs as stages, by the runtime that takes them so.
+Forms = Mapping[CpuRuntime, Stage]
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
 _ENGINE_ONLY = {"engine", "profiles"}
 
@@ -85,23 +88,32 @@ def export(work: Workspace, order: Order, checkpoint: Checkpoint, traced: Traced
     return work.stage("export", key_of(code=family.code_of(order.model), metadata=metadata), make)
 
 
-def quantise(work: Workspace, exported: Stage) -> Stage:
-    """The int8 twins of the fp32 graphs."""
+def forms(work: Workspace, order: Order, plain: Stage) -> Forms:
+    """What each runtime of a CPU takes the graphs as: the export itself, or in int8 a twin made for it."""
+    if order.precision is not Precision.INT8:
+        return {"onnxruntime": plain, "openvino": plain}
+    integer = _quantised(work, plain, quantiser.to_int8)
+    if "openvino" not in tuning.runtimes(order.precision):
+        return {"onnxruntime": integer}
+    return {"onnxruntime": integer, "openvino": _quantised(work, integer, quantiser.with_wide_products)}
 
+
+def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], object]) -> Stage:
     def make(folder: Path) -> None:
-        onnx_files = [file.name for file in exported.files if file.name.endswith(".onnx")]
+        onnx_files = [file.name for file in source.files if file.name.endswith(".onnx")]
         for done, name in enumerate(onnx_files, start=1):
-            quantiser.to_int8(exported.folder / name, folder)
+            form(source.folder / name, folder)
             work.progress("quantising", done, len(onnx_files))
 
-    key = key_of(exported=exported.key, versions=versions_of(_QUANTISERS))
-    return work.stage("quantise", key, make)
+    return work.stage("quantise", key_of(source=source.key, versions=versions_of(_QUANTISERS)), make)
 
 
-def tune(order: Order, exported: Stage, plain: Stage, progress: Progress) -> CpuFacts:
+def tune(order: Order, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
     """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
-    wanted = tuning.Candidate(precision=order.precision, graphs=_graphs(order, exported))
-    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=_graphs(order, plain))
+    wanted = tuning.Candidate(
+        precision=order.precision, graphs={runtime: _graphs(order, stage) for runtime, stage in forms.items()}
+    )
+    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(cpu.installed(), _graphs(order, plain)))
     lowered = order.precision in (Precision.BF16, Precision.INT8)
     return tuning.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
 

@@ -22,14 +22,22 @@ _VISIT_S = 0.6
 _ROUNDS = 10
 # Half as slow again as the best on the first visit: not worth a second one.
 _HOPELESS = 1.5
-# The runtimes that compute in a precision. OpenVINO runs the quantiser's int8 graph in fp32, slower than fp32 itself;
-# bf16 is a choice of its arithmetic over the fp32 graph; fp16 on a CPU is a check of the graph.
+# The runtimes that compute in a precision, int8 each from a form of its own. bf16 is a choice of OpenVINO's arithmetic
+# over the fp32 graph; fp16 on a CPU is a check of the graph.
 RUNTIMES: dict[Precision, tuple[CpuRuntime, ...]] = {
     Precision.FP32: ("onnxruntime", "openvino"),
     Precision.FP16: ("onnxruntime",),
     Precision.BF16: ("openvino",),
-    Precision.INT8: ("onnxruntime",),
+    Precision.INT8: ("onnxruntime", "openvino"),
 }
+
+
+def runtimes(precision: Precision) -> tuple[CpuRuntime, ...]:
+    """The runtimes this machine has that compute in `precision`, the most likely one first."""
+    found = tuple(runtime for runtime in cpu.installed() if runtime in RUNTIMES[precision])
+    if precision is Precision.INT8 and "openvino" in found and not openvino.computes(precision):
+        return tuple(runtime for runtime in found if runtime != "openvino")
+    return found
 
 
 def ways(precision: Precision) -> tuple[Way, ...]:
@@ -39,10 +47,7 @@ def ways(precision: Precision) -> tuple[Way, ...]:
     """
     threads = sorted({cpu.usable_cpus(), max(1, cpu.usable_cpus() // 2)}, reverse=True)
     found = tuple(
-        Way(runtime=runtime, precision=precision, threads=count)
-        for runtime in cpu.installed()
-        if runtime in RUNTIMES[precision]
-        for count in threads
+        Way(runtime=runtime, precision=precision, threads=count) for runtime in runtimes(precision) for count in threads
     )
     if not found:
         require("openvino" if precision is Precision.BF16 else "cpu", *RUNTIMES[precision])
@@ -55,10 +60,10 @@ def ways(precision: Precision) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Graphs of one precision, by their files."""
+    """Graphs of one precision, by their files, in the form each runtime takes."""
 
     precision: Precision
-    graphs: Mapping[Path, Graph]
+    graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
 
 
 def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, progress: Progress = silent) -> CpuFacts:
@@ -138,10 +143,10 @@ def _measured(
 
 
 def _visit(model: Model, way: Way, candidate: Candidate, load: Load) -> tuple[float, ...]:
-    opened = cpu.open_graphs(candidate.graphs, way)
+    opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
     run = {"": lambda: model.drive(opened, load.inputs)}
     return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
 
 
 def _arithmetic(model: Model, candidate: Candidate, way: Way, load: Load) -> Arithmetic:
-    return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs, way), load.inputs)
+    return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), load.inputs)

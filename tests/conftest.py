@@ -72,5 +72,6 @@ def _one_runtime() -> Iterator[None]:
     Tests of the choice take this back.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tuning.RUNTIMES, Precision.FP32, ("onnxruntime",))
+        for precision in (Precision.FP32, Precision.INT8):
+            patch.setitem(tuning.RUNTIMES, precision, ("onnxruntime",))
         yield

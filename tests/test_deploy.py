@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoexport import bundle, carried, files, images, pipeline
+from dinoexport import bundle, carried, files, images, listing, pipeline
 from dinoexport.deploy import batching, models, triton
 from dinoexport.deploy.config import Entry, Word, to_text
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.models.dinov2 import serving
-from dinoexport.spec import Dim, Runtime
+from dinoexport.spec import Dim, Precision, Runtime, Way
 from tests.conftest import DATA
 
 IMAGES = DATA.parent.parent / "validate" / "images"
@@ -53,6 +53,21 @@ def parsed(config: Path) -> Any:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
+    """The tokens are right all the same; it is the time that is not what was measured."""
+    manifest = bundle.read_manifest(built)
+    assert manifest.cpu is not None
+    assert triton.deploy(built, tmp_path / "models").note == ""
+    chosen = Way(runtime="openvino", precision=Precision.INT8)
+    other = tmp_path / "int8"
+    shutil.copytree(built, other)
+    changed = manifest.model_copy(update={"cpu": manifest.cpu.model_copy(update={"chosen": chosen})})
+    (other / bundle.MANIFEST).write_bytes(changed.to_bytes())
+    deployed = triton.deploy(other, tmp_path / "models", name="int8")
+    assert "int8 in OpenVINO" in deployed.note and "in fp32" in deployed.note
+    assert deployed.note in "\n".join(listing.deployed_lines(deployed))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "python"])

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
-from dinoexport import candidates, pipeline
+from dinoexport import candidates, pipeline, quantise
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement
 from dinoexport.metrics import distance
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.graph import Stem
-from dinoexport.runtime import cpu, openvino
+from dinoexport.runtime import cpu, openvino, ort
 from dinoexport.spec import Precision, Way, silent
 from tests.conformance import export_to
 from tests.conftest import DATA
 
 # One patch, both sides shrunk, the native grid, one side native, one side shrunk and one enlarged, no multiple of 14.
 SIZES = [(1, 14, 14), (3, 28, 42), (1, 518, 518), (1, 98, 518), (1, 322, 700), (2, 30, 69)]
+VNNI = {"avx512_vnni", "avx_vnni"}
 needs_bf16 = pytest.mark.skipif(
     not openvino.computes(Precision.BF16), reason="this CPU has no bf16, so OpenVINO cannot choose it"
+)
+needs_int8 = pytest.mark.skipif(
+    not VNNI & set(Path("/proc/cpuinfo").read_text().split()), reason="this CPU has no VNNI, so OpenVINO widens int8"
 )
 
 
@@ -108,6 +115,72 @@ def test_it_says_what_it_really_computes_in(exported: Exported) -> None:
     assert 1e-3 < exported.error(bf16, size) < 0.04
 
 
+@pytest.fixture(scope="module")
+def int8(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The int8 twin as OpenVINO takes it."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("integer", "wide")]
+    quantise.to_int8(exported.path, folders[0])
+    return quantise.with_wide_products(folders[0] / exported.path.name, folders[1])[0]
+
+
+@needs_int8
+@pytest.mark.parametrize("size", SIZES)
+def test_int8_is_right_at_every_size(exported: Exported, int8: Path, size: tuple[int, int, int]) -> None:
+    run = openvino.open_graph(int8, exported.graph, precision=Precision.INT8)
+    assert 1e-3 < exported.error(run, size) < 0.05
+
+
+@needs_int8
+def test_int8_answers_of_an_item_do_not_depend_on_its_neighbours(exported: Exported, int8: Path) -> None:
+    """A scale for each token, where ONNX Runtime has one for the whole batch."""
+    run = openvino.open_graph(int8, exported.graph, precision=Precision.INT8)
+    pixels = synthetic.pixels(3, 56, 42, seed=3)
+    pixels[2] *= 20
+    batch = run({"pixels": pixels})
+    for i in range(3):
+        alone = run({"pixels": pixels[i : i + 1]})
+        for name, array in alone.items():
+            np.testing.assert_allclose(batch[name][i : i + 1], array, rtol=0, atol=1e-4, err_msg=name)
+
+
+@needs_int8
+def test_int8_is_said_only_where_it_is_multiplied(
+    exported: Exported, int8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own word for a layer is that of the weights, which it may widen: as on a CPU without VNNI."""
+    inputs = {"pixels": synthetic.pixels(1, 98, 126, seed=3)}
+    ran = openvino.open_graph(int8, exported.graph, precision=Precision.INT8).arithmetic(inputs)
+    assert ran["int8"] > 10
+    monkeypatch.setattr(openvino, "_GROUP_CHANNELS", 0)
+    widened = openvino.open_graph(int8, exported.graph, precision=Precision.INT8).arithmetic(inputs)
+    assert "int8" not in widened and "i8" not in widened
+    assert sum(widened.values()) == sum(ran.values())
+
+
+def test_both_int8_forms_have_the_quantisers_weights(exported: Exported, tmp_path: Path) -> None:
+    """The same bytes each time, one file of weights; ONNX Runtime too makes fp32's answers of it, but for rounding."""
+    for name in ("integer", "wide", "again"):
+        (tmp_path / name).mkdir()
+    quantise.to_int8(exported.path, tmp_path / "integer")
+    integer = tmp_path / "integer" / exported.path.name
+    path, data = quantise.with_wide_products(integer, tmp_path / "wide")
+    again, data_again = quantise.with_wide_products(integer, tmp_path / "again")
+    assert (path.read_bytes(), data.read_bytes()) == (again.read_bytes(), data_again.read_bytes())
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, data.name]
+    onnx.checker.check_model(path, full_check=True)
+    before, after = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer} for p in (integer, path)
+    )
+    weights = {name: array for name, array in before.items() if array.dtype == np.int8 and array.ndim == 2}
+    assert len(weights) > 10
+    for name, array in weights.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+    kinds = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    assert kinds["DequantizeLinear"] == len(weights)
+    assert not {"MatMulInteger", "DynamicQuantizeLinear"} & set(kinds)
+    assert 1e-3 < exported.error(ort.open_graph(path, exported.graph), (1, 98, 126)) < 0.03
+
+
 @needs_bf16
 def test_left_to_itself_it_takes_bf16_for_fp32(exported: Exported) -> None:
     """The trap the explicit precision is for."""
@@ -118,7 +191,9 @@ def test_left_to_itself_it_takes_bf16_for_fp32(exported: Exported) -> None:
 
 
 def test_a_precision_this_cpu_lacks_is_refused(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    for precision in (Precision.FP16, Precision.INT8):
+    assert openvino.computes(Precision.FP32) and not openvino.computes(Precision.FP16)
+    monkeypatch.setattr(openvino, "_CAPABILITIES", {Precision.FP32: "FP32"})  # as on a CPU that lists nothing else
+    for precision in (Precision.FP16, Precision.BF16, Precision.INT8):
         with pytest.raises(MissingRequirement, match=f"in {precision} on this CPU") as caught:
             openvino.open_graph(exported.path, exported.graph, precision=precision)
         assert "--precision fp32" in caught.value.next_step

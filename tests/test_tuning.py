@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -58,7 +59,8 @@ FP32 = {(runtime, "fp32", threads): 9.0 for runtime in BOTH for threads in (1, 2
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuning.Candidate:
     order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path_factory.mktemp("tuning") / "bundle")
     pipeline.export_only(order)
-    return tuning.Candidate(precision=Precision.FP32, graphs={order.out / "model.onnx": order.model.graphs[0]})
+    graphs = {order.out / "model.onnx": order.model.graphs[0]}
+    return tuning.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(BOTH, graphs))
 
 
 @pytest.mark.parametrize("fastest", [*FP32])
@@ -145,12 +147,27 @@ def test_int8_is_published_where_it_is_faster_and_only_there(
     assert built.manifest.cpu.arithmetic["int8"] > 10
     assert built.manifest.precision == built.manifest.recipe["precision"] == "int8"
     assert "0.50 times the fastest fp32" in "\n".join(listing.cpu_lines(built.manifest))
-    (fp32,) = exported.graphs
+    (fp32,) = exported.graphs["onnxruntime"]
     sizes = [(folder / "model.onnx.data").stat().st_size for folder in (built.folder, fp32.parent)]
     assert sizes[0] < 0.35 * sizes[1]  # the patch kernel stays fp32, a tenth of this small model
     report = verdict.validate(built.folder).report
     assert "products in int8" in report.candidate
     assert 1e-3 < max(row.distance.relative_l2 for row in report.rows if row.distance) < 0.05
+
+
+@pytest.mark.parametrize("fastest", BOTH)
+def test_int8_is_published_in_the_form_that_the_faster_runtime_takes(
+    fastest: str, slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tuning.RUNTIMES, Precision.INT8, BOTH)
+    slow(FP32 | {(r, "int8", threads): 4.0 if r == fastest else 5.0 for r in BOTH for threads in (1, 2)})
+    built = build(tmp_path / "bundle", Precision.INT8)
+    facts = built.manifest.cpu
+    assert facts is not None and facts.chosen.runtime == fastest and facts.arithmetic["int8"] > 10
+    kinds = {node.op_type for node in onnx.load(built.folder / "model.onnx", load_external_data=False).graph.node}
+    assert ("MatMulInteger" in kinds, "DequantizeLinear" in kinds) == (fastest == "onnxruntime", fastest == "openvino")
+    assert len(facts.measured) == 6 and facts.times_fp32 == 4 / 9
+    assert "products in int8" in verdict.validate(built.folder).report.candidate
 
 
 @needs_bf16
@@ -159,7 +176,7 @@ def test_bf16_runs_in_openvino_from_the_fp32_file(slow: Any, exported: tuning.Ca
     built = build(tmp_path / "bundle", Precision.BF16)
     assert built.manifest.cpu is not None and set(built.manifest.cpu.arithmetic) == {"bf16"}
     assert built.report is not None and "products in bf16" in built.report.candidate
-    (fp32,) = exported.graphs
+    (fp32,) = exported.graphs["openvino"]
     data = [(folder / "model.onnx.data").read_bytes() for folder in (built.folder, fp32.parent)]
     assert data[0] == data[1]
     shown = CliRunner().invoke(cli.app, ["validate", str(built.folder)])

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoexport import bundle, carried, family, files
+from dinoexport.bundle import Manifest
 from dinoexport.deploy import models
 from dinoexport.deploy.models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.recipe import Recipe, parse
-from dinoexport.spec import Progress, closest, silent
+from dinoexport.spec import Precision, Progress, closest, silent
 from dinoexport.target import triton_tags
 
 CONFIG = "config.pbtxt"
@@ -32,7 +33,10 @@ _SERVED_VERSION = re.compile(r"^version_policy \{.*?versions: \[(\d+)\]", re.MUL
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """What a repository now serves. previous: the version served before, None for the first. models: Triton's names."""
+    """What a repository now serves. previous: the version served before, None for the first. models: Triton's names.
+
+    note: what is served otherwise than it was built for; empty where nothing is.
+    """
 
     repository: Path
     name: str
@@ -40,6 +44,7 @@ class Deployed:
     previous: int | None
     models: tuple[str, ...]
     backend: str = ""
+    note: str = ""
 
 
 def deploy(
@@ -91,7 +96,16 @@ def deploy(
         previous=previous,
         models=tuple(model.name for model in served),
         backend=backend,
+        note=_note(manifest),
     )
+
+
+def _note(manifest: Manifest) -> str:
+    """Precisions that a CPU bundle has in OpenVINO alone: Triton's backends run its file in ONNX Runtime."""
+    chosen = manifest.cpu.chosen if manifest.cpu else None
+    if chosen is None or chosen.runtime != "openvino" or chosen.precision is Precision.FP32:
+        return ""
+    return f"this bundle has {chosen.precision} in OpenVINO; ONNX Runtime, which Triton runs it in, computes it in fp32"
 
 
 def rollback(repository: Path, name: str) -> Deployed:
