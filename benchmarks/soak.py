@@ -2,8 +2,9 @@
 
 A bundle of made-up weights is deployed to the Python backend and asked for one image a request, by our own client and
 by NVIDIA's perf_analyzer in turns. Beside each level the same graph runs in this process with as many threads, so that
-what the server costs is a ratio of neighbours in time, whatever else the machine does. Memory is looked at halfway and
-at the end of a level: a larger batch takes more, the same load must not. Any error ends the run.
+what the server costs is a ratio of neighbours in time, whatever else the machine does. Memory is looked at three times
+a level, each page counted once though server and models share many: a larger batch takes more, the same load must not
+for long. Any error ends the run.
 Writes benchmarks/results/soak.md and soak.svg.
 """
 
@@ -36,16 +37,17 @@ from tests.triton_server import HOME, Server, environment, missing
 
 RESULTS = Path(__file__).parent / "results"
 LEVELS = (1, 2, 4, 8, 16, 32)
+LOOKS = 3
 CASE = "evaluation_size"
 HEADER = (
     "in flight", "requests", "client, images/s", "perf_analyzer, images/s", "in process, images/s",
-    "client / in process", "median ms", "99 % ms", "server MB halfway", "and after",
+    "client / in process", "median ms", "99 % ms", *(f"server MB after {i + 1}/{LOOKS}" for i in range(LOOKS)),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One level of concurrency. *_per_s: images a second; memory_mb: what the server's processes hold, twice."""
+    """One level of concurrency. *_per_s: images a second; memory_mb: what the server's processes hold, at each look."""
 
     concurrency: int
     requests: int
@@ -93,13 +95,13 @@ def level(server: Server, run: Runner, item: Arrays, concurrency: int, stretch_s
     client = DinoClient(server.grpc)
     latencies_s: list[float] = []
     client_per_s, in_process_per_s, held_mb = [], [], []
-    for _ in range(2):
-        took_s, per_s = under_load(lambda: client(item), concurrency, stretch_s / 2)
+    for _ in range(LOOKS):
+        took_s, per_s = under_load(lambda: client(item), concurrency, stretch_s / LOOKS)
         latencies_s += took_s
         client_per_s.append(per_s)
         held_mb.append(memory_mb(server))
         # One image a call, one call at a time: what a server could at best pass on.
-        in_process_per_s.append(under_load(lambda: run(item), 1, stretch_s / 2)[1])
+        in_process_per_s.append(under_load(lambda: run(item), 1, stretch_s / LOOKS)[1])
     p50_ms = 1000 * statistics.median(latencies_s)
     measured = Level(
         concurrency=concurrency,
@@ -155,10 +157,10 @@ def perf_analyzer(server: Server, client: DinoClient, item: Arrays, concurrency:
 
 
 def memory_mb(server: Server) -> int:
-    """What the server and the processes of its models hold resident, in MB."""
+    """What the server and the processes of its models hold resident, in MB; a page that n of them share is 1/n each."""
     total_kb = 0
     for process in (server.process.pid, *server.stubs("")):
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+        found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
         total_kb += int(found[1]) if found else 0
     return total_kb // 1000
 

@@ -367,9 +367,9 @@ def test_batches_that_pay() -> None:
 @pytest.mark.parametrize(
     ("latency_ms", "largest"),
     [
-        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0, 16: 160.0}, 8),
         ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 8),
-        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
+        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0, 16: 11200.0}, 8),  # eights are never held back
     ],
 )
 def test_batches_that_cost_an_item_more_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
