@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         built = pipeline.build(pipeline.order(given.variant, weights="synthetic:0", out=folder / "bundle"))
-        triton.deploy(built.folder, folder / "models", backend="python")
+        triton.deploy(built.folder, folder / "models", backend="python", triton="24.10")
         item = item_of(built.folder)
         run = ort.open_graph(built.folder / "model.onnx", built.manifest.graphs[0].graph())
         server = Server(folder / "models", folder)

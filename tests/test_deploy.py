@@ -55,6 +55,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.parametrize(("tag", "limited"), [(None, True), ("24.10", False), ("26.07", False), ("26.08", True)])
+def test_queues_have_limits_where_triton_can_keep_them(
+    built: Path, tmp_path: Path, tag: str | None, limited: bool
+) -> None:
+    triton.deploy(built, tmp_path / "models", name="tiny", backend="python", triton=tag)
+    for name in ("tiny", "tiny_images_prepare"):
+        path = tmp_path / "models" / name / "config.pbtxt"
+        config = parsed(path)
+        assert config.HasField("dynamic_batching") == (name == "tiny")
+        assert config.dynamic_batching.HasField("default_queue_policy") == (limited and name == "tiny")
+        assert ("no limits to the queue" in path.read_text()) == (not limited and name == "tiny")
+
+
 def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
     """The tokens are right all the same; it is the time that is not what was measured."""
     manifest = bundle.read_manifest(built)
@@ -367,12 +380,14 @@ def test_batches_that_pay() -> None:
 @pytest.mark.parametrize(
     ("latency_ms", "largest"),
     [
-        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0, 16: 160.0}, 8),
-        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 8),
-        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0, 16: 11200.0}, 8),  # eights are never held back
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 41.0, 16: 160.0}, 8),
+        ({1: 35.0, 2: 70.0, 4: 140.0, 8: 280.0, 16: 560.0}, 4),
+        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 4),
+        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
     ],
 )
-def test_batches_that_cost_an_item_more_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
+def test_batches_that_win_nothing_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
     chosen = batching.from_latency(latency_ms, 8, of="x")
     # With any delay at all Triton would merge past the preferred size whenever it is busy.
     assert (chosen.preferred, chosen.queue_delay_us) == ((largest,), 0)

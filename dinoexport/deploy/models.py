@@ -87,6 +87,7 @@ def of_bundle(
     name: str,
     version: int,
     backend: Backend,
+    queue_limits: bool,
     front_ends: Sequence[FrontEnd],
     progress: Progress,
 ) -> tuple[TritonModel, ...]:
@@ -112,9 +113,13 @@ def of_bundle(
             plans = tuple(plan for plan in plans_of(manifest) if plan.graph == graph.name)
             if not plans:
                 raise UsageError(f"The bundle has no plan of its graph {graph.name}.", next_step="Build it again.")
-            entries, in_version = _plan_entries(plans, max_batch(graph))
+            batches, chosen = _plan_batching(plans, max_batch(graph))
+            entries, in_version = _plan_entries(plans)
         else:
-            entries, in_version = _onnx_entries(backend, folder, manifest, facts, items, progress)
+            batches = max_batch(graph)
+            chosen = _measured(folder / facts.file, graph, items, batches, progress)
+            entries, in_version = _onnx_entries(backend, manifest, facts)
+        entries += _batching_entries(batches, chosen, queue_limits=queue_limits)
         found.append(_graph_model(own, served, version, entries, in_version, items, python=backend == "python"))
         for end in front_ends:
             if end.graph == graph.name:
@@ -173,8 +178,16 @@ def _most_likely(graph: Graph, items: Sequence[Arrays]) -> Arrays:
     return min(items, key=lambda item: abs(math.log(_size(item) / wanted)))
 
 
-def _plan_entries(plans: Sequence[Plan], largest: int) -> tuple[list[Entry], dict[str, str]]:
-    """Backend, batching and instances for plans, one for each compute capability."""
+def _plan_batching(plans: Sequence[Plan], largest: int) -> tuple[int, Batching]:
+    """The largest batch every plan takes, at most `largest`, and the sizes their profiles are tuned for."""
+    largest = min(largest, *(max(most for _, most in plan.profiles) for plan in plans))
+    tuned = tuple(sorted({opt for plan in plans for opt, _ in plan.profiles}))
+    why = "the batches the plan's profiles are tuned for; latency was not measured on this GPU"
+    return largest, batching.unmeasured(tuned, why, largest)
+
+
+def _plan_entries(plans: Sequence[Plan]) -> tuple[list[Entry], dict[str, str]]:
+    """Backend and instances for plans, one for each compute capability."""
     flag = "the server needs --backend-config=tensorrt,version-compatible=true"
     why = flag if any(plan.version_compatible for plan in plans) else ""
     entries = [Entry("backend", "tensorrt", why), Entry("platform", "tensorrt_plan")]
@@ -190,10 +203,6 @@ def _plan_entries(plans: Sequence[Plan], largest: int) -> tuple[list[Entry], dic
         if len(plans) > 1
     ]
     count = min(len(plan.profiles) for plan in plans)
-    largest = min(largest, *(max(most for _, most in plan.profiles) for plan in plans))
-    tuned = tuple(sorted({opt for plan in plans for opt, _ in plan.profiles}))
-    why = "the batches the plan's profiles are tuned for; latency was not measured on this GPU"
-    entries += _batching_entries(largest, batching.unmeasured(tuned, why, largest))
     indices = tuple(Entry("profile", str(i)) for i in range(count))
     instance = (Entry("count", 1), Entry("kind", Word("KIND_GPU")), *(indices if count > 1 else ()))
     entries.append(Entry("instance_group", instance, f"every profile the plan has: {count}" if count > 1 else ""))
@@ -204,15 +213,11 @@ def _plan_entries(plans: Sequence[Plan], largest: int) -> tuple[list[Entry], dic
     return entries, {plan.file: plan.file for plan in plans}
 
 
-def _onnx_entries(
-    backend: Backend, folder: Path, manifest: Manifest, facts: GraphFacts, items: Sequence[Arrays], progress: Progress
-) -> tuple[list[Entry], dict[str, str]]:
-    """Backend, batching and instances for the ONNX file, run by Triton's ONNX Runtime or by the one in Python."""
-    graph, largest = facts.graph(), max_batch(facts.graph())
+def _onnx_entries(backend: Backend, manifest: Manifest, facts: GraphFacts) -> tuple[list[Entry], dict[str, str]]:
+    """Backend and instances for the ONNX file, run by Triton's ONNX Runtime or by the one in Python."""
     entries = [Entry("backend", backend)]
     if backend == "onnxruntime":
         entries += [Entry("platform", "onnxruntime_onnx"), Entry("default_model_filename", facts.file)]
-    entries += _batching_entries(largest, _measured(folder / facts.file, graph, items, largest, progress))
     on_cpu = backend == "python" or manifest.target == "cpu"
     group = (Entry("count", 1), Entry("kind", Word("KIND_CPU" if on_cpu else "KIND_AUTO")))
     entries.append(Entry("instance_group", group, "one: ONNX Runtime uses every core for each batch" if on_cpu else ""))
@@ -233,8 +238,8 @@ def _measured(onnx: Path, graph: Graph, items: Sequence[Arrays], largest: int, p
     return batching.from_latency(latency_ms, largest, of=shapes)
 
 
-def _batching_entries(largest: int, chosen: Batching) -> list[Entry]:
-    policy = (
+def _batching_entries(largest: int, chosen: Batching, *, queue_limits: bool) -> list[Entry]:
+    limits = (
         Entry("timeout_action", Word("REJECT")),
         Entry("default_timeout_microseconds", _QUEUE_TIMEOUT_US, "a client has given up by then"),
         Entry("allow_timeout_override", True),
@@ -242,9 +247,11 @@ def _batching_entries(largest: int, chosen: Batching) -> list[Entry]:
     )
     preferred = (Entry("preferred_batch_size", chosen.preferred, chosen.preferred_why),) if chosen.preferred else ()
     delay = Entry("max_queue_delay_microseconds", chosen.queue_delay_us, chosen.queue_delay_why)
+    policy = (Entry("default_queue_policy", limits),) if queue_limits else ()
+    why = "" if queue_limits else "no limits to the queue: by any this Triton's batcher would stall"
     return [
         Entry("max_batch_size", largest, "the largest batch of the profile"),
-        Entry("dynamic_batching", (*preferred, delay, Entry("default_queue_policy", policy))),
+        Entry("dynamic_batching", (*preferred, delay, *policy), why),
     ]
 
 

@@ -28,6 +28,10 @@ from dinoexport.spec import Precision, Progress, closest, silent
 from dinoexport.target import triton_tags
 
 CONFIG = "config.pbtxt"
+# Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
+# work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
+# 2.51, which is 24.10: two clients waited 649 ms at most with limits and 124 ms without.
+_QUEUE_LIMITS_SINCE = "26.08"
 _SERVED_VERSION = re.compile(r"^version_policy \{.*?versions: \[(\d+)\]", re.MULTILINE | re.DOTALL)
 
 
@@ -60,7 +64,8 @@ def deploy(
     """Adds the bundle in `folder` to `repository` as the next version of `name` (default: its variant), and serves it.
 
     backend: how its graphs run; default: classic TensorRT plans where the bundle has them, else Triton's ONNX Runtime.
-    triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused.
+    triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused, and
+    queues have no limits where that image's batcher would stall by them.
     samples: a folder of the user's own files, from which a front end may learn what to expect.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
@@ -82,7 +87,15 @@ def deploy(
         previous = _served_version(standing[0]) if standing else None
         version = 1 + max((v for path in standing for v in _versions(path)), default=0)
         served = models.of_bundle(
-            folder, manifest, reference, name=name, version=version, backend=backend, front_ends=ends, progress=progress
+            folder,
+            manifest,
+            reference,
+            name=name,
+            version=version,
+            backend=backend,
+            queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
+            front_ends=ends,
+            progress=progress,
         )
         _refuse_strangers(repository, served, standing)
         for model in served:
@@ -175,7 +188,7 @@ def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
             f"{', '.join(stripped)} holds no weights, and Triton has nothing that would put them in.",
             next_step="Build it unstripped, or deploy with --backend onnxruntime.",
         )
-    if triton is None:
+    if triton is None or not plans:
         return
     tag, given, version = triton.partition("=")
     known = triton_tags()
