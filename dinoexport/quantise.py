@@ -4,7 +4,7 @@ Dynamic, so no calibration images decide what the graph is good at. Products of 
 as they are, and so are convolutions. The same int8 weights come in two forms, for the two runtimes ask differently for
 the same thing: ONNX Runtime multiplies integers where the graph says so, a scale per tensor of activations; OpenVINO
 where weights are int8 in a graph of floating-point products, a scale per token and group of channels, which is more
-exact, and what is left in bf16. ViT-S and ViT-B at 224 and 518 on a CPU with avx512_vnni and avx512_bf16: 0.39 to 0.65
+exact, and what is left in bf16. ViT-S and ViT-B at 224 and 518 on a CPU with avx512_vnni and avx512_bf16: 0.39 to 0.64
 of ONNX Runtime's fp32 time in ONNX Runtime, 0.40 to 0.50 in OpenVINO, off by 1.7e-2 to 1.8e-2 and 1.6e-2.
 
 Static ranges, calibrated on crops of the very photographs they were then judged on, were

@@ -68,6 +68,13 @@ def test_queues_have_limits_where_triton_can_keep_them(
         assert ("no limits to the queue" in path.read_text()) == (not limited and name == "tiny")
 
 
+@pytest.mark.parametrize("tag", ["latest", "26.8", "24.1O", "", "26.08-py3"])
+def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Path, tag: str) -> None:
+    with pytest.raises(UsageError, match="no tag of a Triton image") as caught:
+        triton.deploy(built, tmp_path / "models", backend="python", triton=tag)
+    assert "--triton 26.08" in caught.value.next_step and not (tmp_path / "models").exists()
+
+
 def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
     """The tokens are right all the same; it is the time that is not what was measured."""
     manifest = bundle.read_manifest(built)

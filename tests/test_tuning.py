@@ -16,6 +16,7 @@ from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.runtime import cpu, openvino
 from dinoexport.spec import Precision, Way
 from tests.conftest import DATA
+from tests.test_openvino import needs_int8
 
 TINY = str(DATA / "tiny_swiglu.toml")
 BOTH = ("onnxruntime", "openvino")
@@ -155,7 +156,7 @@ def test_int8_is_published_where_it_is_faster_and_only_there(
     assert 1e-3 < max(row.distance.relative_l2 for row in report.rows if row.distance) < 0.05
 
 
-@pytest.mark.parametrize("fastest", BOTH)
+@pytest.mark.parametrize("fastest", ["onnxruntime", pytest.param("openvino", marks=needs_int8)])
 def test_int8_is_published_in_the_form_that_the_faster_runtime_takes(
     fastest: str, slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

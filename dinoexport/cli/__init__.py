@@ -16,8 +16,8 @@ __all__ = ["EXIT_CODES", "app", "looking", "main", "making", "serving"]
 def main() -> NoReturn:
     """The console entry point. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     signal.signal(signal.SIGTERM, _interrupt)
-    # PyTorch and its tracer are a million objects that live to the end. Walking them again and again took a quarter of
-    # the time of tracing, and once more at the end 1.2 s of every command that had imported them.
+    # PyTorch and its tracer are objects that live to the end. Walking them again and again took a quarter of the time
+    # of tracing, and once more at the end 1.2 s of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
     try:
         app()

@@ -76,6 +76,8 @@ def deploy(
             next_step="dinoexport build makes a judged bundle.",
         )
     name = _checked_name(name or manifest.variant)
+    if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
+        raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
     plans = models.plans_of(manifest)
     backend = _chosen(backend, plans)
     _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
