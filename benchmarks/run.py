@@ -1,4 +1,4 @@
-"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py [--exports] VARIANT …`.
+"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py [--again] VARIANT …`.
 
 Inference: every contender on the same weights and images in one process, one sample of each in turn, medians with their
 spread, as ratios to dinoexport on ONNX Runtime, as a share of a large matrix product timed in turn with them, and with
@@ -16,9 +16,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,55 +30,80 @@ from dinoexport.checkpoint import open_checkpoint
 from dinoexport.metrics import distance
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.runtime import cpu, ort
-from dinoexport.spec import Precision, silent
+from dinoexport.spec import Array, Precision, silent
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = (224, 518)
-ROUNDS, BUDGET_S, EXPORT_ROUNDS = 15, 60.0, 3
+ROUNDS, EXPORT_ROUNDS = 15, 3
+# For one size of all contenders of a small model, or of two of a large one.
+BUDGET_S, PAIR_BUDGET_S = 120.0, 45.0
+# Parameters from which on not every contender fits into memory beside the others.
+LARGE = 2e8
 OURS = "dinoexport, ONNX Runtime"
 # Half of what transformers' way of resizing positions is off by; rounding is a thousandth of it.
 WRONG, LOSSY = 1e-3, ("bf16", "int8")
 
 
 def inference(variant: str, work: Path) -> list[dict[str, Any]]:
-    """A row for each contender and size."""
+    """A row for each contender and size.
+
+    All contenders of a small model are open at once and take turns. A large one's are opened two at a time, one of the
+    leading ones and ours on ONNX Runtime, so that memory is enough.
+    """
     checkpoint = work / "checkpoint"
-    found = peers.contenders(variant, checkpoint, work)
+    large = parameters(variant) > LARGE
+    makers = peers.contenders(variant, checkpoint, work, peers.LEADING if large else peers.EXPORTERS)
+    others = [name for name in makers if name != OURS and not (large and name == "torch compiled")]
+    groups = [[OURS, other] for other in others] if large else [[OURS, *others]]
     loaded = recipe.load(variant)
     model = family.find(loaded.family).model(loaded)
     weights = open_checkpoint(model, loaded, str(checkpoint / "model.safetensors"), progress=silent)
+    images = [synthetic.pixels(1, side, side, seed=0) for side in SIDES]
+    asked = [{"pixels": pixels} for pixels in images]
+    expected = list(model.reference(weights.read, asked, precision=Precision.FP32, progress=silent))
+    onnx = work / "dinoexport" / "model.onnx"
+    gflop = [sum(done.flops for done in ort.executed(onnx, inputs, optimised=False)) / 1e9 for inputs in asked]
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        runs = peers.open_those_that_run({name: makers[name] for name in group})
+        for side, pixels, answer, work_gflop in zip(SIDES, images, expected, gflop, strict=True):
+            budget_s = PAIR_BUDGET_S if large else BUDGET_S
+            timed = _rows(runs, pixels, answer["patch_tokens"], work_gflop, budget_s)
+            kept = [row for row in timed if row["contender"] != OURS or group is groups[0]]
+            rows += [{"variant": variant, "side": side} | row for row in kept]
+    return rows
+
+
+def _rows(
+    runs: dict[str, peers.Run], pixels: Array, expected: Array, gflop: float, budget_s: float
+) -> list[dict[str, Any]]:
+    """What each of `runs` took for one image in turn with all others, and how far off it was."""
+    errors = {name: distance(run(pixels), expected).relative_l2 for name, run in runs.items()}
+    neighbours = timing.Neighbours()
+    asking: dict[str, Callable[[], object]] = {name: partial(run, pixels) for name, run in runs.items()}
+    taken = timing.in_turn(asking | {"peak": gemm()}, rounds=ROUNDS, budget_s=budget_s)
+    # In turn like the rest, so that it has no more of a shared machine than they.
+    peak = GEMM_GFLOP / taken.pop("peak").median_ms * 1e3
+    share = neighbours.share()
     rows = []
-    for side in SIDES:
-        pixels = synthetic.pixels(1, side, side, seed=0)
-        inputs = {"pixels": pixels}
-        (expected,) = model.reference(weights.read, [inputs], precision=Precision.FP32, progress=silent)
-        work_done = ort.executed(work / "dinoexport" / "model.onnx", inputs, optimised=False)
-        gflop = sum(operator.flops for operator in work_done) / 1e9
-        errors = {name: distance(run(pixels), expected["patch_tokens"]).relative_l2 for name, run in found.items()}
-        neighbours = timing.Neighbours()
-        runs = {name: (lambda run=run, pixels=pixels: run(pixels)) for name, run in found.items()}
-        taken = timing.in_turn(runs | {"peak": gemm()}, rounds=ROUNDS, budget_s=BUDGET_S)
-        # In turn like the rest, so that it has no more of a shared machine than they.
-        peak = GEMM_GFLOP / taken.pop("peak").median_ms * 1e3
-        for name, latencies in taken.items():
-            ratios = np.array(latencies.samples_ms) / np.array(taken[OURS].samples_ms)
-            rows.append(
-                {
-                    "variant": variant,
-                    "side": side,
-                    "contender": name,
-                    "ratio": float(np.median(ratios)),
-                    "ratio_quartiles": [float(value) for value in np.percentile(ratios, (25, 75))],
-                    "median_ms": latencies.median_ms,
-                    "spread": latencies.spread,
-                    "share_of_peak": gflop / latencies.median_ms * 1e3 / peak,
-                    "peak_gflop_per_s": peak,
-                    "relative_l2": errors[name],
-                    "wrong": errors[name] > (0.05 if any(word in name for word in LOSSY) else WRONG),
-                    "others_share": neighbours.share(),
-                    "samples_ms": latencies.samples_ms,
-                }
-            )
+    for name, latencies in taken.items():
+        ratios = np.array(latencies.samples_ms) / np.array(taken[OURS].samples_ms)
+        lossy = any(word in name for word in LOSSY)
+        rows.append(
+            {
+                "contender": name,
+                "ratio": float(np.median(ratios)),
+                "ratio_quartiles": [float(value) for value in np.percentile(ratios, (25, 75))],
+                "median_ms": latencies.median_ms,
+                "spread": latencies.spread,
+                "share_of_peak": gflop / latencies.median_ms * 1e3 / peak,
+                "peak_gflop_per_s": peak,
+                "relative_l2": errors[name],
+                "wrong": errors[name] > (0.05 if lossy else WRONG),
+                "others_share": share,
+                "samples_ms": latencies.samples_ms,
+            }
+        )
     return rows
 
 
@@ -110,12 +134,6 @@ def exports(variant: str, work: Path, precision: str) -> list[dict[str, Any]]:
         }
         for way, taken in samples.items()
     ]
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result from a process of its own: what this one holds counts as its children's peak memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def measure(command: list[str]) -> tuple[float, int]:
@@ -151,7 +169,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`make bench` on {machine['cpu']}, {machine['usable_cpus']} CPUs, {result['date']}: {versions}.",
         f"Memory copy {machine['copy_gb_per_s']:.0f} GB/s. Made-up weights, batch 1, {peers.THREADS} threads, one",
         "sample of each in turn. Ratio: median of the samples' ratios to dinoexport on ONNX Runtime, with quartiles;",
-        "lower is faster.",
+        "lower is faster. Of models too large for all of them beside each other, only the leading ones were measured,",
+        "each in turn with ours on ONNX Runtime alone.",
         "",
         "| variant | side | contender | ratio | quartiles | median ms | of fp32 peak | error | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -222,34 +241,46 @@ def parameters(variant: str) -> int:
 
 
 def main() -> None:
-    """Runs everything asked for. `VARIANT:fp16` times the export alone, in fp16: ViT-g needs 12 GB of memory for it."""
+    """Runs everything asked for, a variant's inference and fp32 export or one part of them after a colon.
+
+    `VARIANT:inference` is the inference alone, `VARIANT:fp16` the export alone, in fp16: an fp32 export of ViT-g by
+    anybody else wants more memory than most machines have.
+    """
     parser = argparse.ArgumentParser()
-    parser.add_argument("variants", nargs="*", default=["vits14", "vitb14", "vitg14:fp16"])
-    parser.add_argument("--exports", action="store_true", help="measure these exports alone, and keep all other rows")
+    everything = ["vits14", "vitb14", "vitl14:inference", "vitg14:fp16", "vitg14:inference"]
+    parser.add_argument("asked", nargs="*", default=everything, metavar="VARIANT[:inference|:fp32|:fp16]")
+    parser.add_argument("--again", action="store_true", help="measure these again, and keep all other rows")
     given = parser.parse_args()
+    # Told to take every CPU for an old one, NumPy's matrix product shows half of what this one can do.
+    for told in [name for name in os.environ if name.startswith("OPENBLAS_")]:
+        del os.environ[told]
     today = time.strftime("%Y-%m-%d")
-    result: dict[str, Any] = {"date": today, "inference": [], "export": []}
-    if given.exports:
+    result: dict[str, Any] = {"date": today, "inference": [], "export_date": today, "export": []}
+    if given.again:
         result = json.loads((RESULTS / "inference.json").read_text())
-        again = {asked.partition(":")[0] for asked in given.variants}
-        result["export"] = [row for row in result["export"] if row["variant"] not in again]
-    result["export_date"] = today
     packages = ("dinoexport", "torch", "onnxruntime", "openvino", "transformers", "optimum-onnx")
     result["machine"] = {
         "cpu": cpu.machine(),
         "usable_cpus": cpu.usable_cpus(),
         "kernel": platform.release(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "copy_gb_per_s": apart(copy_gb_per_s),
+        "copy_gb_per_s": peers.apart(copy_gb_per_s),
         "versions": {package: version(package) for package in packages},
     }
-    for asked in given.variants:
-        variant, _, precision = asked.partition(":")
+    for asked in given.asked:
+        variant, _, part = asked.partition(":")
         with tempfile.TemporaryDirectory() as folder:
-            apart(peers.write_checkpoint, variant, Path(folder) / "checkpoint")
-            if not (precision or given.exports):
-                result["inference"] += apart(inference, variant, Path(folder))
-            result["export"] += exports(variant, Path(folder), precision or "fp32")
+            peers.apart(peers.write_checkpoint, variant, Path(folder) / "checkpoint")
+            if part in ("", "inference"):
+                rows = peers.apart(inference, variant, Path(folder))
+                others = [row for row in result["inference"] if row["variant"] != variant]
+                result |= {"date": today, "inference": others + rows}
+            if part != "inference":
+                precision = part or "fp32"
+                rows = exports(variant, Path(folder), precision)
+                same = (variant, precision)
+                others = [row for row in result["export"] if (row["variant"], row["precision"]) != same]
+                result |= {"export_date": today, "export": others + rows}
         # After each variant: the last one may run out of memory, and takes nothing with it.
         (RESULTS / "inference.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "inference.md").write_text(markdown(result))
