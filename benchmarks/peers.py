@@ -26,6 +26,8 @@ from dinoexport.spec import Precision
 
 Run = Callable[[np.ndarray], np.ndarray]
 THREADS = 2
+# What a contender's name ends with that knows its image's size when it is opened, as torch compiled does.
+ONE_SIZE = ", one size"
 # Whose ONNX is measured, the product's own first.
 EXPORTERS = ("dinoexport", "optimum", "torch.onnx", "torch.onnx, TorchScript")
 # Nobody's other file was faster by more than the noise on ViT-S and ViT-B.
@@ -122,6 +124,8 @@ def contenders(
     for name, path in files.items():
         found[f"{name}, ONNX Runtime"] = partial(onnx_runtime, path)
         found[f"{name}, OpenVINO f32"] = partial(openvino, path, "f32")
+        found[f"{name}, ONNX Runtime{ONE_SIZE}"] = partial(of_one_size, path, onnx_runtime)
+        found[f"{name}, OpenVINO f32{ONE_SIZE}"] = partial(of_one_size, path, partial(openvino, precision="f32"))
     found["dinoexport, OpenVINO bf16"] = partial(openvino, files["dinoexport"], "bf16")
     integer, wide = apart(_int8, files["dinoexport"], work)
     found["dinoexport int8, ONNX Runtime"] = partial(onnx_runtime, integer)
@@ -161,30 +165,55 @@ def _own(variant: str, path: Path, precision: Precision) -> Run:
     return lambda pixels: opened({"pixels": pixels})["patch_tokens"]
 
 
-def onnx_runtime(path: Path) -> Run:
-    """The file in ONNX Runtime, its idle threads asleep so that they do not slow the others down."""
+def onnx_runtime(path: Path, *, shape: tuple[int, ...] = ()) -> Run:
+    """The file in ONNX Runtime, its idle threads asleep so that they do not slow the others down.
+
+    shape: the pixels' one and only, where there is one; so in `openvino`.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = THREADS, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if shape:
+        for axis, size in zip(session.get_inputs()[0].shape, shape, strict=True):
+            if isinstance(axis, str):
+                options.add_free_dimension_override_by_name(axis, size)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name, outputs = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
     return lambda pixels: _patches(dict(zip(outputs, session.run(outputs, {name: pixels}), strict=True)))
 
 
-def openvino(path: Path, precision: str) -> Run:
+def openvino(path: Path, precision: str, *, shape: tuple[int, ...] = ()) -> Run:
     """The file in OpenVINO, which is told its precision."""
     import openvino as package
 
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = package.Core().compile_model(path, "CPU", options)
+    core = package.Core()
+    model = core.read_model(path)
+    if shape:
+        model.reshape(list(shape))
+    compiled = core.compile_model(model, "CPU", options)
     request = compiled.create_infer_request()
     names = [output.get_any_name() for output in compiled.outputs]
 
     def run(pixels: np.ndarray) -> np.ndarray:
         request.infer([pixels], share_inputs=True)
         return _patches({name: request.get_tensor(name).data for name in names}).copy()
+
+    return run
+
+
+def of_one_size(path: Path, make: Callable[..., Run]) -> Run:
+    """The file made for one size, anew whenever another is asked for."""
+    runs: dict[tuple[int, ...], Run] = {}
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        if pixels.shape not in runs:
+            runs.clear()
+            runs[pixels.shape] = make(path, shape=pixels.shape)
+        return runs[pixels.shape](pixels)
 
     return run
 

@@ -47,14 +47,17 @@ WRONG, LOSSY = 1e-3, ("bf16", "int8")
 def inference(variant: str, work: Path) -> list[dict[str, Any]]:
     """A row for each contender and size.
 
-    All contenders of a small model are open at once and take turns. A large one's are opened two at a time, one of the
-    leading ones and ours on ONNX Runtime, so that memory is enough.
+    All contenders of a small model are open at once and take turns, those of any size and then those of one. A large
+    one's are opened two at a time, one of the leading ones and ours on ONNX Runtime, so that memory is enough.
     """
     checkpoint = work / "checkpoint"
     large = parameters(variant) > LARGE
     makers = peers.contenders(variant, checkpoint, work, peers.LEADING if large else peers.EXPORTERS)
-    others = [name for name in makers if name != OURS and not (large and name == "torch compiled")]
-    groups = [[OURS, other] for other in others] if large else [[OURS, *others]]
+    fixed = [name for name in makers if name.endswith(peers.ONE_SIZE)]
+    others = [name for name in makers if name not in (OURS, *fixed)]
+    groups = [[OURS, *others], [OURS, *fixed]]
+    if large:
+        groups = [[OURS, other] for other in others if other != "torch compiled"]
     loaded = recipe.load(variant)
     model = family.find(loaded.family).model(loaded)
     weights = open_checkpoint(model, loaded, str(checkpoint / "model.safetensors"), progress=silent)
