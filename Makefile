@@ -60,7 +60,7 @@ SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --di
 $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
-	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu]'
+	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino]'
 	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
 	    || echo 'No Triton server for this platform: its tests are skipped.'; }
 	# perf_analyzer wants two of the server's libraries under their plain names.

@@ -74,6 +74,7 @@ def inference(variant: str, work: Path) -> list[dict[str, Any]]:
             timed = _rows(runs, pixels, answer["patch_tokens"], work_gflop, budget_s)
             kept = [row for row in timed if row["contender"] != OURS or group is groups[0]]
             rows += [{"variant": variant, "side": side} | row for row in kept]
+        runs.clear()  # before the next two are opened
     return rows
 
 
@@ -170,21 +171,17 @@ def markdown(result: dict[str, Any]) -> str:
         "# dinoexport beside its peers",
         "",
         f"`make bench` on {machine['cpu']}, {machine['usable_cpus']} CPUs, {result['date']}: {versions}.",
-        f"Memory copy {machine['copy_gb_per_s']:.0f} GB/s. Made-up weights, batch 1, {peers.THREADS} threads, one",
-        "sample of each in turn. Ratio: median of the samples' ratios to dinoexport on ONNX Runtime, with quartiles;",
-        "lower is faster. Of models too large for all of them beside each other, only the leading ones were measured,",
-        "each in turn with ours on ONNX Runtime alone.",
+        f"Memory copy {machine['copy_gb_per_s']:.0f} GB/s. Made-up weights, batch 1, {peers.THREADS} threads,",
+        "one sample of each in turn. Ratio: median of the samples' ratios to dinoexport on ONNX Runtime, with",
+        "quartiles; lower is faster. Of models too large for all contenders beside each other, only the leading ones",
+        "were measured, each in turn with ours on ONNX Runtime alone.",
         "",
-        "| variant | side | contender | ratio | quartiles | median ms | of fp32 peak | error | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *_inference_table([row for row in result["inference"] if not row["contender"].endswith(peers.ONE_SIZE)]),
+        "",
+        "The same files told their image's size when they were opened, in turns of their own:",
+        "",
+        *_inference_table([row for row in result["inference"] if row["contender"].endswith(peers.ONE_SIZE)]),
     ]
-    for row in sorted(result["inference"], key=lambda row: (row["variant"], row["side"], row["ratio"])):
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['variant']} | {row['side']} | {row['contender']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} "
-            f"| {row['median_ms']:.0f} | {row['share_of_peak']:.0%} | {row['relative_l2']:.0e} "
-            f"| {'WRONG' if row['wrong'] else ''} |"
-        )
     shares = [row["others_share"] for row in result["inference"]]
     if shares and max(shares) > timing.NOISY_SHARE:
         lines += [
@@ -212,8 +209,24 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _inference_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as lines of a table, each size's fastest first."""
+    lines = [
+        "| variant | side | contender | ratio | quartiles | median ms | of fp32 peak | error | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: (parameters(row["variant"]), row["side"], row["ratio"])):
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['variant']} | {row['side']} | {row['contender'].removesuffix(peers.ONE_SIZE)} "
+            f"| {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['median_ms']:.0f} | {row['share_of_peak']:.0%} "
+            f"| {row['relative_l2']:.0e} | {'WRONG' if row['wrong'] else ''} |"
+        )
+    return lines
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Latency against size for each contender, and time and memory of export against parameters."""
+    """Latency of the smallest model against size, and time and memory of export against parameters."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,11 +234,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
     axes[0].set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
-    for name in sorted({row["contender"] for row in result["inference"]}):
-        rows = [row for row in result["inference"] if row["contender"] == name]
-        rows = [row for row in rows if row["variant"] == rows[0]["variant"]]
+    smallest = min({row["variant"] for row in result["inference"]}, key=parameters)
+    shown = [row for row in result["inference"] if row["variant"] == smallest]
+    for name in sorted({row["contender"] for row in shown if not row["contender"].endswith(peers.ONE_SIZE)}):
+        rows = [row for row in shown if row["contender"] == name]
         axes[0].plot([row["side"] for row in rows], [row["median_ms"] for row in rows], marker="o", label=name)
-    axes[0].set(xlabel="pixels a side", ylabel="median ms", title="latency", yscale="log")
+    axes[0].set(xlabel="pixels a side", ylabel="median ms", title=f"latency, {smallest}", yscale="log")
     axes[0].legend(fontsize=7, loc="center right", bbox_to_anchor=(-0.25, 0.5))
     for axis, key, label in ((axes[1], "seconds", "s"), (axes[2], "peak_mb", "MB")):
         for way in sorted({row["way"] for row in result["export"]}):

@@ -48,17 +48,14 @@ def graph_way(precision: Precision) -> Way:
     return Way(runtime="onnxruntime", precision=precision)
 
 
-def way_of(manifest: Manifest) -> Way:
-    """How this machine runs a bundle: as the building one did, with as many threads as the runtime likes here.
+def built_way(manifest: Manifest) -> Way:
+    """How a bundle's graphs were judged on the CPU that built it."""
+    return manifest.cpu.chosen if manifest.cpu else graph_way(manifest.precision)
 
-    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
-    """
-    if manifest.cpu is None:
-        return graph_way(manifest.precision)
-    chosen = manifest.cpu.chosen
-    if chosen.precision is Precision.FP32 and chosen.runtime not in cpu.installed():
-        return cpu.PLAIN
-    return Way(runtime=chosen.runtime, precision=chosen.precision)
+
+def way_of(manifest: Manifest) -> Way:
+    """How this machine runs a bundle's graphs: as the building one did, if it can."""
+    return cpu.way_here(built_way(manifest))
 
 
 def open_engines(

@@ -13,7 +13,7 @@ from dinoexport import target as targets
 from dinoexport.family import Model
 from dinoexport.machine import Gpu
 from dinoexport.recipe import Limits, Recipe, load, load_validation
-from dinoexport.spec import Case, Precision, Profile, Runtime
+from dinoexport.spec import Case, CpuRuntime, Precision, Profile, Runtime
 from dinoexport.target import Chosen
 
 
@@ -22,6 +22,7 @@ class Order:
     """What to build, with every decision made and every impossible one already refused.
 
     profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
+    cpu_runtimes: those a CPU's bundle may be for.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Order:
     weights: str | None
     judge_code: proof.Judge
     out: Path
+    cpu_runtimes: tuple[CpuRuntime, ...]
     auto: bool = False  # parts of the graph go back to fp32 until the limits hold
 
     @property
@@ -87,6 +89,7 @@ def order(
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
+        cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else ("onnxruntime", "openvino"),
         out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         auto=auto,
     )

@@ -18,7 +18,7 @@ def packages(order: Order) -> None:
     require("export", *PACKAGES, *page.PACKAGES, *sbom.PACKAGES)
     require("cpu", "onnxruntime")
     if order.chosen.on_cpu:
-        tuning.ways(order.precision)
+        tuning.ways(order.precision, order.cpu_runtimes)
     else:
         runtime = candidates.graph_way(order.precision).runtime
         require("openvino" if runtime == "openvino" else "cpu", runtime)

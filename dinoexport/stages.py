@@ -37,7 +37,6 @@ from dinoexport.export import Traces
 from dinoexport.export import export as write_onnx
 from dinoexport.export import tracing as begin_tracing
 from dinoexport.order import Order
-from dinoexport.runtime import cpu
 from dinoexport.spec import Array, CpuRuntime, Graph, Precision, Progress
 from dinoexport.workspace import Stage, Workspace, key_of
 
@@ -91,9 +90,9 @@ def export(work: Workspace, order: Order, checkpoint: Checkpoint, traced: Traced
 def forms(work: Workspace, order: Order, plain: Stage) -> Forms:
     """What each runtime of a CPU takes the graphs as: the export itself, or in int8 a twin made for it."""
     if order.precision is not Precision.INT8:
-        return {"onnxruntime": plain, "openvino": plain}
+        return dict.fromkeys(order.cpu_runtimes, plain)
     integer = _quantised(work, plain, quantiser.to_int8)
-    if "openvino" not in tuning.runtimes(order.precision):
+    if "openvino" not in tuning.runtimes(order.precision, order.cpu_runtimes):
         return {"onnxruntime": integer}
     return {"onnxruntime": integer, "openvino": _quantised(work, integer, quantiser.with_wide_products)}
 
@@ -113,7 +112,7 @@ def tune(order: Order, forms: Forms, plain: Stage, progress: Progress) -> CpuFac
     wanted = tuning.Candidate(
         precision=order.precision, graphs={runtime: _graphs(order, stage) for runtime, stage in forms.items()}
     )
-    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(cpu.installed(), _graphs(order, plain)))
+    fp32 = tuning.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(order.cpu_runtimes, _graphs(order, plain)))
     lowered = order.precision in (Precision.BF16, Precision.INT8)
     return tuning.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
 

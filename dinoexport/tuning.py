@@ -5,13 +5,13 @@ A way of less precision than fp32 is timed beside fp32's own ways: it must be fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoexport import timing
 from dinoexport.bundle import CpuFacts, Timed
-from dinoexport.errors import BuildError, MissingRequirement, require
+from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import Arithmetic, cpu, openvino
 from dinoexport.spec import CpuRuntime, Graph, Load, Precision, Progress, Way, silent
@@ -32,22 +32,30 @@ RUNTIMES: dict[Precision, tuple[CpuRuntime, ...]] = {
 }
 
 
-def runtimes(precision: Precision) -> tuple[CpuRuntime, ...]:
-    """The runtimes this machine has that compute in `precision`, the most likely one first."""
-    found = tuple(runtime for runtime in cpu.installed() if runtime in RUNTIMES[precision])
+def runtimes(precision: Precision, among: Collection[CpuRuntime]) -> tuple[CpuRuntime, ...]:
+    """Those `among` the runtimes this machine has that compute in `precision`, the most likely one first."""
+    found = tuple(runtime for runtime in cpu.installed() if runtime in RUNTIMES[precision] and runtime in among)
     if precision is Precision.INT8 and "openvino" in found and not openvino.computes(precision):
         return tuple(runtime for runtime in found if runtime != "openvino")
     return found
 
 
-def ways(precision: Precision) -> tuple[Way, ...]:
-    """Every way to run in `precision` that this machine has, the most likely one first.
+def ways(precision: Precision, among: Collection[CpuRuntime]) -> tuple[Way, ...]:
+    """Every way to run in `precision` with a runtime of `among` that this machine has, the most likely one first.
 
-    Raises MissingRequirement when it has none: no runtime for it, or a CPU without it.
+    Raises UsageError when none of them computes in it anywhere, MissingRequirement when this machine has no way: no
+    runtime for it, or a CPU without it.
     """
+    if not set(RUNTIMES[precision]) & set(among):
+        raise UsageError(
+            f"{' and '.join(among)} has no {precision} on a CPU; {' and '.join(RUNTIMES[precision])} has.",
+            next_step="Leave --runtime out.",
+        )
     threads = sorted({cpu.usable_cpus(), max(1, cpu.usable_cpus() // 2)}, reverse=True)
     found = tuple(
-        Way(runtime=runtime, precision=precision, threads=count) for runtime in runtimes(precision) for count in threads
+        Way(runtime=runtime, precision=precision, threads=count)
+        for runtime in runtimes(precision, among)
+        for count in threads
     )
     if not found:
         require("openvino" if precision is Precision.BF16 else "cpu", *RUNTIMES[precision])
@@ -60,7 +68,7 @@ def ways(precision: Precision) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Graphs of one precision, by their files, in the form each runtime takes."""
+    """Graphs of one precision, by their files, in the form each runtime takes that may run them."""
 
     precision: Precision
     graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
@@ -71,13 +79,13 @@ def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, pro
 
     plain: the same model in fp32, to be timed beside a precision that is less.
     """
-    own = ways(wanted.precision)
+    own = ways(wanted.precision, wanted.graphs)
     load = model.loads[0]
     if plain is None and len({way.runtime for way in own}) == 1:
         return _without_choice(model, wanted, own[0], load)
     candidates = [(way, wanted) for way in own]
     if plain is not None:
-        candidates += [(way, plain) for way in ways(plain.precision) if way.threads == own[0].threads]
+        candidates += [(way, plain) for way in ways(plain.precision, plain.graphs) if way.threads == own[0].threads]
     neighbours = timing.Neighbours()
     measured, refused = _measured(model, candidates, load, progress)
     best = min((timed for timed in measured if timed.way in own), key=lambda timed: timed.median_ms)

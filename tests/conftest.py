@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from dinoexport import machine, tuning
-from dinoexport.spec import Precision
+from dinoexport import bundle, machine, tuning
+from dinoexport.spec import Precision, Way
 from tests import triton_server
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
@@ -75,3 +76,13 @@ def _one_runtime() -> Iterator[None]:
         for precision in (Precision.FP32, Precision.INT8):
             patch.setitem(tuning.RUNTIMES, precision, ("onnxruntime",))
         yield
+
+
+def as_if_chosen(built: Path, copy: Path, way: Way) -> Path:
+    """A copy of a CPU's bundle that says it ran best in `way`."""
+    manifest = bundle.read_manifest(built)
+    assert manifest.cpu is not None
+    shutil.copytree(built, copy)
+    changed = manifest.model_copy(update={"cpu": manifest.cpu.model_copy(update={"chosen": way})})
+    (copy / bundle.MANIFEST).write_bytes(changed.to_bytes())
+    return copy

@@ -102,6 +102,14 @@ def test_noise_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("other processes had 40%" in note for note in bench.bench(folder).notes)
 
 
+def test_a_blas_that_was_told_what_to_do_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in bench._BLAS_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert not any("the peak" in note for note in bench.bench(folder).notes)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert any("under OPENBLAS_CORETYPE=Haswell" in note for note in bench.bench(folder).notes)
+
+
 def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     found = bench.bench(folder)

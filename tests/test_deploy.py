@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from dinoexport import bundle, carried, files, images, listing, pipeline
 from dinoexport.deploy import batching, models, triton
 from dinoexport.deploy.config import Entry, Word, to_text
+from dinoexport.deploy.served import Served
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.models.dinov2 import serving
 from dinoexport.spec import Dim, Precision, Runtime, Way
-from tests.conftest import DATA
+from tests.conftest import DATA, as_if_chosen
 
 IMAGES = DATA.parent.parent / "validate" / "images"
 
@@ -77,17 +78,16 @@ def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Pat
 
 def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
     """The tokens are right all the same; it is the time that is not what was measured."""
-    manifest = bundle.read_manifest(built)
-    assert manifest.cpu is not None
     assert triton.deploy(built, tmp_path / "models").note == ""
-    chosen = Way(runtime="openvino", precision=Precision.INT8)
-    other = tmp_path / "int8"
-    shutil.copytree(built, other)
-    changed = manifest.model_copy(update={"cpu": manifest.cpu.model_copy(update={"chosen": chosen})})
-    (other / bundle.MANIFEST).write_bytes(changed.to_bytes())
+    other = as_if_chosen(built, tmp_path / "int8", Way(runtime="openvino", precision=Precision.INT8, threads=2))
     deployed = triton.deploy(other, tmp_path / "models", name="int8")
-    assert "int8 in OpenVINO" in deployed.note and "in fp32" in deployed.note
+    assert all(part in deployed.note for part in ("int8 in OpenVINO", "in fp32", "--backend python"))
     assert deployed.note in "\n".join(listing.deployed_lines(deployed))
+    # Python's backend runs it as it was judged, with as many threads as the server's machine has.
+    deployed = triton.deploy(other, tmp_path / "models", name="python", backend="python")
+    config = parsed(tmp_path / "models" / "python" / "config.pbtxt")
+    served = Served.model_validate_json(config.parameters["dinoexport"].string_value)
+    assert deployed.note == "" and served.way == Way(runtime="openvino", precision=Precision.INT8)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "python"])

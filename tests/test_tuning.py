@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dinoexport import bundle, cli, listing, pipeline, timing, tuning, verdict
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.runtime import cpu, openvino
-from dinoexport.spec import Precision, Way
+from dinoexport.spec import Precision, Runtime, Way
 from tests.conftest import DATA
 from tests.test_openvino import needs_int8
 
@@ -169,6 +169,25 @@ def test_int8_is_published_in_the_form_that_the_faster_runtime_takes(
     assert ("MatMulInteger" in kinds, "DequantizeLinear" in kinds) == (fastest == "onnxruntime", fastest == "openvino")
     assert len(facts.measured) == 6 and facts.times_fp32 == 4 / 9
     assert "products in int8" in verdict.validate(built.folder).report.candidate
+
+
+def test_a_runtime_that_is_asked_for_is_the_only_one(
+    slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a server that has no other, however fast the other is here."""
+    monkeypatch.setitem(tuning.RUNTIMES, Precision.INT8, BOTH)
+    slow({(r, p, n): 9.0 if r == "onnxruntime" else 1.0 for r in BOTH for p in ("fp32", "int8") for n in (1, 2)}
+         | {("onnxruntime", "int8", 2): 4.5})  # fmt: skip
+
+    def order(precision: Precision) -> pipeline.Order:
+        out = tmp_path / precision
+        return pipeline.order(TINY, weights="synthetic:0", precision=precision, runtime=Runtime.ONNXRUNTIME, out=out)
+
+    facts = pipeline.build(order(Precision.INT8)).manifest.cpu
+    assert facts is not None and facts.chosen.runtime == "onnxruntime" and facts.times_fp32 == 0.5
+    assert {timed.way.runtime for timed in facts.measured} == {"onnxruntime"}
+    with pytest.raises(UsageError, match="onnxruntime has no bf16 on a CPU; openvino has"):
+        pipeline.build(order(Precision.BF16))
 
 
 @needs_bf16

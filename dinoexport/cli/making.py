@@ -47,7 +47,10 @@ TargetOption = Annotated[
 ]
 RuntimeOption = Annotated[
     str | None,
-    typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the first of the target's that can be."),
+    typer.Option(
+        metavar="tensorrt|tensorrt_rtx|onnxruntime",
+        help="Default: the first of the target's that can be. On a CPU: the faster of its two, or onnxruntime alone.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
 Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]

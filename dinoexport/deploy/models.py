@@ -7,21 +7,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from dinoexport import bundle
+from dinoexport import bundle, candidates
 from dinoexport.bundle import GraphFacts, Manifest, Shapes
 from dinoexport.carried import Reference
 from dinoexport.deploy import batching
 from dinoexport.deploy.batching import Batching
 from dinoexport.deploy.config import DATA_TYPES, Entry, Word, parameter, to_text
 from dinoexport.deploy.served import ENCODED, PARAMETER, Served
-from dinoexport.errors import InputRefused, UsageError
+from dinoexport.errors import InputRefused, MissingRequirement, UsageError
 from dinoexport.family import FrontEnd
-from dinoexport.runtime import check_inputs
-from dinoexport.spec import Array, Arrays, Graph, Progress, Runtime, Tensor
+from dinoexport.runtime import check_inputs, cpu
+from dinoexport.spec import Array, Arrays, Graph, Progress, Runtime, Tensor, Way
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -106,6 +105,7 @@ def of_bundle(
             precision=manifest.precision,
             recipe=manifest.recipe,
             graph=facts,
+            way=dataclasses.replace(candidates.built_way(manifest), threads=0),
         )
         own = name if single else f"{name}_{graph.name}"
         items = judged_items(graph, reference)
@@ -117,7 +117,8 @@ def of_bundle(
             entries, in_version = _plan_entries(plans)
         else:
             batches = max_batch(graph)
-            chosen = _measured(folder / facts.file, graph, items, batches, progress)
+            way = cpu.way_here(served.way) if backend == "python" else cpu.PLAIN
+            chosen = _measured(folder / facts.file, graph, way, items, batches, progress)
             entries, in_version = _onnx_entries(backend, manifest, facts)
         entries += _batching_entries(batches, chosen, queue_limits=queue_limits)
         found.append(_graph_model(own, served, version, entries, in_version, items, python=backend == "python"))
@@ -214,27 +215,31 @@ def _plan_entries(plans: Sequence[Plan]) -> tuple[list[Entry], dict[str, str]]:
 
 
 def _onnx_entries(backend: Backend, manifest: Manifest, facts: GraphFacts) -> tuple[list[Entry], dict[str, str]]:
-    """Backend and instances for the ONNX file, run by Triton's ONNX Runtime or by the one in Python."""
+    """Backend and instances for the ONNX file, run by Triton's ONNX Runtime or by what Python has."""
     entries = [Entry("backend", backend)]
     if backend == "onnxruntime":
         entries += [Entry("platform", "onnxruntime_onnx"), Entry("default_model_filename", facts.file)]
     on_cpu = backend == "python" or manifest.target == "cpu"
     group = (Entry("count", 1), Entry("kind", Word("KIND_CPU" if on_cpu else "KIND_AUTO")))
-    entries.append(Entry("instance_group", group, "one: ONNX Runtime uses every core for each batch" if on_cpu else ""))
+    entries.append(Entry("instance_group", group, "one: the runtime uses every core for each batch" if on_cpu else ""))
     # Triton takes a graph with external data as a folder of the graph's name.
     of_graph = [file.name for file in manifest.files if file.name in (facts.file, f"{facts.file}.data")]
     return entries, {f"{facts.file}/{name}": name for name in of_graph}
 
 
-def _measured(onnx: Path, graph: Graph, items: Sequence[Arrays], largest: int, progress: Progress) -> Batching:
-    """Batching from latencies on this machine, where it has ONNX Runtime and the bundle an input to measure with."""
-    if not items or find_spec("onnxruntime") is None:
+def _measured(
+    onnx: Path, graph: Graph, way: Way, items: Sequence[Arrays], largest: int, progress: Progress
+) -> Batching:
+    """Batching from latencies on this machine, where it has the runtime and the bundle an input to measure with."""
+    if not items:
         return batching.unmeasured((), "", largest)
-    from dinoexport.runtime import ort
-
+    try:
+        (opened,) = cpu.open_graphs({onnx: graph}, way).values()
+    except MissingRequirement:
+        return batching.unmeasured((), "", largest)
     item = _most_likely(graph, items)
     shapes = ", ".join("x".join(map(str, item[tensor.name].shape[1:])) for tensor in graph.inputs)
-    latency_ms = batching.measure(ort.open_graph(onnx, graph), item, largest, progress=progress)
+    latency_ms = batching.measure(opened, item, largest, progress=progress)
     return batching.from_latency(latency_ms, largest, of=shapes)
 
 

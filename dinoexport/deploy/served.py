@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from dinoexport.bundle import GraphFacts
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Frozen, Name
-from dinoexport.spec import Precision
+from dinoexport.spec import Precision, Way
 
 PARAMETER = "dinoexport"
 # What an encoded item travels as, through the ensemble of a front end.
@@ -24,7 +24,8 @@ class Served(Frozen):
     """The facts of one Triton model.
 
     name: what it was deployed as; several Triton models share one. role: `graph` runs the graph, `prepare` turns
-    encoded files into its inputs, `front_end` is the ensemble of both. settings: see `family.FrontEnd`.
+    encoded files into its inputs, `front_end` is the ensemble of both. settings: see `family.FrontEnd`. way: how the
+    Python backend runs the graph.
     """
 
     name: Name
@@ -35,6 +36,7 @@ class Served(Frozen):
     precision: Precision
     recipe: dict[str, Any]
     graph: GraphFacts
+    way: Way = Way(runtime="onnxruntime", precision=Precision.FP32)
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""What dinoexport serves through Triton's Python backend: a graph in ONNX Runtime, and a front end's decoding.
+"""What dinoexport serves through Triton's Python backend: a graph on the CPU, and a front end's decoding.
 
 Runs inside the server's own interpreter; each deployed `model.py` names one of these classes. Inputs outside the
 graph's signature are refused with INVALID_ARG in the words every runtime uses: the dims of a config bound no size.
@@ -17,22 +17,23 @@ from dinoexport import family
 from dinoexport.deploy.served import ENCODED, Served
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.recipe import Recipe, parse
-from dinoexport.runtime import check_inputs, ort
+from dinoexport.runtime import check_inputs, cpu
 from dinoexport.spec import Array, Arrays, Runner
 
 _BROKEN = "The model broke on this request; the server's log says why."
 
 
 class GraphModel:
-    """An ONNX graph. Requests Triton merged are answered by one run."""
+    """An ONNX graph, run as its bundle was. Requests Triton merged are answered by one run."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Opens the graph that lies in this version's folder."""
-        self._graph = _served(args).graph.graph()
-        file = f"{_served(args).graph.file}"
+        served = _served(args)
+        self._graph, file = served.graph.graph(), served.graph.file
         folder = Path(args["model_repository"]) / args["model_version"]
         # Triton's layout for external data: a folder of the graph's name.
-        self._run: Runner = ort.open_graph(folder / file / file, self._graph)
+        (opened,) = cpu.open_graphs({folder / file / file: self._graph}, cpu.way_here(served.way)).values()
+        self._run: Runner = opened
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request, in their order; each is refused or answered on its own."""

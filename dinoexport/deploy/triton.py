@@ -63,7 +63,8 @@ def deploy(
 ) -> Deployed:
     """Adds the bundle in `folder` to `repository` as the next version of `name` (default: its variant), and serves it.
 
-    backend: how its graphs run; default: classic TensorRT plans where the bundle has them, else Triton's ONNX Runtime.
+    backend: how its graphs run; default: classic TensorRT plans where the bundle has them, else Triton's ONNX Runtime;
+    Python runs them as the bundle was judged, in OpenVINO if so.
     triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused, and
     queues have no limits where that image's batcher would stall by them.
     samples: a folder of the user's own files, from which a front end may learn what to expect.
@@ -111,16 +112,19 @@ def deploy(
         previous=previous,
         models=tuple(model.name for model in served),
         backend=backend,
-        note=_note(manifest),
+        note=_note(manifest) if backend == "onnxruntime" else "",
     )
 
 
 def _note(manifest: Manifest) -> str:
-    """Precisions that a CPU bundle has in OpenVINO alone: Triton's backends run its file in ONNX Runtime."""
+    """Precisions that a CPU bundle has in OpenVINO alone, for Triton's ONNX Runtime."""
     chosen = manifest.cpu.chosen if manifest.cpu else None
     if chosen is None or chosen.runtime != "openvino" or chosen.precision is Precision.FP32:
         return ""
-    return f"this bundle has {chosen.precision} in OpenVINO; ONNX Runtime, which Triton runs it in, computes it in fp32"
+    return (
+        f"this bundle has {chosen.precision} in OpenVINO; ONNX Runtime, which Triton runs it in, computes it in fp32. "
+        "With --backend python it runs in OpenVINO"
+    )
 
 
 def rollback(repository: Path, name: str) -> Deployed:

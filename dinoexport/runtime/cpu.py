@@ -30,6 +30,16 @@ def _is_installed(package: str) -> bool:
         return False
 
 
+def way_here(built: Way) -> Way:
+    """How this machine runs what was built to run as `built`, with as many threads as the runtime likes here.
+
+    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
+    """
+    if built.precision is Precision.FP32 and built.runtime not in installed():
+        return PLAIN
+    return Way(runtime=built.runtime, precision=built.precision)
+
+
 def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
     """Every graph by its name, opened in `way`.
 
