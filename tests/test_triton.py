@@ -101,11 +101,16 @@ def test_a_graph_runs_as_its_bundle_did(server: Server, bundles: dict[str, Path]
     if not openvino.computes(Precision.BF16):
         pytest.skip("this CPU has no bf16 that OpenVINO would use")
     built = as_if_chosen(bundles["floats"], tmp_path / "bf16", Way(runtime="openvino", precision=Precision.BF16))
-    triton.deploy(built, server.repository, name="bf16", backend="python")
-    assert server.load("bf16")[0] == 200
     graph = bundle.read_manifest(built).graphs[0].graph()
     inputs = {"pixels": np.random.RandomState(0).standard_normal((1, 3, 70, 98)).astype(np.float32)}
-    served = DinoClient(server.http, model="bf16")(inputs)["patch_tokens"]
+    deployed = triton.deploy(built, server.repository, name="bf16", backend="python")
+    try:
+        assert server.load("bf16")[0] == 200
+        served = DinoClient(server.http, model="bf16")(inputs)["patch_tokens"]
+    finally:
+        server.unload("bf16")
+        for model in deployed.models:
+            shutil.rmtree(server.repository / model)
     narrow = openvino.open_graph(built / "model.onnx", graph, precision=Precision.BF16)(inputs)["patch_tokens"]
     wide = ort.open_graph(built / "model.onnx", graph)(inputs)["patch_tokens"]
     np.testing.assert_allclose(served, narrow, rtol=0, atol=1e-5)
