@@ -170,17 +170,18 @@ def onnx_runtime(path: Path, *, shape: tuple[int, ...] = ()) -> Run:
 
     shape: the pixels' one and only, where there is one; so in `openvino`.
     """
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = THREADS, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     if shape:
-        for axis, size in zip(session.get_inputs()[0].shape, shape, strict=True):
-            if isinstance(axis, str):
-                options.add_free_dimension_override_by_name(axis, size)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        pixels = onnx.load(path, load_external_data=False).graph.input[0]
+        for axis, size in zip(pixels.type.tensor_type.shape.dim, shape, strict=True):
+            if axis.dim_param:
+                options.add_free_dimension_override_by_name(axis.dim_param, size)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name, outputs = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
     return lambda pixels: _patches(dict(zip(outputs, session.run(outputs, {name: pixels}), strict=True)))
 

@@ -25,7 +25,7 @@ import numpy as np
 import peers
 
 from dinoexport import family, recipe, timing
-from dinoexport.bench import GEMM_GFLOP, gemm
+from dinoexport.bench import BLAS_SETTINGS, GEMM_GFLOP, gemm
 from dinoexport.checkpoint import open_checkpoint
 from dinoexport.metrics import distance
 from dinoexport.models.dinov2 import synthetic
@@ -234,7 +234,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
     axes[0].set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
-    smallest = min({row["variant"] for row in result["inference"]}, key=parameters)
+    smallest = min({row["variant"] for row in result["inference"]}, key=parameters, default="nothing")
     shown = [row for row in result["inference"] if row["variant"] == smallest]
     for name in sorted({row["contender"] for row in shown if not row["contender"].endswith(peers.ONE_SIZE)}):
         rows = [row for row in shown if row["contender"] == name]
@@ -260,17 +260,15 @@ def parameters(variant: str) -> int:
 def main() -> None:
     """Runs everything asked for, a variant's inference and fp32 export or one part of them after a colon.
 
-    `VARIANT:inference` is the inference alone, `VARIANT:fp16` the export alone, in fp16: an fp32 export of ViT-g by
-    anybody else wants more memory than most machines have.
+    `VARIANT:inference` is the inference alone, `VARIANT:fp16` the export alone, in fp16.
     """
     parser = argparse.ArgumentParser()
     everything = ["vits14", "vitb14", "vitl14:inference", "vitg14:fp16", "vitg14:inference"]
     parser.add_argument("asked", nargs="*", default=everything, metavar="VARIANT[:inference|:fp32|:fp16]")
     parser.add_argument("--again", action="store_true", help="measure these again, and keep all other rows")
     given = parser.parse_args()
-    # Told to take every CPU for an old one, NumPy's matrix product shows half of what this one can do.
-    for told in [name for name in os.environ if name.startswith("OPENBLAS_")]:
-        del os.environ[told]
+    for name in BLAS_SETTINGS:
+        os.environ.pop(name, None)  # before the processes begin that measure
     today = time.strftime("%Y-%m-%d")
     result: dict[str, Any] = {"date": today, "inference": [], "export_date": today, "export": []}
     if given.again:

@@ -28,7 +28,7 @@ GEMM_GFLOP = 2 * _GEMM_SIDE**3 / 1e9
 _GEMM_ROUNDS = 5
 # What NumPy's BLAS obeys. On a CPU with AVX-512 told to be a Haswell the product reached half of what it does untold,
 # and what no setting holds back came out at 170 % of the peak.
-_BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     ask_pytorch, why_not = _pytorch(model, recipe, manifest, weights, progress)
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
-    if told := [f"{name}={os.environ[name]}" for name in _BLAS_SETTINGS if name in os.environ]:
+    if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
         notes.append(f"the peak is NumPy's under {', '.join(told)}: the machine may do better without")
     for done, load in enumerate(model.loads, start=1):
         gflop = cpu.flops(model, graphs, opened, load.inputs) / 1e9

@@ -13,7 +13,7 @@ from dinoexport import target as targets
 from dinoexport.family import Model
 from dinoexport.machine import Gpu
 from dinoexport.recipe import Limits, Recipe, load, load_validation
-from dinoexport.spec import Case, CpuRuntime, Precision, Profile, Runtime
+from dinoexport.spec import CPU_RUNTIMES, Case, CpuRuntime, Precision, Profile, Runtime
 from dinoexport.target import Chosen
 
 
@@ -89,7 +89,7 @@ def order(
         cases=proof.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else ("onnxruntime", "openvino"),
+        cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else CPU_RUNTIMES,
         out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         auto=auto,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,6 +140,7 @@ class Load:
 
 
 CpuRuntime = Literal["onnxruntime", "openvino"]
+CPU_RUNTIMES: tuple[CpuRuntime, ...] = get_args(CpuRuntime)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ def test_noise_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_blas_that_was_told_what_to_do_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in bench._BLAS_SETTINGS:
+    for name in bench.BLAS_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     assert not any("the peak" in note for note in bench.bench(folder).notes)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")

@@ -592,7 +592,7 @@ def test_a_broken_new_version_leaves_the_old_one_serving(server: Server, bundles
 
     def load() -> None:
         status, told = server.load("floats")
-        assert status == 400 and "refuses model.onnx" in told["error"], told
+        assert status == 400 and "ONNX Runtime refuses model.onnx" in told["error"], told
 
     try:
         assert set(_under_load(server, "floats", load)) == {None}

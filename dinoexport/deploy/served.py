@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from dinoexport.bundle import GraphFacts
 from dinoexport.errors import UsageError
 from dinoexport.recipe import Frozen, Name
+from dinoexport.runtime import cpu
 from dinoexport.spec import Precision, Way
 
 PARAMETER = "dinoexport"
@@ -36,7 +37,7 @@ class Served(Frozen):
     precision: Precision
     recipe: dict[str, Any]
     graph: GraphFacts
-    way: Way = Way(runtime="onnxruntime", precision=Precision.FP32)
+    way: Way = cpu.PLAIN  # of what was deployed before it was written down
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
 

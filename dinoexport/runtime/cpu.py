@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dinoexport.family import Model
 from dinoexport.runtime import Arithmetic, Opened, openvino, ort
-from dinoexport.spec import Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
+from dinoexport.spec import CPU_RUNTIMES, Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
 
 PLAIN = Way(runtime="onnxruntime", precision=Precision.FP32)
 _TITLES: Mapping[CpuRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -19,8 +19,7 @@ _TITLES: Mapping[CpuRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": 
 
 def installed() -> tuple[CpuRuntime, ...]:
     """The runtimes this machine has, the one that needs no extra choice first."""
-    known: tuple[CpuRuntime, ...] = ("onnxruntime", "openvino")
-    return tuple(runtime for runtime in known if _is_installed(runtime))
+    return tuple(runtime for runtime in CPU_RUNTIMES if _is_installed(runtime))
 
 
 def _is_installed(package: str) -> bool:
