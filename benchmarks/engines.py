@@ -10,10 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dinoexport import engine, pipeline, recipe
-from dinoexport.checkpoint import open_checkpoint
-from dinoexport.export import export
+from dinoexport.config import recipe
+from dinoexport.engines import builder
+from dinoexport.graph.onnx_writer import export
+from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Precision, Runtime, silent
+from dinoexport.weights.checkpoint import open_checkpoint
 
 HEADER = ("variant", "compile s", "peak MB", "engine MB", "weights MB", "scratch MB", "fused attention")
 
@@ -27,7 +29,7 @@ def row(variant: str) -> tuple[object, ...]:
     with tempfile.TemporaryDirectory() as name:
         folder, (graph,) = Path(name), order.model.graphs
         onnx, _ = export(graph, order.model.calls(graph, checkpoint.read), folder, metadata={})
-        made = engine.build(
+        made = builder.build(
             onnx,
             graph,
             folder,

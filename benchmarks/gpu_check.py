@@ -23,16 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoexport import engine, machine, pipeline, plan, profiles, recipe
-from dinoexport.checkpoint import open_checkpoint
+from dinoexport.config import recipe
+from dinoexport.config.recipe import Range
+from dinoexport.engines import builder, profiles
 from dinoexport.errors import DinoexportError
-from dinoexport.export import export
-from dinoexport.judge import judge
-from dinoexport.machine import Gpu
+from dinoexport.graph.onnx_writer import export
 from dinoexport.models.dinov2 import PATCH, reference
-from dinoexport.recipe import Range
-from dinoexport.runtime import ort, trt
+from dinoexport.pipeline import build as pipeline
+from dinoexport.runtime import engine_header, ort, trt
 from dinoexport.spec import Case, Expectation, Graph, Precision, Runtime, silent
+from dinoexport.system import hardware
+from dinoexport.system.hardware import Gpu
+from dinoexport.validation.judge import judge
+from dinoexport.weights.checkpoint import open_checkpoint
 
 HEADER = (
     "variant", "size", "batch", "runtime", "ms", "spread", "images/s", "share of peak", "relative L2", "tokens",
@@ -79,7 +82,7 @@ def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]
     else:
         yield f"ONNX Runtime {'CUDA' if gpu else 'CPU'}", ort.open_graph(variant.onnx, variant.graph, cuda=bool(gpu))
     for runtime in (runtime for runtime in Runtime if runtime.has_engine):
-        if gpu is None or plan.installed_version(runtime) is None:
+        if gpu is None or engine_header.installed_version(runtime) is None:
             notes.append(f"{variant.name}: {runtime}, for {'it is not installed' if gpu else 'there is no GPU'}")
             continue
         try:
@@ -111,7 +114,7 @@ def in_torch(variant: Variant, device: str, dtype: torch.dtype, prepare: Callabl
 def built(variant: Variant, runtime: Runtime, gpu: Gpu, folder: Path) -> Runs:
     """An engine for this GPU, over the whole range."""
     whole = profiles.profile(profiles.WHOLE, variant.graph, {})
-    made = engine.build(
+    made = builder.build(
         variant.onnx,
         variant.graph,
         folder,
@@ -214,7 +217,7 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
 def machine_line(gpu: Gpu | None) -> str:
     """What this was measured on."""
     versions = [f"torch {torch.__version__}", f"ONNX Runtime {ort.version()}"]
-    engines = {runtime: plan.installed_version(runtime) for runtime in Runtime if runtime.has_engine}
+    engines = {runtime: engine_header.installed_version(runtime) for runtime in Runtime if runtime.has_engine}
     versions += [f"{runtime} {version}" for runtime, version in engines.items() if version]
     where = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, no GPU"
     if gpu:
@@ -224,7 +227,7 @@ def machine_line(gpu: Gpu | None) -> str:
 
 def main() -> None:
     """Prints the table and what was left out of it; ends in 1 when any tokens are wrong."""
-    gpu = next(iter(machine.gpus()), None)
+    gpu = next(iter(hardware.gpus()), None)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", nargs="+", default=recipe.variants() if gpu else ["vits14"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518])

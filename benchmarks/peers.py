@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from dinoexport import family, quantise, recipe
+from dinoexport import family
+from dinoexport.config import recipe
+from dinoexport.graph import quantise
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.runtime import openvino as runtime
 from dinoexport.spec import Precision

@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import peers
 
-from dinoexport import family, recipe, timing
+from dinoexport import family
 from dinoexport.bench import BLAS_SETTINGS, GEMM_GFLOP, gemm
-from dinoexport.checkpoint import open_checkpoint
-from dinoexport.metrics import distance
+from dinoexport.config import recipe
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.runtime import cpu, ort
 from dinoexport.spec import Array, Precision, silent
+from dinoexport.system import timing
+from dinoexport.validation.metrics import distance
+from dinoexport.weights.checkpoint import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = (224, 518)

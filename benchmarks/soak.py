@@ -28,10 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoexport import bundle, carried, pipeline
-from dinoexport.client import DinoClient
-from dinoexport.deploy import triton
+from dinoexport import bundle
+from dinoexport.bundle import reference_file
+from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import ort
+from dinoexport.serving.client import DinoClient
+from dinoexport.serving.triton import model_repository
 from dinoexport.spec import Arrays, Runner
 from tests.triton_server import HOME, Server, environment, missing
 
@@ -72,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         built = pipeline.build(pipeline.order(given.variant, weights="synthetic:0", out=folder / "bundle"))
-        triton.deploy(built.folder, folder / "models", backend="python", triton="24.10")
+        model_repository.deploy(built.folder, folder / "models", backend="python", triton="24.10")
         item = item_of(built.folder)
         run = ort.open_graph(built.folder / "model.onnx", built.manifest.graphs[0].graph())
         server = Server(folder / "models", folder)
@@ -85,7 +87,7 @@ def main() -> None:
 
 def item_of(folder: Path) -> Arrays:
     """One of the images the bundle was judged on."""
-    reference = carried.read(folder / bundle.REFERENCE)
+    reference = reference_file.read(folder / bundle.REFERENCE)
     (inputs,) = [e.case.inputs for e in reference.expectations if e.case.name == CASE]
     return {name: array[:1] for name, array in inputs.items()}
 

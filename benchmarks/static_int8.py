@@ -19,11 +19,14 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from PIL import Image
 
-from dinoexport import family, quantise, recipe, timing
-from dinoexport.metrics import distance
+from dinoexport import family
+from dinoexport.config import recipe
+from dinoexport.graph import quantise
 from dinoexport.models.dinov2.cases import normalised
 from dinoexport.runtime import cpu
 from dinoexport.spec import CpuRuntime, Precision, Way
+from dinoexport.system import timing
+from dinoexport.validation.metrics import distance
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "validate" / "images"
 SIDES, CALIBRATED_SIDE, CROPS_EACH = (224, 518), 224, 8

@@ -9,14 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dinoexport import bundle, candidates, family, proof, timing
+from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
-from dinoexport.checkpoint import SYNTHETIC
+from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
-from dinoexport.recipe import Recipe, parse
-from dinoexport.runtime import Arithmetic, Opened, cpu
+from dinoexport.runtime import Arithmetic, Opened, cpu, runners
 from dinoexport.spec import Load, Precision, Progress, Way, silent
+from dinoexport.system import timing
+from dinoexport.validation import evaluate
+from dinoexport.weights.checkpoint import SYNTHETIC
 
 _ROUNDS = 30
 _BUDGET_S = 6.0
@@ -156,7 +158,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     return Bench(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
-        candidate=candidates.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
+        candidate=runners.candidate_name(manifest.precision, way, _arithmetic(model, opened)),
         peak_gflop_per_s=peak,
         rows=tuple(rows),
         notes=tuple(notes),
@@ -165,7 +167,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
 
 def _way(manifest: Manifest) -> Way:
     """The bundle's own way with its own threads on the machine that chose them, with this one's CPUs elsewhere."""
-    way, facts = candidates.way_of(manifest), manifest.cpu
+    way, facts = runners.way_of(manifest), manifest.cpu
     same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
     threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()
     return Way(runtime=way.runtime, precision=way.precision, threads=threads)
@@ -194,7 +196,7 @@ def _pytorch(
     source = weights or manifest.checkpoint.source
     if not source.startswith(SYNTHETIC) and not Path(source).is_file():
         return None, "PyTorch was not timed: give the weights the bundle was made from as --weights"
-    checkpoint = proof.same_weights(model, recipe, manifest, source, progress)
+    checkpoint = evaluate.same_weights(model, recipe, manifest, source, progress)
     import torch
 
     torch.set_num_threads(cpu.usable_cpus())

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 import dinoexport
-from dinoexport import machine, plan, shipped
-from dinoexport.download import cache_folder
+from dinoexport.config import resources
+from dinoexport.config.recipe import EngineChoices, Target, load_target
+from dinoexport.config.target import can_build
 from dinoexport.errors import DinoexportError
-from dinoexport.machine import Gpu
-from dinoexport.recipe import EngineChoices, Target, load_target
+from dinoexport.runtime import engine_header
 from dinoexport.spec import Runtime
-from dinoexport.target import can_build
+from dinoexport.system import hardware
+from dinoexport.system.hardware import Gpu
+from dinoexport.weights.download import cache_folder
 
 # CUDA 13 wants driver 580 or newer, CUDA 12 525 (CUDA compatibility guide, minor version compatibility).
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
@@ -39,7 +41,7 @@ class Finding:
 
 def findings() -> tuple[Finding, ...]:
     """Everything a build or a run depends on, from the interpreter to each target."""
-    gpus = machine.gpus()
+    gpus = hardware.gpus()
     return (
         Finding(subject="dinoexport", found=f"{dinoexport.__version__} on Python {platform.python_version()}"),
         _package("torch", "torch", "export", "exports and judges"),
@@ -47,13 +49,13 @@ def findings() -> tuple[Finding, ...]:
         *(_engine_runtime(runtime) for runtime in Runtime if runtime.has_engine),
         *_gpus(gpus),
         *_cuda_mix(),
-        *(_target(load_target(name), gpus) for name in shipped.names("recipes/targets")),
+        *(_target(load_target(name), gpus) for name in resources.names("recipes/targets")),
         *(_disk(place, folder) for place, folder in (("here", Path()), ("cache", cache_folder()))),
     )
 
 
 def _package(subject: str, package: str, extra: str, does: str) -> Finding:
-    version = machine.installed(package)
+    version = hardware.installed(package)
     if version is None:
         return Finding(
             subject=subject, found=f"not installed; {does}", state="missing", fix=f"pip install 'dinoexport[{extra}]'"
@@ -62,7 +64,7 @@ def _package(subject: str, package: str, extra: str, does: str) -> Finding:
 
 
 def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if machine.installed(name)]
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if hardware.installed(name)]
     if len(both) == 2:
         return Finding(
             subject="ONNX Runtime",
@@ -85,10 +87,10 @@ def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
 
 
 def _engine_runtime(runtime: Runtime) -> Finding:
-    version = plan.installed_version(runtime)
+    version = engine_header.installed_version(runtime)
     does = "builds and runs plans" if runtime is Runtime.TENSORRT else "compiles engines, without a GPU too"
     if version is None:
-        fix = f"pip install 'dinoexport[{plan.EXTRA[runtime]}]'"
+        fix = f"pip install 'dinoexport[{engine_header.EXTRA[runtime]}]'"
         return Finding(subject=runtime.value, found=f"not installed; {does}", state="missing", fix=fix)
     return Finding(subject=runtime.value, found=version)
 
@@ -159,8 +161,8 @@ def _target(target: Target, gpus: Sequence[Gpu]) -> Finding:
     for runtime in target.runtimes:
         if not can_build(target, runtime, EngineChoices(), gpus):
             blocked.append(f"{runtime}: only on that card")
-        elif runtime.has_engine and plan.installed_version(runtime) is None:
-            blocked.append(f"{runtime}: pip install 'dinoexport[{plan.EXTRA[runtime]}]'")
+        elif runtime.has_engine and engine_header.installed_version(runtime) is None:
+            blocked.append(f"{runtime}: pip install 'dinoexport[{engine_header.EXTRA[runtime]}]'")
         else:
             here = any(gpu.compute_capability in target.compute_capabilities for gpu in gpus[:1])
             how = "" if not runtime.has_engine else " (built and run)" if here else " (compiled ahead, not run)"

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import dinoexport
-from dinoexport import files
+from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
-from dinoexport.recipe import Recipe
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Weight, closest
+from dinoexport.system import files
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, Array]
     # Anything that maps a graph's named inputs to its named outputs: a session, an engine, a server.
     Runner = Callable[[Arrays], dict[str, Array]]
+    # Answers one case's inputs with named outputs; it may ask runners many times to do so.
+    Candidate = Callable[[Arrays], dict[str, Array]]
 else:  # names other modules can import without NumPy being loaded
-    Array = Arrays = Runner = object
+    Array = Arrays = Runner = Candidate = object
 
 Shape = tuple[int | str, ...]
 # What long work reports: (what is being done, units done, units in all; 0 in all means unknown).

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoexport import candidates, explain
-from dinoexport.export import export
 from dinoexport.family import Call, Model, Read
-from dinoexport.metrics import distance
+from dinoexport.graph.onnx_writer import export
+from dinoexport.runtime import runners
 from dinoexport.spec import Arrays, Case, Graph, Precision, silent
+from dinoexport.validation import error_analysis
+from dinoexport.validation.metrics import distance
 
 LIMIT = 1e-5
 
@@ -61,11 +62,11 @@ def run_calls(calls: Sequence[Call], graph: Graph, arrays: Arrays) -> dict[str, 
 def eagerly(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str, Any]]:
     """Each case driven through the traced modules, without ONNX."""
     calls = {graph.name: (graph, model.calls(graph, read)) for graph in model.graphs}
-    runners = {
+    opened = {
         name: (lambda arrays, g=graph, c=graph_calls: run_calls(c, g, arrays))
         for name, (graph, graph_calls) in calls.items()
     }
-    return [model.drive(runners, arrays) for arrays in inputs]
+    return [model.drive(opened, arrays) for arrays in inputs]
 
 
 def export_to(folder: Path, model: Model, read: Read) -> None:
@@ -77,7 +78,7 @@ def export_to(folder: Path, model: Model, read: Read) -> None:
 def exported(model: Model, read: Read, inputs: Sequence[Arrays], folder: Path) -> list[dict[str, Any]]:
     """Each case driven through the exported files."""
     export_to(folder, model, read)
-    candidate = candidates.open_candidate(model, {folder / f"{graph.name}.onnx": graph for graph in model.graphs})
+    candidate = runners.open_candidate(model, {folder / f"{graph.name}.onnx": graph for graph in model.graphs})
     return [candidate(arrays) for arrays in inputs]
 
 
@@ -94,7 +95,7 @@ def _probes_are_the_reference_s(model: Model, read: Read, inputs: Sequence[Array
     graphs = {folder / f"{graph.name}.onnx": graph for graph in model.graphs}
     answers = model.reference(read, inputs, precision=Precision.FP32, progress=silent, inside=True)
     for arrays, answer in zip(inputs, answers, strict=True):
-        inside = explain.values_inside(model, graphs, arrays)
+        inside = error_analysis.values_inside(model, graphs, arrays)
         assert inside.keys() == names <= answer.keys()
         for name in names:
             assert distance(inside[name], answer[name]).relative_l2 <= LIMIT, name

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from dinoexport import bundle, machine, tuning
+from dinoexport import bundle
+from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Way
+from dinoexport.system import hardware
 from tests import triton_server
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
@@ -36,9 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _missing(marker: str) -> str:
     """Why tests with this marker cannot run on this machine; empty when they can."""
-    if marker in ("gpu", "tensorrt") and not machine.gpus():
+    if marker in ("gpu", "tensorrt") and not hardware.gpus():
         return "no NVIDIA GPU here"
-    if marker == "tensorrt" and machine.installed("tensorrt") is None:
+    if marker == "tensorrt" and hardware.installed("tensorrt") is None:
         return "tensorrt is not installed"
     if marker == "triton":
         return triton_server.missing()
@@ -57,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test sees a GPU only if it says so: the same tests on every machine."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(machine, "gpus", lambda: ())
+        monkeypatch.setattr(hardware, "gpus", lambda: ())
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def _one_runtime() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         for precision in (Precision.FP32, Precision.INT8):
-            patch.setitem(tuning.RUNTIMES, precision, ("onnxruntime",))
+            patch.setitem(autotune.RUNTIMES, precision, ("onnxruntime",))
         yield
 
 

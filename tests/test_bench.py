@@ -11,11 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from dinoexport import bench, cli, pipeline, recipe, timing
+from dinoexport import bench, cli
 from dinoexport.bundle import Manifest
+from dinoexport.config import recipe
 from dinoexport.models.dinov2 import Dinov2Model
+from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import cpu
 from dinoexport.spec import Load, Precision, silent
+from dinoexport.system import timing
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu.toml")

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import cli, doctor, machine, plan, shipped
-from dinoexport.machine import Gpu
+from dinoexport import cli, doctor
+from dinoexport.config import resources
+from dinoexport.runtime import engine_header
+from dinoexport.system import hardware
+from dinoexport.system.hardware import Gpu
 
 A100 = Gpu(
     index=0, name="NVIDIA A100-SXM4", uuid="GPU-1", compute_capability="8.0", memory_bytes=4 * 10**10, driver="580.65"
@@ -29,7 +32,7 @@ def having(monkeypatch: pytest.MonkeyPatch, **packages: str) -> None:
         def __init__(self, name: str) -> None:
             self.metadata = {"Name": name}
 
-    monkeypatch.setattr(machine, "installed", lambda package: named.get(package.replace("_", "-")))
+    monkeypatch.setattr(hardware, "installed", lambda package: named.get(package.replace("_", "-")))
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, named))
 
 
@@ -40,13 +43,13 @@ def test_this_machine_is_told_as_it_is() -> None:
     assert found["GPU"].state == "missing" and "--gpus" in found["GPU"].fix
     assert found["target a100"].found == "tensorrt_rtx (compiled ahead, not run), onnxruntime"
     assert found["target a100"].fix == "tensorrt: only on that card"
-    assert {f"target {name}" for name in shipped.names("recipes/targets")} <= found.keys()
+    assert {f"target {name}" for name in resources.names("recipes/targets")} <= found.keys()
     assert found["disk, here"].found.endswith("GB free in " + str(__import__("pathlib").Path.cwd()))
     assert all(finding.fix for finding in found.values() if finding.state != "ok")
 
 
 def test_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "gpus", lambda: (A100,))
+    monkeypatch.setattr(hardware, "gpus", lambda: (A100,))
     having(monkeypatch, torch="2.13.0", onnxruntime_gpu="1.32.0", tensorrt="11.2.1.2", tensorrt_cu13="11.2.1.2")
     found = by_subject()
     assert found["GPU 0"].found == "NVIDIA A100-SXM4, SM 8.0, 40 GB, driver 580.65"
@@ -75,7 +78,7 @@ def test_what_is_wrong_comes_with_its_fix_and_fails(
 ) -> None:
     from dataclasses import replace
 
-    monkeypatch.setattr(machine, "gpus", lambda: (replace(A100, driver=driver),))
+    monkeypatch.setattr(hardware, "gpus", lambda: (replace(A100, driver=driver),))
     having(monkeypatch, **packages)
     finding = by_subject()[subject]
     assert finding.state == "wrong" and words in finding.found and finding.fix
@@ -92,6 +95,6 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_brackets_survive_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """`dinoexport[tensorrt]` is an extra, not markup."""
-    monkeypatch.setattr(plan, "installed_version", lambda _: None)
+    monkeypatch.setattr(engine_header, "installed_version", lambda _: None)
     shown = CliRunner().invoke(cli.app, ["doctor"])
     assert shown.exit_code == 0 and "dinoexport[tensorrt]" in shown.stdout

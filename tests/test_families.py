@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import cli, pipeline, verdict
+from dinoexport import cli
+from dinoexport.pipeline import build as pipeline
+from dinoexport.validation import validate_bundle
 from tests import conformance
 from tests.conftest import DATA
 
@@ -39,7 +41,7 @@ def test_toy_is_built_and_validated(toy: Path, tmp_path: Path) -> None:
     built = CliRunner().invoke(cli.app, ["build", str(toy), "--weights", "synthetic:3", "--out", str(out), "--json"])
     assert built.exit_code == 0, built.output
     assert {path.name for path in out.glob("*.onnx")} == {"prefill.onnx", "step.onnx"}
-    validated = verdict.validate(out)
+    validated = validate_bundle.validate(out)
     assert validated.report.passed
     assert {row.shape for row in validated.report.rows} == {(2, 4, 11), (1, 4, 11)}
 

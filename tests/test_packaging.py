@@ -36,7 +36,10 @@ def test_wheel_contents(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    others = {"dinoexport/py.typed", "dinoexport/page.html.jinja", "dinoexport/album.html.jinja"}
+    others = {
+        "dinoexport/py.typed",
+        *(f"dinoexport/report/templates/{name}.html.jinja" for name in ("report", "mismatches")),
+    }
     assert {name for name in names if name.startswith("dinoexport/")} == modules | data | others
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -12,9 +12,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dinoexport import cli, pipeline, recipe, shipped
-from dinoexport.cli import making
+from dinoexport import cli
+from dinoexport.cli import build
+from dinoexport.config import recipe, resources
 from dinoexport.errors import UsageError
+from dinoexport.pipeline import build as pipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +41,7 @@ def test_commands_are_commands(command: str) -> None:
     _, verb, *args = shlex.split(command)
     context = verbs()[verb].make_context(verb, list(args))
     if "variant" in context.params:
-        pipeline.order(context.params["variant"], precision=making.precision_of(context.params.get("precision")))
+        pipeline.order(context.params["variant"], precision=build.precision_of(context.params.get("precision")))
 
 
 def test_every_verb_and_option_is_documented() -> None:
@@ -49,7 +51,7 @@ def test_every_verb_and_option_is_documented() -> None:
             for option in parameter.opts:
                 if option.startswith("--") and option != "--help":
                     assert option in README, f"{verb} {option}"
-    assert all(f"`{name}`" in README for name in (*recipe.variants(), *shipped.names("recipes/targets")))
+    assert all(f"`{name}`" in README for name in (*recipe.variants(), *resources.names("recipes/targets")))
     assert cli.EXIT_CODES in README
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dinoexport.cli.tables import table
 from dinoexport.errors import DinoexportError
-from dinoexport.tables import table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dinoexport.judge import Report
     from dinoexport.spec import Progress
+    from dinoexport.validation.judge import Report
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 Sign = Annotated[
@@ -104,7 +104,7 @@ def signer_of(key: Path | None) -> Any:
     """The key that signs, opened before any work; its passphrase is asked for on a terminal. None for none."""
     if key is None:
         return None
-    from dinoexport import signing
+    from dinoexport.bundle import signing
     from dinoexport.errors import UsageError
 
     def ask() -> str:
@@ -137,11 +137,11 @@ def say_json(content: Any) -> None:
 
 def show_report(report: Report, *, to_stderr: bool = False) -> None:
     """The verdict as a table: a row for each output of each case."""
-    from dinoexport import listing
+    from dinoexport.cli import formatting
 
     verdict = "PASSED" if report.passed else "FAILED"
     title = f"{verdict}: {report.candidate}, against {report.reference}"
-    say(table(title, listing.report_rows(report)), to_stderr=to_stderr)
+    say(table(title, formatting.report_rows(report)), to_stderr=to_stderr)
     if report.steadiness is not None:
         lines = [f"{words}: {found}" for words, found in report.steadiness.lines.items()]
         say(f"Steady: {'; '.join(lines)}", to_stderr=to_stderr)
@@ -149,7 +149,7 @@ def show_report(report: Report, *, to_stderr: bool = False) -> None:
 
 def show_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:
     """How a bundle runs: on a CPU, and its engines."""
-    from dinoexport import listing
+    from dinoexport.cli import formatting
 
-    for line in (*listing.cpu_lines(manifest), *listing.engine_lines(manifest, not_run)):
+    for line in (*formatting.cpu_lines(manifest), *formatting.engine_lines(manifest, not_run)):
         say(line, to_stderr=to_stderr)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinoexport.config.recipe import Recipe
 from dinoexport.family import Call, Piece
-from dinoexport.recipe import Recipe
 from dinoexport.spec import Case, Dim, Graph, Load, Tensor, Weight
 
 VOCABULARY, WIDTH, STEPS = 11, 8, 3

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.models.dinov2.uses import ImageUses
-from dinoexport.recipe import Recipe, parse
 from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
 
 if TYPE_CHECKING:

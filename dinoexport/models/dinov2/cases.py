@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dinoexport import images
+from dinoexport.config.recipe import Frozen, Range, parse
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH
-from dinoexport.recipe import Frozen, Range, parse
 from dinoexport.spec import Array, Case, Load, Progress
 
 _EVALUATION_SIDE = 224  # pixels, upstream's make_classification_eval_transform

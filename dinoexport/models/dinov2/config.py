@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dinoexport.recipe import Frozen
+from dinoexport.config.recipe import Frozen
 from dinoexport.spec import closest
 
 PATCH = 14  # pixels a side; every published DINOv2 backbone

@@ -12,9 +12,9 @@ from io import BytesIO
 
 import numpy as np
 
-from dinoexport.metrics import vector_cosines
 from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, PATCH
 from dinoexport.spec import Array, Picture
+from dinoexport.validation.metrics import vector_cosines
 
 _PHOTOGRAPH_SIDE_MAX = 448  # pixels: enough beside a map of 32 patches
 # Viridis at nine places (van der Walt and Smith 2015, CC0): even to the eye, in print and for the colour-blind.

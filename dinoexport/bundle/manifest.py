@@ -1,0 +1,304 @@
+"""Manifest of a bundle: what it holds, what it was made from, what was measured; and checks of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from dinoexport.config.recipe import Frozen, Sha256
+from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
+from dinoexport.system import files
+
+SCHEMA: Final = 1
+MANIFEST = "manifest.json"
+REFERENCE = "reference.npz"
+REPORT = "report.json"
+PAGE = "report.html"
+SBOM = "sbom.cdx.json"
+SIGNATURE = "model.sig"
+ENGINES = "engines.json"
+PRECISION = "precision.json"
+# A plain file name: no separator, no leading dot, so no path out of the bundle.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
+# A thousand times what a real manifest takes; what is larger is none, and is not read.
+_MANIFEST_MAX_BYTES = 1 << 26
+Verdict = Literal["passed", "rejected", "unjudged"]
+
+
+class BundleFile(Frozen):
+    """One file of the bundle besides the manifest."""
+
+    name: FileName
+    stage: str
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+
+
+class CheckpointFacts(Frozen):
+    """Where the weights came from. sha256 is the file's, or that of the rule for synthetic weights."""
+
+    source: str
+    sha256: Sha256
+    licence: str
+
+
+class GraphFacts(Frozen):
+    """A graph's signature as data."""
+
+    name: FileName
+    file: FileName
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+    dims: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, graph: Graph, file: str) -> GraphFacts:
+        """The facts of `graph`, which lies in `file`."""
+        return cls(
+            name=graph.name,
+            file=file,
+            inputs=tuple(_plain(tensor) for tensor in graph.inputs),
+            outputs=tuple(_plain(tensor) for tensor in graph.outputs),
+            dims=tuple(_plain(dim) for dim in graph.dims),
+        )
+
+    @model_validator(mode="after")
+    def _describes_a_graph(self) -> Self:
+        self.graph()
+        return self
+
+    def graph(self) -> Graph:
+        """The signature these facts describe."""
+        tensors = TypeAdapter(tuple[Tensor, ...])
+        return Graph(
+            name=self.name,
+            inputs=tensors.validate_python(self.inputs),
+            outputs=tensors.validate_python(self.outputs),
+            dims=TypeAdapter(tuple[Dim, ...]).validate_python(self.dims),
+        )
+
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+class EngineFacts(Frozen):
+    """An engine built from the graph of the same name.
+
+    device: the GPU it was built on, empty when it was compiled without one. profiles: profile -> input -> smallest,
+    most likely and largest shape, in the engine's own order. scratch_bytes: what it needs on the device beside its
+    weights, inputs and outputs. weight_bytes: None where the runtime does not say. executed: `never`, or
+    `on DEVICE at TIME`, when a GPU has run every case the profiles cover and the judge passed it; report has the
+    figures. caution: the target's.
+    """
+
+    graph: FileName
+    file: FileName
+    runtime: Runtime
+    runtime_version: str
+    compute_capabilities: tuple[str, ...]
+    device: str = ""
+    compatibility: str = "this-gpu"
+    version_compatible: bool = False
+    stripped: bool = False
+    precision: Precision
+    profiles: dict[str, dict[str, Shapes]] = Field(min_length=1)
+    size_bytes: int = Field(gt=0)
+    weight_bytes: int | None
+    scratch_bytes: int = Field(ge=0)
+    attentions: int
+    fused_attentions: int
+    build_s: float
+    peak_memory_bytes: int
+    log: FileName
+    log_sha256: Sha256
+    executed: str = "never"
+    report: dict[str, Any] = Field(default_factory=dict)
+    caution: str = ""
+
+
+class Timed(Frozen):
+    """A way to run the graphs and how long it took. spread: of the middle half of the samples, by the median."""
+
+    way: Way
+    median_ms: float = Field(gt=0)
+    spread: float = Field(ge=0)
+    samples: int = Field(ge=1)
+
+
+class CpuFacts(Frozen):
+    """How the graphs ran best on the CPU that built the bundle, when it was asked `load`.
+
+    arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
+    measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
+    out of the choice. others_share: of the CPUs' time, what other processes took.
+    """
+
+    machine: str
+    usable_cpus: int = Field(ge=1)
+    load: str
+    chosen: Way
+    runtime_version: str
+    arithmetic: dict[str, int]
+    times_fp32: float | None
+    measured: tuple[Timed, ...]
+    refused: dict[str, str] = Field(default_factory=dict)
+    others_share: float = Field(ge=0)
+
+    @property
+    def measured_ms(self) -> float | None:
+        """The chosen way's median, where anything was measured."""
+        return next((timed.median_ms for timed in self.measured if timed.way == self.chosen), None)
+
+
+class Manifest(Frozen):
+    """Everything a bundle says about itself."""
+
+    schema_version: Literal[1] = SCHEMA
+    variant: str
+    family: str
+    precision: Precision
+    target: str
+    verdict: Verdict
+    recipe: dict[str, Any]
+    checkpoint: CheckpointFacts
+    graphs: tuple[GraphFacts, ...]
+    engines: tuple[EngineFacts, ...] = ()
+    cpu: CpuFacts | None = None
+    files: tuple[BundleFile, ...]
+    stage_keys: dict[str, Sha256]
+    versions: dict[str, str]
+    card: dict[str, str]
+    report: dict[str, Any]
+    created: datetime
+
+    @model_validator(mode="after")
+    def _lists_what_is_opened(self) -> Self:
+        """A file that is not listed has no hash to hold, so nobody may be sent to it."""
+        needed = {graph.file for graph in self.graphs} | {engine.file for engine in self.engines}
+        needed |= set() if self.verdict == "unjudged" else {REFERENCE}
+        if missing := sorted(needed - {file.name for file in self.files}):
+            raise ValueError(f"files lacks {', '.join(missing)}")
+        return self
+
+    def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
+        """This manifest with the files of one more stage."""
+        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+
+    def to_bytes(self) -> bytes:
+        """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
+        content = self.model_dump(mode="json")
+        return _canonical({**content, "manifest_sha256": hashlib.sha256(_canonical(content)).hexdigest()})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """The manifest in `raw`; a ValidationFailed when it is damaged, or from another schema."""
+        try:
+            content = json.loads(raw)
+            if not isinstance(content, dict):
+                raise TypeError("it is no object")
+            if content.get("schema_version") != SCHEMA:
+                raise UsageError(
+                    f"{MANIFEST} has schema version {content.get('schema_version')!r}; this dinoexport reads {SCHEMA}.",
+                    next_step="Use the dinoexport that built the bundle, or build it again.",
+                )
+            content.pop("manifest_sha256", None)
+            manifest = cls.model_validate(content)
+            unchanged = raw == manifest.to_bytes()  # its own hash included
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise damaged(f"{MANIFEST}: {key}: {first['msg']}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise damaged(f"{MANIFEST} is not readable: {error}") from None
+        if not unchanged:
+            raise damaged(f"{MANIFEST} was changed after it was written")
+        return manifest
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Tensor | Dim) -> dict[str, Any]:
+    plain = asdict(value)
+    return {**plain, "shape": list(plain["shape"])} if "shape" in plain else plain
+
+
+def damaged(problem: str) -> ValidationFailed:
+    """What is said of a bundle that is not as it was written."""
+    return ValidationFailed(f"The bundle is damaged: {problem}.", next_step="Copy it again, or build it again.")
+
+
+def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progress = silent) -> tuple[BundleFile, ...]:
+    """Hash and size of the files `names` in `folder`, which `stage` wrote."""
+    return tuple(
+        BundleFile(
+            name=name,
+            stage=stage,
+            sha256=files.sha256(folder / name, progress=progress),
+            size_bytes=(folder / name).stat().st_size,
+        )
+        for name in names
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`; its files are not looked at."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
+            )
+        if path.stat().st_size > _MANIFEST_MAX_BYTES:
+            raise damaged(f"{MANIFEST} has {path.stat().st_size} bytes, more than any manifest")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
+    return Manifest.from_bytes(raw)
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
+    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to.
+
+    A signature goes first: better a bundle that is not signed than one that is not what was signed.
+    """
+    partial = folder / f"{MANIFEST}.partial"
+    try:
+        partial.write_bytes(manifest.to_bytes())
+        (folder / SIGNATURE).unlink(missing_ok=True)
+        os.replace(partial, folder / MANIFEST)
+    except OSError:
+        return False
+    return True
+
+
+def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
+    """The manifest of the bundle in `folder`, after every file's size and hash were found to be what it says."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.files, progress=progress)
+    return manifest
+
+
+def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progress = silent) -> None:
+    """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes."""
+    for file in wanted:
+        path = folder / file.name
+        try:
+            if path.is_symlink() or not path.is_file():
+                raise damaged(f"{file.name} is missing or no regular file")
+            if path.stat().st_size != file.size_bytes:
+                raise damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
+            if files.sha256(path, progress=progress) != file.sha256:
+                raise damaged(f"{file.name} does not have the SHA-256 in the manifest")
+        except OSError as error:
+            raise damaged(f"{file.name} cannot be read: {error.strerror}") from None

@@ -1,0 +1,112 @@
+"""What a bundle carries to be judged by where there is no PyTorch: cases, PyTorch's answers to them, and limits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from dinoexport.bundle import damaged
+from dinoexport.config.recipe import Frozen, Limits
+from dinoexport.errors import UsageError
+from dinoexport.spec import Array, Case, Expectation
+
+VERSION: Final = 1
+
+
+class _StoredCase(Frozen):
+    name: str
+    why: str
+    refused: bool
+    neighbours: bool = False
+    shown: bool = False
+    own_error: dict[str, float]
+
+
+class _Index(Frozen):
+    """What `index.json` in a reference.npz holds beside the arrays."""
+
+    version: Literal[1] = VERSION
+    reference: str
+    limits: Limits
+    cases: tuple[_StoredCase, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a bundle carries to be judged by. `name` says in words who answered."""
+
+    name: str
+    limits: Limits
+    expectations: tuple[Expectation, ...]
+    refusals: tuple[Case, ...]
+
+
+def write(path: Path, reference: Reference) -> None:
+    """Inputs, PyTorch's answers and limits as one .npz; the same content gives the same bytes."""
+    import numpy as np
+
+    arrays: dict[str, Array] = {}
+    entries = []
+    asked = [*reference.expectations, *(Expectation(case=case, outputs={}) for case in reference.refusals)]
+    for i, expectation in enumerate(asked):
+        case = expectation.case
+        for kind, named in (("in", case.inputs), ("out", expectation.outputs), ("own", expectation.own_outputs)):
+            arrays |= {f"{i}/{kind}/{name}": array for name, array in named.items()}
+        entries.append(
+            _StoredCase(
+                name=case.name,
+                why=case.why,
+                refused=case.expect_refusal,
+                neighbours=case.neighbours,
+                shown=case.shown,
+                own_error=dict(expectation.own_error),
+            )
+        )
+    index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
+    arrays["index.json"] = np.frombuffer(json.dumps(index.model_dump(mode="json"), allow_nan=False).encode(), np.uint8)
+    with path.open("wb") as file:
+        stored: Any = arrays  # typed for the keyword NumPy 2 added
+        np.savez(file, **stored)
+
+
+def read(path: Path) -> Reference:
+    """The reference in `path`; a ValidationFailed when it is damaged, a UsageError when it is of another version."""
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        content = json.loads(arrays.pop("index.json").tobytes())
+        if (version := content.get("version")) != VERSION:
+            raise UsageError(
+                f"{path.name} has version {version!r}; this dinoexport reads {VERSION}.",
+                next_step="Use the dinoexport that built the bundle, or build it again.",
+            )
+        index = _Index.model_validate(content)
+    except UsageError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base
+        raise damaged(f"{path.name} is not readable: {error}") from None
+    expectations, refusals = [], []
+    for i, entry in enumerate(index.cases):
+        inputs, outputs, own = (
+            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            for prefix in (f"{i}/in/", f"{i}/out/", f"{i}/own/")
+        )
+        case = Case(
+            name=entry.name,
+            why=entry.why,
+            inputs=inputs,
+            expect_refusal=entry.refused,
+            neighbours=entry.neighbours,
+            shown=entry.shown,
+        )
+        if case.expect_refusal:
+            refusals.append(case)
+        else:
+            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error, own_outputs=own))
+    return Reference(
+        name=index.reference, limits=index.limits, expectations=tuple(expectations), refusals=tuple(refusals)
+    )

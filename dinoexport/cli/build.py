@@ -1,0 +1,232 @@
+"""The verbs that make: list, build, export, schema, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.tables import table
+from dinoexport.cli.terminal import (
+    Json,
+    Sign,
+    choice,
+    fail,
+    progress_lines,
+    reporting,
+    runtime_of,
+    say,
+    say_json,
+    show_report,
+    show_ways,
+    signer_of,
+)
+
+Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or your own recipe.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|synthetic[-stress]:SEED",
+        help="A local checkpoint, or made-up weights. Default: the published ones.",
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fp32|fp16|bf16|int8|auto",
+        help="auto: fp16, parts of it in fp32 where it must. Default: the recipe's, else the target's first.",
+    ),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,triton:TAG]", help="The machine to build for; see `list`. Default: the GPU here, else cpu."
+    ),
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tensorrt|tensorrt_rtx|onnxruntime",
+        help="Default: the first of the target's that can be. On a CPU: the faster of its two, or onnxruntime alone.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
+Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]
+ReferenceOption = Annotated[
+    str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")
+]
+
+
+@app.command("list", epilog=EXIT_CODES)
+def list_(as_json: Json = False) -> None:
+    """Show all variants and targets."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+
+        found = formatting.everything()
+        if as_json:
+            say_json(found)
+            return
+        say(table("Variants", found["variants"]))
+        say(table("Targets", found["targets"]))
+
+
+@app.command(epilog=EXIT_CODES)
+def build(
+    variant: Variant,
+    weights: Weights = None,
+    precision: PrecisionOption = None,
+    target: TargetOption = None,
+    runtime: RuntimeOption = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A profile of the recipe's for the engine; repeat it for several."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
+    ] = None,
+    out: Out = None,
+    force: Force = False,
+    keep_rejected: Annotated[
+        bool, typer.Option("--keep-rejected", help="Publish a bundle that failed too, marked rejected.")
+    ] = False,
+    reference: ReferenceOption = "plain",
+    sign: Sign = None,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle and judge it against PyTorch; publish it only if it passes."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+        from dinoexport.pipeline import build as pipeline
+
+        order = pipeline.order(
+            variant,
+            weights=weights,
+            precision=precision_of(precision),
+            target=target,
+            runtime=runtime_of(runtime),
+            engine_choices=_engine_choices(profile, preset),
+            out=out,
+            judge_code=choice("reference", reference, ("plain", "hub")),
+        )
+        signer = signer_of(sign)
+        try:
+            with progress_lines() as progress:
+                built = pipeline.build(
+                    order, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
+                )
+        except pipeline.Rejected as rejected:
+            show_report(rejected.report, to_stderr=as_json)
+            fail(rejected, as_json, verdict="rejected", report=rejected.report.to_json())
+        assert built.report is not None
+        if as_json:
+            say_json(
+                _built_facts(built) | {"report": built.report.to_json(), "signed_by": signer and signer.fingerprint}
+            )
+            return
+        show_report(built.report)
+        if built.engines.report:
+            show_report(built.engines.report)
+        _say_reused(built)
+        say(f"\nBundle: {built.folder}")
+        say(f"Report: {built.folder / 'report.html'}")
+        for line in formatting.signature_lines(signer and signer.fingerprint, by_us=True):
+            say(line)
+        if order.auto:
+            say(f"Precision: {formatting.precision(built.manifest)}")
+        show_ways(built.manifest, not_run=built.engines.not_run)
+        say(f"Next:   dinoexport inspect {built.folder}")
+        say(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    variant: Variant,
+    weights: Weights = None,
+    precision: PrecisionOption = None,
+    target: TargetOption = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Only write the ONNX: a bundle marked unjudged."""
+    with reporting(as_json):
+        from dinoexport.pipeline import build as pipeline
+
+        order = pipeline.order(variant, weights=weights, precision=precision_of(precision), target=target, out=out)
+        with progress_lines() as progress:
+            built = pipeline.export_only(order, progress=progress, force=force)
+        if as_json:
+            say_json(_built_facts(built))
+            return
+        _say_reused(built)
+        say(f"Bundle: {built.folder}   UNJUDGED: nothing was measured")
+        say(f"Next:   dinoexport build {variant} makes a judged one")
+
+
+@app.command(epilog=EXIT_CODES)
+def schema(as_json: Json = False) -> None:
+    """Print the JSON schema of a recipe."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+
+        say_json(formatting.recipe_schema())
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what it can build and run, and how to mend what is wrong."""
+    with reporting(as_json):
+        from dataclasses import asdict
+
+        from dinoexport.doctor import findings
+        from dinoexport.errors import MissingRequirement
+
+        found = findings()
+        wrong = [finding for finding in found if finding.state == "wrong"]
+        rows = [asdict(finding) for finding in found]
+        if as_json and not wrong:
+            say_json({"findings": rows})
+            return
+        if not as_json:
+            say(table("This machine", rows))
+        if wrong:
+            fail(
+                MissingRequirement(f"{wrong[0].subject}: {wrong[0].found}.", next_step=wrong[0].fix),
+                as_json,
+                findings=rows,
+            )
+
+
+def precision_of(word: str | None) -> Any:
+    """The precision that was asked for, `auto`, or None for the recipe's."""
+    from dinoexport.spec import Precision
+
+    if word in (None, "auto"):
+        return word
+    return Precision(choice("precision", word, (*Precision, "auto")))
+
+
+def _engine_choices(profiles: list[str] | None, preset: str | None) -> dict[str, Any]:
+    presets = ("fast", "balanced", "max")
+    return ({"profiles": tuple(profiles)} if profiles else {}) | (
+        {"preset": choice("preset", preset, presets)} if preset else {}
+    )
+
+
+def _built_facts(built: Any) -> dict[str, Any]:
+    return {
+        "bundle": str(built.folder),
+        "verdict": built.manifest.verdict,
+        "reused": list(built.reused),
+        "cpu": built.manifest.cpu and built.manifest.cpu.model_dump(mode="json"),
+        "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
+        "not_run": built.engines.not_run,
+    }
+
+
+def _say_reused(built: Any) -> None:
+    if built.reused:
+        say(f"Reused: {', '.join(built.reused)} (nothing they depend on changed; --force makes them again)")

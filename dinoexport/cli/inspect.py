@@ -1,0 +1,226 @@
+"""The verbs that look at a bundle: validate, inspect, report, diff, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.build import ReferenceOption, Weights
+from dinoexport.cli.tables import facts as facts_table
+from dinoexport.cli.tables import table
+from dinoexport.cli.terminal import (
+    Json,
+    Sign,
+    Verify,
+    choice,
+    fail,
+    printable,
+    progress_lines,
+    reporting,
+    runtime_of,
+    say,
+    say_json,
+    show_report,
+    show_ways,
+    signer_of,
+)
+
+
+@app.command(epilog=EXIT_CODES)
+def validate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
+    ] = None,
+    weights: Weights = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+    ] = None,
+    reference: ReferenceOption = "plain",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
+    ] = False,
+    verify: Verify = None,
+    sign: Sign = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
+    with reporting(as_json):
+        from dinoexport.bundle import signing
+        from dinoexport.cli import formatting
+        from dinoexport.errors import ValidationFailed
+        from dinoexport.report import mismatches
+        from dinoexport.validation import validate_bundle
+
+        signer = signer_of(sign)
+        verified = verify and signing.verify(bundle, verify)
+        signed = signing.signed_by(bundle)
+        if page is not None:
+            mismatches.check(page, images)
+        with progress_lines() as progress:
+            validated = validate_bundle.validate(
+                bundle,
+                images=images,
+                weights=weights,
+                runtime=runtime_of(runtime),
+                judge_code=choice("reference", reference, ("plain", "hub")),
+                explained=explain,
+                signs=signer is not None,
+                progress=progress,
+            )
+            if page is not None and images is not None:
+                mismatches.write(page, validated, images, progress=progress)
+        if signer is not None and validated.report.passed:
+            signer.sign(bundle)
+            signed = signer.fingerprint
+        checked_key = verified is not None
+        proves, leaves_open = formatting.proven(
+            validated.report, own_images=images is not None, not_run=validated.not_run, verified=checked_key
+        )
+        facts = _validated_facts(validated, page) | {"signed_by": signed, "verified": checked_key}
+        if validated.report.passed:
+            facts |= {"proves": proves, "does_not_prove": leaves_open}
+        if as_json and validated.report.passed:
+            say_json({"bundle": str(bundle), "report": validated.report.to_json()} | facts)
+            return
+        show_report(validated.report, to_stderr=as_json)
+        show_ways(validated.manifest, not_run=validated.not_run or validated.not_recorded, to_stderr=as_json)
+        for line in formatting.signature_lines(signed, by_us=signer is not None, verified=checked_key):
+            say(line, to_stderr=as_json)
+        if validated.report.passed:
+            say(f"Proves: {proves}.\nNot:    {'; '.join(leaves_open)}.")
+        _show_more(validated, page, explain=explain, to_stderr=as_json)
+        if not validated.report.passed:
+            failed = ValidationFailed(
+                f"{bundle} does not give PyTorch's outputs on this machine.",
+                next_step="The table shows each figure beside its limit.",
+            )
+            fail(failed, as_json, report=validated.report.to_json(), **facts)
+
+
+def _validated_facts(validated: Any, page: Path | None) -> dict[str, Any]:
+    growth = {} if validated.growth is None else {"growth": validated.growth.to_json()}
+    together = {} if validated.together is None else validated.together.to_json() | {"page": page and str(page)}
+    return {
+        "skipped": list(validated.skipped),
+        "not_run": validated.not_run,
+        "recorded": validated.recorded,
+        "not_recorded": validated.not_recorded,
+        **growth,
+        **together,
+    }
+
+
+def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: bool) -> None:
+    if explain:
+        _show_growth(validated, to_stderr=to_stderr)
+    if validated.together is not None:
+        _show_together(validated, page, to_stderr=to_stderr)
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder, or an ONNX file.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a bundle or an ONNX file holds. Nothing is run."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+
+        found = formatting.of_path(path)
+        if as_json:
+            say_json(found)
+            return
+        for title, content in found.items():
+            say(table(title, content) if isinstance(content, list) else facts_table(title, content))
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say where a bundle's report is, after checking its bytes, and open it."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+
+        path = formatting.page_of(bundle)
+        if show:
+            import webbrowser
+
+            webbrowser.open(path.absolute().as_uri())
+        if as_json:
+            say_json({"report": str(path)})
+            return
+        say(f"Report: {path}")
+
+
+@app.command(epilog=EXIT_CODES)
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A bundle's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another's.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
+    with reporting(as_json):
+        from dinoexport.validation import bundle_diff
+
+        with progress_lines() as progress:
+            found = bundle_diff.compare(first, second, progress=progress)
+        if as_json:
+            say_json(found)
+            return
+        for title, rows in found.items():
+            say(table(title, rows) if rows else f"{title}: nothing")
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
+    with reporting(as_json):
+        from dinoexport import bench as stopwatch
+
+        with progress_lines() as progress:
+            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+        if as_json:
+            say_json(timed.to_json())
+            return
+        say(table(f"{timed.candidate}; {timed.machine}, {timed.usable_cpus} CPUs", timed.table()))
+        say(f"Peak of a large fp32 matrix product here: {timed.peak_gflop_per_s:.0f} GFLOP/s")
+        for note in timed.notes:
+            say(f"note: {note}")
+
+
+def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
+    """What all of a user's files are good for together, and which of them could not be used."""
+    found = validated.together.agreement
+    if found is not None and found.measures:
+        say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
+    lines = [*validated.together.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
+    for line in lines:
+        say(printable(line), to_stderr=to_stderr)
+    if page is not None:
+        say(f"Page: {page}", to_stderr=to_stderr)
+
+
+def _show_growth(validated: Any, *, to_stderr: bool) -> None:
+    from dinoexport.cli import formatting
+
+    if validated.growth is not None:
+        title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
+        say(table(title, formatting.growth_rows(validated.growth)), to_stderr=to_stderr)
+    for line in formatting.explained(validated.report, validated.growth):
+        say(line, to_stderr=to_stderr)

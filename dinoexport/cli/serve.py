@@ -1,0 +1,105 @@
+"""The verbs of serving: deploy, rollback, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.tables import table
+from dinoexport.cli.terminal import Json, Verify, choice, fail, progress_lines, reporting, say, say_json, show_report
+
+
+@app.command(epilog=EXIT_CODES)
+def deploy(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    to: Annotated[Path, typer.Option(metavar="REPOSITORY", help="Triton's model repository; made if absent.")],
+    name: Annotated[str | None, typer.Option(help="What it is served as. Default: the variant's name.")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorrt_plan|onnxruntime|python",
+            help="What runs it. Default: the bundle's plans, else Triton's ONNX Runtime.",
+        ),
+    ] = None,
+    triton: Annotated[
+        str | None, typer.Option(metavar="TAG[=TENSORRT]", help="The image that serves; refuses plans it cannot load.")
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Files like those it will be asked about; front ends learn sizes."),
+    ] = None,
+    verify: Verify = None,
+    as_json: Json = False,
+) -> None:
+    """Add a bundle to a Triton model repository as the next version, and serve it."""
+    with reporting(as_json):
+        from dinoexport.serving.triton import model_repository, served_models
+
+        if verify is not None:
+            from dinoexport.bundle import signing
+
+            signing.verify(bundle, verify)
+        chosen = None if backend is None else choice("backend", backend, served_models.BACKENDS)
+        with progress_lines() as progress:
+            deployed = model_repository.deploy(
+                bundle, to, name=name, backend=chosen, triton=triton, samples=samples, progress=progress
+            )
+        _show_deployed(deployed, as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def rollback(
+    repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="Triton's model repository.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the model is served as.")],
+    as_json: Json = False,
+) -> None:
+    """Serve the version before the one that is served. Nothing is removed."""
+    with reporting(as_json):
+        from dinoexport.serving.triton import model_repository
+
+        _show_deployed(model_repository.rollback(repository, name), as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:8000 or grpc://HOST:8001.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE|REPOSITORY", help="What was deployed, or where to.")],
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only model there is.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Ask the smallest case only: a probe.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for each answer.")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Judge a live endpoint by what its bundle was judged by."""
+    with reporting(as_json):
+        from dinoexport.cli import formatting
+        from dinoexport.errors import ValidationFailed
+        from dinoexport.serving import check as probe
+
+        with progress_lines() as progress:
+            checked = probe.check(url, bundle, model=model, quick=quick, timeout_s=timeout_s, progress=progress)
+        facts = {"model": checked.model, "latency_ms": checked.latency_ms, "report": checked.report.to_json()}
+        if not checked.report.passed:
+            show_report(checked.report, to_stderr=as_json)
+            failed = ValidationFailed(
+                f"{checked.model} at {url} does not give PyTorch's outputs.",
+                next_step="Its process may have died: load the model again, or roll back. The server's log says more.",
+            )
+            fail(failed, as_json, **facts)
+        if as_json:
+            say_json(facts)
+            return
+        show_report(checked.report)
+        say(table("Latency", formatting.latency_rows(checked.latency_ms)))
+
+
+def _show_deployed(deployed: Any, as_json: bool) -> None:
+    from dinoexport.cli import formatting
+
+    if as_json:
+        say_json(formatting.deployed_facts(deployed))
+        return
+    for line in formatting.deployed_lines(deployed):
+        say(line)

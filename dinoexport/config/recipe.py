@@ -1,0 +1,276 @@
+"""What to build and what counts as right, as frozen data parsed from TOML.
+
+Three kinds of file, each refused by name at the first unknown key: recipes (`recipes/*.toml` or a user's own path),
+targets (`recipes/targets/*.toml`) and validations (`validate/*.toml`).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dinoexport.config import resources
+from dinoexport.errors import UsageError
+from dinoexport.spec import Dim, Precision, Runtime, closest
+
+# A name becomes part of file names, so it may hold nothing a path could use.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """The base of all data read from files: immutable, and an unknown key is an error, not a typo that does nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class WeightFile(Frozen):
+    """One published file of weights."""
+
+    url: str = Field(pattern=r"^https?://", description="Where the file is published.")
+    sha256: Sha256 = Field(description="The hash the file must have.")
+    size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
+
+
+class Range(Frozen):
+    """Smallest, most likely and largest value of a dynamic dimension."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"needs min <= opt <= max, has {self.min}, {self.opt}, {self.max}")
+        return self
+
+    def dim(self, name: str, *, multiple_of: int = 1, step: int = 1) -> Dim:
+        """This range as a graph's dimension."""
+        return Dim(name=name, min=self.min, opt=self.opt, max=self.max, multiple_of=multiple_of, step=step)
+
+
+class EngineChoices(Frozen):
+    """How an engine is made from the graph. What a runtime lacks is refused before any work."""
+
+    profiles: tuple[Name, ...] = Field(
+        default=(),
+        description="Which of the recipe's named profiles the engine holds, the preferred first. "
+        "Default: one profile over the whole range. Each more costs its own build time and scratch memory.",
+    )
+    preset: Literal["fast", "balanced", "max"] = Field(
+        default="balanced",
+        description="How long `tensorrt` searches for kernels: its optimisation level 1, 3 or 5. "
+        "`max` can take many times as long as `fast`.",
+    )
+    compatibility: Literal["this-gpu", "same-cc", "ampere+"] = Field(
+        default="this-gpu",
+        description="Where a `tensorrt` plan may run: on the GPU model that built it, on any of its capability, "
+        "or on Ampere and newer. The wider two do without cuDNN's and cuBLAS's kernels; `ampere+` also limits shared "
+        "memory to 48 KiB, which may keep attention from being fused.",
+    )
+    version_compatible: bool = Field(
+        default=False,
+        description="A `tensorrt` plan that newer TensorRT versions load too. It may be slower, and Triton loads it "
+        "only with --backend-config=tensorrt,version-compatible=true.",
+    )
+    strip_weights: bool = Field(
+        default=False,
+        description="A `tensorrt` plan without its weights; they are put in from the ONNX beside it when it is opened. "
+        "Triton cannot do that.",
+    )
+    weight_streaming: bool = Field(
+        default=False,
+        description="A `tensorrt` plan whose weights may stay in host memory and be streamed in, at the price of time.",
+    )
+
+
+class Recipe(Frozen):
+    """Everything that decides what a build makes. `model` and `graph` are the family's own tables."""
+
+    name: Name = Field(description="The variant's name.")
+    family: Name = Field(description="The model family that understands `model` and `graph`.")
+    validation: Name = Field(description="The file of cases and limits, without `.toml`.")
+    precision: Precision | None = Field(
+        default=None, description="Arithmetic of the graph's body. Default: the first the target has."
+    )
+    licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
+    graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
+    profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
+    profiles: dict[Name, dict[str, Range]] = Field(
+        default_factory=dict,
+        description="Named parts of that range for an engine to be tuned for; what is left out is as in `profile`.",
+    )
+    engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
+    weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
+
+
+class Target(Frozen):
+    """A kind of machine the bundle is meant for.
+
+    runtimes: what can run there, the preferred first, with what each one is good for. cautions: what a user must know
+    before relying on one. precisions: what the machine has, the fastest sensible one first, with its reason; lacks:
+    what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
+    """
+
+    name: Name
+    description: str
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
+    gpus: tuple[str, ...] = ()
+    memory_gb: int | None = Field(default=None, gt=0)
+    runtimes: dict[Runtime, str] = Field(min_length=1)
+    cautions: dict[Runtime, str] = Field(default_factory=dict)
+    precisions: dict[Precision, str] = Field(min_length=1)
+    lacks: dict[Precision, str] = Field(default_factory=dict)
+
+
+class Limit(Frozen):
+    """A number that decides, and why it is this number."""
+
+    # An infinite limit would be none at all.
+    value: float = Field(allow_inf_nan=False)
+    reason: str = Field(min_length=20)
+
+
+class Limits(Frozen):
+    """What a candidate of one precision must hold, per output and per case.
+
+    neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
+    knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
+    """
+
+    relative_l2_max: Limit
+    worst_l2_max: Limit
+    cosine_mean_min: Limit
+    cosine_p01_min: Limit
+    cosine_worst_min: Limit
+    times_own_error_max: Limit | None = None
+    neighbour_agreement_min: Limit | None = None
+    knn_agreement_min: Limit | None = None
+    recall_min: Limit | None = None
+    probe_agreement_min: Limit | None = None
+    correspondence_min: Limit | None = None
+
+
+class Validation(Frozen):
+    """What counts as right: limits per precision, and cases in the family's own terms."""
+
+    limits: dict[Precision, Limits]
+    cases: tuple[dict[str, Any], ...] = Field(min_length=1)
+
+
+FrozenT = TypeVar("FrozenT", bound=Frozen)
+
+
+def parse(kind: type[FrozenT], table: Mapping[str, Any], *, where: str) -> FrozenT:
+    """The `kind` that `table` describes; a UsageError that names every wrong key of `where` otherwise."""
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        problems = "; ".join(_problem(kind, details) for details in error.errors())
+        raise UsageError(
+            f"{where}: {problems}", next_step="dinoexport schema prints every key a recipe may have."
+        ) from None
+
+
+def _problem(kind: type[BaseModel], details: Any) -> str:
+    loc = tuple(part for part in details["loc"] if part != "[key]")
+    key = ".".join(map(str, loc))
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {key!r}.{closest(str(loc[-1]), _keys(kind, loc[:-1]))}"
+    if details["type"] == "missing":
+        return f"key {key!r} is missing"
+    if details["type"] in ("enum", "literal_error"):
+        known = re.findall("'(.*?)'", details["ctx"]["expected"])
+        return f"{key!r}: {details['msg']}.{closest(str(details['input']), known)}"
+    return f"{key!r}: {details['msg']}" if key else str(details["msg"])
+
+
+def _keys(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys that the table at `loc` inside a `kind` may have, for did-you-mean."""
+    schema = table = kind.model_json_schema()
+    for part in loc:
+        table = table.get("properties", {}).get(part) or table.get("additionalProperties") or table["items"]
+        references = (option.get("$ref") for option in (table, *table.get("anyOf", ())))
+        if reference := next(filter(None, references), None):
+            table = schema["$defs"][reference.rpartition("/")[2]]
+    return sorted(table.get("properties", {}))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in `path`; a UsageError when it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from None
+    except (ValueError, RecursionError) as error:  # besides its own error tomllib lets these two through
+        raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
+
+
+def variants() -> tuple[str, ...]:
+    """The names of the shipped recipes."""
+    return resources.names("recipes")
+
+
+def load(variant_or_path: str) -> Recipe:
+    """The shipped recipe of that name, or the user's own recipe at that path.
+
+    A recipe may start from a shipped one with `base = "NAME"` and then holds only what differs.
+    """
+    if variant_or_path.endswith(".toml"):
+        path = Path(variant_or_path)
+        table = read_toml(path)
+        base = table.pop("base", None)
+        if base is not None:
+            table = _merged(read_toml(_shipped_path(str(base))), table)
+        return parse(Recipe, table, where=str(path))
+    path = _shipped_path(variant_or_path)
+    return parse(Recipe, read_toml(path), where=path.name)
+
+
+def _shipped_path(name: str) -> Path:
+    if name not in variants():
+        raise UsageError(
+            f"There is no variant {name!r}.{closest(name, variants())}",
+            next_step="dinoexport list shows all variants; a recipe of your own is given as a path ending in .toml.",
+        )
+    return resources.folder("recipes") / f"{name}.toml"
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path]:
+    """The validation called `name` and the folder of its files: beside the user's recipe, else the shipped one."""
+    folders = [folder for folder in (beside, resources.folder("validate")) if folder is not None]
+    for folder in folders:
+        path = folder / f"{name}.toml"
+        if path.is_file():
+            return parse(Validation, read_toml(path), where=str(path)), folder
+    near = closest(name, [path.stem for folder in folders for path in sorted(folder.glob("*.toml"))])
+    raise UsageError(
+        f"There is no validation {name!r}: looked for {name}.toml in {', '.join(map(str, folders))}.{near}",
+        next_step="Put the file beside your recipe, or name a shipped one.",
+    )
+
+
+def load_target(name: str) -> Target:
+    """The shipped target of that name."""
+    known = resources.names("recipes/targets")
+    if name not in known:
+        raise UsageError(
+            f"There is no target {name!r}.{closest(name, known)}", next_step="dinoexport list shows all targets."
+        )
+    path = resources.folder("recipes/targets") / f"{name}.toml"
+    return parse(Target, read_toml(path), where=path.name)

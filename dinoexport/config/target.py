@@ -1,0 +1,179 @@
+"""From a target's name to decisions: which machine, which runtime, which precision; or why it cannot be.
+
+A target is written `a100`, or `a100,triton:26.08` for an engine that a given Triton image shall load. Without one it is
+the GPU that is there, else the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dinoexport.config import resources
+from dinoexport.config.recipe import EngineChoices, Frozen, Recipe, Target, load_target, parse, read_toml
+from dinoexport.errors import MissingRequirement, UsageError
+from dinoexport.spec import Precision, Runtime, closest
+from dinoexport.system import hardware
+from dinoexport.system.hardware import Gpu
+
+_VERSION = re.compile(r"^\d+\.\d+\.\d+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What will be built, and for what. triton: the image tag and its TensorRT, where the target names one."""
+
+    target: Target
+    runtime: Runtime
+    precision: Precision
+    triton: Triton | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the product runs on a CPU: which of its runtimes, and on how many threads, is then measured."""
+        return not self.target.compute_capabilities
+
+    @property
+    def traced(self) -> Precision:
+        """The precision of the graph itself: on a CPU bf16 is a runtime's arithmetic and int8 the quantiser's work."""
+        lowered_later = self.on_cpu and self.precision in (Precision.BF16, Precision.INT8)
+        return Precision.FP32 if lowered_later else self.precision
+
+    @property
+    def name(self) -> str:
+        """The target as the manifest calls it."""
+        return self.target.name + (f",triton:{self.triton.tag}" if self.triton else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triton:
+    """A Triton image. A plan loads only in the TensorRT that built it."""
+
+    tag: str
+    tensorrt: str
+
+
+def choose(
+    recipe: Recipe, *, target: str | None, runtime: Runtime | None, precision: Precision | None, gpus: Sequence[Gpu]
+) -> Chosen:
+    """Decides from what is asked, what the recipe says and which `gpus` are here; a UsageError for what cannot be."""
+    name, _, modifier = (target or _of_gpus(gpus)).partition(",")
+    machine_kind = load_target(name)
+    precision = _precision(machine_kind, precision or recipe.precision)
+    triton = _triton(modifier) if modifier else None
+    runtime = _runtime(machine_kind, Runtime.TENSORRT if triton and not runtime else runtime, recipe, gpus)
+    if triton and runtime is not Runtime.TENSORRT:
+        raise UsageError(
+            f"triton:{triton.tag} is about TensorRT plans, and {runtime} makes none.", next_step="Leave it out."
+        )
+    _check_choices(recipe, runtime)
+    return Chosen(target=machine_kind, runtime=runtime, precision=precision, triton=triton)
+
+
+def _of_gpus(gpus: Sequence[Gpu]) -> str:
+    """The target of the first GPU: by its name, else by its compute capability; the CPU without a GPU."""
+    if not gpus:
+        return "cpu"
+    known = [load_target(name) for name in resources.names("recipes/targets")]
+    words = " " + re.sub(r"[^A-Za-z0-9]+", " ", gpus[0].name) + " "
+    named = [t.name for t in known if any(f" {part} " in words for part in t.gpus)]
+    alike = [t.name for t in known if t.compute_capabilities == (gpus[0].compute_capability,)]
+    for name in (*named, *alike):
+        return name
+    raise UsageError(
+        f"No target fits {gpus[0].name} (SM {gpus[0].compute_capability}).",
+        next_step="Name one with --target; cpu makes the ONNX alone.",
+    )
+
+
+def _precision(target: Target, wanted: Precision | None) -> Precision:
+    chosen = wanted or next(iter(target.precisions))
+    if chosen not in target.precisions:
+        why = f": {target.lacks[chosen]}" if chosen in target.lacks else ""
+        raise UsageError(f"{target.name} has no {chosen}{why}.", next_step=f"It has: {', '.join(target.precisions)}.")
+    return chosen
+
+
+def _runtime(target: Target, wanted: Runtime | None, recipe: Recipe, gpus: Sequence[Gpu]) -> Runtime:
+    """The one asked for, or the first of the target's that can be built on this machine."""
+    if wanted and wanted not in target.runtimes:
+        raise UsageError(
+            f"{target.name} is not built with {wanted}.", next_step=f"It has: {', '.join(target.runtimes)}."
+        )
+    possible = [r for r in target.runtimes if can_build(target, r, recipe.engine, gpus)]
+    if wanted and wanted not in possible:
+        here = ", ".join(f"{gpu.name} (SM {gpu.compute_capability})" for gpu in gpus) or "no GPU"
+        others = " or ".join(f"--runtime {r}" for r in possible)
+        raise MissingRequirement(
+            f"A tensorrt plan for {target.name} is built on that card itself; this machine has {here}.",
+            next_step="Build there" + (f", or here with {others}." if others else "."),
+        )
+    return wanted or possible[0]
+
+
+def can_build(target: Target, runtime: Runtime, choices: EngineChoices, gpus: Sequence[Gpu]) -> bool:
+    """Whether a machine with `gpus` can build for `runtime` on `target`.
+
+    TensorRT measures kernels on the GPU it builds for; `ampere+` plans may be built on any Ampere or newer. The others
+    need no GPU.
+    """
+    if runtime is not Runtime.TENSORRT:
+        return True
+    if not gpus:
+        return False
+    here = gpus[0].compute_capability
+    if choices.compatibility == "ampere+":
+        return _at_least_ampere(here) and all(map(_at_least_ampere, target.compute_capabilities))
+    return here in target.compute_capabilities
+
+
+def _at_least_ampere(capability: str) -> bool:
+    return int(capability.partition(".")[0]) >= 8
+
+
+def _check_choices(recipe: Recipe, runtime: Runtime) -> None:
+    """Only classic TensorRT has these. TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans."""
+    chosen = recipe.engine.model_dump(exclude_defaults=True, exclude={"profiles"})
+    if chosen and runtime is not Runtime.TENSORRT:
+        raise UsageError(
+            f"{runtime} has no {', '.join(chosen)}: only tensorrt has.",
+            next_step="Take it out of [engine], or choose --runtime tensorrt.",
+        )
+
+
+class _Tags(Frozen):
+    """`recipes/triton/tensorrt.toml`."""
+
+    tags: dict[str, str]
+
+
+def triton_tags() -> dict[str, str]:
+    """Triton image tag -> the TensorRT in it, where that is known."""
+    path = resources.folder("recipes/triton") / "tensorrt.toml"
+    return parse(_Tags, read_toml(path), where=path.name).tags
+
+
+def _triton(modifier: str) -> Triton:
+    """`triton:TAG` of a known tag, or `triton:TAG=VERSION`; the TensorRT here must be the image's."""
+    kind, _, word = modifier.partition(":")
+    tag, _, said = word.partition("=")
+    known = triton_tags()
+    if kind != "triton" or not tag or (said and not _VERSION.match(said)):
+        raise UsageError(
+            f"{modifier!r} is no modifier of a target.", next_step="Write a100,triton:26.08 or a100,triton:TAG=11.2.1."
+        )
+    if not said and tag not in known:
+        raise UsageError(
+            f"Which TensorRT is in the Triton image {tag} is not known here.{closest(tag, list(known))}",
+            next_step=f"Known: {', '.join(known)}. Else read it inside the image, dpkg -l 'libnvinfer*', "
+            f"and say triton:{tag}=VERSION.",
+        )
+    wanted = said or known[tag]
+    here = hardware.installed("tensorrt")
+    if here is None or here.split(".")[:3] != wanted.split("."):
+        raise MissingRequirement(
+            f"Triton {tag} has TensorRT {wanted}, and loads no other's plans; here is {here or 'none'}.",
+            next_step=f"pip install 'tensorrt=={wanted}.*', or build inside nvcr.io/nvidia/tensorrt:{tag}-py3.",
+        )
+    return Triton(tag=tag, tensorrt=wanted)

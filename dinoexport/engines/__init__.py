@@ -1,0 +1,1 @@
+"""ONNX to TensorRT engines: optimisation profiles, the builder, and the process it runs in."""

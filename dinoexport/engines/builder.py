@@ -1,0 +1,191 @@
+"""ONNX to an engine: a classic TensorRT plan, built on its own GPU, or a TensorRT-RTX engine, compiled without one.
+
+One function for both; only the builder's configuration differs, and that is `engine_worker`'s affair. What comes back
+is looked at before it is believed: its header, its weights, and whether attention was fused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoexport.config.recipe import EngineChoices
+from dinoexport.engines import profiles
+from dinoexport.errors import BuildError, MissingRequirement, require
+from dinoexport.runtime import engine_header
+from dinoexport.spec import Graph, Profile, Progress, Runtime, silent
+from dinoexport.system import subprocess_job
+from dinoexport.system.hardware import Gpu
+from dinoexport.weights.download import cache_folder
+
+PACKAGES = {Runtime.TENSORRT: ("tensorrt", "polygraphy"), Runtime.TENSORRT_RTX: ("tensorrt_rtx", "polygraphy")}
+TIMEOUT_S = 3 * 3600
+DEFAULT = EngineChoices()
+# An engine's weights are the graph's plus constants it folds: 0.14 % measured. A silent upcast would double them.
+_WEIGHTS_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A built engine and what was found in it.
+
+    weight_bytes: None where TensorRT does not say. attentions: softmaxes in the graph. fused_attentions: how many of
+    them the engine computes in fused kernels. scratch_bytes: device memory it needs beside weights, inputs and outputs.
+    """
+
+    path: Path
+    log: Path
+    runtime_version: str
+    compute_capabilities: tuple[str, ...]
+    size_bytes: int
+    weight_bytes: int | None
+    scratch_bytes: int
+    attentions: int
+    fused_attentions: int
+    build_s: float
+    peak_memory_bytes: int
+
+
+def build(
+    onnx: Path,
+    graph: Graph,
+    folder: Path,
+    *,
+    runtime: Runtime,
+    profiles: Sequence[Profile],
+    compute_capabilities: Sequence[str],
+    choices: EngineChoices = DEFAULT,
+    gpu: Gpu | None = None,
+    timeout_s: float = TIMEOUT_S,
+    progress: Progress = silent,
+) -> Engine:
+    """Builds an engine of `onnx` with these profiles into `folder` and checks it.
+
+    `gpu`: the one a classic plan is built on; TensorRT-RTX needs none. Raises MissingRequirement without the packages
+    or the memory, BuildError with the log's useful lines when the compiler fails, dies or takes too long, or when the
+    engine is not the one asked for.
+    """
+    require(engine_header.EXTRA[runtime], *PACKAGES[runtime])
+    path = folder / f"{graph.name}{engine_header.SUFFIX[runtime]}"
+    log = path.with_name(f"{path.name}.log")
+    wanted = tuple(sorted(compute_capabilities, key=float))
+    timing_cache = None if gpu is None else _timing_cache(gpu, engine_header.installed_version(runtime))
+    job = {
+        "onnx": str(onnx),
+        "engine": str(path),
+        "runtime": runtime.value,
+        "profiles": [dict(profile.shapes) for profile in profiles],
+        "compute_capabilities": [[int(part) for part in cc.split(".")] for cc in wanted],
+        "choices": choices.model_dump(mode="json"),
+        "timing_cache": None if timing_cache is None else str(timing_cache),
+    }
+    started = time.monotonic()
+    finished = subprocess_job.run(
+        "dinoexport.engines.worker",
+        job,
+        log,
+        environment={
+            "POLYGRAPHY_USE_TENSORRT_RTX": "1" if runtime is Runtime.TENSORRT_RTX else "0",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order the driver lists GPUs in
+        },
+        doing="compiling the engine",
+        timeout_s=timeout_s,
+        progress=progress,
+    )
+    header = engine_header.read_header(path)
+    if header.runtime is not runtime or (header.compute_capabilities and header.compute_capabilities != wanted):
+        raise BuildError(
+            f"The engine is {header.runtime} for SM {', '.join(header.compute_capabilities)}, not {runtime} for "
+            f"{', '.join(wanted)}.",
+            next_step=f"Read {log.name}.",
+        )
+    said = finished.said
+    weight_bytes = header.weight_bytes if header.weight_bytes is not None else said.get("weight_bytes")
+    stored = onnx.with_name(f"{onnx.name}.data").stat().st_size
+    if (
+        weight_bytes is not None
+        and not choices.strip_weights
+        and abs(weight_bytes - stored) > _WEIGHTS_TOLERANCE * stored
+    ):
+        raise BuildError(
+            f"The engine holds {weight_bytes} bytes of weights, the graph {stored}: it is not the same model.",
+            next_step="Report it.",
+        )
+    return Engine(
+        path=path,
+        log=log,
+        runtime_version=header.version,
+        compute_capabilities=wanted,
+        size_bytes=path.stat().st_size,
+        weight_bytes=weight_bytes,
+        scratch_bytes=said["scratch_bytes"] if "scratch_bytes" in said else _scratch_in(log),
+        attentions=_softmaxes(onnx),
+        fused_attentions=len(_fused_layers(path, header, said.get("layers", ()))),
+        build_s=time.monotonic() - started,
+        peak_memory_bytes=finished.peak_memory_bytes,
+    )
+
+
+def check_memory(onnx: Path, graph: Graph, wanted: Sequence[Profile], *, memory_bytes: int, where: str) -> None:
+    """Refuses profiles whose engine `where` has no memory for, by an estimate, before the build is begun.
+
+    Raises MissingRequirement with the size of each dimension that would fit, the others as they are.
+    """
+    weight_bytes = onnx.with_name(f"{onnx.name}.data").stat().st_size
+    for profile in wanted:
+        scratch = profiles.scratch_bytes(onnx, profile)
+        if weight_bytes + scratch <= memory_bytes:
+            continue
+        fitting = profiles.fitting(onnx, graph, profile, memory_bytes - weight_bytes)
+        raise MissingRequirement(
+            f"Profile {profile.name} needs about {(weight_bytes + scratch) / 1e9:.1f} GB on the device "
+            f"({scratch / 1e9:.1f} GB beside the weights); {where} has {memory_bytes / 1e9:.1f} GB.",
+            next_step=" or ".join(f"{dim} up to {size}" for dim, size in fitting.items()) + " would fit: give that as "
+            "the profile's max."
+            if fitting
+            else "No part of the range fits; choose a larger card.",
+        )
+
+
+def _timing_cache(gpu: Gpu, version: str | None) -> Path:
+    """What TensorRT measured on this GPU with this driver and version; every build there shares it."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu.name}-{gpu.driver}-tensorrt-{version}")
+    folder = cache_folder() / "timing"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.cache"
+
+
+def _scratch_in(log: Path) -> int:
+    """The largest profile's device memory, in the compiler's own words."""
+    found = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(errors="replace"))
+    if not found:
+        raise BuildError(
+            "The compiler's log does not say how much scratch memory the engine needs.", next_step="Report it."
+        )
+    return max(map(int, found))
+
+
+def _softmaxes(onnx: Path) -> int:
+    import onnx as onnx_package
+
+    nodes = onnx_package.load(onnx, load_external_data=False).graph.node
+    return sum(node.op_type == "Softmax" for node in nodes)
+
+
+def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:
+    """The layers that are fused-attention kernels.
+
+    A TensorRT-RTX engine names the graph's layers beside the kernel; its weights come last and are not read. Of a
+    classic plan the inspector gives each layer's name and tactic; those of further profiles carry a suffix.
+    """
+    if header.runtime is Runtime.TENSORRT:
+        named = [layer for layer in layers if isinstance(layer, dict) and "mha" in json.dumps(layer).lower()]
+        return {re.sub(r"\s*\[profile \d+\]$", "", layer.get("Name", "")) for layer in named}
+    with path.open("rb") as file:
+        code = file.read((header.size_bytes or 0) - (header.weight_bytes or 0))
+    return {name.decode() for name in re.findall(rb'\[ONNX Layer: ([^\]"]+)\]" fmha_batch', code)}

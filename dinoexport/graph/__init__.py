@@ -1,0 +1,1 @@
+"""PyTorch modules to ONNX: traced once, written with streamed weights, quantised."""

@@ -1,0 +1,294 @@
+"""Traced pieces to one typed ONNX file with streamed external weights.
+
+A deep model is the same block many times, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by
+graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing; they go from
+the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of one tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from dinoexport.errors import BuildError, require
+from dinoexport.family import Call, Piece
+from dinoexport.spec import Graph, Progress, Tensor, silent
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Piece name -> its traced graph.
+Traces = dict[str, "ir.Graph"]
+
+# LayerNormalization is one op since opset 17, Gelu since 20; every runtime we target takes 20.
+OPSET = 20
+# Shapes and axes stay in the file itself: shape inference does not read external data.
+INLINE_BYTES = 256
+# One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
+WRITERS = 2
+IN_FLIGHT_BYTES = 64 * 2**20
+# What an export needs besides the base dependencies.
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
+# What the first trace would spend two seconds importing.
+_IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
+
+
+def export(
+    graph: Graph,
+    calls: Sequence[Call],
+    folder: Path,
+    *,
+    metadata: Mapping[str, str],
+    traces: Traces | None = None,
+    progress: Progress = silent,
+) -> tuple[Path, ...]:
+    """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
+
+    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added.
+
+    The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
+    """
+    require("export", *PACKAGES)
+    import onnx
+    import onnx_ir as ir
+
+    pieces = {call.piece.name: call.piece for call in calls}
+    traced = {} if traces is None else traces
+    for done, (name, piece) in enumerate(pieces.items(), start=1):
+        if name not in traced:
+            traced[name] = _trace(piece)
+        progress("tracing", done, len(pieces))
+    model = _assemble(graph, calls, traced, metadata)
+    path = folder / f"{graph.name}.onnx"
+    written = itertools.count(1)
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=INLINE_BYTES,
+        # In whatever order they are done.
+        callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
+        max_workers=WRITERS,
+        max_in_flight_bytes=IN_FLIGHT_BYTES,
+    )
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BuildError(
+            f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
+        ) from error
+    return path, path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def tracing(calls: Callable[[], Sequence[Call]]) -> Iterator[Callable[[], Traces]]:
+    """Imports and traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
+
+    No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
+    What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
+    """
+    traces: Traces = {}
+    ended = Event()
+
+    def trace() -> Traces:
+        for module in _IMPORTS:
+            if not ended.is_set():
+                import_module(module)
+        for call in () if ended.is_set() else calls():
+            if not ended.is_set() and call.piece.name not in traces:
+                traces[call.piece.name] = _trace(call.piece)
+        return traces
+
+    with ThreadPoolExecutor(1) as pool:
+        traced = pool.submit(trace)
+        try:
+            yield traced.result
+        finally:
+            ended.set()
+
+
+def _trace(piece: Piece) -> ir.Graph:
+    """The piece as an optimised graph whose inputs are its own inputs, then its parameters by name."""
+    import onnxscript.optimizer
+    import torch
+
+    axes = {
+        name: {axis: torch.export.Dim(dim, min=piece.least_sizes.get(dim)) for axis, dim in dims.items()}
+        for name, dims in piece.dynamic.items()
+    }
+    shapes = tuple(axes.get(name, {}) for name in piece.example_inputs)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                piece.module.eval(),
+                tuple(piece.example_inputs.values()),
+                input_names=list(piece.example_inputs),
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
+        assert program is not None
+        model = program.model
+        # As graph inputs the stand-in weights can be neither folded away nor merged for having equal values.
+        for name, _ in piece.module.named_parameters():
+            weight = model.graph.initializers.pop(name)
+            weight.const_value = None
+            model.graph.inputs.append(weight)
+        onnxscript.optimizer.optimize(model)
+    _copy_dims(model)
+    graph: ir.Graph = model.graph
+    return graph
+
+
+def _copy_dims(model: ir.Model) -> None:
+    """Reshapes to a computed shape become reshapes to a constant one wherever a dynamic dimension only stays in place.
+
+    ONNX Reshape copies a dimension for a 0; the tracer computes it with Shape and Concat instead, four nodes a block.
+    """
+    import numpy as np
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in list(model.graph):
+        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
+        if source is None or result is None or source.shape is None or result.shape is None:
+            continue
+        before, after = source.shape.dims, result.shape.dims
+        constant = [
+            size if isinstance(size, int) else 0 if i < len(before) and before[i] == size else -1
+            for i, size in enumerate(after)
+        ]
+        if constant.count(-1) > 1 or constant == list(after):
+            continue
+        tensor = ir.tensor(np.array(constant, np.int64), name=f"{result.name}_shape")
+        shape = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([len(constant)]))
+        shape.type = ir.TensorType(ir.DataType.INT64)
+        model.graph.register_initializer(shape)
+        node.replace_input_with(1, shape)
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+    RemoveUnusedNodesPass()(model)
+
+
+def _assemble(
+    graph: Graph, calls: Sequence[Call], traced: Mapping[str, ir.Graph], metadata: Mapping[str, str]
+) -> ir.Model:
+    """The calls' graphs in a row, with the recipe's names outside and external weights inside."""
+    import onnx_ir as ir
+
+    values = {tensor.name: _value(tensor) for tensor in graph.inputs}
+    inputs = list(values.values())
+    constants: dict[tuple[object, ...], ir.Value] = {}
+    initializers: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    for call in calls:
+        piece = traced[call.piece.name]
+        own_inputs = piece.inputs[: len(call.inputs)]
+        inner: dict[ir.Value, ir.Value] = dict(zip(own_inputs, (values[name] for name in call.inputs), strict=True))
+        for parameter in piece.inputs[len(call.inputs) :]:
+            inner[parameter] = _weight(call, parameter)
+            initializers.append(inner[parameter])
+        for constant in piece.initializers.values():
+            inner[constant] = _shared(constant, constants)
+        nodes.extend(_copied(node, inner, call.scope) for node in piece)
+        for name, output in zip(call.outputs, piece.outputs, strict=True):
+            values[name] = inner[output]
+            values[name].name = name
+    outputs = [values[tensor.name] for tensor in graph.outputs]
+    for value, tensor in zip(outputs, graph.outputs, strict=True):
+        value.shape, value.type = ir.Shape(tensor.shape), _value(tensor).type
+    ir_graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=[*constants.values(), *initializers],
+        opset_imports={"": OPSET},
+        name=graph.name,
+    )
+    return ir.Model(ir_graph, ir_version=10, producer_name="dinoexport", metadata_props=dict(metadata))
+
+
+def _value(tensor: Tensor) -> ir.Value:
+    import onnx_ir as ir
+
+    dtypes = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8, "int64": ir.DataType.INT64}
+    return ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtypes[tensor.dtype]))
+
+
+def _weight(call: Call, parameter: ir.Value) -> ir.Value:
+    """An initializer whose bytes are made when the file is written."""
+    import onnx_ir as ir
+
+    from dinoexport.graph.lazy_weights import StreamedTensor
+
+    assert parameter.name is not None and parameter.dtype is not None
+    weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
+    assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
+    tensor = StreamedTensor(weight, parameter.dtype, name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(parameter.dtype), const_value=tensor)
+
+
+def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:
+    """One initializer for all equal small constants of all pieces."""
+    import onnx_ir as ir
+
+    tensor = constant.const_value
+    assert tensor is not None and constant.dtype is not None
+    key = (constant.dtype, tuple(tensor.shape), tensor.tobytes())
+    if key not in constants:
+        name = f"constant_{len(constants)}"
+        constants[key] = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.numpy().shape),
+            type=ir.TensorType(constant.dtype),
+            const_value=ir.Tensor(tensor.numpy(), name=name),
+        )
+    return constants[key]
+
+
+def _copied(node: ir.Node, inner: dict[ir.Value, ir.Value], scope: str) -> ir.Node:
+    """The node in its place in the whole graph; without the tracer's notes, which name files of this machine."""
+    import onnx_ir as ir
+
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        raise BuildError(f"{scope}: {node.op_type} holds a subgraph, which cannot be repeated.", next_step="Report it.")
+    outputs = [
+        ir.Value(name=f"{scope}/{out.name}", shape=None, type=out.type) if out.name else ir.Value(name="")
+        for out in node.outputs
+    ]
+    inner.update(zip(node.outputs, outputs, strict=True))
+    return ir.Node(
+        node.domain,
+        node.op_type,
+        [None if value is None else inner[value] for value in node.inputs],
+        node.attributes.values(),
+        outputs=outputs,
+        version=node.version,
+        name=f"{scope}/{node.outputs[0].name}",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences notices of the tracer that a user can do nothing about, such as a missing torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # torch.export warns of its own use of deprecated pytree classes.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,175 @@
+"""The whole flow: recipe -> checkpoint -> traced graph -> ONNX -> judged against PyTorch -> engine -> bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict, sbom
+from dinoexport.bundle.signing import Signer
+from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.graph.onnx_writer import PACKAGES
+from dinoexport.pipeline import preflight, stages
+from dinoexport.pipeline.request import Order, order
+from dinoexport.pipeline.stages import Judged, NothingHolds
+from dinoexport.pipeline.workspace import Stage, Workspace, workspace
+from dinoexport.spec import Progress, silent
+from dinoexport.validation import error_analysis, evaluate, judge
+from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["Built", "NothingHolds", "Order", "Rejected", "build", "export_only", "order"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A published bundle. reused: the stages whose results were taken over. report: the graph's; engines: theirs."""
+
+    folder: Path
+    manifest: Manifest
+    reused: tuple[str, ...]
+    report: judge.Report | None = None
+    engines: evaluate.EngineVerdict = evaluate.NO_ENGINE
+
+
+class Rejected(ValidationFailed):
+    """The build's outputs are not PyTorch's. `report` says where."""
+
+    def __init__(self, message: str, *, next_step: str, report: judge.Report) -> None:
+        super().__init__(message, next_step=next_step)
+        self.report = report
+
+
+def build(
+    order: Order,
+    *,
+    force: bool = False,
+    keep_rejected: bool = False,
+    signer: Signer | None = None,
+    progress: Progress = silent,
+) -> Built:
+    """Takes a checkpoint to a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
+
+    With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised. `signer` signs
+    what passed, and nothing else.
+    """
+    preflight.packages(order)
+    with workspace(order.out, force=force, progress=progress) as work:
+        preflight.disk(order)
+        with stages.tracing(order) as traced:
+            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+            plain = stages.export(work, order, checkpoint, traced)
+        preflight.memory(order, plain)
+        reference = stages.reference(work, order, checkpoint)
+        tried = {}
+        if order.auto:
+            tried["precision"], order = stages.precision(work, order, checkpoint, reference)
+            plain = stages.export(work, order, checkpoint, traced)
+        forms = stages.forms(work, order, plain)
+        facts = stages.tune(order, forms, plain, progress) if order.chosen.on_cpu else None
+        exported = forms[facts.chosen.runtime] if facts else plain
+        judged = stages.judge_graph(work, order, checkpoint, exported, reference, facts)
+        made = {stage.name: stage for stage in (exported, reference, *tried.values(), judged.stage)}
+        passed = judged.report.passed and not _too_slow(facts)
+        engines = evaluate.NO_ENGINE
+        if passed and order.runtime.has_engine:
+            made["engine"] = stages.engines(work, order, exported)
+            engines = stages.judge_engines(work, order, made, judged)
+            passed = engines.report is None or engines.report.passed
+        if passed or keep_rejected:
+            manifest = _manifest(order, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
+            made["page"] = page = stages.report_page(work, order, manifest, reference, judged)
+            manifest = manifest.with_stage(page.name, page.key, page.files)
+            manifest = _publish(work, made, manifest, signer if passed else None)
+    if not passed:
+        raise _rejected(order, judged, facts, engines, published=keep_rejected)
+    # A verdict is never reused: this machine has just judged, even if every figure came out as before.
+    reused = tuple(
+        stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
+    )
+    return Built(folder=order.out, manifest=manifest, reused=reused, report=judged.report, engines=engines)
+
+
+def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
+    """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    if order.auto:
+        raise UsageError(
+            "--precision auto chooses by what it measures, and export measures nothing.",
+            next_step="Use dinoexport build, or name the precision.",
+        )
+    require("export", *PACKAGES, *sbom.PACKAGES)
+    with workspace(order.out, force=force, progress=progress) as work:
+        preflight.disk(order)
+        with stages.tracing(order) as traced:
+            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
+            plain = stages.export(work, order, checkpoint, traced)
+        exported = stages.forms(work, order, plain)["onnxruntime"]
+        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")
+        manifest = _publish(work, {exported.name: exported}, manifest)
+    return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
+
+
+def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
+    """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
+    bill = stages.bill_of_materials(work, manifest)
+    manifest = manifest.with_stage(bill.name, bill.key, bill.files)
+    finish = {} if signer is None else {"sign": signer.sign}
+    work.publish({**made, bill.name: bill}, manifest, **finish)
+    return manifest
+
+
+def _too_slow(facts: CpuFacts | None) -> bool:
+    """Whether a lower precision gains no time, so that there is nothing to pay its error with."""
+    return facts is not None and facts.times_fp32 is not None and facts.times_fp32 >= 1
+
+
+def _manifest(
+    order: Order,
+    checkpoint: Checkpoint,
+    made: Mapping[str, Stage],
+    verdict: Verdict,
+    judged: Judged | None = None,
+    facts: CpuFacts | None = None,
+    engines: evaluate.EngineVerdict = evaluate.NO_ENGINE,
+) -> Manifest:
+    report = judged.report.to_json() if judged else {}
+    if "precision" in made:
+        report |= {"precision": stages.tried(made["precision"])}
+    return Manifest(
+        variant=order.recipe.name,
+        family=order.recipe.family,
+        precision=order.precision,
+        target=order.chosen.name,
+        verdict=verdict,
+        recipe=order.recipe.model_dump(mode="json"),
+        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
+        graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
+        engines=engines.facts,
+        cpu=facts,
+        files=tuple(file for stage in made.values() for file in stage.files),
+        stage_keys={name: stage.key for name, stage in made.items()},
+        versions=stages.versions_in(order),
+        card=dict(order.model.card),
+        report=report,
+        created=datetime.now(UTC),
+    )
+
+
+def _rejected(
+    order: Order, judged: Judged, facts: CpuFacts | None, engines: evaluate.EngineVerdict, *, published: bool
+) -> Rejected:
+    report = engines.report or judged.report
+    worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
+    problems += [] if report.passed else error_analysis.causes(report, None if engines.report else judged.growth)
+    if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
+        problems.append(f"{order.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
+    problem = "; ".join(problems)
+    if published:
+        message = f"{order.out} was published, marked rejected: {problem}."
+        next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."
+    else:
+        message = f"Nothing was published: {problem}."
+        next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."
+    return Rejected(message, next_step=next_step, report=report)

@@ -1,0 +1,172 @@
+"""A build's stages: each made once, kept beside the bundle until it is published, reused only if its key matches.
+
+A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears the same
+way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dinoexport import bundle
+from dinoexport.bundle import BundleFile, Manifest
+from dinoexport.config.recipe import Frozen
+from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.spec import Progress
+from dinoexport.system import files
+
+_INDEX = "stage.json"
+
+
+class _Index(Frozen):
+    """What a stage's folder says of itself: its whole key, of which the folder's name has only the beginning."""
+
+    key: str
+    files: tuple[BundleFile, ...]
+
+
+def key_of(**parts: Any) -> str:
+    """A stage's key: the hash of everything its result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A finished stage: its files in `folder`, and whether they were there already."""
+
+    name: str
+    key: str
+    folder: Path
+    files: tuple[BundleFile, ...]
+    reused: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Where one bundle is being built. `out` is the bundle's place, `folder` the hidden one beside it."""
+
+    out: Path
+    folder: Path
+    force: bool
+    progress: Progress
+
+    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Stage:
+        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
+        folder = self.folder / f"{name}-{key[:16]}"
+        if not self.force:
+            found = self._kept(key, folder) or self._from_previous(name, key, folder)
+            if found is not None:
+                return Stage(name=name, key=key, folder=folder, files=found, reused=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = self._empty(f"{name}.partial")
+        make(partial)
+        made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
+        self._finish(partial, key, folder, made)
+        return Stage(name=name, key=key, folder=folder, files=made, reused=False)
+
+    def publish(
+        self, stages: Mapping[str, Stage], manifest: Manifest, *, sign: Callable[[Path], None] = lambda _folder: None
+    ) -> None:
+        """Puts all stages' files and the manifest at `out`, at once and signed by `sign`, and clears the workspace."""
+        ready = self._empty("publish.partial") / self.out.name  # a signature holds the folder's name
+        ready.mkdir()
+        for stage in stages.values():
+            for file in stage.files:
+                files.link_or_copy(stage.folder / file.name, ready / file.name)
+        (ready / bundle.MANIFEST).write_bytes(manifest.to_bytes())
+        sign(ready)
+        files.replace_folder(ready, self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _empty(self, name: str) -> Path:
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def _finish(self, partial: Path, key: str, folder: Path, made: tuple[BundleFile, ...]) -> None:
+        (partial / _INDEX).write_text(_Index(key=key, files=made).model_dump_json())
+        os.rename(partial, folder)
+
+    def _kept(self, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
+        """What an interrupted build left finished, if its key is the same and every byte still as it was."""
+        try:
+            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
+            bundle.check_files(folder, index.files, progress=self.progress)
+        except (OSError, ValidationError, DinoexportError):
+            return None
+        return index.files if index.key == key else None
+
+    def _from_previous(self, name: str, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
+        """The same stage of the bundle that stands at `out`, linked, if its key and bytes are right."""
+        try:
+            manifest = bundle.read_manifest(self.out)
+            if manifest.stage_keys.get(name) != key:
+                return None
+            made = tuple(file for file in manifest.files if file.stage == name)
+            bundle.check_files(self.out, made, progress=self.progress)
+        except DinoexportError:
+            return None
+        partial = self._empty(f"{name}.partial")
+        for file in made:
+            files.link_or_copy(self.out / file.name, partial / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._finish(partial, key, folder, made)
+        return made
+
+
+@contextmanager
+def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspace]:
+    """The workspace for a bundle at `out`, held against other processes.
+
+    Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
+    """
+    out = Path(os.path.realpath(out))  # a link stays a link, and its target has one lock under every name
+    folder = out.with_name(f".{out.name}.work")
+    with files.disk_errors(out), files.lock(folder / "lock", doing=f"building {out}"):
+        try:
+            files.recover(out)
+            _check_place(out)
+            if force:
+                _remove(folder, "*")
+            yield Workspace(out=out, folder=folder, force=force, progress=progress)
+        finally:
+            _remove(folder, "*.partial")
+            if not any(path.is_dir() for path in folder.glob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    """Removes the stages in `folder` whose names fit, and leaves the lock."""
+    for stage in folder.glob(pattern):
+        if stage.is_dir():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_place(out: Path) -> None:
+    """What is no bundle is somebody's data: it is never replaced. A damaged bundle, or an old one, may be."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    manifest = out / bundle.MANIFEST
+    # Web apps and others have a file of this name too; only ours carries a hash of itself.
+    content = manifest.read_bytes() if manifest.is_file() else b""
+    if b'"manifest_sha256"' not in content:
+        raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
+    listed = {bundle.MANIFEST, bundle.SIGNATURE} | {
+        path.name for path in out.iterdir() if json.dumps(path.name).encode() in content
+    }
+    if added := sorted({path.name for path in out.iterdir()} - listed):
+        raise UsageError(
+            f"{out} holds what no build put there: {', '.join(added)}.",
+            next_step="Move that away first, or choose another --out: a bundle is replaced as a whole.",
+        )

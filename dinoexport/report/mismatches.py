@@ -1,0 +1,82 @@
+"""A page to look at of a user's own files: every measure, and pictures of those that the candidate decides otherwise.
+
+It is written where the user says and never into the bundle: their pictures are theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dinoexport import bundle, family
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import UsageError, require
+from dinoexport.spec import Picture, Progress
+from dinoexport.system import files
+from dinoexport.validation import user_files
+from dinoexport.validation.downstream import Agreement
+from dinoexport.validation.validate_bundle import Validated
+
+TEMPLATE = Path(__file__).parent / "templates" / "mismatches.html.jinja"
+# Enough to see what kind of item differs; a page of ten thousand pictures would open nowhere.
+_ITEMS_MAX = 24
+_NEIGHBOURS_MAX = 3
+
+
+def check(path: Path, images: Path | None) -> None:
+    """Raises what would keep the page from being written at the end of a long run."""
+    require("export", "jinja2")
+    if images is None:
+        raise UsageError("--page shows images that differ, and none are given.", next_step="Add --images DIR.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"{path} cannot be a file.", next_step="Give a file's name in a folder that exists.")
+
+
+def write(path: Path, validated: Validated, images: Path, *, progress: Progress) -> None:
+    """Writes the page by rename; the images it shows are read again from `images`."""
+    found = validated.together.agreement if validated.together else None
+    pictures: dict[str, Picture] = {}
+    if found is not None:
+        recipe = parse(Recipe, validated.manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+        model = family.find(validated.manifest.family).model(recipe)
+        wanted = frozenset(_shown(found))
+        if model.uses and wanted:
+            cases = user_files.usable(model, images, [], progress, only=wanted)
+            pictures = {case.name: model.uses.thumbnail(case.inputs) for case in cases}
+    with files.disk_errors(path.parent):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(render(validated, found, pictures), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _shown(found: Agreement) -> Iterator[str]:
+    for measure in found.measures:
+        for differs in measure.differs[:_ITEMS_MAX]:
+            yield from (differs.item, *differs.lost[:_NEIGHBOURS_MAX], *differs.instead[:_NEIGHBOURS_MAX])
+
+
+def render(validated: Validated, found: Agreement | None, pictures: Mapping[str, Picture]) -> str:
+    """The page as HTML; `pictures` by the names of items."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data_uri"] = _data_uri
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        title=f"{validated.manifest.variant}, {validated.manifest.precision}",
+        report=validated.report,
+        together=validated.together,
+        agreement=found,
+        skipped=validated.skipped,
+        pictures=pictures,
+        items_max=_ITEMS_MAX,
+        neighbours_max=_NEIGHBOURS_MAX,
+    )
+
+
+def _data_uri(picture: Picture) -> str:
+    return f"data:{picture.media_type};base64,{b64encode(picture.data).decode()}"

@@ -1,0 +1,160 @@
+"""Which runtime, and how many threads: measured on the machine at hand, in seconds.
+
+A way of less precision than fp32 is timed beside fp32's own ways: it must be faster, or it is not worth its error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoexport.bundle import CpuFacts, Timed
+from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
+from dinoexport.family import Model
+from dinoexport.runtime import Arithmetic, cpu, openvino
+from dinoexport.spec import CpuRuntime, Graph, Load, Precision, Progress, Way, silent
+from dinoexport.system import timing
+
+# Two visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's
+# fault.
+_VISIT_S = 0.6
+_ROUNDS = 10
+# Half as slow again as the best on the first visit: not worth a second one.
+_HOPELESS = 1.5
+# The runtimes that compute in a precision, int8 each from a form of its own. bf16 is a choice of OpenVINO's arithmetic
+# over the fp32 graph; fp16 on a CPU is a check of the graph.
+RUNTIMES: dict[Precision, tuple[CpuRuntime, ...]] = {
+    Precision.FP32: ("onnxruntime", "openvino"),
+    Precision.FP16: ("onnxruntime",),
+    Precision.BF16: ("openvino",),
+    Precision.INT8: ("onnxruntime", "openvino"),
+}
+
+
+def runtimes(precision: Precision, among: Collection[CpuRuntime]) -> tuple[CpuRuntime, ...]:
+    """Those `among` the runtimes this machine has that compute in `precision`, the most likely one first."""
+    found = tuple(runtime for runtime in cpu.installed() if runtime in RUNTIMES[precision] and runtime in among)
+    if precision is Precision.INT8 and "openvino" in found and not openvino.computes(precision):
+        return tuple(runtime for runtime in found if runtime != "openvino")
+    return found
+
+
+def ways(precision: Precision, among: Collection[CpuRuntime]) -> tuple[Way, ...]:
+    """Every way to run in `precision` with a runtime of `among` that this machine has, the most likely one first.
+
+    Raises UsageError when none of them computes in it anywhere, MissingRequirement when this machine has no way: no
+    runtime for it, or a CPU without it.
+    """
+    if not set(RUNTIMES[precision]) & set(among):
+        raise UsageError(
+            f"{' and '.join(among)} has no {precision} on a CPU; {' and '.join(RUNTIMES[precision])} has.",
+            next_step="Leave --runtime out.",
+        )
+    threads = sorted({cpu.usable_cpus(), max(1, cpu.usable_cpus() // 2)}, reverse=True)
+    found = tuple(
+        Way(runtime=runtime, precision=precision, threads=count)
+        for runtime in runtimes(precision, among)
+        for count in threads
+    )
+    if not found:
+        require("openvino" if precision is Precision.BF16 else "cpu", *RUNTIMES[precision])
+    if precision is Precision.BF16 and not openvino.computes(precision):
+        raise MissingRequirement(
+            "This CPU has no bf16 arithmetic that OpenVINO would use.", next_step="Use --precision fp32 or int8."
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Graphs of one precision, by their files, in the form each runtime takes that may run them."""
+
+    precision: Precision
+    graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
+
+
+def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, progress: Progress = silent) -> CpuFacts:
+    """The fastest way to run `wanted` here, on the load most users ask, and what was measured to find it.
+
+    plain: the same model in fp32, to be timed beside a precision that is less.
+    """
+    own = ways(wanted.precision, wanted.graphs)
+    load = model.loads[0]
+    if plain is None and len({way.runtime for way in own}) == 1:
+        return _without_choice(model, wanted, own[0], load)
+    candidates = [(way, wanted) for way in own]
+    if plain is not None:
+        candidates += [(way, plain) for way in ways(plain.precision, plain.graphs) if way.threads == own[0].threads]
+    neighbours = timing.Neighbours()
+    measured, refused = _measured(model, candidates, load, progress)
+    best = min((timed for timed in measured if timed.way in own), key=lambda timed: timed.median_ms)
+    beaten = [timed for timed in measured if timed.way not in own]
+    fp32_ms = min((timed.median_ms for timed in beaten), default=None)
+    return CpuFacts(
+        machine=cpu.machine(),
+        usable_cpus=cpu.usable_cpus(),
+        load=load.name,
+        chosen=best.way,
+        runtime_version=cpu.version(best.way.runtime),
+        arithmetic=dict(_arithmetic(model, wanted, best.way, load)),
+        times_fp32=None if fp32_ms is None else best.median_ms / fp32_ms,
+        measured=tuple(sorted(measured, key=lambda timed: timed.median_ms)),
+        refused=refused,
+        others_share=neighbours.share(),
+    )
+
+
+def _without_choice(model: Model, wanted: Candidate, way: Way, load: Load) -> CpuFacts:
+    """Where there is one runtime it takes every CPU it may, whatever the clock says: the same on each run."""
+    return CpuFacts(
+        machine=cpu.machine(),
+        usable_cpus=cpu.usable_cpus(),
+        load=load.name,
+        chosen=way,
+        runtime_version=cpu.version(way.runtime),
+        arithmetic=dict(_arithmetic(model, wanted, way, load)),
+        times_fp32=None,
+        measured=(),
+        others_share=0.0,
+    )
+
+
+def _measured(
+    model: Model, candidates: Sequence[tuple[Way, Candidate]], load: Load, progress: Progress
+) -> tuple[list[Timed], dict[str, str]]:
+    """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
+
+    One way is open at a time, so that the largest model needs the memory of one session.
+    """
+    samples: dict[Way, tuple[float, ...]] = {}
+    refused: dict[str, str] = {}
+    precisions = {way.precision for way, _ in candidates}
+    visits = [*candidates, *reversed(candidates)]
+    for done, (way, candidate) in enumerate(visits, start=1):
+        fastest = min((min(taken) for taken in samples.values()), default=0.0)
+        if way.runtime not in refused and (way not in samples or min(samples[way]) <= _HOPELESS * fastest):
+            try:
+                samples[way] = samples.get(way, ()) + _visit(model, way, candidate, load)
+            except BuildError as error:
+                refused[way.runtime] = error.message
+                samples = {other: taken for other, taken in samples.items() if other.runtime != way.runtime}
+                if precisions != {other.precision for other, _ in candidates if other.runtime not in refused}:
+                    raise
+        progress("measuring runtimes and threads", done, len(visits))
+    latencies = {way: timing.Latencies(samples_ms=taken) for way, taken in samples.items()}
+    timed = [
+        Timed(way=way, median_ms=found.median_ms, spread=found.spread, samples=len(found.samples_ms))
+        for way, found in latencies.items()
+    ]
+    return timed, refused
+
+
+def _visit(model: Model, way: Way, candidate: Candidate, load: Load) -> tuple[float, ...]:
+    opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
+    run = {"": lambda: model.drive(opened, load.inputs)}
+    return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
+
+
+def _arithmetic(model: Model, candidate: Candidate, way: Way, load: Load) -> Arithmetic:
+    return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), load.inputs)

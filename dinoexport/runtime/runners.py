@@ -1,0 +1,87 @@
+"""What is judged: a model's graphs on a CPU or its engines on a GPU, opened as functions of a case's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dinoexport.bundle import EngineFacts, Manifest
+from dinoexport.family import Model
+from dinoexport.runtime import Arithmetic, cpu, engine_header, trt
+from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Way
+from dinoexport.system import hardware
+
+
+def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> Candidate:
+    """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
+    return driven(model, cpu.open_graphs(graphs, way))
+
+
+def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
+    """What opens the graphs as `way` runs them but with one thread; None where there are no more."""
+    if way.threads == 1 or cpu.usable_cpus() == 1:
+        return None
+    return lambda: open_candidate(model, graphs, replace(way, threads=1))
+
+
+def driven(model: Model, runners: Mapping[str, Runner]) -> Candidate:
+    """The graphs' or engines' runners, driven by the model."""
+
+    def answer(inputs: Arrays) -> dict[str, Array]:
+        return model.drive(runners, inputs)
+
+    return answer
+
+
+def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
+    """What the verdict is about, in words, with what really computed: never what was only asked for."""
+    widened = "" if precision is way.precision else f" widened to {way.precision}"
+    ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
+    return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
+
+
+def graph_way(precision: Precision) -> Way:
+    """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
+    if precision is Precision.BF16:
+        return Way(runtime="openvino", precision=Precision.FP32)
+    return Way(runtime="onnxruntime", precision=precision)
+
+
+def built_way(manifest: Manifest) -> Way:
+    """How a bundle's graphs were judged on the CPU that built it."""
+    return manifest.cpu.chosen if manifest.cpu else graph_way(manifest.precision)
+
+
+def way_of(manifest: Manifest) -> Way:
+    """How this machine runs a bundle's graphs: as the building one did, if it can."""
+    return cpu.way_here(built_way(manifest))
+
+
+def open_engines(
+    model: Model, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
+) -> tuple[Candidate, str]:
+    """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
+
+    Raises MissingRequirement, before any is opened, when one is for another device or version.
+    """
+    gpus = hardware.gpus()
+    devices = [engine_header.check_runs_here(facts, gpus).name for facts in engines.values()]
+    signatures = {graph.name: graph for graph in graphs.values()}
+    weights = {graph.name: path for path, graph in graphs.items()}
+    runners: dict[str, Runner] = {
+        facts.graph: trt.open_engine(
+            path,
+            signatures[facts.graph],
+            runtime=facts.runtime,
+            profiles=[Profile(name=name, shapes=shapes) for name, shapes in facts.profiles.items()],
+            weights_from=weights[facts.graph] if facts.stripped else None,
+        )
+        for path, facts in engines.items()
+    }
+    return driven(model, runners), devices[0]
+
+
+def engine_name(facts: EngineFacts, device: str) -> str:
+    """What the verdict on an engine is about, in words."""
+    return f"{facts.runtime} {facts.runtime_version} on {device}, {facts.precision}"

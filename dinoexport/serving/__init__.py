@@ -1,0 +1,1 @@
+"""Served models: Triton repositories, clients, and checks of a live server."""

@@ -1,0 +1,90 @@
+"""Is a live endpoint still right? A bundle's own questions, put to the server and judged like any runtime.
+
+Triton calls a model ready after its process has died, so a probe must ask it something and read the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoexport import bundle, family
+from dinoexport.bundle import reference_file
+from dinoexport.bundle.reference_file import Reference
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import UsageError
+from dinoexport.serving.client import open_graphs
+from dinoexport.serving.triton.model_repository import deployed_as
+from dinoexport.serving.triton.signature import Served
+from dinoexport.spec import Array, Arrays, Progress, silent
+from dinoexport.validation import evaluate
+from dinoexport.validation.judge import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The verdict on a served model. latency_ms: case -> milliseconds for its answer, the network included."""
+
+    model: str
+    report: Report
+    latency_ms: dict[str, float]
+
+
+def check(
+    url: str,
+    folder: Path,
+    *,
+    model: str | None = None,
+    quick: bool = False,
+    timeout_s: float = 60.0,
+    progress: Progress = silent,
+) -> Checked:
+    """Judges the model served at `url` by the reference in `folder`: a bundle, or a repository it was deployed to.
+
+    quick: only the smallest case. Raises ServerError when nothing answers; wrong answers are in the report.
+    """
+    clients = open_graphs(url, model=model, timeout_s=timeout_s)
+    served = next(iter(clients.values())).served
+    reference = reference_file.read(_reference_of(folder, served))
+    if quick:
+        reference = smallest(reference)
+    recipe = parse(Recipe, served.recipe, where="the recipe of the served model")
+    drive = family.find(served.family).model(recipe).drive
+    latency_ms: list[float] = []
+
+    def answer(inputs: Arrays) -> dict[str, Array]:
+        started = time.perf_counter()
+        try:
+            return drive(clients, inputs)
+        finally:
+            latency_ms.append(1000 * (time.perf_counter() - started))
+
+    report = evaluate.judged(answer, reference, f"{served.name} {served.version} at {url}", progress=progress)
+    cases = [case.name for case in (*(e.case for e in reference.expectations), *reference.refusals)]
+    return Checked(model=served.name, report=report, latency_ms=dict(zip(cases, latency_ms, strict=True)))
+
+
+def smallest(reference: Reference) -> Reference:
+    """The reference with its cheapest case alone."""
+    cheapest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
+    return Reference(name=reference.name, limits=reference.limits, expectations=(cheapest,), refusals=())
+
+
+def _reference_of(folder: Path, served: Served) -> Path:
+    """The reference in a bundle; or in a repository, that of the version the server says it serves."""
+    if (folder / bundle.MANIFEST).is_file():
+        if bundle.read_manifest(folder).variant != served.variant:
+            raise UsageError(
+                f"{folder} is a {bundle.read_manifest(folder).variant}; the server has a {served.variant}.",
+                next_step="Give the bundle that was deployed.",
+            )
+        return folder / bundle.REFERENCE
+    places = [path / str(served.version) / bundle.REFERENCE for path in deployed_as(folder, served.name)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"{folder} is neither a bundle nor the repository that {served.name} {served.version} was deployed to.",
+            next_step="Give the bundle that was deployed, or the repository.",
+        )
+    return found

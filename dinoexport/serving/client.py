@@ -1,0 +1,205 @@
+"""A client of a served model: named arrays or encoded files in, named outputs out.
+
+What the server would refuse is refused here first, in the same words, from the signature the served model carries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from dinoexport.errors import DinoexportError, InputRefused, UsageError
+from dinoexport.runtime import check_inputs
+from dinoexport.serving import transport
+from dinoexport.serving.transport import Place, ServerBusy
+from dinoexport.serving.triton.signature import ENCODED, Served
+from dinoexport.spec import Array, Arrays, Graph, closest
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+T = TypeVar("T")
+
+
+class DinoClient:
+    """One served graph, and the front ends before it. Calling it is a `spec.Runner`: it can be judged like any runtime.
+
+    url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
+    shared_memory: send arrays through /dev/shm where client and server share it and the server allows that;
+    `shares_memory` says whether it did. timeout_s: for one answer, and for as long a busy or restarting server is
+    tried again. May be used by many threads; with shared memory they take turns.
+    """
+
+    def __init__(
+        self, url: str, *, model: str | None = None, shared_memory: bool = False, timeout_s: float = 60.0
+    ) -> None:
+        self._transport = transport.connect(url, timeout_s=timeout_s)
+        self._timeout_s = timeout_s
+        self._region: _SharedRegion | None = None
+        found = self._patiently(lambda: discover(self._transport))
+        self.served = _chosen(found, url, model)
+        self._models = {s.front_end: name for name, s in found.items() if s.role != "prepare" and self._belongs(s)}
+        self.graph: Graph = self.served.graph.graph()
+        self.shares_memory = False
+        if shared_memory:
+            self._region = _SharedRegion(self._transport)
+            self.shares_memory = self._region.allowed
+
+    def __call__(self, arrays: Arrays) -> dict[str, Array]:
+        """The graph's outputs for one batch of its inputs. Raises InputRefused before anything is sent."""
+        check_inputs(self.graph, arrays)
+        if self._region is None or not self.shares_memory:
+            return self._infer("", arrays, {})
+        with self._region.holding(arrays) as shared:
+            return self._infer("", arrays, shared)
+
+    def encoded(self, items: Sequence[bytes], *, front_end: str | None = None) -> dict[str, Array]:
+        """The graph's outputs for encoded files, one batch. front_end: may be left out where there is one.
+
+        Raises InputRefused, naming the item, for what cannot be decoded.
+        """
+        import numpy as np
+
+        ends = sorted(name for name in self._models if name)
+        if front_end is None and ends:
+            front_end = ends[0]
+        if front_end not in ends:
+            raise UsageError(
+                f"{self.served.name} has no front end {front_end!r}.{closest(front_end or '', ends)}",
+                next_step=f"It has: {', '.join(ends) or 'none; send arrays'}.",
+            )
+        batch = next(dim for dim in self.graph.dims if dim.name == self.graph.inputs[0].shape[0])
+        if not 1 <= len(items) <= batch.max:
+            raise InputRefused(
+                f"{len(items)} items are no batch of 1 to {batch.max}.", next_step="Send them in several requests."
+            )
+        return self._infer(front_end, {ENCODED: np.array(list(items), dtype=object).reshape(-1, 1)}, {})
+
+    async def call_async(self, arrays: Arrays) -> dict[str, Array]:
+        """The same as calling it, without holding the event loop up."""
+        return await asyncio.to_thread(self, arrays)
+
+    async def encoded_async(self, items: Sequence[bytes], *, front_end: str | None = None) -> dict[str, Array]:
+        """The same as `encoded`, without holding the event loop up."""
+        return await asyncio.to_thread(self.encoded, items, front_end=front_end)
+
+    def close(self) -> None:
+        """Lets go of shared memory."""
+        if self._region is not None:
+            self._region.close()
+            self._region, self.shares_memory = None, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _belongs(self, served: Served) -> bool:
+        return served.name == self.served.name and served.graph == self.served.graph
+
+    def _infer(self, front_end: str, arrays: Arrays, shared: dict[str, Place]) -> dict[str, Array]:
+        names = [tensor.name for tensor in self.graph.outputs]
+        return self._patiently(lambda: self._transport.infer(self._models[front_end], arrays, names, shared=shared))
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives, asked again while the server is busy, each time after a longer, uneven pause."""
+        deadline, pause_s = time.monotonic() + self._timeout_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                return ask()
+            except ServerBusy:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise
+                time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))  # noqa: S311
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def open_graphs(url: str, *, model: str | None = None, timeout_s: float = 60.0) -> dict[str, DinoClient]:
+    """A client for each graph of one deployed model, by the graph's name; its family drives them."""
+    found = discover(transport.connect(url, timeout_s=timeout_s))
+    names = sorted({served.name for served in found.values()})
+    if model is None and len(names) == 1:
+        model = names[0]
+    graphs = sorted(s.graph.name for s in found.values() if s.role == "graph" and s.name == model)
+    if not graphs:
+        _chosen(found, url, model)  # says what there is
+    return {graph: DinoClient(url, model=f"{model}/{graph}", timeout_s=timeout_s) for graph in graphs}
+
+
+def discover(connection: transport.Transport) -> dict[str, Served]:
+    """Every Triton model at the server that dinoexport deployed, by Triton's name for it."""
+    facts = {name: Served.of_config(connection.config(name)) for name in connection.models()}
+    return {name: served for name, served in facts.items() if served is not None}
+
+
+def _chosen(found: dict[str, Served], url: str, model: str | None) -> Served:
+    graphs = {f"{s.name}/{s.graph.name}": s for s in found.values() if s.role == "graph"}
+    wanted = [s for key, s in graphs.items() if model in (None, s.name, key)]
+    if len(wanted) == 1:
+        return wanted[0]
+    if not graphs:
+        raise UsageError(f"{url} serves no model of dinoexport's.", next_step="dinoexport deploy makes one.")
+    if wanted:
+        message = f"{url} serves {len(wanted)} graphs{f' called {model}' if model else ''}."
+    else:
+        message = f"{url} serves no {model!r}.{closest(model or '', [s.name for s in graphs.values()])}"
+    raise UsageError(message, next_step=f"Name one as the model: {', '.join(sorted(graphs))}.")
+
+
+class _SharedRegion:
+    """System shared memory that holds one request's inputs at a time; made anew when a request needs more.
+
+    allowed: whether the server maps it. Since 2026 servers do only if started with --allow-client-shm=true.
+    """
+
+    def __init__(self, connection: transport.Transport) -> None:
+        self._transport, self._lock = connection, threading.Lock()
+        self._name, self._size_bytes = "", 0
+        self._handle: Any = None
+        try:
+            self._make(1)
+            self.allowed = True
+        except DinoexportError:  # a server that allows none, or runs elsewhere, says so in many ways
+            self.close()
+            self.allowed = False
+
+    @contextmanager
+    def holding(self, arrays: Arrays) -> Iterator[dict[str, Place]]:
+        """Where each of `arrays` lies while the block runs."""
+        from tritonclient.utils import shared_memory
+
+        with self._lock:
+            needed = sum(array.nbytes for array in arrays.values())
+            if needed > self._size_bytes:
+                self.close()
+                self._make(needed)
+            shared_memory.set_shared_memory_region(self._handle, list(arrays.values()))
+            places, offset = {}, 0
+            for name, array in arrays.items():
+                places[name] = (self._name, array.nbytes, offset)
+                offset += array.nbytes
+            yield places
+
+    def _make(self, size_bytes: int) -> None:
+        from tritonclient.utils import shared_memory
+
+        self._name, self._size_bytes = f"dinoexport-{uuid.uuid4().hex}", size_bytes
+        self._handle = shared_memory.create_shared_memory_region(self._name, f"/{self._name}", size_bytes)
+        self._transport.register(self._name, f"/{self._name}", size_bytes)
+
+    def close(self) -> None:
+        """Unmaps the region on both sides."""
+        from tritonclient.utils import shared_memory
+
+        if self._handle is not None:
+            with suppress(DinoexportError):
+                self._transport.unregister(self._name)
+            shared_memory.destroy_shared_memory_region(self._handle)
+            self._handle, self._size_bytes = None, 0

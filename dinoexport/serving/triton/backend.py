@@ -1,0 +1,121 @@
+"""What dinoexport serves through Triton's Python backend: a graph on the CPU, and a front end's decoding.
+
+Runs inside the server's own interpreter; each deployed `model.py` names one of these classes. Inputs outside the
+graph's signature are refused with INVALID_ARG in the words every runtime uses: the dims of a config bound no size.
+An exception would reach the client as a 500 with a traceback, so none leaves `execute`.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinoexport import family
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import InputRefused, UsageError
+from dinoexport.runtime import check_inputs, cpu
+from dinoexport.serving.triton.signature import ENCODED, Served
+from dinoexport.spec import Array, Arrays, Runner
+
+_BROKEN = "The model broke on this request; the server's log says why."
+
+
+class GraphModel:
+    """An ONNX graph, run as its bundle was. Requests Triton merged are answered by one run."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Opens the graph that lies in this version's folder."""
+        served = _served(args)
+        self._graph, file = served.graph.graph(), served.graph.file
+        folder = Path(args["model_repository"]) / args["model_version"]
+        # Triton's layout for external data: a folder of the graph's name.
+        (opened,) = cpu.open_graphs({folder / file / file: self._graph}, cpu.way_here(served.way)).values()
+        self._run: Runner = opened
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, in their order; each is refused or answered on its own."""
+        import numpy as np
+        import triton_python_backend_utils as backend
+
+        responses: dict[int, Any] = {}
+        asked: dict[int, Arrays] = {}
+        for i, request in enumerate(requests):
+            arrays = {
+                tensor.name: backend.get_input_tensor_by_name(request, tensor.name).as_numpy()
+                for tensor in self._graph.inputs
+            }
+            try:
+                check_inputs(self._graph, arrays)
+                asked[i] = arrays
+            except InputRefused as refused:
+                responses[i] = _refusal(refused)
+        if asked:
+            merged = {t.name: np.concatenate([arrays[t.name] for arrays in asked.values()]) for t in self._graph.inputs}
+            ends = np.cumsum([next(iter(arrays.values())).shape[0] for arrays in asked.values()])[:-1]
+            try:
+                answers = {name: np.split(array, ends) for name, array in self._run(merged).items()}
+            except Exception:
+                return [responses.get(i) or _broken() for i in range(len(requests))]
+            for place, i in enumerate(asked):
+                wanted = requests[i].requested_output_names()
+                responses[i] = _response({name: answers[name][place] for name in wanted})
+        return [responses[i] for i in range(len(requests))]
+
+
+class PrepareModel:
+    """A front end's first half: encoded files in, the graph's inputs out, by the family's own code."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Finds the family that knows how."""
+        self._served = _served(args)
+        recipe = parse(Recipe, self._served.recipe, where="the deployed recipe")
+        self._model = family.find(self._served.family).model(recipe)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, in their order."""
+        import triton_python_backend_utils as backend
+
+        responses = []
+        for request in requests:
+            encoded = backend.get_input_tensor_by_name(request, ENCODED).as_numpy()
+            try:
+                arrays = self._model.prepare(self._served.front_end, self._served.settings, list(encoded.reshape(-1)))
+                responses.append(_response(arrays))
+            except UsageError as refused:
+                responses.append(_refusal(refused))
+            except Exception:
+                responses.append(_broken())
+        return responses
+
+
+def _served(args: Mapping[str, str]) -> Served:
+    served = Served.of_config(json.loads(args["model_config"]))
+    assert served is not None, "the model was configured by dinoexport deploy"
+    return served
+
+
+def _response(arrays: Mapping[str, Array]) -> Any:
+    import numpy as np
+    import triton_python_backend_utils as backend
+
+    tensors = [backend.Tensor(name, np.ascontiguousarray(array)) for name, array in arrays.items()]
+    return backend.InferenceResponse(output_tensors=tensors)
+
+
+def _refusal(refused: UsageError) -> Any:
+    import triton_python_backend_utils as backend
+
+    error = backend.TritonError(f"{refused.message} {refused.next_step}", backend.TritonError.INVALID_ARG)
+    return backend.InferenceResponse(output_tensors=[], error=error)
+
+
+def _broken() -> Any:
+    """For the exception that is being handled: its traceback goes to the server's log, never to a client."""
+    import triton_python_backend_utils as backend
+
+    backend.Logger.log_error(traceback.format_exc())
+    error = backend.TritonError(_BROKEN, backend.TritonError.INTERNAL)
+    return backend.InferenceResponse(output_tensors=[], error=error)

@@ -1,0 +1,56 @@
+"""What a served model says about itself: one parameter of its Triton configuration, read by its server and clients.
+
+So a client refuses what the server would refuse, in the same words, without a bundle at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dinoexport.bundle import GraphFacts
+from dinoexport.config.recipe import Frozen, Name
+from dinoexport.errors import UsageError
+from dinoexport.runtime import cpu
+from dinoexport.spec import Precision, Way
+
+PARAMETER = "dinoexport"
+# What an encoded item travels as, through the ensemble of a front end.
+ENCODED = "encoded"
+
+
+class Served(Frozen):
+    """The facts of one Triton model.
+
+    name: what it was deployed as; several Triton models share one. role: `graph` runs the graph, `prepare` turns
+    encoded files into its inputs, `front_end` is the ensemble of both. settings: see `family.FrontEnd`. way: how the
+    Python backend runs the graph.
+    """
+
+    name: Name
+    version: int
+    role: Literal["graph", "prepare", "front_end"]
+    variant: str
+    family: Name
+    precision: Precision
+    recipe: dict[str, Any]
+    graph: GraphFacts
+    way: Way = cpu.PLAIN  # of what was deployed before it was written down
+    front_end: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Served | None:
+        """The facts in a model's configuration (Triton's JSON form), None for a model dinoexport did not deploy."""
+        parameter = config.get("parameters", {}).get(PARAMETER)
+        if parameter is None:
+            return None
+        try:
+            return cls.model_validate_json(parameter["string_value"])
+        except (ValidationError, KeyError, TypeError):
+            raise UsageError(
+                f"The served model {config.get('name')} was deployed by another version of dinoexport.",
+                next_step="Deploy its bundle again with this one.",
+            ) from None

@@ -1,0 +1,1 @@
+"""The operating system: files that are complete or absent, subprocesses, hardware facts, timing."""

@@ -1,0 +1,240 @@
+"""What a verdict rests on: PyTorch's answers, the judge's report on a candidate, and what else is measured beside it.
+
+Nothing here builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from dinoexport.bundle import EngineFacts, Manifest
+from dinoexport.bundle.reference_file import Reference
+from dinoexport.config.recipe import Limits, Recipe, Validation
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
+from dinoexport.family import Model
+from dinoexport.runtime import runners
+from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Graph, Precision, Progress, Way, silent
+from dinoexport.validation import determinism, error_analysis, judge
+from dinoexport.validation.error_analysis import Growth
+from dinoexport.validation.metrics import distance
+from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+
+Judge = Literal["plain", "hub"]
+
+
+def cases_of(model: Model, validation: Validation, folder: Path) -> tuple[Case, ...]:
+    """All cases of a validation; files they name lie in `folder`."""
+    return tuple(model.case(table, folder) for table in validation.cases)
+
+
+def limits_for(validation: Validation, precision: Precision) -> Limits:
+    """The limits of a precision; a UsageError when the validation has none, for a verdict needs limits."""
+    if precision not in validation.limits:
+        raise UsageError(
+            f"The validation has no limits for {precision}.", next_step=f"Add [limits.{precision}] with reasons."
+        )
+    return validation.limits[precision]
+
+
+def ask_pytorch(
+    model: Model,
+    checkpoint: Checkpoint,
+    cases: Sequence[Case],
+    limits: Limits,
+    *,
+    precision: Precision,
+    judge_code: Judge,
+    progress: Progress = silent,
+) -> Reference:
+    """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too."""
+    require("export", "torch")
+    asked = [case for case in cases if not case.expect_refusal]
+    inputs = [case.inputs for case in asked]
+    answers = exact(model, checkpoint, inputs, judge_code, progress)
+    own_errors: list[Mapping[str, float]] = [{} for _ in asked]
+    seen: list[Arrays] = [{} for _ in asked]
+    if limits.times_own_error_max is not None:
+        lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
+        own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+        seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
+    return Reference(
+        name=reference_name(judge_code),
+        limits=limits,
+        expectations=tuple(
+            Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
+            for case, outputs, own, half in zip(asked, answers, own_errors, seen, strict=True)
+        ),
+        refusals=tuple(case for case in cases if case.expect_refusal),
+    )
+
+
+def _halved(answers: Arrays) -> dict[str, Array]:
+    """In float16, which holds what a 16-bit precision gave at half the size; what is out of its range becomes Inf."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return {name: array.astype(np.float16) for name, array in answers.items()}
+
+
+def reference_name(judge_code: Judge) -> str:
+    """Who answered, in words."""
+    import torch
+
+    formulation = "the authors' own code" if judge_code == "hub" else "plain upstream formulation"
+    return f"PyTorch fp32, {formulation} (torch {torch.__version__})"
+
+
+def exact(
+    model: Model, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
+) -> list[dict[str, Array]]:
+    """PyTorch's fp32 answers to `inputs`."""
+    if judge_code == "hub":
+        return model.upstream(checkpoint.read, inputs, progress=progress)
+    return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
+
+
+def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
+    """Relative L2 per output. Where PyTorch's own precision overflows it says nothing about a candidate: left out."""
+    errors = {name: distance(ours[name], exact[name]).relative_l2 for name in exact}
+    return {name: error for name, error in errors.items() if isfinite(error)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineVerdict:
+    """What this machine's GPU says of a bundle's engines: `report`, or `not_run`, the reason why it was not asked."""
+
+    facts: tuple[EngineFacts, ...]
+    report: judge.Report | None = None
+    not_run: str = ""
+
+
+NO_ENGINE = EngineVerdict(facts=())
+
+
+def judge_engines(
+    model: Model,
+    engines: Mapping[Path, EngineFacts],
+    graphs: Mapping[Path, Graph],
+    reference: Reference,
+    *,
+    watch: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+    progress: Progress = silent,
+) -> EngineVerdict:
+    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead.
+
+    watch: stands between the judge and the candidate, for who wants to see the answers too.
+    """
+    facts = tuple(engines.values())
+    try:
+        candidate, device = runners.open_engines(model, engines, graphs)
+    except MissingRequirement as missing:
+        return EngineVerdict(facts=facts, not_run=missing.message)
+    report = judged(watch(candidate), reference, runners.engine_name(facts[0], device), progress=progress)
+    report = with_steadiness(report, reference, candidate)
+    return EngineVerdict(facts=executed(facts, device, report), report=report)
+
+
+def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:
+    """The facts with the verdict; only an engine that passed is said to have been executed."""
+    found: dict[str, Any] = {"report": report.to_json()}
+    if report.passed:
+        found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return tuple(f.model_copy(update=found) for f in facts)
+
+
+def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
+    """The judge's report on `candidate`, called `name`, by everything the reference holds."""
+    return judge.judge(
+        candidate,
+        reference.expectations,
+        reference.refusals,
+        reference.limits,
+        candidate_name=name,
+        reference_name=reference.name,
+        progress=progress,
+    )
+
+
+def with_steadiness(
+    report: judge.Report,
+    reference: Reference,
+    candidate: Candidate,
+    one_thread: Callable[[], Candidate] | None = None,
+) -> judge.Report:
+    """The report with what changes when `candidate` is asked the same otherwise.
+
+    one_thread: opens it with one thread.
+    """
+    cases = [expectation.case for expectation in reference.expectations]
+    return replace(report, steadiness=determinism.measure(candidate, cases, one_thread))
+
+
+def with_ranges(
+    report: judge.Report,
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    cases: Sequence[Case],
+    *,
+    progress: Progress = silent,
+) -> judge.Report:
+    """The report with a row for each case that says whether any fp16 value inside `graphs` overflows on it."""
+    rows = error_analysis.range_rows(
+        model, graphs, [case for case in cases if not case.expect_refusal], progress=progress
+    )
+    return replace(report, rows=(*report.rows, *rows))
+
+
+def growth_of(
+    report: judge.Report,
+    cases: Iterable[Case],
+    model: Model,
+    graphs: Mapping[Path, Graph],
+    checkpoint: Checkpoint,
+    limits: Limits,
+    *,
+    way: Way,
+    precision: Precision,
+    progress: Progress = silent,
+) -> Growth | None:
+    """How the error grows inside `graphs` on the one of `cases` that says most in `report`.
+
+    None when the family has no probes, nothing was measured that could be followed, or another runtime than ONNX
+    Runtime ran the graphs, which alone shows what is inside.
+    """
+    told = error_analysis.telling_case(report)
+    if told is None or not model.probes or way.runtime != "onnxruntime":
+        return None
+    require("export", "torch", "onnx")
+    case = next(case for case in cases if case.name == told)
+    inside = error_analysis.values_inside(model, graphs, case.inputs)
+    names = tuple(name for probes in model.probes.values() for name in probes if name in inside)
+    if not names:
+        return None
+
+    def ask(wanted: Precision) -> Arrays:
+        return model.reference(checkpoint.read, [case.inputs], precision=wanted, progress=progress, inside=True)[0]
+
+    own = ask(precision) if limits.times_own_error_max is not None else None
+    return error_analysis.growth(case.name, names, inside, ask(Precision.FP32), own, limits)
+
+
+def same_weights(
+    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+) -> Checkpoint:
+    """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""
+    made_from = manifest.checkpoint
+    published = any(file.sha256 == made_from.sha256 for file in recipe.weights)
+    source = weights or (None if published else made_from.source)
+    checkpoint = open_checkpoint(model, recipe, source, progress=progress)
+    if checkpoint.sha256 != made_from.sha256:
+        raise ValidationFailed(
+            f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "
+            f"SHA-256 {made_from.sha256}.",
+            next_step="Give those weights as --weights PATH.",
+        )
+    return checkpoint

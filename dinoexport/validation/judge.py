@@ -1,0 +1,215 @@
+"""Cases against limits: is the candidate's answer still PyTorch's? Imports nothing that builds.
+
+A verdict is a conjunction: every output of every case holds every limit, every refusal happens, and there is at least
+one figure. NaN never holds a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
+
+from dinoexport.config.recipe import Limit, Limits
+from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
+from dinoexport.spec import Array, Candidate, Case, Expectation, Progress, silent
+from dinoexport.validation.determinism import Steadiness
+from dinoexport.validation.metrics import Distance, distance, neighbour_agreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One limit as it was applied. holds: whether `value` is on the right side; false for NaN."""
+
+    figure: str
+    value: float
+    limit: float
+    reason: str
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One output of one case. `problem` is set instead of figures when there was nothing to measure."""
+
+    case: str
+    why: str
+    output: str
+    shape: tuple[int, ...]
+    distance: Distance | None
+    bounds: tuple[Bound, ...]
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether this row speaks for the candidate."""
+        return not self.problem and bool(self.bounds) and all(bound.holds for bound in self.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All rows of one candidate. `reference` and `candidate` say in words what was compared.
+
+    not_covered: cases an engine's profiles leave out; they were not judged. steadiness: of the candidate against
+    itself, where that was measured; no part of the verdict.
+    """
+
+    candidate: str
+    reference: str
+    rows: tuple[Row, ...]
+    not_covered: tuple[str, ...] = ()
+    steadiness: Steadiness | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row passed; an empty report proves nothing and fails."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that did not pass."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    def to_json(self) -> dict[str, object]:
+        """Every figure, ready for json.dumps; null stands for NaN and Inf, which JSON does not have."""
+        rows = [{**without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
+        return {
+            "passed": self.passed,
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "rows": rows,
+            "not_covered": list(self.not_covered),
+            **({"steadiness": without_nan(asdict(self.steadiness))} if self.steadiness else {}),
+        }
+
+
+def judge(
+    candidate: Candidate,
+    expectations: Sequence[Expectation],
+    refusals: Sequence[Case],
+    limits: Limits,
+    *,
+    candidate_name: str,
+    reference_name: str,
+    progress: Progress = silent,
+) -> Report:
+    """Puts every case to the candidate and measures every output against the expectation."""
+    rows: list[Row] = []
+    not_covered: list[str] = []
+    total = len(expectations) + len(refusals)
+    for done, expectation in enumerate(expectations, start=1):
+        try:
+            rows += _judge_case(candidate, expectation, limits)
+        except OutsideProfile:
+            not_covered.append(expectation.case.name)
+        progress(f"judging {candidate_name}", done, total)
+    for done, case in enumerate(refusals, start=len(expectations) + 1):
+        rows.append(_judge_refusal(candidate, case))
+        progress(f"judging {candidate_name}", done, total)
+    return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows), not_covered=tuple(not_covered))
+
+
+def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) -> list[Row]:
+    answers: dict[str, Array] = {}
+    failure = "the candidate does not have this output"
+    try:
+        answers = candidate(expectation.case.inputs)
+    except OutsideProfile:
+        raise
+    except DinoexportError as error:
+        failure = error.message
+    rows = []
+    # Without a row of its own, a case the reference has no answer to would vanish from the verdict.
+    names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
+    for name in names:
+        expected, answer = expectation.outputs.get(name), answers.get(name)
+        measured: Distance | None = None
+        agreement: tuple[Bound, ...] = ()
+        problem = ""
+        if not name:
+            problem = "the reference has no answer to this case"
+        elif expected is None:
+            problem = "an output the reference does not have"
+        elif answer is None:
+            problem = failure
+        elif answer.dtype != expected.dtype:
+            problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
+        else:
+            try:
+                measured = distance(answer, expected)
+                if expectation.case.neighbours and limits.neighbour_agreement_min:
+                    agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
+            except ValueError as error:
+                problem = str(error)
+        rows.append(
+            Row(
+                case=expectation.case.name,
+                why=expectation.case.why,
+                output=name,
+                shape=() if expected is None else expected.shape,
+                distance=measured,
+                bounds=_bounds(measured, limits, expectation.own_error.get(name)) + agreement if measured else (),
+                problem=problem,
+            )
+        )
+    return rows
+
+
+def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
+    def at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
+        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
+
+    def at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
+        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
+
+    bounds = [
+        at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
+        at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
+        at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min.value, limits.cosine_mean_min.reason),
+        at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min.value, limits.cosine_p01_min.reason),
+        at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min.value, limits.cosine_worst_min.reason),
+    ]
+    times = limits.times_own_error_max
+    if times is not None and own_error is not None:
+        bounds.append(at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
+    return tuple(bounds)
+
+
+def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:
+    value = neighbour_agreement(answer, expected)
+    if value is None:
+        return ()
+    return (
+        Bound(
+            figure="neighbour_agreement",
+            value=value,
+            limit=limit.value,
+            reason=limit.reason,
+            holds=value >= limit.value,
+        ),
+    )
+
+
+def _judge_refusal(candidate: Candidate, case: Case) -> Row:
+    """The candidate must not accept these inputs; 1 stands for refused. Breaking on them is no refusal."""
+    refused, problem = 0.0, ""
+    try:
+        candidate(case.inputs)
+    except InputRefused:
+        refused = 1.0
+    except DinoexportError as error:
+        problem = error.message
+    bound = Bound(figure="refused", value=refused, limit=1.0, reason=case.why, holds=refused == 1.0)
+    return Row(
+        case=case.name, why=case.why, output="(refusal)", shape=(), distance=None, bounds=(bound,), problem=problem
+    )
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with null for every NaN and Inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

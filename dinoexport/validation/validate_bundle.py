@@ -1,0 +1,231 @@
+"""A bundle's verdict on the machine at hand: by the reference it carries, or by PyTorch on a user's own files.
+
+Nothing here builds. Judging by the carried reference needs neither torch nor the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dinoexport import bundle, family
+from dinoexport.bundle import Manifest, reference_file
+from dinoexport.bundle.reference_file import Reference
+from dinoexport.config.recipe import Limits, Recipe, load_validation, parse
+from dinoexport.errors import MissingRequirement, UsageError, require
+from dinoexport.family import Model
+from dinoexport.runtime import cpu, runners
+from dinoexport.spec import Candidate, Case, Graph, Progress, Runtime, silent
+from dinoexport.validation import evaluate, judge, user_files
+from dinoexport.validation.error_analysis import Growth
+from dinoexport.validation.evaluate import Judge
+from dinoexport.validation.user_files import Together
+from dinoexport.weights.checkpoint import Checkpoint
+
+# How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
+_IMAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
+
+    together: what all the others were found good for. not_run: why the bundle's engines were not asked, the graph was
+    instead. recorded: whether the manifest now says that the engines passed on this machine; not_recorded: why not, if
+    they did. growth: of the error inside the graph, if asked for.
+    """
+
+    manifest: Manifest
+    report: judge.Report
+    skipped: tuple[str, ...] = ()
+    together: Together | None = None
+    not_run: str = ""
+    recorded: bool = False
+    not_recorded: str = ""
+    growth: Growth | None = None
+
+
+def validate(
+    folder: Path,
+    *,
+    images: Path | None = None,
+    weights: str | None = None,
+    runtime: Runtime | None = None,
+    judge_code: Judge = "plain",
+    explained: bool = False,
+    signs: bool = False,
+    progress: Progress = silent,
+) -> Validated:
+    """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
+
+    Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
+    checked first. A signed manifest is rewritten only for a caller who `signs` it again. `images` and `explained` need
+    torch and the weights the bundle was made from: `weights`, or where the manifest says they came from.
+
+    Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
+    verdict is in the result.
+    """
+    manifest = bundle.verify(folder, progress=progress)
+    recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+    model = family.find(manifest.family).model(recipe)
+    if images is None and manifest.verdict == "unjudged":
+        raise UsageError(
+            f"{folder} was exported without a reference, so there is nothing to judge it by.",
+            next_step="dinoexport build makes a judged bundle.",
+        )
+    opened = _open(folder, manifest, model, runtime)
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    cases: Iterable[Case]
+    if images is None:
+        reference = reference_file.read(folder / bundle.REFERENCE)
+        validated = _by_reference(folder, manifest, opened, reference, signs, progress)
+        if not explained:
+            return validated
+        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        cases, limits = [expectation.case for expectation in reference.expectations], reference.limits
+        report = evaluate.with_ranges(validated.report, model, graphs, cases, progress=progress)
+        validated = replace(validated, report=report)
+    else:
+        skipped: list[str] = []
+        cases = user_files.readable(model, images, skipped, progress)
+        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        limits = _limits_of(folder, manifest, recipe)
+        together = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
+        validated = Validated(
+            manifest=manifest,
+            report=together.report,
+            skipped=tuple(skipped),
+            together=together,
+            not_run=opened.not_run,
+        )
+        if not explained:
+            return validated
+        cases = user_files.usable(model, images, [], silent)
+    growth = evaluate.growth_of(
+        validated.report,
+        cases,
+        model,
+        graphs,
+        checkpoint,
+        limits,
+        way=runners.way_of(manifest),
+        precision=manifest.precision,
+        progress=progress,
+    )
+    return replace(validated, growth=growth)
+
+
+def _by_reference(
+    folder: Path, manifest: Manifest, opened: _Opened, reference: Reference, signs: bool, progress: Progress
+) -> Validated:
+    """The verdict by what the bundle carries; engines that pass are written down as executed on this machine."""
+    report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
+    report = evaluate.with_steadiness(report, reference, opened.candidate, opened.one_thread)
+    passed_on_gpu = bool(opened.device and report.passed)
+    not_recorded = ""
+    if passed_on_gpu:
+        manifest = manifest.model_copy(update={"engines": evaluate.executed(manifest.engines, opened.device, report)})
+        not_recorded = _record(folder, manifest, signs)
+    return Validated(
+        manifest=manifest,
+        report=report,
+        not_run=opened.not_run,
+        recorded=passed_on_gpu and not not_recorded,
+        not_recorded=not_recorded,
+    )
+
+
+def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
+    """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
+    if (folder / bundle.SIGNATURE).exists() and not signs:
+        return (
+            "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
+        )
+    return "" if bundle.rewrite_manifest(folder, manifest) else f"Not recorded: {folder} cannot be written."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
+
+    one_thread: opens the graph with one thread, where it has more.
+    """
+
+    candidate: Candidate
+    name: str
+    device: str = ""
+    not_run: str = ""
+    one_thread: Callable[[], Candidate] | None = None
+
+
+def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
+    has = {engine.runtime for engine in manifest.engines} | {Runtime.ONNXRUNTIME}
+    if runtime is not None and runtime not in has:
+        raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
+    graphs = {folder / g.file: g.graph() for g in manifest.graphs}
+    not_run = ""
+    if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
+        try:
+            engines = {folder / engine.file: engine for engine in manifest.engines}
+            candidate, device = runners.open_engines(model, engines, graphs)
+            return _Opened(candidate=candidate, name=runners.engine_name(manifest.engines[0], device), device=device)
+        except MissingRequirement as missing:
+            if runtime is not None:
+                raise
+            not_run = missing.message
+    way = runners.way_of(manifest)
+    opened = cpu.open_graphs(graphs, way)
+    name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
+    return _Opened(
+        candidate=runners.driven(model, opened),
+        name=name,
+        not_run=not_run,
+        one_thread=runners.with_one_thread(model, graphs, way),
+    )
+
+
+def _judge_own(
+    opened: _Opened,
+    model: Model,
+    checkpoint: Checkpoint,
+    cases: Iterable[Case],
+    graphs: Mapping[Path, Graph],
+    manifest: Manifest,
+    limits: Limits,
+    judge_code: Judge,
+    progress: Progress,
+) -> Together:
+    """The verdict on a user's own cases, each by itself and all together; see `streamed`."""
+    require("export", "torch")
+
+    def ask(asked: Sequence[Case]) -> Reference:
+        return evaluate.ask_pytorch(
+            model, checkpoint, asked, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+        )
+
+    def judge_them(candidate: Candidate, reference: Reference) -> judge.Report:
+        report = evaluate.judged(candidate, reference, opened.name, progress=progress)
+        return evaluate.with_ranges(report, model, graphs, [e.case for e in reference.expectations], progress=progress)
+
+    return user_files.judge_own(
+        model.uses,
+        cases,
+        opened.candidate,
+        limits,
+        ask=ask,
+        exact=lambda inputs: evaluate.exact(model, checkpoint, inputs, judge_code, progress),
+        judged=judge_them,
+        names=(opened.name, evaluate.reference_name(judge_code)),
+        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.sha256, family.code_of(model)),
+        at_once=_IMAGES_AT_ONCE,
+        progress=progress,
+    )
+
+
+def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
+    if manifest.verdict == "unjudged":
+        validation, _ = load_validation(recipe.validation, beside=None)
+        return evaluate.limits_for(validation, manifest.precision)
+    return reference_file.read(folder / bundle.REFERENCE).limits

@@ -1,0 +1,1 @@
+"""Where weights come from: published files, local checkpoints, synthetic weights."""

@@ -1,0 +1,121 @@
+"""Published weights, downloaded once: resumed after a break, checked by hash, in the cache by rename or not at all."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from dinoexport.config.recipe import WeightFile
+from dinoexport.errors import WeightsError
+from dinoexport.spec import Progress
+from dinoexport.system import files
+
+_TIMEOUT_S = 30
+_ELSEWHERE = "set DINOEXPORT_CACHE to a folder with room that you may write to"
+_ATTEMPTS = 4
+_CHUNK_BYTES = 1 << 20
+_NAME_LENGTH_MAX = 100
+
+
+def cache_folder() -> Path:
+    """`$DINOEXPORT_CACHE`, else the XDG cache folder."""
+    chosen = os.environ.get("DINOEXPORT_CACHE")
+    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{xdg}/dinoexport").expanduser()
+
+
+def cached_path(file: WeightFile) -> Path:
+    """Where the file lies once it is downloaded.
+
+    The last part of the address is its name, less all that could lead out of the folder or hide there (`..`, `.lock`).
+    """
+    last = re.split(r"[?#]", file.url, maxsplit=1)[0].rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-_NAME_LENGTH_MAX:].strip(".")
+    return cache_folder() / "weights" / file.sha256[:16] / (name or "weights")
+
+
+def fetch(file: WeightFile, *, progress: Progress) -> Path:
+    """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
+    path = cached_path(file)
+    with files.disk_errors(path.parent, elsewhere=_ELSEWHERE):
+        # Without the lock: the file came by rename, and two builds at once may read it.
+        if _is_intact(file, path, progress):
+            return path
+        with files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"):
+            if _is_intact(file, path, progress):  # another process was faster
+                return path
+            path.unlink(missing_ok=True)  # damaged on disk: get it again
+            part = path.with_name(path.name + ".part")
+            for _start in ("where the last one stopped", "afresh"):
+                _download(file, part, path, progress)
+                if _is_intact(file, part, progress):
+                    os.replace(part, path)
+                    return path
+                part.unlink()
+    raise WeightsError(
+        f"{file.url} does not have the recorded SHA-256 {file.sha256}, also not when downloaded afresh.",
+        next_step="Do not use that file. Get the weights elsewhere and give them as --weights PATH.",
+    )
+
+
+def _is_intact(file: WeightFile, path: Path, progress: Progress) -> bool:
+    return path.exists() and files.sha256(path, progress=progress) == file.sha256
+
+
+def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> None:
+    """Fills `part` up to the file's end, going on where it stops and trying again a few times."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            if _go_on(file, part, progress):
+                return
+            reason = "the connection ended early"
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and part.exists():
+                return  # nothing is left to get; the hash decides whether that is right
+            reason = f"the server answered {error.code} {error.reason}"
+            if error.code < http.client.INTERNAL_SERVER_ERROR:
+                break
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address at all
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        if attempt + 1 < _ATTEMPTS:
+            time.sleep(0.2 * 2**attempt)
+    kept = part.stat().st_size if part.exists() else 0
+    raise WeightsError(
+        f"{file.url} could not be downloaded: {reason}.",
+        next_step=f"Run it again where there is a network ({kept} bytes are kept and resumed), "
+        f"or put the file at {path}, or give a local file as --weights PATH.",
+    )
+
+
+def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
+    """One connection's worth; True when the server says nothing is missing."""
+    have = part.stat().st_size if part.exists() else 0
+    # A recipe's addresses are http or https by its own validation.
+    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
+        if response.status != http.client.PARTIAL_CONTENT:
+            have = 0  # this server does not resume
+        length: int | None = response.length
+        total = have + length if length is not None else file.size_bytes or 0
+        with files.disk_errors(part, elsewhere=_ELSEWHERE), part.open("ab" if have else "wb") as out:
+            for chunk in _chunks(response):
+                out.write(chunk)
+                have += len(chunk)
+                progress(f"downloading {cached_path(file).name}", have, total)
+    return not total or have >= total
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body in pieces. A network's OSError is renamed, for a full disk raises the same class."""
+    try:
+        while chunk := response.read(_CHUNK_BYTES):
+            yield chunk
+    except OSError as error:
+        raise http.client.HTTPException(str(error) or type(error).__name__) from error

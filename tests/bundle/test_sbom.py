@@ -1,0 +1,112 @@
+"""The bill of materials: valid by CycloneDX's own schema, complete, and the same bytes for the same bundle."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from dinoexport import bundle
+from dinoexport.bundle import CheckpointFacts, Manifest, sbom
+from dinoexport.errors import MissingRequirement
+from dinoexport.pipeline import build as pipeline
+from tests.bundle.test_bundle import listed, manifest, sha256
+from tests.conftest import DATA
+
+VERSIONS = {"dinoexport": "0.1.0", "torch": "2.13.0+cpu", "tensorrt_rtx_cu13": "1.7.1.116", "python": "3.11.2"}
+PUBLISHED = CheckpointFacts(source="https://example.org/vits14.pth", sha256=sha256(b"weights"), licence="Apache-2.0")
+
+
+def bill(**changes: Any) -> dict[str, Any]:
+    found = sbom.of(manifest(**{"versions": VERSIONS, "checkpoint": PUBLISHED, **changes}))
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(found) is None
+    content: dict[str, Any] = json.loads(found)
+    return content
+
+
+def by_ref(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {component["bom-ref"]: component for component in content["components"]}
+
+
+def test_everything_that_went_in_is_listed_with_its_hash() -> None:
+    files = (
+        listed("model.onnx", b"graph"),
+        listed("model.onnx.data", b"weights"),
+        listed("model.plan", b"p", "engine"),
+    )
+    content = bill(files=files)
+    found = by_ref(content)
+    for file in files:
+        component = found[f"file:{file.name}"]
+        assert component["hashes"] == [{"alg": "SHA-256", "content": file.sha256}]
+        assert {"name": "dinoexport:stage", "value": file.stage} in component["properties"]
+    checkpoint = found["checkpoint"]
+    assert (
+        checkpoint["type"] == "machine-learning-model"
+        and content["metadata"]["component"]["type"] == checkpoint["type"]
+    )
+    assert checkpoint["hashes"] == [{"alg": "SHA-256", "content": sha256(b"weights")}]
+    assert checkpoint["externalReferences"] == [{"type": "distribution", "url": "https://example.org/vits14.pth"}]
+    assert checkpoint["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert found["package:torch"]["purl"] == "pkg:pypi/torch@2.13.0%2Bcpu"
+    assert found["package:tensorrt_rtx_cu13"]["purl"] == "pkg:pypi/tensorrt-rtx-cu13@1.7.1.116"
+    assert found["package:dinoexport"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert all(found[f"package:{name}"]["version"] == number for name, number in VERSIONS.items())
+    assert {found[f"package:{name}"]["scope"] for name in VERSIONS} == {"excluded"}, "none of them is shipped"
+    assert len(found) == 1 + len(files) + len(VERSIONS)
+    (whole,) = [entry["dependsOn"] for entry in content["dependencies"] if entry["ref"] == "bundle"]
+    assert sorted(whole) == sorted(found)
+
+
+def test_made_up_weights_are_called_so() -> None:
+    checkpoint = by_ref(bill(checkpoint=manifest().checkpoint))["checkpoint"]
+    assert "made up" in checkpoint["description"] and "externalReferences" not in checkpoint
+    assert "licenses" not in checkpoint, "nobody licensed them"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "<script>\n& 'x'"},
+        {"checkpoint": PUBLISHED.model_copy(update={"licence": "Apache-2.0 (today); the card said CC-BY-NC"})},
+        {"checkpoint": PUBLISHED.model_copy(update={"source": "/home/someone/my weights.pth"})},
+        {"checkpoint": PUBLISHED.model_copy(update={"source": "https://example.org/a b?c=<d>"})},
+        {"versions": {}},
+    ],
+)
+def test_any_words_make_a_valid_bill(changes: dict[str, Any]) -> None:
+    bill(**changes)
+
+
+def test_the_same_bundle_has_the_same_bill() -> None:
+    first = sbom.of(manifest(versions=VERSIONS))
+    assert first == sbom.of(manifest(versions=dict(reversed(VERSIONS.items()))))
+    other = json.loads(sbom.of(manifest(versions=VERSIONS, files=(listed("model.onnx", b"other"),))))
+    assert other["serialNumber"] != json.loads(first)["serialNumber"]
+
+
+def test_a_build_carries_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    order = pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out)
+    pipeline.export_only(order)
+    found: Manifest = bundle.verify(out)
+    raw = (out / bundle.SBOM).read_bytes()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(raw.decode()) is None
+    components = by_ref(json.loads(raw))
+    hashes = {ref: component["hashes"][0]["content"] for ref, component in components.items() if "hashes" in component}
+    for file in found.files:
+        assert file.name == bundle.SBOM or hashes[f"file:{file.name}"] == file.sha256
+    assert hashes["checkpoint"] == found.checkpoint.sha256
+    for package in ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"):
+        assert components[f"package:{package}"]["version"] == version(package)
+        assert components[f"package:{package}"]["licenses"], package
+    pipeline.export_only(order, force=True)
+    assert (out / bundle.SBOM).read_bytes() == raw
+    monkeypatch.setitem(__import__("sys").modules, "cyclonedx", None)
+    with pytest.raises(MissingRequirement, match="cyclonedx is not installed"):
+        pipeline.export_only(order)

@@ -1,0 +1,48 @@
+"""What is streamed to a file is the whole weight, cast: held against NumPy's own cast of all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dinoexport.errors import ValidationFailed
+from dinoexport.graph.lazy_weights import StreamedTensor
+from dinoexport.spec import Array, Weight
+
+DTYPES = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.FLOAT16: np.float16,
+    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
+}
+
+
+def streamed(values: Array, dtype: ir.DataType) -> StreamedTensor:
+    return StreamedTensor(Weight(shape=values.shape, read=lambda: values), dtype, "weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (700_001,), (1, 5, 384), (1153, 601), (3, 300_000)], ids=str)
+def test_bytes_are_those_of_the_whole(shape: tuple[int, ...], dtype: ir.DataType, tmp_path: Path) -> None:
+    """Less than a block, several with a rest, and rows that are longer than one; as they lie and transposed."""
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    for way in (values, values.T):
+        expected = np.ascontiguousarray(way).astype(DTYPES[dtype])
+        tensor = streamed(way, dtype)
+        with (tmp_path / "data").open("wb") as file:
+            file.write(b"before")
+            tensor.tofile(file)
+        assert (tmp_path / "data").read_bytes() == b"before" + expected.tobytes()
+        assert tensor.numpy().dtype == expected.dtype and tensor.numpy().shape == way.shape
+        assert tensor.tobytes() == expected.tobytes()
+
+
+def test_what_does_not_fit_is_named_wherever_it_lies(tmp_path: Path) -> None:
+    values = np.zeros((2000, 300), np.float32)
+    values[-1, -1] = 70_000
+    with (tmp_path / "data").open("wb") as file, pytest.raises(ValidationFailed, match="weight reaches 70,000"):
+        streamed(values, ir.DataType.FLOAT16).tofile(file)
+    streamed(values, ir.DataType.FLOAT).tobytes()

@@ -1,0 +1,524 @@
+"""A bundle becomes a model repository: what is in it, that it is right by Triton's own schema, and never half there."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinoexport import bundle, images
+from dinoexport.bundle import reference_file
+from dinoexport.cli import formatting
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
+from dinoexport.models.dinov2 import serving
+from dinoexport.pipeline import build as pipeline
+from dinoexport.serving.triton import batching, model_repository, served_models
+from dinoexport.serving.triton.config import Entry, Word, to_text
+from dinoexport.serving.triton.signature import Served
+from dinoexport.spec import Dim, Precision, Runtime, Way
+from dinoexport.system import files
+from tests.conftest import DATA, as_if_chosen
+
+IMAGES = DATA.parent.parent / "validate" / "images"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle, built once."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are made up here, so that what follows from them can be told."""
+    monkeypatch.setattr(batching, "measure", lambda *_, **__: {1: 10.0, 2: 18.0, 4: 36.0})
+
+
+def parsed(config: Path) -> Any:
+    """The configuration as Triton's own schema reads it: an unknown field or type is an error."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(("tag", "limited"), [(None, True), ("24.10", False), ("26.07", False), ("26.08", True)])
+def test_queues_have_limits_where_triton_can_keep_them(
+    built: Path, tmp_path: Path, tag: str | None, limited: bool
+) -> None:
+    model_repository.deploy(built, tmp_path / "models", name="tiny", backend="python", triton=tag)
+    for name in ("tiny", "tiny_images_prepare"):
+        path = tmp_path / "models" / name / "config.pbtxt"
+        config = parsed(path)
+        assert config.HasField("dynamic_batching") == (name == "tiny")
+        assert config.dynamic_batching.HasField("default_queue_policy") == (limited and name == "tiny")
+        assert ("no limits to the queue" in path.read_text()) == (not limited and name == "tiny")
+
+
+@pytest.mark.parametrize("tag", ["latest", "26.8", "24.1O", "", "26.08-py3"])
+def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Path, tag: str) -> None:
+    with pytest.raises(UsageError, match="no tag of a Triton image") as caught:
+        model_repository.deploy(built, tmp_path / "models", backend="python", triton=tag)
+    assert "--triton 26.08" in caught.value.next_step and not (tmp_path / "models").exists()
+
+
+def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
+    """The tokens are right all the same; it is the time that is not what was measured."""
+    assert model_repository.deploy(built, tmp_path / "models").note == ""
+    other = as_if_chosen(built, tmp_path / "int8", Way(runtime="openvino", precision=Precision.INT8, threads=2))
+    deployed = model_repository.deploy(other, tmp_path / "models", name="int8")
+    assert all(part in deployed.note for part in ("int8 in OpenVINO", "in fp32", "--backend python"))
+    assert deployed.note in "\n".join(formatting.deployed_lines(deployed))
+    # Python's backend runs it as it was judged, with as many threads as the server's machine has.
+    deployed = model_repository.deploy(other, tmp_path / "models", name="python", backend="python")
+    config = parsed(tmp_path / "models" / "python" / "config.pbtxt")
+    served = Served.model_validate_json(config.parameters["dinoexport"].string_value)
+    assert deployed.note == "" and served.way == Way(runtime="openvino", precision=Precision.INT8)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
+def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
+    deployed = model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)
+    assert (deployed.version, deployed.previous, deployed.backend) == (1, None, backend)
+    assert {path.name for path in (tmp_path / "models").iterdir()} == set(deployed.models)
+    assert set(deployed.models) == {"tiny", "tiny_images", "tiny_images_prepare"}
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    folder = tmp_path / "models" / "tiny"
+    # The layout Triton wants for external data: a folder of the graph's name.
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (folder / "1" / "model.onnx" / name).read_bytes() == (built / name).read_bytes()
+    assert (folder / "1" / "model.py").exists() == (backend == "python")
+    for name in deployed.models:
+        config = parsed(tmp_path / "models" / name / "config.pbtxt")
+        assert config.name == name and config.max_batch_size == 4
+        assert list(config.version_policy.specific.versions) == [1]
+    config = parsed(folder / "config.pbtxt")
+    assert config.backend == backend and config.platform == ("onnxruntime_onnx" if backend == "onnxruntime" else "")
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("pixels", 11, [3, -1, -1])]
+    assert [(o.name, list(o.dims)) for o in config.output] == [("class_token", [96]), ("patch_tokens", [-1, 96])]
+    assert not config.response_cache.enable and not config.instance_group[0].HasField("rate_limiter")
+
+
+def test_derived_lines_say_what_they_were_derived_from(built: Path, tmp_path: Path) -> None:
+    model_repository.deploy(built, tmp_path / "models", backend="python")
+    config = parsed(tmp_path / "models" / "tiny_swiglu" / "config.pbtxt")
+    assert list(config.dynamic_batching.preferred_batch_size) == [2]  # 9 ms an item, and 4 gain nothing on that
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+    policy = config.dynamic_batching.default_queue_policy
+    assert policy.max_queue_size == 1024 and policy.default_timeout_microseconds == 10_000_000
+    text = (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
+    for line in (
+        "preferred_batch_size: [2]  # measured where it was deployed, with 3x28x42, ms a batch: 1 in 10, 2 in",
+        "max_queue_delay_microseconds: 1000  # a tenth",
+        "max_batch_size: 4  # the largest batch of the profile",
+        "dims: [3, -1, -1]  # height 14 to 1022, width 14 to 1022",
+    ):
+        assert line in text
+
+
+def test_warmup_is_what_the_bundle_passed_on(built: Path, tmp_path: Path) -> None:
+    model_repository.deploy(built, tmp_path / "models", backend="python")
+    folder = tmp_path / "models" / "tiny_swiglu"
+    reference = reference_file.read(built / bundle.REFERENCE)
+    known = {e.case.inputs["pixels"][:1].tobytes() for e in reference.expectations}
+    samples = parsed(folder / "config.pbtxt").model_warmup
+    assert len(samples) == 2
+    for sample in samples:
+        value = sample.inputs["pixels"]
+        raw = (folder / "warmup" / value.input_data_file).read_bytes()
+        assert raw in known and len(raw) == 4 * np.prod(value.dims)
+
+
+def test_next_version_and_rollback(built: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    model_repository.deploy(built, repository, backend="python")
+    first = snapshot(repository)
+    again = model_repository.deploy(built, repository, backend="onnxruntime")
+    assert (again.version, again.previous) == (2, 1)
+    now = snapshot(repository)
+    assert all(now[name] == content for name, content in first.items() if name.count("/") > 1)  # version 1 untouched
+    assert parsed(repository / "tiny_swiglu" / "config.pbtxt").backend == "onnxruntime"
+    back = model_repository.rollback(repository, "tiny_swiglu")
+    assert (back.version, back.previous) == (1, 2) and set(back.models) == set(again.models)
+    for name in again.models:
+        assert snapshot(repository)[f"{name}/config.pbtxt"] == first[f"{name}/config.pbtxt"]
+    with pytest.raises(UsageError, match="no version before 1"):
+        model_repository.rollback(repository, "tiny_swiglu")
+    assert model_repository.deploy(built, repository).version == 3
+    with pytest.raises(UsageError, match="Did you mean 'tiny_swiglu'"):
+        model_repository.rollback(repository, "tiny_swigl")
+
+
+def test_what_is_refused_leaves_nothing(built: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(built, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.onnx.data").write_bytes(b"other")
+    unjudged = pipeline.export_only(
+        pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path / "unjudged")
+    ).folder
+    with pytest.raises(ValidationFailed, match="unjudged"):
+        model_repository.deploy(unjudged, repository)
+    with pytest.raises(ValidationFailed, match="damaged"):
+        model_repository.deploy(tmp_path / "damaged", repository)
+    for name in ("../evil", "A", "", "a" * 65):
+        with pytest.raises(UsageError, match="no name"):
+            model_repository.deploy(built, repository, name=name or " ")
+    with pytest.raises(UsageError, match="no TensorRT plan"):
+        model_repository.deploy(built, repository, backend="tensorrt_plan")
+    with pytest.raises(UsageError, match="no folder"):
+        model_repository.deploy(built, repository, samples=tmp_path / "absent")
+    assert not repository.exists()
+
+
+def test_a_rejected_bundle_is_refused(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built, tmp_path / "rejected")
+    manifest = bundle.read_manifest(built).model_copy(update={"verdict": "rejected"})
+    (tmp_path / "rejected" / bundle.MANIFEST).write_bytes(manifest.to_bytes())
+    with pytest.raises(ValidationFailed, match="rejected"):
+        model_repository.deploy(tmp_path / "rejected", tmp_path / "models")
+
+
+def test_a_strangers_model_is_never_touched(built: Path, tmp_path: Path) -> None:
+    stranger = tmp_path / "models" / "tiny_swiglu_images"
+    (stranger / "1").mkdir(parents=True)
+    (stranger / "config.pbtxt").write_text('backend: "python"\n')
+    before = snapshot(tmp_path / "models")
+    with pytest.raises(UsageError, match="was not deployed under"):
+        model_repository.deploy(built, tmp_path / "models")
+    assert snapshot(tmp_path / "models") == before
+
+
+def test_no_front_end_is_left_behind(built: Path, tmp_path: Path) -> None:
+    """Its other half would be that of another version."""
+    model_repository.deploy(built, tmp_path / "models", samples=IMAGES)
+    before = snapshot(tmp_path / "models")
+    with pytest.raises(UsageError, match=r"tiny_swiglu_sized_images.* left behind"):
+        model_repository.deploy(built, tmp_path / "models")
+    assert snapshot(tmp_path / "models") == before
+    assert model_repository.deploy(built, tmp_path / "models", samples=IMAGES).version == 2
+
+
+@pytest.mark.parametrize("fail_at", range(8))
+def test_a_full_disk_leaves_what_was_served(
+    built: Path, tmp_path: Path, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever write fails, every configuration still names a version that is complete."""
+    repository = tmp_path / "models"
+    model_repository.deploy(built, repository, backend="python")
+    before = snapshot(repository)
+    calls = iter(range(100))
+    real = files.link_or_copy
+
+    def full(*args: Any) -> None:
+        if next(calls) == fail_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def link(source: Path, destination: Path) -> None:
+        full()
+        real(source, destination)
+
+    write_text = Path.write_text
+    monkeypatch.setattr(files, "link_or_copy", link)
+    monkeypatch.setattr(Path, "write_text", lambda path, *a, **k: (full(), write_text(path, *a, **k))[1])
+    with pytest.raises(MissingRequirement, match="No room left"):
+        model_repository.deploy(built, repository, backend="python")
+    monkeypatch.undo()
+    assert snapshot(repository) == before and [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_killed_at_any_moment_leaves_what_was_served(built: Path, tmp_path: Path) -> None:
+    """Killed at every rename in turn: the configuration that stands always names complete versions."""
+    repository = tmp_path / "models"
+    model_repository.deploy(built, repository, backend="python")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom dinoexport.serving.triton import model_repository\n"
+        "left = int(sys.argv[3])\n"
+        "def dying(real):\n"
+        "    def call(*args):\n"
+        "        global left\n"
+        "        if left == 0: os._exit(9)\n"
+        "        left -= 1\n"
+        "        return real(*args)\n"
+        "    return call\n"
+        "os.rename, os.replace = dying(os.rename), dying(os.replace)\n"
+        "model_repository.deploy(Path(sys.argv[1]), Path(sys.argv[2]), backend='python')\n"
+    )
+    for left in (0, 2, 4, 6):
+        copy = tmp_path / f"copy{left}"
+        shutil.copytree(repository, copy)
+        died = subprocess.run([sys.executable, "-c", script, built, copy, str(left)], capture_output=True, check=False)
+        assert died.returncode == 9, died.stderr
+        for config in copy.glob("*/config.pbtxt"):
+            (version,) = parsed(config).version_policy.specific.versions
+            assert (config.parent / str(version) / "config.pbtxt").read_bytes() == config.read_bytes()
+            for file in (repository / config.parent.name / "1").rglob("*"):
+                served = config.parent / str(version) / file.relative_to(repository / config.parent.name / "1")
+                assert served.exists(), served
+        healed = model_repository.deploy(built, copy, backend="python")
+        assert healed.version >= 2
+        assert all(
+            list(parsed(copy / name / "config.pbtxt").version_policy.specific.versions) == [healed.version]
+            for name in healed.models
+        )
+
+
+def _plan_engine(file: str, cc: str, *, version: str = "11.2.1.2", profiles: int = 1) -> Any:
+    """Facts of a classic plan, as a build for a data-centre GPU records them."""
+    shapes = [((1, 3, 14, 14), (b, 3, 224, 224), (4, 3, 518, 518)) for b in (1, 4)[:profiles]]
+    return SimpleNamespace(
+        file=file,
+        graph="model",
+        runtime=Runtime.TENSORRT,
+        version_compatible=False,
+        stripped=False,
+        runtime_version=version,
+        compute_capabilities=(cc,),
+        profiles={f"p{i}": {"pixels": shape} for i, shape in enumerate(shapes)},
+    )
+
+
+def _with_plans(monkeypatch: pytest.MonkeyPatch, built: Path, *engines: Any) -> None:
+    """The bundle, as if it held these plans: no machine of ours can build one."""
+    manifest = bundle.read_manifest(built)
+    for engine in engines:
+        (built / engine.file).write_bytes(b"a plan")
+    monkeypatch.setattr(bundle, "verify", lambda *_, **__: manifest.model_copy(update={"engines": engines}))
+
+
+def test_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, tmp_path / "bundle")
+    plans = [_plan_engine(f"model.sm{cc.replace('.', '')}.plan", cc, profiles=2) for cc in ("8.0", "9.0")]
+    _with_plans(monkeypatch, tmp_path / "bundle", *plans)
+    deployed = model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.08")
+    assert deployed.backend == "tensorrt_plan"
+    config = parsed(tmp_path / "models" / "tiny_swiglu" / "config.pbtxt")
+    assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
+    assert dict(config.cc_model_filenames) == {"8.0": "model.sm80.plan", "9.0": "model.sm90.plan"}
+    assert {p.name for p in (tmp_path / "models/tiny_swiglu/1").glob("*.plan")} == {
+        "model.sm80.plan",
+        "model.sm90.plan",
+    }
+    assert list(config.dynamic_batching.preferred_batch_size) == [1, 4]
+    (group,) = config.instance_group
+    assert group.kind == group.KIND_GPU and list(group.profile) == ["0", "1"]
+    strategy = config.parameters["execution_context_allocation_strategy"].string_value
+    assert strategy == "ON_PROFILE_CHANGE"
+
+
+def test_one_plan_of_one_profile(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, tmp_path / "bundle")
+    _with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
+    model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
+    config = parsed(tmp_path / "models" / "tiny_swiglu" / "config.pbtxt")
+    assert config.default_model_filename == "model.plan" and not config.cc_model_filenames
+    assert not config.instance_group[0].profile
+    assert "execution_context_allocation_strategy" not in config.parameters
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [("26.07", "Triton 26.07 has 11.1.0"), ("26.10=11.4.0", "has 11.4.0"), ("26.10", "is not known here")],
+)
+def test_a_plan_that_cannot_load_is_refused(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, words: str
+) -> None:
+    shutil.copytree(built, tmp_path / "bundle")
+    _with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
+    with pytest.raises(UsageError, match=words):
+        model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton=tag)
+    assert not (tmp_path / "models").exists()
+    model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.10=11.2.1")
+
+
+def test_stripped_and_version_compatible_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, tmp_path / "bundle")
+    plan = _plan_engine("model.plan", "8.0")
+    plan.stripped = True
+    _with_plans(monkeypatch, tmp_path / "bundle", plan)
+    with pytest.raises(UsageError, match="holds no weights"):
+        model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
+    model_repository.deploy(tmp_path / "bundle", tmp_path / "models", backend="onnxruntime", triton="26.07")
+    plan.stripped, plan.version_compatible = False, True
+    assert model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.07").backend == "tensorrt_plan"
+    assert "version-compatible=true" in (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
+
+
+@given(st.text(), st.integers(-(2**31), 2**31 - 1), st.booleans(), st.lists(st.integers(-9, 9), min_size=1))
+def test_any_value_survives_the_text_format(text: str, number: int, flag: bool, numbers: list[int]) -> None:
+    """What is written is what protobuf reads back, whatever a name or a comment holds."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    written = to_text(
+        [
+            Entry("name", text, text),
+            Entry("max_batch_size", number, text),
+            Entry("response_cache", (Entry("enable", flag),), text),
+            Entry("input", (Entry("data_type", Word("TYPE_FP32")), Entry("dims", numbers, text))),
+        ]
+    )
+    config = text_format.Parse(written, model_config_pb2.ModelConfig())
+    assert (config.name, config.max_batch_size, config.response_cache.enable) == (text, number, flag)
+    assert list(config.input[0].dims) == numbers
+
+
+def test_batches_that_pay() -> None:
+    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0}, 8, of="x")
+    assert chosen.preferred == (2, 4) and chosen.queue_delay_us == 1000
+    alike = batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x")
+    assert (alike.preferred, alike.queue_delay_us) == ((), 0)
+    assert batching.from_latency({1: 5000.0}, 4, of="x").queue_size == 8  # never less than two full batches
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "largest"),
+    [
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 41.0, 16: 160.0}, 8),
+        ({1: 35.0, 2: 70.0, 4: 140.0, 8: 280.0, 16: 560.0}, 4),
+        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 4),
+        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
+    ],
+)
+def test_batches_that_win_nothing_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
+    chosen = batching.from_latency(latency_ms, 8, of="x")
+    # With any delay at all Triton would merge past the preferred size whenever it is busy.
+    assert (chosen.preferred, chosen.queue_delay_us) == ((largest,), 0)
+    assert f"larger batches than {largest}" in chosen.queue_delay_why
+
+
+def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:
+    graph = bundle.read_manifest(built).graphs[0].graph()
+    items = served_models.judged_items(graph, reference_file.read(built / bundle.REFERENCE))
+    assert [item["pixels"].shape for item in items] == [(1, 3, 28, 42), (1, 3, 30, 69)]
+    for side, expected in ((14, 42), (28, 42), (518, 69)):
+        dims = tuple(Dim(name=d.name, min=d.min, opt=side, max=d.max) for d in graph.dims)
+        likely = served_models._most_likely(dataclasses.replace(graph, dims=dims), items)
+        assert likely["pixels"].shape[-1] == expected
+
+
+def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    asked = []
+
+    def run(arrays: Any) -> Any:
+        asked.append(len(arrays["x"]))
+        return {}
+
+    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 6, progress=lambda *_: None)
+    assert list(latency_ms) == [1, 2, 4, 6] and set(asked) == {1, 2, 4, 6}
+    assert all(ms >= 0 for ms in latency_ms.values())
+
+
+def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls = iter(range(1000))
+
+    def run(arrays: Any) -> Any:
+        time.sleep(0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0))
+        return {}
+
+    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)
+    assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
+
+
+SIDE = Dim(name="height", min=14, opt=518, max=1022)
+
+
+def test_sizes_follow_the_histogram() -> None:
+    """Two clusters of real sizes give two sizes, each legal and in its cluster."""
+    real = [(480 + i % 5, 640 + i % 7) for i in range(200)] + [(1080 + i % 5, 1920) for i in range(50)]
+    sizes = serving.sizes_for(real, SIDE, SIDE)
+    assert len(sizes) <= serving.SIZES_MAX
+    assert all(h % 14 == 0 and w % 14 == 0 and 14 <= h <= 1022 and 14 <= w <= 1022 for h, w in sizes)
+    assert serving.nearest((480, 640), sizes) == (476, 630) or serving.nearest((480, 640), sizes) == (476, 644)
+    wide = serving.nearest((1080, 1920), sizes)
+    assert wide[1] == 1022 and abs(wide[1] / wide[0] - 1920 / 1080) < 0.1
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=30))
+def test_sizes_are_always_legal(real: list[tuple[int, int]]) -> None:
+    sizes = serving.sizes_for(real, SIDE, SIDE)
+    assert 1 <= len(sizes) <= serving.SIZES_MAX
+    assert all(h % 14 == 0 and w % 14 == 0 and 14 <= h <= 1022 and 14 <= w <= 1022 for h, w in sizes)
+    for size in real:
+        costs = {each: serving._factor(size, each) for each in sizes}
+        assert costs[serving.nearest(size, sizes)] == min(costs.values())
+
+
+def test_covering_neither_stretches_nor_pads() -> None:
+    from PIL import Image
+
+    picture = Image.new("RGB", (300, 200), (10, 20, 30))
+    assert (serving.covering(picture, (140, 280)) == (10, 20, 30)).all()
+    halves = Image.fromarray(np.repeat([[[0, 0, 0]], [[200, 200, 200]]], [1, 1], axis=0).astype(np.uint8)).resize(
+        (40, 80), 0
+    )
+    covered = serving.covering(halves, (28, 28))  # the middle of a tall image: its two halves meet in the centre
+    assert covered.shape == (28, 28, 3) and (covered[:10] < 20).all() and (covered[-10:] > 180).all()
+
+
+def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+        loaded = images.load(tmp_path / "turned.jpg")
+        assert images.size_of(tmp_path / "turned.jpg") == (loaded.height, loaded.width)
+
+
+def test_bytes_are_decoded_as_files_are() -> None:
+    for path in IMAGES.glob("*.*g"):
+        assert np.array_equal(np.asarray(images.decode(path.read_bytes(), named="it")), np.asarray(images.load(path)))
+
+
+def test_command(built: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dinoexport import cli
+
+    def run(*args: str) -> Any:
+        return CliRunner().invoke(cli.app, list(args))
+
+    to = ("--to", str(tmp_path / "models"))
+    shown = run("deploy", str(built), *to, "--backend", "python", "--samples", str(IMAGES))
+    assert shown.exit_code == 0 and "tiny_swiglu version 1" in shown.stdout and "dinoexport check" in shown.stdout
+    assert "tiny_swiglu_sized_images" in shown.stdout
+    told = json.loads(run("deploy", str(built), *to, "--samples", str(IMAGES), "--json").stdout)
+    assert (told["version"], told["previous"], told["backend"]) == (2, 1, "onnxruntime")
+    back = json.loads(run("rollback", str(tmp_path / "models"), "tiny_swiglu", "--json").stdout)
+    assert back["version"] == 1
+    wrong = run("deploy", str(built), *to, "--backend", "pythn")
+    assert wrong.exit_code == 2 and "Did you mean 'python'?" in wrong.stderr
+    assert run("rollback", str(tmp_path / "models"), "tiny_swiglu").exit_code == 2
+    absent = run("deploy", str(tmp_path / "absent"), *to)
+    assert absent.exit_code == 2 and "no bundle" in absent.stderr
+
+
+def test_two_at_once_are_refused(built: Path, tmp_path: Path) -> None:
+    with (
+        files.lock(tmp_path / ".models.deploying" / "lock", doing="deploying"),
+        pytest.raises(DinoexportError, match="Another process"),
+    ):
+        model_repository.deploy(built, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
