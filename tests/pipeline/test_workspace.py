@@ -530,12 +530,12 @@ def test_no_cache_is_needed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_lock_whose_file_was_removed_is_taken_anew(place: Path) -> None:
     """Two builds in turn: the first one removes the lock's file as it ends, and the second must not hold a ghost."""
-    first = files.lock(place / "lock", doing="building")
+    first = locks.exclusive(place / "lock", doing="building")
     with first:
         (place / "lock").unlink()
-        with files.lock(place / "lock", doing="building"):
+        with locks.exclusive(place / "lock", doing="building"):
             assert (place / "lock").exists()
-            with pytest.raises(BuildError, match="Another process"), files.lock(place / "lock", doing="building"):
+            with pytest.raises(BuildError, match="Another process"), locks.exclusive(place / "lock", doing="building"):
                 pass
 
 

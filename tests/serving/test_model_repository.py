@@ -517,7 +517,7 @@ def test_command(built: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused(built: Path, tmp_path: Path) -> None:
     with (
-        files.lock(tmp_path / ".models.deploying" / "lock", doing="deploying"),
+        locks.exclusive(tmp_path / ".models.deploying" / "lock", doing="deploying"),
         pytest.raises(DinoexportError, match="Another process"),
     ):
         model_repository.deploy(built, tmp_path / "models")

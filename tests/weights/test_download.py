@@ -408,7 +408,7 @@ def test_two_downloads_of_one_file_do_not_mix(site: Site) -> None:
 
 def test_two_builds_may_use_one_cached_file(site: Site) -> None:
     path = download.fetch(site.file(), progress=silent)
-    with files.lock(path.with_name(".lock"), doing="something else"):
+    with locks.exclusive(path.with_name(".lock"), doing="something else"):
         assert download.fetch(site.file(), progress=silent) == path
 
 
