@@ -147,7 +147,8 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
     Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
     """
-    with files.disk_errors(out), changes.changing(out, doing=f"building {out}", progress=progress) as change:
+    doing = f"building {os.path.realpath(out)}"
+    with files.disk_errors(out), changes.changing(out, doing=doing, progress=progress) as change:
         work = Workspace(change=change, force=force, progress=progress)
         try:
             _check_place(change.place)

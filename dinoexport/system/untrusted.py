@@ -81,7 +81,7 @@ def _open(path: Path, max_bytes: int | None, links: bool) -> int:
         # O_NONBLOCK: what became a pipe in between is not waited for.
         follow = 0 if links else os.O_NOFOLLOW
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | follow)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Unreadable(path, _reason(error), absent=True) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise Unreadable(path, _reason(error)) from None

@@ -19,7 +19,7 @@ import pytest
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import BuildError, MissingRequirement, WeightsError
 from dinoexport.spec import silent
-from dinoexport.system import files
+from dinoexport.system import locks
 from dinoexport.weights import download
 
 # Two and a half of the downloader's reads: a break can fall inside, a resume can start inside.
