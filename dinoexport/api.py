@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "gpu"]
 _DEVICES: tuple[Device, ...] = ("cpu", "gpu")
+# Pillow's modes that a PNG holds without loss, besides 16-bit grey.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
 class OutputsDiffer(ValidationFailed):
@@ -345,8 +347,10 @@ def _encoded(item: Any) -> bytes:
             raise InputRefused(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
     if hasattr(item, "save") and hasattr(item, "mode"):
         stored = BytesIO()
-        upright = item if item.mode in ("L", "RGB", "RGBA", "I;16", "P", "1", "LA") else item.convert("RGB")
-        upright.save(stored, "PNG", compress_level=0, exif=item.getexif())
+        if item.mode in ("I", "F"):
+            raise InputRefused("An image of 32-bit grey has no agreed range.", next_step="Scale it to 8 or 16 bits.")
+        kept = item if item.mode in _PNG_MODES or item.mode.startswith("I;16") else item.convert("RGB")
+        kept.save(stored, "PNG", compress_level=0, exif=item.getexif())
         return stored.getvalue()
     raise InputRefused(
         f"A {type(item).__name__} is no image.", next_step="Give paths, encoded bytes, Pillow images or NumPy arrays."

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,16 @@ def blocks(page: str, kind: str) -> list[str]:
     return [block for found, block in _FENCE.findall(EVERYWHERE[page]) if found == kind]
 
 
-def command_lines(program: str) -> Iterator[Any]:
+def command_lines(program: str) -> list[Any]:
     """Every line of a shell block that starts with `program`, with its page."""
-    for page in EVERYWHERE:
-        for block in blocks(page, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                for command in re.split(r"\s&&\s|\s\|\s", line):
-                    words = shlex.split(command, comments=True)
-                    if words[:1] == [program]:
-                        yield pytest.param(words[1:], id=f"{page}: {' '.join(words)}")
+    return [
+        pytest.param(words[1:], id=f"{page}: {' '.join(words)}")
+        for page in EVERYWHERE
+        for block in blocks(page, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        for command in re.split(r"\s&&\s|\s\|\s", line)
+        if (words := shlex.split(command, comments=True))[:1] == [program]
+    ]
 
 
 def verbs() -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _names(text: str) -> set[str]:
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
 
 
-@pytest.mark.parametrize("page", EVERYWHERE)
+@pytest.mark.parametrize("page", list(EVERYWHERE))
 def test_links_lead_somewhere(page: str) -> None:
     """Files exist and are the repository's; anchors are headings. Addresses of other servers are https."""
     for _, address in _LINK.findall(_FENCE.sub("", EVERYWHERE[page])):
@@ -115,7 +115,7 @@ def test_paths_named_in_code_exist() -> None:
                 assert (ROOT / path).exists(), f"{page}: {path}"
 
 
-@pytest.mark.parametrize("page", EVERYWHERE)
+@pytest.mark.parametrize("page", list(EVERYWHERE))
 def test_python_examples_are_python(page: str) -> None:
     """They compile, and what they import from dinoexport is there; test_api runs those of the Python page."""
     for block in blocks(page, "python"):
@@ -127,13 +127,13 @@ def test_python_examples_are_python(page: str) -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
-@pytest.mark.parametrize("page", EVERYWHERE)
+@pytest.mark.parametrize("page", list(EVERYWHERE))
 def test_toml_examples_are_toml(page: str) -> None:
     for block in blocks(page, "toml"):
         tomllib.loads(block)
 
 
-@pytest.mark.parametrize("name", reference_pages.pages())
+@pytest.mark.parametrize("name", list(reference_pages.pages()))
 def test_generated_pages_are_the_codes(name: str) -> None:
     """Every verb, option, variant and target is documented because the page is made of them."""
     assert (DOCS / name).read_text() == reference_pages.pages()[name], "run `make reference`"
