@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from pathlib import Path
 
 from dinoexport.bundle import sbom
 from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, require
 from dinoexport.graph.onnx_writer import PACKAGES
-from dinoexport.pipeline.request import BuildRequest
-from dinoexport.pipeline.workspace import Stage
+from dinoexport.pipeline.request import BuildRequest, EngineRequest
 from dinoexport.report import html_report
 from dinoexport.runtime import autotune, engine_header, runners
 from dinoexport.spec import Precision
@@ -25,7 +25,7 @@ def packages(request: BuildRequest) -> None:
     else:
         runtime = runners.graph_way(request.precision).runtime
         require("openvino" if runtime == "openvino" else "cpu", runtime)
-    if request.runtime.has_engine:
+    if request.engine:
         require(engine_header.EXTRA[request.runtime], *builder.PACKAGES[request.runtime])
 
 
@@ -33,7 +33,7 @@ def disk(request: BuildRequest) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
     width = 2 if request.chosen.traced in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in request.model.tensors.values()) * width
-    needed = weights * (2 if request.runtime.has_engine else 1)  # an engine holds them once more
+    needed = weights * (2 if request.engine else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in request.cases for array in case.inputs.values())
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
@@ -43,18 +43,15 @@ def disk(request: BuildRequest) -> None:
         )
 
 
-def memory(request: BuildRequest, exported: Stage) -> None:
+def memory(request: EngineRequest, onnx_folder: Path) -> None:
     """Refuses an engine its card has no memory for, before the long stages are begun."""
-    memory_gb = request.chosen.target.memory_gb
-    if not request.runtime.has_engine or memory_gb is None:
+    if request.target.memory_gb is None:
         return
-    builder_gpu = request.builder_gpu
-    for graph in request.model.graphs:
-        onnx = exported.folder / f"{graph.name}.onnx"
+    for graph in request.graphs:
         builder.check_memory(
-            onnx,
+            onnx_folder / f"{graph.name}.onnx",
             graph,
             request.profiles[graph.name],
-            memory_bytes=builder_gpu.memory_bytes if builder_gpu else memory_gb * 10**9,
-            where=builder_gpu.name if builder_gpu else f"the smallest {request.chosen.target.name}",
+            memory_bytes=request.gpu.memory_bytes if request.gpu else request.target.memory_gb * 10**9,
+            where=request.gpu.name if request.gpu else f"the smallest {request.target.name}",
         )

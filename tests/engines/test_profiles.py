@@ -95,7 +95,7 @@ def test_the_recipe_chooses(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs min <= opt <= max"):
         pipeline.build_request(str(mine), target="a100")
     request = pipeline.build_request("vits14", target="a100", engine_choices={"profiles": ("hires", "latency")})
-    assert [p.name for p in request.profiles["model"]] == ["hires", "latency"]
+    assert [p.name for p in request.engine.profiles["model"]] == ["hires", "latency"]
 
 
 @pytest.fixture(scope="module")
