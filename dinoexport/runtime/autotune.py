@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.runtime import Arithmetic, cpu, openvino
 from dinoexport.spec import CpuRuntime, Graph, Precision, Progress, Way, Workload, silent
 from dinoexport.system import timing
@@ -74,7 +74,9 @@ class GraphForms:
     graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
 
 
-def tune(model: Model, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent) -> CpuFacts:
+def tune(
+    model: Runnable, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent
+) -> CpuFacts:
     """The fastest way to run `wanted` here, on the load most users ask, and what was measured to find it.
 
     plain: the same model in fp32, to be timed beside a precision that is less.
@@ -105,7 +107,7 @@ def tune(model: Model, wanted: GraphForms, plain: GraphForms | None = None, *, p
     )
 
 
-def _without_choice(model: Model, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
+def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
     """Where there is one runtime it takes every CPU it may, whatever the clock says: the same on each run."""
     return CpuFacts(
         machine=cpu.machine(),
@@ -121,7 +123,7 @@ def _without_choice(model: Model, wanted: GraphForms, way: Way, workload: Worklo
 
 
 def _measured(
-    model: Model, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
+    model: Runnable, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
 ) -> tuple[list[Timed], dict[str, str]]:
     """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
 
@@ -150,11 +152,11 @@ def _measured(
     return timed, refused
 
 
-def _visit(model: Model, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
+def _visit(model: Runnable, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
     opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
     run = {"": lambda: model.drive(opened, workload.inputs)}
     return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
 
 
-def _arithmetic(model: Model, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:
+def _arithmetic(model: Runnable, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:
     return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), workload.inputs)

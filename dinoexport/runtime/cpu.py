@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.runtime import Arithmetic, Opened, openvino, ort
 from dinoexport.spec import CPU_RUNTIMES, Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
 
@@ -52,7 +52,7 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
     return {graph.name: ort.open_graph(path, graph, threads=way.threads) for path, graph in graphs.items()}
 
 
-def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
+def arithmetic(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
     """What the graphs really computed in to answer `inputs`, all graphs together."""
     first_calls = dict(reversed(_calls(model, opened, inputs)))
     total: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Ar
     return dict(total)
 
 
-def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
+def flops(model: Runnable, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
     """Multiplications and additions in the graphs' products to answer `inputs`, counted as ONNX Runtime runs them."""
     paths = {graph.name: path for path, graph in graphs.items()}
     return sum(
@@ -71,7 +71,7 @@ def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opene
     )
 
 
-def _calls(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
+def _calls(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
     """The graphs that are run to answer `inputs`, in their order, each with its own inputs."""
     calls: list[tuple[str, Arrays]] = []
 

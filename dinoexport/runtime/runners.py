@@ -7,25 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinoexport.bundle import EngineFacts, Manifest
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.runtime import Arithmetic, cpu, engine_header, trt
 from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Way
 from dinoexport.system import hardware
 
 
-def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> Candidate:
+def open_candidate(model: Runnable, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> Candidate:
     """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
     return driven(model, cpu.open_graphs(graphs, way))
 
 
-def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
+def with_one_thread(model: Runnable, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
     """What opens the graphs as `way` runs them but with one thread; None where there are no more."""
     if way.threads == 1 or cpu.usable_cpus() == 1:
         return None
     return lambda: open_candidate(model, graphs, replace(way, threads=1))
 
 
-def driven(model: Model, runners: Mapping[str, Runner]) -> Candidate:
+def driven(model: Runnable, runners: Mapping[str, Runner]) -> Candidate:
     """The graphs' or engines' runners, driven by the model."""
 
     def answer(inputs: Arrays) -> dict[str, Array]:
@@ -59,7 +59,7 @@ def way_of(manifest: Manifest) -> Way:
 
 
 def open_engines(
-    model: Model, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
+    model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
 ) -> tuple[Candidate, str]:
     """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
 

@@ -11,7 +11,7 @@ from dinoexport import bundle
 from dinoexport.bundle import BundleFile, EngineFacts
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.engines import builder
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.pipeline.request import EngineRequest
 from dinoexport.pipeline.versions import versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
@@ -87,7 +87,7 @@ def _compile(request: EngineRequest, onnx: Path, graph: Graph, folder: Path, pro
 
 
 def judge_engines(
-    model: Model,
+    model: Runnable,
     engines_folder: Path,
     onnx_folder: Path,
     reference: Reference,
