@@ -41,7 +41,9 @@ def validate(
     weights: Weights = None,
     runtime: Annotated[
         str | None,
-        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+        typer.Option(
+            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino", help="Default: the engine if it can run here."
+        ),
     ] = None,
     reference: ReferenceOption = "plain",
     explain: Annotated[

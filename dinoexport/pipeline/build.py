@@ -120,7 +120,7 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
         with tracing(request) as traced:
             checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
             plain = export_graphs(work, request, checkpoint, traced)
-        exported = forms_of(work, request, plain)["onnxruntime"]
+        exported = next(iter(forms_of(work, request, plain).values()))
         manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
         manifest = _publish(work, {exported.name: exported}, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())

@@ -12,7 +12,8 @@ from dinoexport.errors import MissingRequirement, require
 from dinoexport.graph.onnx_writer import PACKAGES
 from dinoexport.pipeline.request import BuildRequest, EngineRequest
 from dinoexport.report import html_report
-from dinoexport.runtime import autotune, engine_header, runners
+from dinoexport.runtime import autotune, runners
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Precision
 
 
@@ -23,10 +24,10 @@ def packages(request: BuildRequest) -> None:
     if request.chosen.on_cpu:
         autotune.ways(request.precision, request.cpu_runtimes)
     else:
-        runtime = runners.graph_way(request.precision).runtime
-        require("openvino" if runtime == "openvino" else "cpu", runtime)
+        facts = TABLE[runners.graph_way(request.precision).runtime]
+        require(facts.extra, *facts.modules)
     if request.engine:
-        require(engine_header.EXTRA[request.runtime], *builder.PACKAGES[request.runtime])
+        require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
 
 
 def disk(request: BuildRequest) -> None:

@@ -14,7 +14,7 @@ from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
 from dinoexport.family import Model
-from dinoexport.spec import CPU_RUNTIMES, Case, CpuRuntime, Graph, Precision, Profile, Runtime
+from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
@@ -55,7 +55,7 @@ class BuildRequest:
     weights: str | None
     judge_code: evaluate.Judge
     out: Path
-    cpu_runtimes: tuple[CpuRuntime, ...]
+    cpu_runtimes: tuple[Runtime, ...]
     auto: bool = False
 
     @property
@@ -107,7 +107,7 @@ def build_request(
         cases=evaluate.cases_of(model, validation, folder),
         weights=weights,
         judge_code=judge_code,
-        cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else CPU_RUNTIMES,
+        cpu_runtimes=(runtime,) if runtime in CPU_RUNTIMES else CPU_RUNTIMES,
         out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         auto=auto,
     )

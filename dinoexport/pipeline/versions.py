@@ -7,7 +7,7 @@ import platform
 import dinoexport
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.report import html_report
-from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import TABLE
 from dinoexport.system import hardware
 
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -24,7 +24,7 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 def versions_in(request: BuildRequest) -> dict[str, str]:
     """The versions of all packages that may have had a part in a bundle, as far as they are installed."""
-    compilers = (*engine_header.PACKAGES[request.runtime], "polygraphy") if request.engine else ()
+    compilers = (*TABLE[request.runtime].distributions, "polygraphy") if request.engine else ()
     found = versions_of((*TRACERS, *RUNTIMES, "safetensors", "pillow", *html_report.PACKAGES, *compilers)) | {
         "python": platform.python_version()
     }

@@ -18,7 +18,19 @@ from dinoexport.config.recipe import Limits, Recipe, Validation
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.family import CaseSource, Model, Oracle, Runnable, WeightLayout
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Graph, Precision, Progress, Way, silent
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Candidate,
+    Case,
+    Expectation,
+    Graph,
+    Precision,
+    Progress,
+    Runtime,
+    Way,
+    silent,
+)
 from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import distance
@@ -207,7 +219,7 @@ def growth_of(
     Runtime ran the graphs, which alone shows what is inside.
     """
     told = error_analysis.telling_case(report)
-    if told is None or not model.probes or way.runtime != "onnxruntime":
+    if told is None or not model.probes or way.runtime is not Runtime.ONNXRUNTIME:
         return None
     require("export", "torch", "onnx")
     case = next(case for case in cases if case.name == told)

@@ -18,7 +18,7 @@ from dinoexport.graph import quantise
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.graph import Stem
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import cpu, openvino, ort, runners
+from dinoexport.runtime import cpu, openvino, ort, runners, table
 from dinoexport.spec import Precision, Way, silent
 from dinoexport.validation.metrics import distance
 from tests.conformance import export_to
@@ -218,7 +218,7 @@ def test_without_the_package_the_extra_is_named(exported: Exported, monkeypatch:
     with pytest.raises(MissingRequirement) as caught:
         openvino.open_graph(exported.path, exported.graph)
     assert "dinoexport[openvino]" in caught.value.next_step
-    assert cpu.installed() == ("onnxruntime",)
+    assert table.installed() == ("onnxruntime",)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

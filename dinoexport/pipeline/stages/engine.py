@@ -16,7 +16,7 @@ from dinoexport.pipeline.request import EngineRequest
 from dinoexport.pipeline.versions import versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.report import html_report
-from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Progress
 from dinoexport.system import files
 from dinoexport.validation import evaluate
@@ -43,7 +43,7 @@ def compile_engines(
         choices=request.choices.model_dump(mode="json"),
         profiles={name: [asdict(profile) for profile in found] for name, found in request.profiles.items()},
         gpu=request.gpu,
-        versions=[engine_header.installed_version(request.runtime), versions_of(("polygraphy",))],
+        versions=[TABLE[request.runtime].installed_version(), versions_of(("polygraphy",))],
     )
     return work.stage("engine", key, make)
 

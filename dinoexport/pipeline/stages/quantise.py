@@ -10,10 +10,10 @@ from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.versions import QUANTISERS, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.runtime import autotune
-from dinoexport.spec import CpuRuntime, Precision
+from dinoexport.spec import Precision, Runtime
 
 # The same graphs as stages, by the runtime that takes them so.
-Forms = Mapping[CpuRuntime, Stage]
+Forms = Mapping[Runtime, Stage]
 
 
 def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
@@ -21,9 +21,10 @@ def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
     if request.precision is not Precision.INT8:
         return dict.fromkeys(request.cpu_runtimes, plain)
     integer = _quantised(work, plain, quantise.to_int8)
-    if "openvino" not in autotune.runtimes(request.precision, request.cpu_runtimes):
-        return {"onnxruntime": integer}
-    return {"onnxruntime": integer, "openvino": _quantised(work, integer, quantise.with_wide_products)}
+    if Runtime.OPENVINO not in autotune.runtimes(request.precision, request.cpu_runtimes):
+        return {Runtime.ONNXRUNTIME: integer}
+    wide = _quantised(work, integer, quantise.with_wide_products)
+    return {runtime: wide if runtime is Runtime.OPENVINO else integer for runtime in request.cpu_runtimes}
 
 
 def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], object]) -> Stage:
