@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dinoexport import family
 from dinoexport.config import target as targets
-from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load, load_validation
+from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load, load_validation, parse
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
 from dinoexport.family import Model
@@ -90,12 +90,14 @@ def build_request(
     `[engine]`.
     """
     recipe, gpus = load(variant_or_path), hardware.gpus()
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
+    recipe = recipe.changed(
+        engine=parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
+    )
     auto = precision == "auto"
     wanted = Precision.FP16 if precision == "auto" else precision
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
-    recipe = recipe.model_copy(update={"precision": chosen.precision})
-    model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
+    recipe = recipe.changed(precision=chosen.precision)
+    model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
     return BuildRequest(

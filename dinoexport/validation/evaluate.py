@@ -156,7 +156,7 @@ def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) 
     found: dict[str, Any] = {"report": report.to_json()}
     if report.passed:
         found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return tuple(f.model_copy(update=found) for f in facts)
+    return tuple(f.changed(**found) for f in facts)
 
 
 def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:

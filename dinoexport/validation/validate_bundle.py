@@ -126,7 +126,7 @@ def _by_reference(
     passed_on_gpu = bool(opened.device and report.passed)
     not_recorded = ""
     if passed_on_gpu:
-        manifest = manifest.model_copy(update={"engines": evaluate.executed(manifest.engines, opened.device, report)})
+        manifest = manifest.changed(engines=evaluate.executed(manifest.engines, opened.device, report))
         not_recorded = _record(folder, manifest, signs)
     return Validated(
         manifest=manifest,
