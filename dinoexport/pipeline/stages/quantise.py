@@ -23,7 +23,7 @@ def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
     integer = _quantised(work, plain, quantise.to_int8)
     if Runtime.OPENVINO not in autotune.runtimes(request.precision, request.cpu_runtimes):
         return {Runtime.ONNXRUNTIME: integer}
-    wide = _quantised(work, integer, quantise.with_wide_products)
+    wide = _quantised(work, plain, quantise.to_wide_int8)
     return {runtime: wide if runtime is Runtime.OPENVINO else integer for runtime in request.cpu_runtimes}
 
 
@@ -34,4 +34,4 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
             form(source.folder / name, folder)
             work.progress("quantising", done, len(onnx_files))
 
-    return work.stage("quantise", key_of(source=source.key, versions=versions_of(QUANTISERS)), make)
+    return work.stage("quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make)
