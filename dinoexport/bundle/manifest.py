@@ -193,7 +193,7 @@ class Manifest(Frozen):
 
     def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
         """This manifest with the files of one more stage."""
-        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+        return self.changed(files=(*self.files, *files), stage_keys={**self.stage_keys, name: key})
 
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""

@@ -309,11 +309,11 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
     """What turns encoded files into the graph's inputs, and the ensemble of it and the graph."""
     graph, name = served.graph.graph(), f"{graph_model}_{end.name}"
     largest = max_batch(graph)
-    served = served.model_copy(update={"front_end": end.name, "settings": dict(end.settings)})
+    served = served.changed(front_end=end.name, settings=dict(end.settings))
     encoded = Tensor(name=ENCODED, dtype="bytes", shape=(graph.inputs[0].shape[0], 1), meaning=end.meaning)
 
     def model(name: str, role: str, content: Sequence[Entry], code: str) -> TritonModel:
-        facts = served.model_copy(update={"role": role})
+        facts = served.changed(role=role)
         entries = [
             *_identity(name, version),
             *content,
