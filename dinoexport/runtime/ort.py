@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
 # ONNX Runtime's names of the types that numbers are multiplied in, as everybody else calls them; the first that an
@@ -22,14 +22,14 @@ _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "b
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return str(onnxruntime.__version__)
 
 
 def has_cuda() -> bool:
     """Whether the ONNX Runtime that is installed has a CUDA provider."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -129,7 +129,7 @@ def _session(
 ) -> Any:
     """A session of the file at `path`, or of `model`, whose weights lie beside it."""
     require("cpu", "onnxruntime")
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
