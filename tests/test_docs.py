@@ -220,7 +220,7 @@ def test_engine_example(tmp_path: Path) -> None:
         pipeline.build_request(str(tmp_path / "mine.toml"), target="a100")  # read, and refused for what is lacking here
     (tmp_path / "mine.toml").write_text(example.replace('"same-cc"', '"this-gpu"'))
     request = pipeline.build_request(str(tmp_path / "mine.toml"), target="a100")
-    assert [profile.name for profile in request.profiles["model"]] == ["document", "latency"]
+    assert [profile.name for profile in request.engine.profiles["model"]] == ["document", "latency"]
 
 
 def test_bundle_layout_is_the_documented_one() -> None:
