@@ -21,6 +21,7 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
 from dinoexport.system import files
+from dinoexport.text.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +98,17 @@ class Uses(Protocol):
 
     def thumbnail(self, inputs: Arrays) -> Picture:
         """A small picture of the item, to be recognised by."""
+
+
+class TextRole(Protocol):
+    """What a model that writes text brings besides its graphs."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts it was trained to answer."""
+
+    def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
+        """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
 
 
 class Model(Protocol):
@@ -183,6 +195,10 @@ class Model(Protocol):
     @property
     def workloads(self) -> tuple[Workload, ...]:
         """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
+
+    @property
+    def text(self) -> TextRole | None:
+        """How it writes text; None for a model that writes none."""
 
     @property
     def facts(self) -> Mapping[str, int | str]:

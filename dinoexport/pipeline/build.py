@@ -61,6 +61,7 @@ def build(
             checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
             plain = stages.export(work, request, checkpoint, traced)
         preflight.memory(request, plain)
+        text = stages.text(work, request)
         reference = stages.reference(work, request, checkpoint)
         tried = {}
         if request.auto:
@@ -70,7 +71,10 @@ def build(
         facts = stages.tune(request, forms, plain, progress) if request.chosen.on_cpu else None
         exported = forms[facts.chosen.runtime] if facts else plain
         judged = stages.judge_graph(work, request, checkpoint, exported, reference, facts)
-        made = {stage.name: stage for stage in (exported, reference, *tried.values(), judged.stage)}
+        made = {
+            stage.name: stage
+            for stage in (exported, *([text] if text else []), reference, *tried.values(), judged.stage)
+        }
         passed = judged.report.passed and not _too_slow(facts)
         engines = evaluate.NO_ENGINE
         if passed and request.runtime.has_engine:
@@ -104,9 +108,10 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
         with stages.tracing(request) as traced:
             checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
             plain = stages.export(work, request, checkpoint, traced)
-        exported = stages.forms(work, request, plain)["onnxruntime"]
-        manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
-        manifest = _publish(work, {exported.name: exported}, manifest)
+        exported, text = stages.forms(work, request, plain)["onnxruntime"], stages.text(work, request)
+        made = {stage.name: stage for stage in (exported, text) if stage is not None}
+        manifest = _manifest(request, checkpoint, made, "unjudged")
+        manifest = _publish(work, made, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 

@@ -15,7 +15,7 @@ import dinoexport
 from dinoexport import bundle, family
 from dinoexport.bundle import CpuFacts, EngineFacts, Manifest, reference_file, sbom
 from dinoexport.engines import builder
-from dinoexport.errors import ValidationFailed
+from dinoexport.errors import ValidationFailed, require
 from dinoexport.graph import quantise as quantiser
 from dinoexport.graph.onnx_writer import Traces
 from dinoexport.graph.onnx_writer import export as write_onnx
@@ -27,9 +27,11 @@ from dinoexport.report import html_report
 from dinoexport.runtime import autotune, engine_header, runners
 from dinoexport.spec import Array, CpuRuntime, Graph, Precision, Progress
 from dinoexport.system import files, hardware
+from dinoexport.text import tokenizer
+from dinoexport.text.decoder import LOGITS
 from dinoexport.validation import evaluate, judge
 from dinoexport.validation.error_analysis import Growth
-from dinoexport.weights.checkpoint import Checkpoint
+from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint
 
 # What decides a stage's bytes besides our own code.
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -78,6 +80,27 @@ def export(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, trace
             write_onnx(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
 
     return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
+
+
+def text(work: Workspace, request: BuildRequest) -> Stage | None:
+    """The tokenizer of a model that writes text, checked against its vocabulary; None where there is none."""
+    role = request.model.text
+    if role is None or request.weights is None or request.weights.startswith(SYNTHETIC):
+        return None
+    content = role.tokenizer(Path(request.weights))
+    if not content:
+        return None
+
+    def make(folder: Path) -> None:
+        require("text", "tokenizers", "sentencepiece")
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+            logits = next(tensor for tensor in request.model.graphs[0].outputs if tensor.name == LOGITS)
+            tokenizer.check_vocabulary(tokenizer.load(folder / name), int(logits.shape[-1]))
+
+    return work.stage(
+        "text", key_of(files={name: hashlib.sha256(data).hexdigest() for name, data in content.items()}), make
+    )
 
 
 def forms(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:

@@ -23,7 +23,7 @@ from dinoexport.bundle import Manifest, reference_file
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.serving.triton import served_models
+from dinoexport.serving.triton import served_models, text_models
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
 from dinoexport.system import files
@@ -81,37 +81,43 @@ def deploy(
     if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
         raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
     plans = served_models.plans_of(manifest)
-    backend = _chosen(backend, plans)
-    _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
-    ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
+    model = family.find(manifest.family).model(recipe)
+    writes = text_models.tokenizer_of(manifest, model)
+    backend = _chosen(backend, plans) if writes is None else _chosen_for_text(backend)
+    _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
+    ends = model.front_ends(samples, progress=progress)
     reference = reference_file.read(folder / bundle.REFERENCE)
     with _staging(repository) as staging:
         standing = deployed_as(repository, name)
         previous = _served_version(standing[0]) if standing else None
         version = 1 + max((v for path in standing for v in _versions(path)), default=0)
-        served = served_models.of_bundle(
-            folder,
-            manifest,
-            reference,
-            name=name,
-            version=version,
-            backend=backend,
-            queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
-            front_ends=ends,
-            progress=progress,
+        served = (
+            (text_models.of_bundle(manifest, writes, name=name, version=version),)
+            if writes is not None
+            else served_models.of_bundle(
+                folder,
+                manifest,
+                reference,
+                name=name,
+                version=version,
+                backend=backend,
+                queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
+                front_ends=ends,
+                progress=progress,
+            )
         )
         _refuse_strangers(repository, served, standing)
-        for model in served:
-            _write(folder, staging / model.name, model, version)
-        for model in served:
-            _publish(staging / model.name, repository / model.name, version)
+        for each in served:
+            _write(folder, staging / each.name, each, version)
+        for each in served:
+            _publish(staging / each.name, repository / each.name, version)
     return Deployed(
         repository=repository,
         name=name,
         version=version,
         previous=previous,
-        models=tuple(model.name for model in served),
+        models=tuple(each.name for each in served),
         backend=backend,
         note=_note(manifest) if backend == "onnxruntime" else "",
     )
@@ -186,6 +192,15 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
             next_step="Build it for a target whose runtime is tensorrt, or deploy it with --backend onnxruntime.",
         )
     return backend
+
+
+def _chosen_for_text(backend: Backend | None) -> Backend:
+    if backend not in (None, "python"):
+        raise UsageError(
+            f"--backend {backend} keeps no cache from one token to the next, so it cannot write text.",
+            next_step="Leave --backend out: a text model runs in Triton's Python backend.",
+        )
+    return "python"
 
 
 def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
