@@ -64,9 +64,10 @@ def openai(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
     timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for the next words.")] = 60.0,
+    as_json: Json = False,
 ) -> None:
     """Serve OpenAI's interface in front of a text model: /v1/completions and /v1/chat/completions."""
-    with reporting(as_json=False):
+    with reporting(as_json):
         from dinoexport.errors import require
 
         require("openai", "starlette", "uvicorn")
@@ -74,7 +75,10 @@ def openai(
         from dinoexport.serving.openai import sources
 
         source = sources.open_source(model_place, model=model, timeout_s=timeout_s)
-        say(f"Serving {source.name} at http://{host}:{port}/v1   (Ctrl-C ends it)", to_stderr=True)
+        url = f"http://{host}:{port}/v1"
+        if as_json:
+            say_json({"model": source.name, "url": url})
+        say(f"Serving {source.name} at {url}   (Ctrl-C ends it)", to_stderr=True)
         application.serve(source, host=host, port=port)
 
 
