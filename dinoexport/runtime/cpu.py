@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dinoexport.family import Model
-from dinoexport.runtime import Arithmetic, Opened, openvino, ort
+from dinoexport.runtime import Arithmetic, Opened, decoding, openvino, ort
+from dinoexport.runtime.decoding import Decoder
 from dinoexport.spec import CPU_RUNTIMES, Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
 
 PLAIN = Way(runtime="onnxruntime", precision=Precision.FP32)
@@ -50,6 +51,11 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
             for path, graph in graphs.items()
         }
     return {graph.name: ort.open_graph(path, graph, threads=way.threads) for path, graph in graphs.items()}
+
+
+def open_decoder(path: Path, graph: Graph, way: Way = PLAIN) -> Decoder:
+    """A graph that carries state, opened in `way`: sequences of tokens with an empty cache. Raises as `open_graphs`."""
+    return decoding.begin(open_graphs({path: graph}, way)[graph.name], graph)
 
 
 def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
