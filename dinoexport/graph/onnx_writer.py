@@ -240,8 +240,7 @@ def _value(tensor: Tensor) -> ir.Value:
     value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
     if tensor.default is not None:
         # An input that is an initializer too may be left out.
-        assert all(isinstance(size, int) for size in tensor.shape), tensor.name
-        content = np.full(tensor.shape, tensor.default, dtype.numpy())
+        content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
         value.const_value = ir.Tensor(content, name=tensor.name)
     return value
 

@@ -1,7 +1,8 @@
 """Sequences of tokens fed to a graph that carries state: a decoder and its cache, the same whatever runs it.
 
 The graph's names are those that Hugging Face's exporters and onnxruntime-genai gave them: `input_ids`,
-`attention_mask` and `position_ids` in, `logits` out, and the carried values its signature names.
+`attention_mask` in, `logits` out, and the carried values its signature names. Two inputs may be left out:
+`logits_to_keep`, as in Hugging Face's models, and `first_position`, where a sequence begins.
 """
 
 from __future__ import annotations
@@ -14,12 +15,8 @@ from dinoexport.errors import InputRefused
 from dinoexport.runtime import Opened, check_inputs
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
-INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS_TO_KEEP = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "logits_to_keep",
-)
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+LOGITS_TO_KEEP, FIRST_POSITION = "logits_to_keep", "first_position"
 LOGITS = "logits"
 
 
@@ -33,7 +30,7 @@ class Decoder(Protocol):
 
     @property
     def inside(self) -> Arrays:
-        """What the last call's graph gave besides its signature's outputs; empty unless it was opened to be looked into."""
+        """What the last call gave besides the signature's outputs, where the graph was opened to be looked into."""
 
     def step(self, input_ids_BT: Array, attention_mask_BS: Array) -> Array:
         """Adds T tokens to each sequence and returns the logits (B, V), float32, that follow the last of them.
@@ -42,12 +39,10 @@ class Decoder(Protocol):
         InputRefused for shapes and types that are not the graph's.
         """
 
-    def rows(
-        self, input_ids_BT: Array, attention_mask_BS: Array, *, position_ids: Array | None = None, keep: int = 1
-    ) -> Array:
+    def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """The same with the logits (B, keep, V) of the last `keep` tokens, 0 for all of them.
 
-        position_ids: (B, T) int64; None counts from each sequence's first token.
+        first_position: of each sequence's first token that is no padding.
         """
 
     def reset(self) -> None:
@@ -82,11 +77,9 @@ class ArrayDecoder:
         logits: Array = self.rows(input_ids_BT, attention_mask_BS)[:, -1]
         return logits
 
-    def rows(
-        self, input_ids_BT: Array, attention_mask_BS: Array, *, position_ids: Array | None = None, keep: int = 1
-    ) -> Array:
+    def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
-        inputs = inputs_of(self._graph, input_ids_BT, attention_mask_BS, position_ids, keep)
+        inputs = inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
         check_step(self._graph, inputs, len(next(iter(self._cache.values()), ())), self.past_tokens)
         answers = self._run(inputs | (self._cache or empty_cache(self._graph, len(input_ids_BT))))
         self._cache = {taken: answers.pop(given) for taken, given in self._graph.carried.items()}
@@ -104,18 +97,16 @@ class ArrayDecoder:
 
 
 def inputs_of(
-    graph: Graph, input_ids_BT: Array, attention_mask_BS: Array, position_ids_BT: Array | None, keep: int
+    input_ids_BT: Array, attention_mask_BS: Array, keep: int = 0, first_position: int = 0
 ) -> dict[str, Array]:
     """All inputs of one call but the carried ones."""
     import numpy as np
 
-    if position_ids_BT is None:
-        position_ids_BT = positions(attention_mask_BS, input_ids_BT.shape[1])
     return {
         INPUT_IDS: input_ids_BT,
         ATTENTION_MASK: attention_mask_BS,
-        POSITION_IDS: position_ids_BT,
         LOGITS_TO_KEEP: np.array([keep], np.int64),
+        FIRST_POSITION: np.array([first_position], np.int64),
     }
 
 
@@ -134,14 +125,6 @@ def check_step(graph: Graph, inputs: Arrays, batch: int, past_tokens: int) -> No
             f"{past_tokens + new}.",
             next_step="Give a mask of all tokens so far.",
         )
-
-
-def positions(attention_mask_BS: Array, new: int) -> Array:
-    """Positions (B, T), int64, of the last `new` tokens: each sequence's first real token is 0, and so is its padding."""
-    import numpy as np
-
-    counted: Array = np.maximum(attention_mask_BS.cumsum(axis=1) - 1, 0)[:, attention_mask_BS.shape[1] - new :]
-    return counted.astype(np.int64)
 
 
 def padded(prompts: Sequence[Array], padding_id: int = 0) -> tuple[Array, Array]:

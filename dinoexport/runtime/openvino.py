@@ -81,11 +81,7 @@ def open_graph(
     if graph.carried:  # eight bits unless it is told, off by 4e-3 where all else is fp32
         options["KV_CACHE_PRECISION"] = _HINTS[wide]
     try:
-        model = core.read_model(path)
-        if shapes is not None:
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
-        if graph.carried:
-            make_stateful(model, graph)
+        model = _read(core, path, graph, shapes)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         # One line, and without where the file lay: it is kept in the bundle of a build that another runtime serves.
@@ -119,6 +115,15 @@ def open_graph(
         return OpenVinoDecoder(compiled, graph)
 
     return Opened(run=run, arithmetic=arithmetic, begin=begin if graph.carried else None)
+
+
+def _read(core: Any, path: Path, graph: Graph, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
+    model = core.read_model(path)
+    if shapes is not None:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+    if graph.carried:
+        make_stateful(model, graph)
+    return model
 
 
 def _runner(compiled: Any, graph: Graph) -> Runner:

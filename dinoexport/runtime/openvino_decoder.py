@@ -99,11 +99,9 @@ class OpenVinoDecoder:
         logits: Array = self.rows(input_ids_BT, attention_mask_BS)[:, -1]
         return logits
 
-    def rows(
-        self, input_ids_BT: Array, attention_mask_BS: Array, *, position_ids: Array | None = None, keep: int = 1
-    ) -> Array:
+    def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
-        inputs = decoding.inputs_of(self._graph, input_ids_BT, attention_mask_BS, position_ids, keep)
+        inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
         decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
         return self._infer(inputs)
 

@@ -1,7 +1,6 @@
-"""Llama-type decoders: Llama 2 (Touvron et al. 2023, arXiv:2307.09288), Code Llama (Rozière et al. 2023,
-arXiv:2308.12950) and models of the same architecture.
+"""Llama-type decoders: Llama 2, Code Llama and models of the same architecture.
 
-The family's contract with dinoexport.
+The family's contract with dinoexport. Touvron et al. 2023, arXiv:2307.09288; Rozière et al. 2023, arXiv:2308.12950.
 """
 
 from __future__ import annotations
@@ -19,17 +18,23 @@ from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.llama import cases, layouts, synthetic
 from dinoexport.models.llama.cases import setting
-from dinoexport.models.llama.config import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    LOGITS_TO_KEEP,
-    POSITION_IDS,
-    Architecture,
-    GraphChoices,
-)
+from dinoexport.models.llama.config import Architecture, GraphChoices
 from dinoexport.runtime import decoding
-from dinoexport.spec import Array, Arrays, Case, Dim, Graph, Load, Picture, Precision, Progress, Runner, Tensor, Weight
+from dinoexport.runtime.decoding import ATTENTION_MASK, FIRST_POSITION, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Dim,
+    Graph,
+    Picture,
+    Precision,
+    Progress,
+    Runner,
+    Tensor,
+    Weight,
+    Workload,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -107,18 +112,19 @@ class LlamaModel:
                 shape=("batch", "total"),
                 meaning="1 for each token of the past and of input_ids, 0 for padding before a sequence",
             ),
-            Tensor(
-                name=POSITION_IDS,
-                dtype="int64",
-                shape=("batch", "length"),
-                meaning="positions of input_ids, 0 the first token that is no padding",
-            ),
             *cache_in,
             Tensor(
                 name=LOGITS_TO_KEEP,
                 dtype="int64",
                 shape=(1,),
                 meaning="logits of so many last tokens are wanted; 0 for all",
+                default=0,
+            ),
+            Tensor(
+                name=FIRST_POSITION,
+                dtype="int64",
+                shape=(1,),
+                meaning="the position of each sequence's first token that is no padding",
                 default=0,
             ),
         )
@@ -180,9 +186,9 @@ class LlamaModel:
             example_inputs={
                 INPUT_IDS: torch.zeros(batch, length, dtype=torch.int64),
                 ATTENTION_MASK: torch.ones(batch, total, dtype=torch.int64),
-                POSITION_IDS: torch.zeros(batch, length, dtype=torch.int64),
+                FIRST_POSITION: torch.zeros(1, dtype=torch.int64),
             },
-            dynamic={INPUT_IDS: by_token, ATTENTION_MASK: {0: "batch", 1: "total"}, POSITION_IDS: by_token},
+            dynamic={INPUT_IDS: by_token, ATTENTION_MASK: {0: "batch", 1: "total"}},
             opset=_OPSET,
         )
         block = Piece(
@@ -220,7 +226,7 @@ class LlamaModel:
             yield Call(
                 piece=stem,
                 scope="stem",
-                inputs=(INPUT_IDS, ATTENTION_MASK, POSITION_IDS),
+                inputs=(INPUT_IDS, ATTENTION_MASK, FIRST_POSITION),
                 outputs=(value, *shared),
                 weights={"table_VD": self._weight(read, "tok_embeddings.weight")},
             )
@@ -345,12 +351,7 @@ class LlamaModel:
         for start in range(0, width, chunk):
             end = min(start + chunk, width)
             rows = end - max(start, width - keep)
-            logits = decoder.rows(
-                ids[:, start:end],
-                mask[:, :end],
-                position_ids=first + decoding.positions(mask[:, :end], end - start),
-                keep=max(rows, 1),
-            )
+            logits = decoder.rows(ids[:, start:end], mask[:, :end], keep=max(rows, 1), first_position=first)
             if rows > 0:
                 kept.append(logits)
             for name, array in decoder.inside.items():
@@ -362,8 +363,7 @@ class LlamaModel:
         seen, chosen = [logits[:, -1]], [logits[:, -1].argmax(axis=1)]
         for _ in range(steps - 1):
             mask = np.concatenate((mask, np.ones((batch, 1), np.int64)), axis=1)
-            positions = first + decoding.positions(mask, 1)
-            seen.append(decoder.rows(chosen[-1][:, None], mask, position_ids=positions, keep=1)[:, 0])
+            seen.append(decoder.rows(chosen[-1][:, None], mask, first_position=first)[:, 0])
             chosen.append(seen[-1].argmax(axis=1))
         return answers | {"rollout": np.stack(chosen, axis=1), "rollout_logits": np.stack(seen, axis=1)}
 
@@ -394,9 +394,9 @@ class LlamaModel:
         raise UsageError(f"There is no front end {front_end!r}.", next_step="Ask the text model.")
 
     @property
-    def loads(self) -> tuple[Load, ...]:
+    def workloads(self) -> tuple[Workload, ...]:
         """See `cases`."""
-        return cases.loads(self.arch)
+        return cases.workloads(self.arch)
 
     @property
     def facts(self) -> Mapping[str, int | str]:

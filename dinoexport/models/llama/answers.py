@@ -1,4 +1,4 @@
-"""PyTorch's answers to cases: the plain formulation asked about every prompt alone, and once more for each new token."""
+"""PyTorch's answers to cases: the plain formulation asked about every prompt alone, and anew for each new token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from dinoexport.family import Read
 from dinoexport.models.llama import reference
 from dinoexport.models.llama.cases import setting
-from dinoexport.models.llama.config import LOGITS, Architecture
+from dinoexport.models.llama.config import Architecture
+from dinoexport.runtime.decoding import LOGITS
 from dinoexport.spec import Array, Arrays, Progress
 
 

@@ -19,7 +19,7 @@ from dinoexport.config.recipe import Frozen, parse
 from dinoexport.errors import UsageError
 from dinoexport.models.llama import synthetic
 from dinoexport.models.llama.config import Architecture
-from dinoexport.spec import Array, Arrays, Case, Load
+from dinoexport.spec import Array, Arrays, Case, Workload
 
 SEED = 7
 
@@ -104,12 +104,14 @@ def setting(inputs: Arrays, name: str) -> int:
     return int(inputs[name][0])
 
 
-def loads(arch: Architecture) -> tuple[Load, ...]:
+def workloads(arch: Architecture) -> tuple[Workload, ...]:
     """A prompt read and continued, as a user waits for it; then reading alone."""
     length = min(128, arch.context // 2)
     prompt = synthetic.prompt(arch.vocabulary, length, SEED)[None]
     steps = min(16, arch.context - length)
     return (
-        Load(name=f"{steps} tokens after {length}", inputs=inputs_of(prompt, steps=steps), items=steps, unit="tokens"),
-        Load(name=f"prompt of {length}", inputs=inputs_of(prompt), items=length, unit="tokens"),
+        Workload(
+            name=f"{steps} tokens after {length}", inputs=inputs_of(prompt, steps=steps), items=steps, unit="tokens"
+        ),
+        Workload(name=f"prompt of {length}", inputs=inputs_of(prompt), items=length, unit="tokens"),
     )

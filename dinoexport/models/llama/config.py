@@ -8,14 +8,6 @@ from pydantic import Field, model_validator
 
 from dinoexport.config.recipe import Frozen
 
-INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS_TO_KEEP = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "logits_to_keep",
-)
-LOGITS = "logits"
-
 
 class Architecture(Frozen):
     """The `[model]` table."""

@@ -25,7 +25,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Stem(nn.Module):
-    """Token ids (B, T), mask (B, S) and positions (B, T) to the stream, the rotation's cosines and sines, and who sees whom."""
+    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and who sees whom."""
 
     frequencies: Tensor
 
@@ -37,19 +37,23 @@ class Stem(nn.Module):
         self.register_buffer("frequencies", 1.0 / arch.rope_theta**exponents)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stream (B, T, D), cosines and sines (B, T, K/2) in float32, mask (B, 1, T, S), true where a token is seen.
 
-        Angles are products rounded to float32, as the published code makes them; a table would also limit the context.
+        A sequence's first token that is no padding stands at `first_position`. Positions are counted in float32, which
+        holds every whole number that a context has, and angles are products rounded to float32, as the published code
+        makes them; a table would also limit the context.
         A token of padding sees itself, so that no row of the mask is empty and no softmax is NaN. The mask has an axis
         for sequences even where all are alike: OpenVINO in bf16 takes a shared one for the first sequence only.
         """
         stream = F.embedding(input_ids, self.table_VD).to(self.residual)
-        angles = position_ids.unsqueeze(-1).float() * self.frequencies
         seen, new = attention_mask.shape[1], input_ids.shape[1]
         keys_S = torch.arange(seen)
         queries_T1 = (torch.arange(new) + (seen - new)).unsqueeze(1)
+        padding_B11 = (1 - attention_mask.float()).sum(dim=1).reshape(-1, 1, 1)
+        positions_BT1 = F.relu(queries_T1.float() - padding_B11) + first_position.float()
+        angles = positions_BT1 * self.frequencies
         earlier_TS, itself_TS = keys_S <= queries_T1, keys_S == queries_T1
         real_B1S = (attention_mask > 0).unsqueeze(1)
         mask = earlier_TS & (real_B1S | itself_TS)
@@ -94,7 +98,8 @@ class Block(nn.Module):
         return F.rms_norm(stream.float(), (self.dim,), weight_D, self.eps).to(self.body)
 
     def _heads(self, x_BTO: Tensor) -> Tensor:
-        return x_BTO.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x_BTO.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads
 
     def _rotated(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Halves (0, K/2), (1, K/2 + 1), ... rotated: `layouts` has put Meta's neighbours there."""

@@ -115,4 +115,5 @@ def _attended(q_HQK: Tensor, k_HTK: Tensor, v_HTK: Tensor, first: int) -> Tensor
     seen = first + q_HQK.shape[1]
     scores = q_HQK @ k_HTK[:, :seen].transpose(1, 2) / q_HQK.shape[-1] ** 0.5
     future = torch.full(scores.shape[1:], float("-inf"), dtype=scores.dtype).triu(1 + first)
-    return (scores + future).float().softmax(dim=-1).type_as(q_HQK) @ v_HTK[:, :seen]
+    mixed: Tensor = (scores + future).float().softmax(dim=-1).type_as(q_HQK) @ v_HTK[:, :seen]
+    return mixed
