@@ -54,8 +54,8 @@ def model_of(name: str, *, precision: Precision | None = None, **changes: Any) -
     arch = {"norm_eps": 1e-5, "rope_theta": 1e6, "context": 100_000, **CONFIGS[name], **changes}
     profile = {
         "batch": {"min": 1, "opt": 1, "max": 4},
-        "length": {"min": 1, "opt": 1, "max": 4096},
-        "past": {"min": 0, "opt": 256, "max": arch["context"] - 1},
+        "length": {"min": 1, "opt": 1, "max": min(4096, arch["context"])},
+        "past": {"min": 0, "opt": min(256, arch["context"] // 2), "max": arch["context"] - 1},
     }
     table = {"name": name, "family": "llama", "validation": "x", "model": arch, "profile": profile}
     return family.find("llama").model(Recipe.model_validate(table | {"precision": precision}))
