@@ -28,6 +28,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
+    def changed(self, **fields: Any) -> Self:
+        """A copy with `fields` changed, validated like the original; pydantic's own `model_copy` validates nothing."""
+        return self.model_validate({**dict(self), **fields})
+
 
 class WeightFile(Frozen):
     """One published file of weights."""

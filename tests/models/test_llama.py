@@ -22,7 +22,7 @@ from dinoexport.graph.onnx_writer import export
 from dinoexport.models.llama import cases
 from dinoexport.models.llama.config import Architecture
 from dinoexport.runtime import cpu, decoding
-from dinoexport.spec import Precision, Way, silent
+from dinoexport.spec import Precision, Runtime, Way, silent
 from dinoexport.validation.metrics import distance
 from tests import conformance, llama_files
 from tests.conftest import DATA
@@ -45,8 +45,8 @@ CONFIGS["other"] = CONFIGS["tiny"] | {
     "norm_eps": 3e-6,
 }
 CASES = ("1x1", "1x7", "1x64", "1x300", "3x7", "3x5-12-9", "1x40+24", "1x64@20000", "1x64@99936")
-ORT = Way(runtime="onnxruntime", precision=Precision.FP32, threads=1)
-OPENVINO = Way(runtime="openvino", precision=Precision.FP32, threads=1)
+ORT = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=1)
+OPENVINO = Way(runtime=Runtime.OPENVINO, precision=Precision.FP32, threads=1)
 
 
 def model_of(name: str, *, precision: Precision | None = None, **changes: Any) -> Any:
