@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 GROUP = "dinoexport.families"
+# LayerNormalization is one operator since 17, Gelu since 20; every runtime we target takes 20.
+OPSET = 20
 # Tensor name in the family's own layout -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
 # Reads one tensor of a checkpoint as float32; several threads may read at once.
@@ -41,7 +43,7 @@ class Piece:
     least_sizes: dimension name -> the least size the module takes, where that is not 1; the tracer finds it out as
     well, by tracing twice.
     The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
-    never looked at.
+    never looked at. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Piece:
     example_inputs: Mapping[str, torch.Tensor]
     dynamic: Mapping[str, Mapping[int, str]]
     least_sizes: Mapping[str, int] = field(default_factory=dict)
+    opset: int = OPSET
 
 
 @dataclass(frozen=True, kw_only=True)
