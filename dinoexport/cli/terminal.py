@@ -129,6 +129,14 @@ def say(what: Table | str, *, to_stderr: bool = False) -> None:
     (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
 
 
+def say_text(piece: str) -> None:
+    """A piece of a text that a model writes: on a terminal with line ends and tabs, and without what would steer it."""
+    if sys.stdout.isatty():
+        piece = "".join(c if c in "\n\t" else printable(c) for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
 def say_json(content: Any) -> None:
     """The one object on stdout."""
     typer.echo(json.dumps(content, indent=1, allow_nan=False))

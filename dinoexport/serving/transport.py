@@ -6,19 +6,20 @@ HTTP bodies are tritonclient's; urllib3 carries them, because tritonclient's own
 from __future__ import annotations
 
 import json
-import socket
+import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from dinoexport.errors import DinoexportError, InputRefused, MissingRequirement, UsageError, require
 from dinoexport.serving import answers
-from dinoexport.serving.address import Address
+from dinoexport.serving.address import Address, parse
 from dinoexport.serving.answers import Malformed
+from dinoexport.serving.deadline import Deadline, watched
 from dinoexport.spec import Array, Arrays
 
 _TRITON_DTYPES = {
@@ -61,6 +62,9 @@ class Transport(Protocol):
     ) -> dict[str, Array]:
         """The model's named outputs. shared: input -> where it lies already."""
 
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """The responses of a decoupled model, each as it comes: output -> value. Closing it cancels the request."""
+
     def register(self, region: str, key: str, size_bytes: int) -> None:
         """Lets the server map the system shared memory `key` as `region`."""
 
@@ -68,8 +72,9 @@ class Transport(Protocol):
         """Makes the server let go of it."""
 
 
-def connect(address: Address, *, timeout_s: float) -> Transport:
-    """The transport for `address`. timeout_s: for one whole answer, however the server drips it."""
+def connect(url: str | Address, *, timeout_s: float) -> Transport:
+    """The transport for an address. timeout_s: for one whole answer, however the server drips it."""
+    address = url if isinstance(url, Address) else parse(url)
     if not 0 < timeout_s < threading.TIMEOUT_MAX:
         raise UsageError(f"A time-out of {timeout_s} s is none.", next_step="Give seconds, more than 0.")
     require("triton", "tritonclient")
@@ -89,7 +94,7 @@ class _Http:
             **trust,
         )
         self._pool.pool_classes_by_scheme = {
-            scheme: _watched(found) for scheme, found in self._pool.pool_classes_by_scheme.items()
+            scheme: watched(found) for scheme, found in self._pool.pool_classes_by_scheme.items()
         }
 
     def limit(self, max_bytes: int) -> None:
@@ -118,6 +123,38 @@ class _Http:
         answer = self._ask("POST", f"/v2/models/{quote(model, safe='')}/infer", body, headers)
         return answers.decoded(answer.body, answer.header_length, outputs)
 
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        path, body = f"/v2/models/{quote(model, safe='')}/generate_stream", json.dumps(values).encode()
+        deadline = Deadline(self._timeout_s)
+        with ExitStack() as whole:
+            with deadline:
+                json_form = {"Content-Type": "application/json"}
+                response = whole.enter_context(self._begun("POST", path, body, json_form, deadline))
+            for line in self._lines(response):
+                if not line.startswith(b"data:"):
+                    continue
+                event = answers.parsed_json(line.removeprefix(b"data:"), "an event")
+                if not isinstance(event, dict):
+                    raise Malformed("an event is no object")
+                if "error" in event:  # the status was sent with the first response
+                    raise _refused("broken", str(event["error"])[:_WORDS_MAX])
+                yield event
+
+    def _lines(self, response: Any) -> Iterator[bytes]:
+        """The lines of a response that is still being sent; there is a deadline for each."""
+        rest = b""
+        while True:
+            with Deadline(self._timeout_s, response.shutdown) as deadline, self._errors(deadline):
+                while b"\n" not in rest:
+                    piece = response.read1(1 << 16)
+                    if not piece:
+                        return
+                    rest += piece
+                    if len(rest) > _METADATA_MAX_BYTES:
+                        raise Malformed("a line of it does not end")
+            line, _, rest = rest.partition(b"\n")
+            yield line
+
     def register(self, region: str, key: str, size_bytes: int) -> None:
         body = json.dumps({"key": key, "offset": 0, "byte_size": size_bytes}).encode()
         self._ask("POST", f"/v2/systemsharedmemory/region/{quote(region)}/register", body)
@@ -127,38 +164,52 @@ class _Http:
 
     def _ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> _Answer:
         """The whole answer within the one deadline; its body is never larger than an answer can be."""
+        with Deadline(self._timeout_s) as deadline, self._begun(method, path, body, headers, deadline) as response:
+            with self._errors(deadline):
+                answer = _Answer(
+                    body=self._body(response), header_length=response.headers.get("Inference-Header-Content-Length")
+                )
+            response.release_conn()
+        return answer
+
+    @contextmanager
+    def _begun(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None, deadline: Deadline
+    ) -> Iterator[Any]:
+        """A response whose body is still to be read; what is left of it is never taken for the next answer."""
+        url, sent = f"{self._address}{path}", {**self._address.headers, **(headers or {})}
+        with self._errors(deadline):
+            response = self._pool.request(
+                method, url, body=body, headers=sent, preload_content=False, redirect=False, decode_content=False
+            )
+        try:
+            with self._errors(deadline):
+                deadline.also(response.shutdown)  # a body without a length has left its connection
+                if response.status != HTTPStatus.OK:
+                    raise refusal(response.status, self._body(response))
+            yield response
+        finally:
+            if response.connection is not None:  # not back into the pool: the server sees that nobody reads
+                response.close()
+
+    @contextmanager
+    def _errors(self, deadline: Deadline) -> Iterator[None]:
         import urllib3
 
-        sent = {**self._address.headers, **(headers or {})}
-        url = f"{self._address}{path}"
-        with _Deadline(self._timeout_s) as deadline:
-            try:
-                response = self._pool.request(
-                    method, url, body=body, headers=sent, preload_content=False, redirect=False, decode_content=False
-                )
-                deadline.also(response.shutdown)  # a body without a length has left its connection
-                try:
-                    length = response.headers.get("Inference-Header-Content-Length")
-                    answer = _Answer(body=self._body(response), header_length=length)
-                except BaseException:
-                    response.close()  # what is left of the body must not be taken for the next answer
-                    raise
-                response.release_conn()
-            except urllib3.exceptions.ReadTimeoutError:
-                raise _no_answer(self._address) from None
-            except urllib3.exceptions.SSLError as error:
-                raise ServerError(
-                    f"{self._address} is not trusted: {error}.", next_step="Give its CA's certificates (--ca FILE)."
-                ) from None
-            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: a URL, a closed file
-                if deadline.expired:
-                    raise _no_answer(self._address) from None
-                raise _unreachable(self._address, error) from None
+        try:
+            yield
+        except urllib3.exceptions.ReadTimeoutError:
+            raise _no_answer(self._address) from None
+        except urllib3.exceptions.SSLError as error:
+            raise ServerError(
+                f"{self._address} is not trusted: {error}.", next_step="Give its CA's certificates (--ca FILE)."
+            ) from None
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: a URL, a closed file
             if deadline.expired:
-                raise _no_answer(self._address)
-        if response.status == HTTPStatus.OK:
-            return answer
-        raise _refused(_KINDS.get(response.status, "broken"), _said(answer.body, response.status))
+                raise _no_answer(self._address) from None
+            raise _unreachable(self._address, error) from None
+        if deadline.expired:
+            raise _no_answer(self._address)
 
     def _body(self, response: Any) -> bytes:
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -178,57 +229,6 @@ class _Answer:
 
     body: bytes
     header_length: str | None
-
-
-class _Deadline:
-    """Shuts the connection it is told of when its time is up, so that whoever reads from it goes on.
-
-    A time-out of urllib3's is for one read: a server that sends a byte now and then never meets it. expired: whether
-    the time was up.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.expired = False
-        self._shuts: list[Callable[[], object]] = []
-        self._timer = threading.Timer(seconds, self._shut)
-        self._timer.daemon = True
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        _asking.deadline = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        _asking.deadline = None
-
-    def also(self, shut: Callable[[], object]) -> None:
-        """One more way to shut what is waited for."""
-        self._shuts.append(shut)
-        if self.expired:
-            self._shut()
-
-    def _shut(self) -> None:
-        self.expired = True
-        for shut in self._shuts:
-            with suppress(Exception):  # it may not be open yet, or just have been closed
-                shut()
-
-
-# The deadline of the request that each thread is waiting for.
-_asking = threading.local()
-
-
-def _watched(pool_class: Any) -> Any:
-    """A class of urllib3's pools whose connections tell the thread's deadline when they are used."""
-
-    class Connection(pool_class.ConnectionCls):  # type: ignore[misc]
-        def request(self, *args: Any, **how: Any) -> None:
-            if (deadline := getattr(_asking, "deadline", None)) is not None:
-                deadline.also(lambda: self.sock.shutdown(socket.SHUT_RDWR))
-            super().request(*args, **how)
-
-    return type(pool_class.__name__, (pool_class,), {"ConnectionCls": Connection})
 
 
 class _Grpc:
@@ -288,6 +288,42 @@ class _Grpc:
             )
         return {name: _array_of(result, name) for name in outputs}
 
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        import tritonclient.grpc as triton
+
+        arrays = {name: _array(name, value) for name, value in values.items()}
+        inputs = _inputs(triton, arrays, {})
+        events: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        # A client has one stream; several answers at once need one each.
+        with self._opened(_METADATA_MAX_BYTES) as client:
+            client.start_stream(callback=lambda result, error: events.put((result, error)), headers=self._headers)
+            try:
+                client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+                while True:
+                    event, last = self._next(events)
+                    yield event
+                    if last:
+                        return
+            finally:
+                client.stop_stream(cancel_requests=True)
+
+    def _next(self, events: queue.Queue[tuple[Any, Any]]) -> tuple[dict[str, Any], bool]:
+        """The next response of a stream, and whether it is the last."""
+        try:
+            result, error = events.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise _no_answer(self._address) from None
+        with self._errors():
+            if error is not None:
+                raise error
+        response = result.get_response()
+        event: dict[str, Any] = {}
+        for output in response.outputs:
+            plain = _array_of(result, output.name).reshape(-1).tolist()
+            plain = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in plain]
+            event[output.name] = plain[0] if len(plain) == 1 else plain
+        return event, bool(response.parameters["triton_final_response"].bool_param)
+
     def register(self, region: str, key: str, size_bytes: int) -> None:
         with self._errors():
             self._client.register_system_shared_memory(region, key, size_bytes, headers=self._headers)
@@ -337,12 +373,26 @@ def _names(index: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _said(body: bytes, status: int) -> str:
-    """The server's own sentence in an answer that refuses, or its status."""
+def refusal(status: int, body: bytes) -> DinoexportError:
+    """An HTTP answer that refuses, as one of our errors: the server's own sentence, or its status."""
     try:
-        return str(json.loads(body)["error"])[:_WORDS_MAX]
+        message = str(json.loads(body)["error"])[:_WORDS_MAX]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return f"status {status}"
+        message = f"status {status}"
+    return _refused(_KINDS.get(status, "broken"), message)
+
+
+def _array(name: str, value: Any) -> Array:
+    """A value of a text request as the array its input takes."""
+    import numpy as np
+
+    from dinoexport.serving.triton.text_signature import INPUTS
+
+    values = value if isinstance(value, list | tuple) else [value]
+    dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
+    if INPUTS[name].data_type == "TYPE_STRING":
+        return np.array([text.encode() for text in values], dtype=object)
+    return np.array(values, dtype[INPUTS[name].data_type])
 
 
 def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[Any]:
