@@ -21,6 +21,7 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
 from dinoexport.system import files
+from dinoexport.text.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,17 @@ class Uses(Protocol):
 
     def thumbnail(self, inputs: Arrays) -> Picture:
         """A small picture of the item, to be recognised by."""
+
+
+class TextRole(Protocol):
+    """What a model that writes text brings besides its graphs."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts it was trained to answer."""
+
+    def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
+        """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
 
 
 class WeightLayout(Protocol):
@@ -198,7 +210,11 @@ class CaseSource(Protocol):
 
 
 class Servable(Protocol):
-    """Ways into a served model for files as users have them."""
+    """Ways into a served model for files and texts as users have them."""
+
+    @property
+    def text(self) -> TextRole | None:
+        """How it writes text; None for a model that writes none."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """What is served in front of the graphs; `samples` is a folder of files like those it will be asked about."""
