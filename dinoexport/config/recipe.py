@@ -104,6 +104,11 @@ class Recipe(Frozen):
         default=None, description="Arithmetic of the graph's body. Default: the first the target has."
     )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    quantised: Literal["activations", "weights"] = Field(
+        default="activations",
+        description="What int8 and int4 store in fewer bits. `activations`: also what they are multiplied with, one "
+        "scale a tensor, in int8 alone. `weights`: only them, a scale for each block, written while exporting.",
+    )
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")

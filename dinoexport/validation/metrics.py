@@ -116,8 +116,9 @@ def centred(logits: Array) -> Array:
     """Logits (..., V) without what is common to all entries of a distribution, which means nothing; float64."""
     import numpy as np
 
-    wide: Array = logits.astype(np.float64)
-    return wide - wide.mean(axis=-1, keepdims=True)
+    wide = logits.astype(np.float64)
+    middle: Array = wide - wide.mean(axis=-1, keepdims=True)
+    return middle
 
 
 def _log_probabilities(logits: Array) -> Array:
