@@ -275,12 +275,10 @@ def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.No
     return held, [widened], widened.outputs[0]
 
 
-def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
+def _initializer(tensor: ir.LazyTensor) -> ir.Value:
     import onnx_ir as ir
 
-    return ir.Value(
-        name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    return ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:
