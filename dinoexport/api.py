@@ -22,6 +22,7 @@ from dinoexport.errors import InputRefused, MissingRequirement, UsageError, Vali
 from dinoexport.family import FrontEnd, Model
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
+from dinoexport.system import changes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -259,11 +260,16 @@ def load(
     if threads < 0:
         raise UsageError(f"threads is {threads}.", next_step="Use a positive number, or 0 for the runtime's choice.")
     path = Path(folder)
+    changes.settle(path)
     if verify is not None:
         from dinoexport.bundle import signing
 
-        signing.verify(path, Path(verify))
-    manifest = bundle.verify(path, progress=progress) if check else bundle.read_manifest(path)
+        manifest = signing.verify(path, Path(verify)).manifest
+    else:
+        manifest = bundle.read_manifest(path)
+    if check:
+        bundle.check_files(path, manifest.files, progress=progress)
+        bundle.check_graphs(path, manifest)
     return Bundle(path, manifest, threads=threads, device=device)
 
 

@@ -130,6 +130,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     of no use.
     """
     manifest = bundle.verify(folder, progress=progress)
+    bundle.check_graphs(folder, manifest)
     if manifest.verdict == "rejected":
         raise ValidationFailed(
             f"{folder} is marked rejected: how fast it is wrong says nothing.", next_step="Build one that passes."

@@ -69,6 +69,12 @@ class Dim:
     multiple_of: int = 1
     step: int = 1
 
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1 or self.step < 1 or self.min > self.max:
+            raise ValueError(
+                f"{self.name} is a multiple of {self.multiple_of}, step {self.step}, {self.min} to {self.max}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from dinoexport.bundle import onnx_file
 from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
@@ -336,6 +337,23 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
                 raise damaged(f"{file.name} does not have the SHA-256 in the manifest")
         except Unreadable as error:
             raise unreadable(folder, file.name, error) from None
+
+
+def check_graphs(folder: Path, manifest: Manifest) -> None:
+    """Raises ValidationFailed for a graph that holds what we do not write, or weights that are not listed.
+
+    Its files were checked before (`check_files`), so what is read here is what they are.
+    """
+    sizes = {file.name: file.size_bytes for file in manifest.files}
+    for graph in manifest.graphs:
+        try:
+            onnx_file.check(folder / graph.file, data_bytes=sizes.get(f"{graph.file}.data"))
+        except Unreadable as error:
+            raise unreadable(folder, graph.file, error) from None
+        except ValueError as error:
+            raise ValidationFailed(
+                f"{graph.file} is no graph of ours: {error}.", next_step="Do not run it. Build the bundle again."
+            ) from None
 
 
 def unreadable(folder: Path, name: str, error: Unreadable) -> DinoexportError:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from dinoexport.bundle import damaged
+from dinoexport.bundle import archive, damaged
 from dinoexport.config.recipe import Frozen, Limits
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Case, Expectation
@@ -79,11 +79,8 @@ def write(path: Path, reference: Reference) -> None:
 
 def read(path: Path) -> Reference:
     """The reference in `path`; a ValidationFailed when it is damaged, a UsageError when it is of another version."""
-    import numpy as np
-
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = archive.read(path)
         content = json.loads(arrays.pop("index.json").tobytes())
         if (version := content.get("version")) != VERSION:
             raise UsageError(

@@ -19,7 +19,7 @@ from dinoexport.errors import UsageError, require
 from dinoexport.runtime import runners
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
-from dinoexport.system import timing
+from dinoexport.system import changes, timing
 from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def of_path(path: Path) -> dict[str, Any]:
     """What a bundle or an ONNX file holds, by title: a dict of facts or a list of rows."""
     if path.suffix == ".onnx":
         return _of_onnx(path)
+    changes.settle(path)
     manifest = bundle.read_manifest(path)
     report = manifest.report
     return {
@@ -132,6 +133,7 @@ def of_path(path: Path) -> dict[str, Any]:
 
 def page_of(folder: Path) -> Path:
     """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
+    changes.settle(folder)
     manifest = bundle.read_manifest(folder)
     pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:

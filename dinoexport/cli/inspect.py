@@ -174,9 +174,10 @@ def diff(
 ) -> None:
     """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
     with reporting(as_json):
+        from dinoexport.system import changes
         from dinoexport.validation import bundle_diff
 
-        with progress_lines() as progress:
+        with progress_lines() as progress, changes.reading(first), changes.reading(second):
             found = bundle_diff.compare(first, second, progress=progress)
         if as_json:
             say_json(found)
@@ -194,8 +195,9 @@ def bench(
     """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
     with reporting(as_json):
         from dinoexport import bench as stopwatch
+        from dinoexport.system import changes
 
-        with progress_lines() as progress:
+        with progress_lines() as progress, changes.reading(bundle):
             timed = stopwatch.bench(bundle, weights=weights, progress=progress)
         if as_json:
             say_json(timed.to_json())

@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dinoexport.config import resources
 from dinoexport.errors import UsageError
 from dinoexport.spec import Dim, Precision, Runtime, closest
+from dinoexport.system import untrusted
 
+# A hundred times the longest recipe; what a hostile one repeats is bounded with it.
+_TOML_MAX_BYTES = 1 << 18
 # A name becomes part of file names, so it may hold nothing a path could use.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -221,9 +224,7 @@ def _keys(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in `path`; a UsageError when it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from None
+        return tomllib.loads(untrusted.read_text(path, max_bytes=_TOML_MAX_BYTES))
     except (ValueError, RecursionError) as error:  # besides its own error tomllib lets these two through
         raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
 

@@ -229,8 +229,10 @@ def _assemble(
 
 
 def _ir_version(opset: int) -> int:
-    """The version of the file format that came with an operator set; 10 has what all of ours before 23 need."""
-    return 11 if opset >= 23 else 10
+    """The version of the file format that came with an operator set: older runtimes read no newer one."""
+    if opset >= 23:
+        return 11
+    return 10 if opset >= 21 else 9
 
 
 def _value(tensor: Tensor) -> ir.Value:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dinoexport import bundle
 from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict, sbom
 from dinoexport.bundle.signing import Signer
 from dinoexport.errors import UsageError, ValidationFailed, require
@@ -132,6 +133,10 @@ def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, sig
     """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
     bill = list_materials(work, manifest)
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
+    onnx_files = {graph.file for graph in manifest.graphs}
+    for stage in made.values():
+        if onnx_files & {file.name for file in stage.files}:  # what would be refused later is not published
+            bundle.check_graphs(stage.folder, manifest)
     work.publish({**made, bill.name: bill}, manifest, sign=None if signer is None else signer.signature)
     return manifest
 

@@ -5,7 +5,6 @@ It is written where the user says and never into the bundle: their pictures are 
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from dinoexport.validation.downstream import Agreement
 from dinoexport.validation.validate_bundle import Validated
 
 TEMPLATE = Path(__file__).parent / "templates" / "mismatches.html.jinja"
+# By this a page of ours is known, which may be replaced by another.
+_OURS = b'<meta name="generator" content="dinoexport">'
 # Enough to see what kind of item differs; a page of ten thousand pictures would open nowhere.
 _ITEMS_MAX = 24
 _NEIGHBOURS_MAX = 3
@@ -30,8 +31,7 @@ def check(path: Path, images: Path | None) -> None:
     require("export", "jinja2")
     if images is None:
         raise UsageError("--page shows images that differ, and none are given.", next_step="Add --images DIR.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be a file.", next_step="Give a file's name in a folder that exists.")
+    files.check_output(path, ours=_OURS)
 
 
 def write(path: Path, validated: Validated, images: Path, *, progress: Progress) -> None:
@@ -45,10 +45,8 @@ def write(path: Path, validated: Validated, images: Path, *, progress: Progress)
         if model.uses and wanted:
             cases = user_files.usable(model, images, [], progress, only=wanted)
             pictures = {case.name: model.uses.thumbnail(case.inputs) for case in cases}
-    with files.disk_errors(path.parent):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(render(validated, found, pictures), encoding="utf-8")
-        os.replace(partial, path)
+    content = render(validated, found, pictures).encode(errors="backslashreplace")  # names of files need not be UTF-8
+    files.write_output(path, content, ours=_OURS)
 
 
 def _shown(found: Agreement) -> Iterator[str]:

@@ -68,6 +68,7 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
 
 def _opened(folder: Path, progress: Progress) -> _Side:
     manifest = bundle.verify(folder, progress=progress)
+    bundle.check_graphs(folder, manifest)
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {folder / bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}

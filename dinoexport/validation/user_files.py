@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from dinoexport.bundle import archive
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limits
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
@@ -82,11 +83,8 @@ class Keep:
 
     def read(self, digest: str, case: Case) -> Found | None:
         """What was found of these inputs, whatever they are called today; None when nothing, or nothing whole, is."""
-        import numpy as np
-
         try:
-            with self._path(digest).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+            arrays = archive.read(self._path(digest))
             facts = _STORED.validate_json(arrays.pop(_FACTS).tobytes())
         except Exception:  # zipfile, zlib, NumPy and pydantic meet damage with a dozen kinds; it is made again
             return None

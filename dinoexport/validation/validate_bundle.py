@@ -75,6 +75,7 @@ def validate(
     with changes.reading(folder, progress=progress):
         before = signed or bundle.read_manifest(folder)
         bundle.check_files(folder, before.files, progress=progress)
+        bundle.check_graphs(folder, before)
         validated = _judged(folder, before, images, weights, runtime, judge_code, explained, progress)
     passed = validated.report.passed
     records = validated.manifest != before

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
 from dinoexport.family import Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
-from dinoexport.system import files
-from dinoexport.weights import download
+from dinoexport.system import files, untrusted
+from dinoexport.system.untrusted import Unreadable
+from dinoexport.weights import download, pickle_check
 
 if TYPE_CHECKING:
     import torch
@@ -72,20 +74,22 @@ def open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, 
         digests = [file.sha256 for file in wanted.weights]
         shown = ", ".join(file.url for file in wanted.weights)
     else:
-        shown = source
+        # The path alone would say who built it, and where: in a bundle the file's name and hash suffice.
+        shown = Path(source).name or source
         try:
             paths = _local(Path(source))
             digests = [files.sha256(path, progress=progress) for path in paths]
-        except OSError as error:
+        except (OSError, Unreadable) as error:
+            problem = error.problem if isinstance(error, Unreadable) else error.strerror
             raise WeightsError(
-                f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
+                f"{source} cannot be read: {problem}.", next_step="Check the path and its permissions."
             ) from None
     found, read = _merged({path: _open(path) for path in paths})
     if not found:
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
-    _check(model, wanted, shapes, shown)
+    _check(model, wanted, shapes, source or shown)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return Checkpoint(source=shown, sha256=digest, read=adapted)
 
@@ -116,7 +120,7 @@ def _local(path: Path) -> tuple[Path, ...]:
         if shards:
             return shards
         raise WeightsError(f"{path} holds no .safetensors file.", next_step="Give the weights file itself.")
-    if not path.is_file():
+    if not untrusted.is_regular(path):
         raise WeightsError(
             f"There is no file {path}.", next_step="Check --weights, or leave it out for the published ones."
         )
@@ -191,6 +195,18 @@ def _check_zip(path: Path) -> None:
             f"{path} is a compressed zip, which torch.save never writes; it was not unpacked.",
             next_step="Use the file as it was published.",
         )
+    pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+    try:
+        if any(entry.file_size > pickle_check.MAX_BYTES for entry in pickles):
+            raise ValueError("it is larger than any")
+        with zipfile.ZipFile(path) as archive:
+            for entry in pickles:
+                pickle_check.check(archive.read(entry))
+    except Exception as error:  # pickletools and zipfile meet damage with half a dozen kinds
+        raise WeightsError(
+            f"{path} holds a pickle of something else than weights: {_first_line(error)}; nothing of it was run.",
+            next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
+        ) from None
 
 
 def _tensors(content: Any) -> dict[str, torch.Tensor]:
@@ -297,7 +313,7 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     if other:
         raise WeightsError(
             f"{source} is not {wanted.name}: this is {other}.",
-            next_step=f"dinoexport build {other} --weights {source}",
+            next_step=f"dinoexport build {other} --weights {shlex.quote(source)}",
         )
     listed = "\n  ".join(problems)
     raise WeightsError(

@@ -23,6 +23,8 @@ _ELSEWHERE = "set DINOEXPORT_CACHE to a folder with room that you may write to"
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
 _NAME_LENGTH_MAX = 100
+# Of a file whose size neither the recipe nor the server says.
+_SIZE_MAX = 1 << 38
 
 
 def cache_folder() -> Path:
@@ -111,6 +113,10 @@ def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
             for chunk in _chunks(response):
                 out.write(chunk)
                 have += len(chunk)
+                if have > (file.size_bytes or total or _SIZE_MAX):
+                    raise http.client.HTTPException(
+                        f"more than the {file.size_bytes or total or _SIZE_MAX} bytes it has"
+                    )
                 progress(f"downloading {cached_path(file).name}", have, total)
     return not total or have >= total
 

@@ -20,11 +20,13 @@ NORM_EPSILON = 1e-6  # upstream dinov2/models/vision_transformer.py: partial(nn.
 class Architecture(Frozen):
     """The `[model]` table."""
 
-    embed_dim: int = Field(gt=0, description="Width D of a token.")
-    depth: int = Field(gt=0, description="Number of blocks.")
-    num_heads: int = Field(gt=0, description="Attention heads; they divide embed_dim.")
+    # A build takes memory by these before it reads a weight. The largest published one is ViT-g: 1536 wide, 40 deep,
+    # 24 heads, 4 registers; five times its width and depth is 150 billion weights, more than this traces in a day.
+    embed_dim: int = Field(gt=0, le=8192, description="Width D of a token.")
+    depth: int = Field(gt=0, le=200, description="Number of blocks.")
+    num_heads: int = Field(gt=0, le=256, description="Attention heads; they divide embed_dim.")
     feed_forward: Literal["mlp", "swiglu"] = Field(description="`swiglu` is ViT-g's.")
-    register_count: int = Field(ge=0, description="Register tokens R.")
+    register_count: int = Field(ge=0, le=64, description="Register tokens R.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -95,6 +95,7 @@ def deploy(
                 next_step="dinoexport build makes a judged bundle.",
             )
         bundle.check_files(folder, manifest.files, progress=progress)
+        bundle.check_graphs(folder, manifest)
         name = _checked_name(name or manifest.variant)
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
             raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")

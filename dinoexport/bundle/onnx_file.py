@@ -1,0 +1,216 @@
+"""What an ONNX file holds, before a runtime opens it: operators, subgraphs, and the files it would read.
+
+A graph from outside is a program: a Loop need not end, a constant can be larger than memory, and external data can name
+any file. So a bundle's graph may hold only operators that dinoexport writes, no subgraph and no function, and its
+weights lie in the one file that the manifest lists for it.
+
+The reader knows as much of protobuf's wire format (https://protobuf.dev/programming-guides/encoding) as that takes, for
+`validate` needs no onnx. Field numbers: onnx/onnx.proto.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoexport.system import untrusted
+
+# Everything but the weights: a graph of forty blocks has 2 MB.
+GRAPH_MAX_BYTES = 1 << 27
+# Elements of one constant that a graph may unfold by itself: what a position grid of the largest input takes, twice.
+_UNFOLDED_MAX = 1 << 28
+_UNFOLDING = frozenset({"Expand", "ConstantOfShape", "Reshape", "Tile", "Pad"})
+OPERATORS = frozenset(
+    """
+    Abs Add And ArgMax Attention AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv
+    ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Einsum Equal Erf Exp Expand Flatten
+    Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual GroupNormalization HardSwish
+    Identity InstanceNormalization IsInf IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax LpNormalization MatMul
+    MatMulInteger Max MaxPool Mean Min Mod Mul Neg Not Or Pad Pow PRelu QuantizeLinear RMSNormalization Range Reciprocal
+    ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding
+    Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze
+    Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor
+    """.split()  # noqa: SIM905 (a list of so many is not read better)
+)
+# Of ONNX Runtime's own, in the domain com.microsoft.
+_OWN_DOMAIN = "com.microsoft"
+OWN_OPERATORS = frozenset(
+    """
+    FastGelu GroupQueryAttention MatMulNBits MultiHeadAttention QuickGelu RotaryEmbedding
+    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
+    """.split()  # noqa: SIM905
+)
+_INT64 = 7
+_MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
+_GRAPH_NODES, _GRAPH_TENSORS, _GRAPH_SPARSE = 1, 5, 15
+# Bits of an element, by TensorProto.DataType.
+_BITS = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
+    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4,
+}  # fmt: skip
+
+
+def check(path: Path, *, data_bytes: int | None) -> None:
+    """Raises ValueError, or `untrusted.Unreadable`, for an ONNX file that is not like one of ours.
+
+    data_bytes: the size of the file NAME.onnx.data beside it; None when there is none.
+    """
+    raw = memoryview(untrusted.read_bytes(path, max_bytes=GRAPH_MAX_BYTES, links=False))
+    try:
+        _check_model(raw, f"{path.name}.data", data_bytes)
+    except (IndexError, TypeError, struct.error, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(f"it is no ONNX file ({error})") from None
+
+
+def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> None:
+    model = _grouped(raw)
+    if _MODEL_FUNCTIONS in model:
+        raise ValueError("it defines functions")
+    if len(model.get(_MODEL_GRAPH, ())) != 1:
+        raise ValueError("it is no ONNX file")
+    graph = _grouped(_message(model[_MODEL_GRAPH][0]))
+    if _GRAPH_SPARSE in graph:
+        raise ValueError("it holds a sparse tensor")
+    if not graph.get(_GRAPH_NODES):
+        raise ValueError("it computes nothing")
+    constants: dict[str, tuple[int, ...]] = {}
+    for tensor in graph.get(_GRAPH_TENSORS, ()):
+        name, values = _check_tensor(_message(tensor), data_name, data_bytes)
+        constants[name] = values
+    for node in graph[_GRAPH_NODES]:
+        _check_node(_message(node), data_name, data_bytes, constants)
+
+
+def _check_node(
+    raw: memoryview, data_name: str, data_bytes: int | None, constants: Mapping[str, tuple[int, ...]]
+) -> None:
+    node = _grouped(raw)
+    kind, domain = _last_text(node, 4), _last_text(node, 7)
+    known = {"": OPERATORS, "ai.onnx": OPERATORS, _OWN_DOMAIN: OWN_OPERATORS}.get(domain, frozenset())
+    if kind not in known:
+        raise ValueError(f"it holds the operator {domain and f'{domain}.'}{kind}, which dinoexport does not write")
+    for attribute in node.get(5, ()):
+        parts = _grouped(_message(attribute))
+        if parts.keys() & {6, 11}:
+            raise ValueError(f"its {kind} holds a subgraph")
+        if parts.keys() & {22, 23}:
+            raise ValueError("it holds a sparse tensor")
+        for tensor in (*parts.get(5, ()), *parts.get(10, ())):
+            _check_tensor(_message(tensor), data_name, data_bytes)
+    if kind in _UNFOLDING:
+        for name in map(_text, node.get(1, ())):
+            sizes = [abs(size) for size in constants.get(name, ()) if size]
+            if math.prod(sizes) > _UNFOLDED_MAX:
+                raise ValueError(f"a {kind} unfolds to {'x'.join(map(str, sizes[:8]))} elements")
+
+
+def _check_tensor(raw: memoryview, data_name: str, data_bytes: int | None) -> tuple[str, tuple[int, ...]]:
+    """A tensor's name and int64 values; its declared size is that of its data, here or in the one file listed."""
+    tensor = _grouped(raw)
+    name, dims = _last_text(tensor, 8), [dim for value in tensor.get(1, ()) for dim in _integers(value)]
+    dtype = int(tensor.get(2, [0])[-1])
+    inline = b"".join(bytes(_message(value)) for value in tensor.get(9, ()))
+    if any(dim < 0 for dim in dims):
+        raise ValueError(f"the tensor {name!r} has shape {dims}")
+    size = -(-math.prod(dims) * _BITS.get(dtype, 8) // 8)
+    entries = [_grouped(_message(entry)) for entry in tensor.get(13, ())]
+    external = {_last_text(entry, 1): _last_text(entry, 2) for entry in entries}
+    if external:
+        _check_place(name, size, external, data_name, data_bytes)
+    elif size > GRAPH_MAX_BYTES or (inline and len(inline) != size):
+        raise ValueError(f"the tensor {name!r} is said to have {size} bytes")
+    values = struct.unpack(f"<{len(inline) // 8}q", inline) if dtype == _INT64 and inline else ()
+    return name, values
+
+
+def _check_place(name: str, size: int, external: Mapping[str, str], data_name: str, data_bytes: int | None) -> None:
+    if external.get("location") != data_name or data_bytes is None:
+        raise ValueError(f"the weights {name!r} lie in {external.get('location')!r}, which the bundle does not list")
+    offset, length = _number(external.get("offset", "0")), _number(external.get("length", str(size)))
+    if length != size or offset + length > data_bytes:
+        raise ValueError(f"the weights {name!r} are {size} bytes at {offset}, where {data_name} has {data_bytes}")
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise ValueError(f"{text[:20]!r} is no place in a file")
+    return int(text)
+
+
+# ---- protobuf's wire format ----
+
+
+def _grouped(raw: memoryview) -> dict[int, list[Any]]:
+    """The values of each field of a message, by its number."""
+    found: dict[int, list[Any]] = {}
+    for number, value in _fields(raw):
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def _last_text(message: Mapping[int, list[Any]], number: int) -> str:
+    values = message.get(number)
+    return _text(values[-1]) if values else ""
+
+
+def _fields(raw: memoryview) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field: an int, or the bytes of what has a length."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        number, wire = key >> 3, key & 7
+        if not number:
+            raise IndexError("a field without a number")
+        if wire == 0:
+            value, at = _varint(raw, at)
+            yield number, value
+            continue
+        if wire == 2:
+            length, at = _varint(raw, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise IndexError(f"wire type {wire}")
+        if at + length > len(raw):
+            raise IndexError("it ends early")
+        yield number, raw[at : at + length]
+        at += length
+
+
+def _varint(raw: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = raw[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise IndexError("a number does not end")
+
+
+def _integers(value: Any) -> list[int]:
+    """Of a repeated field: one, or all of them packed."""
+    if isinstance(value, int):
+        return [_signed(value)]
+    found, at = [], 0
+    while at < len(value):
+        number, at = _varint(value, at)
+        found.append(_signed(number))
+    return found
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _message(value: Any) -> memoryview:
+    if not isinstance(value, memoryview):
+        raise IndexError("a number where a message is")
+    return value
+
+
+def _text(value: Any) -> str:
+    return bytes(_message(value)).decode("utf-8")

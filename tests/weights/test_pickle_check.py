@@ -1,0 +1,70 @@
+"""Pickles that allocate or never end are refused before PyTorch follows them; those of saved weights are not."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zipfile
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoexport.errors import WeightsError
+from dinoexport.weights import checkpoint, pickle_check
+
+
+def calling(module: str, name: str, argument: bytes) -> bytes:
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85R."
+
+
+def nested(deep: int) -> bytes:
+    """A dict whose key is a tuple that holds itself twice, so many times over: 2**deep tuples to hash."""
+    return b"\x80\x02}K\x01" + b"q\x00h\x00\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, deep)) + b"K\x01s."
+
+
+HOSTILE = {
+    "bytearray": calling("builtins", "bytearray", b"\x8a\x05\x00\xf2\x05\x2a\x01"),
+    "a storage": calling("torch", "FloatStorage", b"J\x00\xca\x9a\x3b"),
+    "a tensor": calling("torch", "FloatTensor", b"J\x00\xca\x9a\x3b"),
+    "tuples in tuples": nested(60),
+    "a frozen set": b"\x80\x04(K\x01\x91.",
+    "an opcode that is none": b"\x80\x02\xff.",
+    "no end": b"\x80\x02K\x01",
+}
+
+
+def saved(path: Path, pickled: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_is_refused(tmp_path: Path, kind: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(Exception):  # noqa: B017 (pickletools' own for what is no pickle)
+        pickle_check.check(HOSTILE[kind])
+    path = saved(tmp_path / "w.pth", HOSTILE[kind])
+    with pytest.raises(WeightsError, match="nothing of it was run"):
+        checkpoint._open(path)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": torch.ones(3)}, OrderedDict(a=torch.nn.Parameter(torch.ones(3))), {"model": {"a": torch.ones(2, 2).T}},
+        {"milestones": Counter({30: 1}), "a": torch.ones(1), "steps": (1, (2, (3,))), "words": ["x", None, True, 1.5]},
+        {"a": torch.ones(3, dtype=torch.bfloat16), "device": torch.device("cpu"), "size": torch.Size([1, 2])},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_what_training_saves_is_taken(tmp_path: Path, content: Any, protocol: int) -> None:
+    torch.save(content, tmp_path / "w.pth", pickle_protocol=protocol)
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        pickle_check.check(archive.read(name))
