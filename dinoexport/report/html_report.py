@@ -6,6 +6,7 @@ follow the reader's colours. The same build gives the same bytes: no date, no ra
 
 from __future__ import annotations
 
+import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
 def _repeat(manifest: Manifest) -> list[str]:
     """The command that makes this bundle again, and the one that judges it again."""
     source = manifest.checkpoint.source
-    weights = "" if source.startswith("http") else f" --weights {source}"
+    weights = "" if source.startswith("http") else f" --weights {shlex.quote(source)}"
     precision = "auto" if "precision" in manifest.report else manifest.precision
     known = manifest.variant in variants()
     recipe = manifest.variant if known else "RECIPE.toml"

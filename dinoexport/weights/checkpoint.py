@@ -74,8 +74,7 @@ def open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, 
         digests = [file.sha256 for file in wanted.weights]
         shown = ", ".join(file.url for file in wanted.weights)
     else:
-        # The path alone would say who built it, and where: in a bundle the file's name and hash suffice.
-        shown = Path(source).name or source
+        shown = source
         try:
             paths = _local(Path(source))
             digests = [files.sha256(path, progress=progress) for path in paths]
@@ -89,9 +88,11 @@ def open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, 
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
-    _check(model, wanted, shapes, source or shown)
+    _check(model, wanted, shapes, shown)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Checkpoint(source=shown, sha256=digest, read=adapted)
+    # A path would say who built the bundle, and where: the file's name and hash suffice.
+    named = shown if source is None else Path(source).name or "weights"
+    return Checkpoint(source=named, sha256=digest, read=adapted)
 
 
 def _synthetic(model: WeightLayout, source: str) -> Checkpoint:

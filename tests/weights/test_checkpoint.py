@@ -48,7 +48,7 @@ def test_every_value_of_a_local_file_arrives(
 ) -> None:
     path = save(tmp_path / name, {key: tensor.to(dtype) for key, tensor in state.items()})
     checkpoint = opened(path)
-    assert checkpoint.source == str(path)
+    assert checkpoint.source == path.name, "the path would say who built it"
     assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     for key, tensor in state.items():
         array = checkpoint.read(key)
