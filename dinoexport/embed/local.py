@@ -1,0 +1,207 @@
+"""Shards embedded by several processes of this machine. One that dies is replaced, and its shard done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinoexport import errors
+from dinoexport.embed.embedder import Job
+from dinoexport.embed.plan import Done, Plan
+from dinoexport.errors import BuildError, DinoexportError
+from dinoexport.system.subprocess_job import REPORT
+
+# A shard may kill so many workers in a row without one image being to blame, as when memory runs out.
+_DEATHS_MAX = 4
+_STOP_S = 10
+
+
+@dataclass(kw_only=True)
+class Task:
+    """A shard to do. again: only its failed rows. deaths: of workers on it, since an image was last blamed."""
+
+    plan: Plan
+    shard: int
+    again: bool = False
+    deaths: int = 0
+    known_bad: dict[str, str] = field(default_factory=dict)
+
+
+Told = Callable[[str, dict[str, Any]], None]
+Finished = Callable[[Task, Done], None]
+Ticked = Callable[[int, int], None]
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    pipe: int
+    log: Path
+    heard: bytes = b""
+    task: Task | None = None
+    begun: str | None = None
+    counted: tuple[int, int] = (0, 0)
+    ready: bool = False
+
+
+def run(
+    job: Job,
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    environments: Sequence[dict[str, str]],
+    finished: Finished,
+    ticked: Ticked,
+) -> None:
+    """Does every task in `workers` processes. environments: of each of them, in turn.
+
+    finished: hears of each shard as it is done; ticked: of rows and failures, negative where a worker died with them.
+    Raises what a worker raised, BuildError when a shard cannot be done.
+    """
+    waiting = deque(tasks)
+    with tempfile.TemporaryDirectory() as scratch, selectors.DefaultSelector() as selector:
+        running: dict[int, _Worker] = {}
+
+        def start(number: int) -> None:
+            log = Path(scratch) / f"{number}.log"
+            worker = _start(job, environments[number % len(environments)], log)
+            running[number] = worker
+            selector.register(worker.pipe, selectors.EVENT_READ, number)
+
+        def end(number: int) -> None:
+            worker = running.pop(number)
+            selector.unregister(worker.pipe)
+            _stop(worker)
+
+        try:
+            for number in range(min(workers, len(waiting))):
+                start(number)
+            while running:
+                for key, _ in selector.select():
+                    number = key.data
+                    worker = running[number]
+                    raw = os.read(worker.pipe, 1 << 16)
+                    for message in _messages(worker, raw):
+                        _hear(worker, message, finished, ticked)
+                        if worker.ready and worker.task is None and waiting:
+                            _give(worker, waiting.popleft())
+                    if not raw:
+                        again = _buried(worker, ticked)
+                        end(number)
+                        waiting.extendleft([again] if again else [])
+                        if waiting:
+                            start(number)
+                    elif worker.ready and worker.task is None and not waiting:
+                        end(number)
+        finally:
+            for worker in running.values():
+                _stop(worker)
+
+
+def _start(job: Job, environment: dict[str, str], log: Path) -> _Worker:
+    pipe, childs_end = os.pipe()
+    with log.open("wb") as out, os.fdopen(childs_end, "wb") as end:
+        process = subprocess.Popen(  # noqa: S603 (our own module, no shell)
+            [sys.executable, "-m", "dinoexport.embed.worker", job.model_dump_json()],
+            env={**os.environ, **environment, REPORT: str(end.fileno())},
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=[end.fileno()],
+        )
+    return _Worker(process=process, pipe=pipe, log=log)
+
+
+def _stop(worker: _Worker) -> None:
+    assert worker.process.stdin is not None
+    try:
+        worker.process.stdin.close()
+    except BrokenPipeError:
+        pass
+    try:
+        worker.process.wait(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        worker.process.wait()
+    os.close(worker.pipe)
+
+
+def _give(worker: _Worker, task: Task) -> None:
+    """Hands a task over. From the second death on items are decoded one by one, to see which of them it is."""
+    worker.task, worker.begun, worker.counted = task, None, (0, 0)
+    order = {
+        "plan": task.plan.model_dump(mode="json"),
+        "shard": task.shard,
+        "again": task.again,
+        "careful": task.deaths >= 2,
+        "known_bad": task.known_bad,
+    }
+    assert worker.process.stdin is not None
+    try:
+        worker.process.stdin.write(json.dumps(order).encode() + b"\n")
+        worker.process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has just died: the end of its pipe says so next
+
+
+def _messages(worker: _Worker, raw: bytes) -> list[dict[str, Any]]:
+    *lines, worker.heard = (worker.heard + raw).split(b"\n")
+    return [json.loads(line) for line in lines]
+
+
+def _hear(worker: _Worker, message: dict[str, Any], finished: Finished, ticked: Ticked) -> None:
+    if "ready" in message:
+        worker.ready = True
+    elif "begins" in message:
+        worker.begun = message["begins"]
+    elif "rows" in message:
+        rows, failed = worker.counted
+        worker.counted = (rows + message["rows"], failed + message["failed"])
+        ticked(message["rows"], message["failed"])
+        worker.begun = None
+    elif "done" in message:
+        assert worker.task is not None
+        task, worker.task = worker.task, None
+        finished(task, Done.model_validate(message["done"]))
+    else:
+        raise _raised(message["error"])
+
+
+def _raised(facts: dict[str, str]) -> DinoexportError:
+    kind = getattr(errors, facts["kind"], BuildError)
+    error: DinoexportError = kind(facts["message"], next_step=facts["next_step"])
+    return error
+
+
+def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
+    """What a dead worker leaves to do, with the image to blame left out where it is known."""
+    code = worker.process.wait()
+    task = worker.task
+    said = worker.log.read_text(errors="replace").strip().splitlines()[-1:] or ["Its log is empty."]
+    cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    if task is None:
+        if worker.ready:
+            return None
+        raise BuildError(f"A worker {cause} before its first shard: {said[0]}", next_step="Report it.")
+    ticked(-worker.counted[0], -worker.counted[1])
+    task.deaths += 1
+    if worker.begun is not None:
+        task.known_bad[worker.begun] = f"the decoder {cause} on it"
+        task.deaths = 2  # the next one is looked for at once
+        return task
+    if task.deaths > _DEATHS_MAX:
+        raise BuildError(
+            f"Shard {task.shard} killed {task.deaths} workers, the last one {cause}: {said[0]}",
+            next_step="If memory ran out, use fewer --workers; what is finished is kept.",
+        )
+    return task
