@@ -28,7 +28,9 @@ def embed(
         str,
         typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
     ],
-    out: Annotated[str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call goes on there.")],
+    out: Annotated[
+        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call goes on there.")
+    ],
     size: Annotated[
         str, typer.Option(metavar="default|nearest", help="One size for all, or each near its own: local images only.")
     ] = "default",
@@ -84,7 +86,7 @@ def embed(
         if as_json:
             say_json(_facts(found))
             return
-        say(f"Rows:   {found.rows} in {found.shards} shards, {found.failed} failed; {found.done_before} were done before")
+        say(f"Rows:   {found.rows} in {found.shards} shards ({found.done_before} done before), {found.failed} failed")
         say(f"Folder: {found.out}" + ("" if found.complete else "   not complete: other shards are still to be done"))
 
 

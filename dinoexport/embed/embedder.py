@@ -294,9 +294,7 @@ class Embedder:
 
             return read
 
-        readers = (
-            (name, refused(name) if name in known_bad else read) for name, read in self._source.readers(names)
-        )
+        readers = ((name, refused(name) if name in known_bad else read) for name, read in self._source.readers(names))
         if begins is not None:
             for name, read in readers:
                 begins(name)
@@ -379,4 +377,3 @@ def _opened(folder: Path, manifest: Manifest, model: Model, threads: int) -> tup
     way = replace(runners.way_of(manifest), threads=threads)
     opened = cpu.open_graphs(graphs, way)
     return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})
-

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ class Task:
     known_bad: dict[str, str] = field(default_factory=dict)
 
 
-Told = Callable[[str, dict[str, Any]], None]
-Finished = Callable[[Task, Done], None]
+Finished = Callable[[Done], None]
 Ticked = Callable[[int, int], None]
 
 
@@ -68,44 +68,66 @@ def run(
     finished: hears of each shard as it is done; ticked: of rows and failures, negative where a worker died with them.
     Raises what a worker raised, BuildError when a shard cannot be done.
     """
-    waiting = deque(tasks)
     with tempfile.TemporaryDirectory() as scratch, selectors.DefaultSelector() as selector:
-        running: dict[int, _Worker] = {}
-
-        def start(number: int) -> None:
-            log = Path(scratch) / f"{number}.log"
-            worker = _start(job, environments[number % len(environments)], log)
-            running[number] = worker
-            selector.register(worker.pipe, selectors.EVENT_READ, number)
-
-        def end(number: int) -> None:
-            worker = running.pop(number)
-            selector.unregister(worker.pipe)
-            _stop(worker)
-
+        pool = _Pool(
+            job=job,
+            waiting=deque(tasks),
+            environments=environments,
+            scratch=Path(scratch),
+            selector=selector,
+            finished=finished,
+            ticked=ticked,
+        )
         try:
-            for number in range(min(workers, len(waiting))):
-                start(number)
-            while running:
+            for number in range(min(workers, len(tasks))):
+                pool.start(number)
+            while pool.running:
                 for key, _ in selector.select():
-                    number = key.data
-                    worker = running[number]
-                    raw = os.read(worker.pipe, 1 << 16)
-                    for message in _messages(worker, raw):
-                        _hear(worker, message, finished, ticked)
-                        if worker.ready and worker.task is None and waiting:
-                            _give(worker, waiting.popleft())
-                    if not raw:
-                        again = _buried(worker, ticked)
-                        end(number)
-                        waiting.extendleft([again] if again else [])
-                        if waiting:
-                            start(number)
-                    elif worker.ready and worker.task is None and not waiting:
-                        end(number)
+                    pool.serve(key.data)
         finally:
-            for worker in running.values():
+            for worker in pool.running.values():
                 _stop(worker)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    job: Job
+    waiting: deque[Task]
+    environments: Sequence[dict[str, str]]
+    scratch: Path
+    selector: selectors.BaseSelector
+    finished: Finished
+    ticked: Ticked
+    running: dict[int, _Worker] = field(default_factory=dict)
+
+    def start(self, number: int) -> None:
+        """Starts a worker in the place `number`."""
+        environment = self.environments[number % len(self.environments)]
+        worker = _start(self.job, environment, self.scratch / f"{number}.log")
+        self.running[number] = worker
+        self.selector.register(worker.pipe, selectors.EVENT_READ, number)
+
+    def serve(self, number: int) -> None:
+        """Hears what a worker has to say, and gives it what is next, another worker in its place, or leave."""
+        worker = self.running[number]
+        raw = os.read(worker.pipe, 1 << 16)
+        for message in _messages(worker, raw):
+            _hear(worker, message, self.finished, self.ticked)
+            if worker.ready and worker.task is None and self.waiting:
+                _give(worker, self.waiting.popleft())
+        if not raw:
+            left = _buried(worker, self.ticked)
+            self._end(number)
+            self.waiting.extendleft([left] if left else [])
+            if self.waiting:
+                self.start(number)
+        elif worker.ready and worker.task is None:
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        worker = self.running.pop(number)
+        self.selector.unregister(worker.pipe)
+        _stop(worker)
 
 
 def _start(job: Job, environment: dict[str, str], log: Path) -> _Worker:
@@ -124,10 +146,8 @@ def _start(job: Job, environment: dict[str, str], log: Path) -> _Worker:
 
 def _stop(worker: _Worker) -> None:
     assert worker.process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):
         worker.process.stdin.close()
-    except BrokenPipeError:
-        pass
     try:
         worker.process.wait(timeout=_STOP_S)
     except subprocess.TimeoutExpired:
@@ -147,11 +167,9 @@ def _give(worker: _Worker, task: Task) -> None:
         "known_bad": task.known_bad,
     }
     assert worker.process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):  # it has just died: the end of its pipe says so next
         worker.process.stdin.write(json.dumps(order).encode() + b"\n")
         worker.process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has just died: the end of its pipe says so next
 
 
 def _messages(worker: _Worker, raw: bytes) -> list[dict[str, Any]]:
@@ -170,9 +188,8 @@ def _hear(worker: _Worker, message: dict[str, Any], finished: Finished, ticked: 
         ticked(message["rows"], message["failed"])
         worker.begun = None
     elif "done" in message:
-        assert worker.task is not None
-        task, worker.task = worker.task, None
-        finished(task, Done.model_validate(message["done"]))
+        worker.task = None
+        finished(Done.model_validate(message["done"]))
     else:
         raise _raised(message["error"])
 

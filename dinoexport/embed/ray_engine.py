@@ -7,16 +7,16 @@ in an object store. Parts are written by our own writer, for Ray's stores vector
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dinoexport.embed.embedder import Embedder, Job
-from dinoexport.embed.local import Task
+from dinoexport.embed.local import Finished, Task, Ticked
 from dinoexport.embed.plan import Done, Plan
 from dinoexport.errors import DinoexportError, MissingRequirement, require
 
 
-def run(job: Job, tasks: Sequence[Task], *, finished: Callable[[Task, Done], None]) -> None:
+def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) -> None:
     """Does every task on the cluster that RAY_ADDRESS names, with an actor for each `job.threads` CPUs it has now.
 
     A cluster with GPUs gives each actor one. Raises MissingRequirement without a cluster, and what a shard raised.
@@ -42,11 +42,10 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Callable[[Task, Done], Non
         def __init__(self, job: str) -> None:
             self._embedder = Embedder(Job.model_validate_json(job))
 
-        def embed(self, plan: str, shard: int, again: bool) -> tuple[str, str]:
-            """Writes a shard's part; its name, and what it holds as JSON."""
-            parsed = Plan.model_validate_json(plan)
-            done = (self._embedder.again if again else self._embedder.embed)(parsed, shard)
-            return parsed.part(shard), done.model_dump_json()
+        def embed(self, plan: str, shard: int, again: bool) -> str:
+            """Writes a shard's part; what it holds, as JSON."""
+            do = self._embedder.again if again else self._embedder.embed
+            return do(Plan.model_validate_json(plan), shard).model_dump_json()
 
     try:
         found = ray.cluster_resources()
@@ -62,9 +61,10 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Callable[[Task, Done], Non
         def ask(actor: Any, task: Task) -> Any:
             return actor.embed.remote(task.plan.model_dump_json(), task.shard, task.again)
 
-        by_part = {task.plan.part(task.shard): task for task in tasks}
-        for part, done in pool.map_unordered(ask, list(by_part.values())):
-            finished(by_part[part], Done.model_validate_json(done))
+        for found_done in pool.map_unordered(ask, list(tasks)):
+            done = Done.model_validate_json(found_done)
+            ticked(done.rows, done.failed)
+            finished(done)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, DinoexportError) else error) from None

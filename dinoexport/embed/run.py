@@ -132,8 +132,8 @@ def embed(
     missing = [(plan, shard) for plan, shard in mine if plan.part(shard) not in present]
     tasks = [Task(plan=plan, shard=shard) for plan, shard in missing]
     if retry_failed:
-        done = {(p, s): _done(place, p, s) for p, s in mine if p.part(s) in present}
-        tasks += [Task(plan=p, shard=s, again=True) for (p, s), found in done.items() if found.failed]
+        finished = [(plan, shard) for plan, shard in mine if plan.part(shard) in present]
+        tasks += [Task(plan=p, shard=s, again=True) for p, s in finished if _done(place, p, s).failed]
     if tasks:
         _check(folder, manifest, progress)
         planned(known, layout)
@@ -144,7 +144,7 @@ def embed(
             threads=layout.threads,
             decoders=layout.decoders,
         )
-        _do(job, tasks, layout, engine, place, watch)
+        _do(job, tasks, layout, engine, watch)
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
 
 
@@ -214,12 +214,12 @@ def _done(place: Place, plan: Plan, shard: int) -> Done:
         return done
 
 
-def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, place: Place, watch: Watch) -> None:
-    counter = _Counter(tasks, place, watch)
+def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, watch: Watch) -> None:
+    counter = _Counter(tasks, watch)
     if engine == "ray":
         from dinoexport.embed import ray_engine
 
-        ray_engine.run(job, tasks, finished=counter.finished)
+        ray_engine.run(job, tasks, finished=counter.finished, ticked=counter.ticked)
         return
     local.run(
         job,
@@ -234,7 +234,7 @@ def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, place: 
 class _Counter:
     """Turns what workers say into `State`s, the last minute's rate included."""
 
-    def __init__(self, tasks: Sequence[Task], place: Place, watch: Watch) -> None:
+    def __init__(self, tasks: Sequence[Task], watch: Watch) -> None:
         share = {id(task): task.plan.items // task.plan.shards for task in tasks}
         self._total = sum(share.values())
         self._tasks, self._watch = tasks, watch
@@ -245,7 +245,7 @@ class _Counter:
         self._rows, self._failed = self._rows + rows, self._failed + failed
         self._say()
 
-    def finished(self, _task: Task, done: Done) -> None:
+    def finished(self, _done: Done) -> None:
         self._shards += 1
         self._say()
 

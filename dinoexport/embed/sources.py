@@ -23,7 +23,7 @@ _MAGIC = frozenset("*?[")
 _OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-class Unusable(Exception):  # noqa: N818
+class Unusable(Exception):
     """Why this one item cannot be embedded, in words that name no folder of this machine."""
 
 
@@ -101,7 +101,7 @@ class LocalFiles:
     def items(self) -> Iterator[Item]:
         """Sorted by name, one folder in memory at a time. Links are listed; `readers` says what is wrong with one."""
         if self._pattern:
-            for path in map(Path, sorted(glob.glob(self._pattern, recursive=True))):
+            for path in map(Path, sorted(glob.glob(self._pattern, recursive=True))):  # noqa: PTH207 (it may be absolute)
                 if path.is_symlink() or not path.is_dir():
                     yield self._item(path.relative_to(self._folder).as_posix(), path.lstat().st_size)
         else:
@@ -234,7 +234,7 @@ class ParquetColumn:
                 f"Which column holds the images? {len(fitting)} could: {', '.join(fitting) or 'none is binary'}.",
                 next_step="Name it: FILE.parquet:COLUMN.",
             )
-        return fitting[0]
+        return str(fitting[0])
 
     @property
     def samples(self) -> Path | None:
@@ -293,7 +293,8 @@ def _parquet_files(place: str) -> list[Path]:
         raise UsageError(
             f"{place}: Parquet is read from a local disk only.", next_step="Copy the file here, or mount the bucket."
         )
-    paths = sorted(map(Path, glob.glob(place, recursive=True))) if _MAGIC & set(place) else [Path(place)]
+    found = glob.glob(place, recursive=True) if _MAGIC & set(place) else [place]  # noqa: PTH207 (it may be absolute)
+    paths = sorted(map(Path, found))
     if not paths or not all(path.is_file() for path in paths):
         raise UsageError(f"There is no Parquet file {place}.", next_step="Check the path.")
     return paths

@@ -76,6 +76,9 @@ def export(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, trace
         for graph in request.model.graphs:
             calls = request.model.calls(graph, checkpoint.read)
             write_onnx(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
+        if isinstance(request.model, family.HasCompanionFiles):
+            for name, content in request.model.companion_files.items():
+                (folder / name).write_bytes(content)
 
     return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
 
@@ -96,6 +99,9 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
         for done, name in enumerate(onnx_files, start=1):
             form(source.folder / name, folder)
             work.progress("quantising", done, len(onnx_files))
+        for file in source.files:
+            if not file.name.endswith((".onnx", ".onnx.data")):
+                files.link_or_copy(source.folder / file.name, folder / file.name)
 
     return work.stage("quantise", key_of(source=source.key, versions=versions_of(_QUANTISERS)), make)
 

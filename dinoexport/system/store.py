@@ -175,9 +175,10 @@ class RemotePlace:
             from obstore.store import from_url
 
             with self._errors():
-                self._opened = from_url(
+                open_url: Any = from_url  # its overloads ask which store it is, and this is where nobody knows
+                self._opened = open_url(
                     self._url,
-                    **({"client_options": {"allow_http": True}} if self._scheme in ("s3", "http") else {}),
+                    client_options={"allow_http": self._scheme in ("s3", "http")},
                     retry_config={"retry_timeout": timedelta(seconds=_RETRY_S), "max_retries": 8},
                 )
         return self._opened
