@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -259,7 +260,8 @@ def _way(way: Way, version: str = "") -> str:
 
 def deployed_facts(deployed: Deployed) -> dict[str, Any]:
     """What a repository serves now, ready for json.dumps."""
-    return {**asdict(deployed), "repository": str(deployed.repository), "models": list(deployed.models)}
+    plain = {"repository": str(deployed.repository), "models": list(deployed.models), "retired": list(deployed.retired)}
+    return {**asdict(deployed), **plain}
 
 
 def deployed_lines(deployed: Deployed) -> list[str]:
@@ -270,8 +272,9 @@ def deployed_lines(deployed: Deployed) -> list[str]:
         f"Models:  {', '.join(deployed.models)}",
         *([f"Note:    {deployed.note}"] if deployed.note else []),
         "Next, so that a running server takes it over:",
+        *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
-        f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",
+        f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
     ]
 
 

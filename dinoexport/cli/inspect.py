@@ -61,7 +61,7 @@ def validate(
         from dinoexport.validation import validate_bundle
 
         signer = signer_of(sign)
-        verified = verify and signing.verify(bundle, verify)
+        verified = signing.verify(bundle, verify) if verify is not None else None
         signed = signing.signed_by(bundle)
         if page is not None:
             mismatches.check(page, images)
@@ -73,13 +73,13 @@ def validate(
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
-                signs=signer is not None,
+                signer=signer,
+                signed=None if verified is None else verified.manifest,
                 progress=progress,
             )
             if page is not None and images is not None:
                 mismatches.write(page, validated, images, progress=progress)
         if signer is not None and validated.report.passed:
-            signer.sign(bundle)
             signed = signer.fingerprint
         checked_key = verified is not None
         proves, leaves_open = formatting.proven(

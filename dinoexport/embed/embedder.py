@@ -287,25 +287,24 @@ class Embedder:
         self, names: list[str], known_bad: Mapping[str, str], begins: Callable[[str], None] | None
     ) -> Iterator[Item]:
         """The items in their order, decoded ahead on threads."""
+        readers = self._source.readers(names)
 
-        def refused(name: str) -> Read:
-            def read() -> bytes:
-                raise Unusable(known_bad[name])
+        def prepared(name: str, read: Read) -> Item:
+            if name in known_bad:
+                return Item(row=Row(name=name, error=known_bad[name]))
+            return self._prepared.of(name, read)
 
-            return read
-
-        readers = ((name, refused(name) if name in known_bad else read) for name, read in self._source.readers(names))
         if begins is not None:
             for name, read in readers:
                 begins(name)
-                yield self._prepared.of(name, read)
+                yield prepared(name, read)
             return
         ahead = self._settings.batch * _BATCHES_AHEAD
         under_way: deque[Future[Item]] = deque()
         with ThreadPoolExecutor(self._decoders) as pool:
             try:
                 for name, read in readers:
-                    under_way.append(pool.submit(self._prepared.of, name, read))
+                    under_way.append(pool.submit(prepared, name, read))
                     if len(under_way) > ahead:
                         yield under_way.popleft().result()
                 while under_way:

@@ -23,7 +23,7 @@ from dinoexport.errors import BuildError, DinoexportError
 from dinoexport.system.subprocess_job import REPORT
 
 # A shard may kill so many workers in a row without one image being to blame, as when memory runs out.
-_DEATHS_MAX = 4
+DEATHS_MAX = 4
 _STOP_S = 10
 
 
@@ -212,11 +212,11 @@ def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
         raise BuildError(f"A worker {cause} before its first shard: {said[0]}", next_step="Report it.")
     ticked(-worker.counted[0], -worker.counted[1])
     task.deaths += 1
-    if worker.begun is not None:
+    if worker.begun is not None and worker.begun not in task.known_bad:
         task.known_bad[worker.begun] = f"the decoder {cause} on it"
         task.deaths = 2  # the next one is looked for at once
         return task
-    if task.deaths > _DEATHS_MAX:
+    if task.deaths > DEATHS_MAX:
         raise BuildError(
             f"Shard {task.shard} killed {task.deaths} workers, the last one {cause}: {said[0]}",
             next_step="If memory ran out, use fewer --workers; what is finished is kept.",

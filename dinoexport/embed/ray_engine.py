@@ -1,4 +1,4 @@
-"""Shards embedded by actors on a Ray cluster. Ray restarts an actor whose node died, and gives its shard out again.
+"""Shards embedded by actors on a Ray cluster. A shard whose actor died with its node goes to another one.
 
 Only shard numbers travel: the bundle, the images and OUT must be where every node sees them, on a shared file system or
 in an object store. Parts are written by our own writer, for Ray's stores vectors as a type of its own.
@@ -7,13 +7,14 @@ in an object store. Parts are written by our own writer, for Ray's stores vector
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dinoexport.embed.embedder import Embedder, Job
-from dinoexport.embed.local import Finished, Task, Ticked
+from dinoexport.embed.local import DEATHS_MAX, Finished, Task, Ticked
 from dinoexport.embed.plan import Done, Plan
-from dinoexport.errors import DinoexportError, MissingRequirement, require
+from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, require
 
 
 def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) -> None:
@@ -24,7 +25,6 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
     require("ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
-    from ray.util import ActorPool
 
     began = not ray.is_initialized()
     if began:
@@ -52,22 +52,66 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
         gpus = int(found.get("GPU", 0))
         threads = max(1, job.threads)
         count = max(1, min(len(tasks), gpus or int(found.get("CPU", 1)) // threads))
-        # max_task_retries: a shard is idempotent, so one that died with its node is simply done again.
-        remote: Any = ray.remote(
-            num_cpus=0 if gpus else threads, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1
-        )(Actor)
-        pool = ActorPool([remote.remote(job.model_dump_json()) for _ in range(count)])
-
-        def ask(actor: Any, task: Task) -> Any:
-            return actor.embed.remote(task.plan.model_dump_json(), task.shard, task.again)
-
-        for found_done in pool.map_unordered(ask, list(tasks)):
-            done = Done.model_validate_json(found_done)
-            ticked(done.rows, done.failed)
-            finished(done)
+        remote: Any = ray.remote(num_cpus=0 if gpus else threads, num_gpus=1 if gpus else 0)(Actor)
+        _spread(ray, lambda: remote.remote(job.model_dump_json()), tasks, count, finished, ticked)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, DinoexportError) else error) from None
     finally:
         if began:
             ray.shutdown()
+
+
+def _spread(
+    ray: Any, start: Callable[[], Any], tasks: Sequence[Task], count: int, finished: Finished, ticked: Ticked
+) -> None:
+    """Keeps `count` actors at work. One that died is replaced, and may wait long for a node; its shard does not.
+
+    Not Ray's own retries: they hold a shard for the actor that had it, which no node may ever have room for again.
+    """
+    waiting = deque(tasks)
+    under_way: dict[Any, tuple[Any, Task | None]] = {}
+
+    def begin() -> None:
+        actor = start()
+        under_way[actor.__ray_ready__.remote()] = (actor, None)
+
+    for _ in range(count):
+        begin()
+    left = len(tasks)
+    while left:
+        (ready, *_), _ = ray.wait(list(under_way), num_returns=1)
+        actor, task = under_way.pop(ready)
+        try:
+            answer = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            if isinstance(error, ray.exceptions.ActorDiedError) and "creation task" in str(error):
+                raise _never_opened(error) from None
+            if task is not None:
+                task.deaths += 1
+                if task.deaths > DEATHS_MAX:
+                    raise BuildError(
+                        f"Shard {task.shard} killed {task.deaths} actors.",
+                        next_step="Run embed with the local engine: it finds the image to blame, if one is.",
+                    ) from None
+                waiting.appendleft(task)
+            begin()
+            continue
+        if task is not None:
+            done = Done.model_validate_json(answer)
+            ticked(done.rows, done.failed)
+            finished(done)
+            left -= 1
+        if waiting:
+            task = waiting.popleft()
+            ask = actor.embed.remote(task.plan.model_dump_json(), task.shard, task.again)
+            under_way[ask] = (actor, task)
+
+
+def _never_opened(error: Any) -> DinoexportError:
+    """What an actor raised when it opened the bundle."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, DinoexportError):
+        return cause
+    said = [line for line in str(error).splitlines() if line.strip()][-1]
+    return BuildError(f"A worker on the cluster could not open the bundle: {said}", next_step="Is it there, on each?")

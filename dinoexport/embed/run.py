@@ -107,6 +107,8 @@ def embed(
     place = store.open_place(out)
     if isinstance(place, store.LocalPlace):
         place.sweep()
+    elif isinstance(place, store.RemotePlace):
+        place.check_writable()
     known = plans.read_all(place)
     layout = layout_of(manifest, workers)
     wanted = _settings(manifest, images, size, outputs, dtype, normalised, known, progress)

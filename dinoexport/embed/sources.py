@@ -20,7 +20,7 @@ from dinoexport.system import store
 _ITEM_MAX_BYTES = 1 << 28
 _MAGIC = frozenset("*?[")
 # What a file system says of the one file. Everything else, such as a mount that is gone, ends the run.
-_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OF_THE_FILE = (PermissionError, NotADirectoryError)
 
 
 class Unusable(Exception):
@@ -148,12 +148,14 @@ class LocalFiles:
             with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
-                    raise Unusable("a link to a folder" if path.is_symlink() else "not a regular file")
+                    raise Unusable("not a regular file")
                 _check_size(found.st_size)
                 _check_suffix(name)
                 return file.read()
         except FileNotFoundError:
             raise Unusable("a link to nothing" if path.is_symlink() else "not there any more") from None
+        except IsADirectoryError:
+            raise Unusable("a link to a folder") from None
         except _OF_THE_FILE as error:
             raise Unusable(f"cannot be read: {error.strerror}") from None
         except OSError as error:

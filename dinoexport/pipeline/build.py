@@ -114,8 +114,7 @@ def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, sig
     """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
     bill = stages.bill_of_materials(work, manifest)
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
-    finish = {} if signer is None else {"sign": signer.sign}
-    work.publish({**made, bill.name: bill}, manifest, **finish)
+    work.publish({**made, bill.name: bill}, manifest, sign=None if signer is None else signer.signature)
     return manifest
 
 

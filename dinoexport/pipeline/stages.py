@@ -7,20 +7,20 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dinoexport
 from dinoexport import bundle, family
-from dinoexport.bundle import CpuFacts, EngineFacts, Manifest, reference_file, sbom
-from dinoexport.engines import builder
+from dinoexport.bundle import CpuFacts, Manifest, reference_file, sbom
 from dinoexport.errors import ValidationFailed
 from dinoexport.graph import quantise as quantiser
 from dinoexport.graph.onnx_writer import Traces
 from dinoexport.graph.onnx_writer import export as write_onnx
 from dinoexport.graph.onnx_writer import tracing as begin_tracing
-from dinoexport.pipeline import mixed_precision
+from dinoexport.pipeline import engine_stage, mixed_precision
+from dinoexport.pipeline.engine_stage import EngineRequest
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.report import html_report
@@ -101,7 +101,7 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
             work.progress("quantising", done, len(onnx_files))
         for file in source.files:
             if not file.name.endswith((".onnx", ".onnx.data")):
-                files.link_or_copy(source.folder / file.name, folder / file.name)
+                files.copy(source.folder / file.name, folder / file.name, sha256=file.sha256)
 
     return work.stage("quantise", key_of(source=source.key, versions=versions_of(_QUANTISERS)), make)
 
@@ -280,64 +280,16 @@ def bill_of_materials(work: Workspace, manifest: Manifest) -> Stage:
 
 def engines(work: Workspace, request: BuildRequest, exported: Stage) -> Stage:
     """An engine from each judged graph, and what is known of each before it is run."""
-
-    def make(folder: Path) -> None:
-        facts = [
-            _compile(work, request, exported.folder / f"{graph.name}.onnx", graph, folder)
-            for graph in request.model.graphs
-        ]
-        content = [engine_facts.model_dump(mode="json") for engine_facts in facts]
-        (folder / bundle.ENGINES).write_text(json.dumps(content, indent=1) + "\n")
-
-    key = key_of(
-        code=family.code_of(request.model),
-        exported=[file.sha256 for file in exported.files],
-        target=request.chosen.target.model_dump(mode="json"),
-        runtime=request.runtime,
-        choices=request.recipe.engine.model_dump(mode="json"),
-        profiles={name: [asdict(profile) for profile in found] for name, found in request.profiles.items()},
-        gpu=request.builder_gpu,
-        versions=[engine_header.installed_version(request.runtime), versions_of(("polygraphy",))],
-    )
-    return work.stage("engine", key, make)
-
-
-def _compile(work: Workspace, request: BuildRequest, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
-    target, choices, gpu = request.chosen.target, request.recipe.engine, request.builder_gpu
-    made = builder.build(
-        onnx,
-        graph,
-        folder,
-        runtime=request.runtime,
-        profiles=request.profiles[graph.name],
-        compute_capabilities=target.compute_capabilities,
-        choices=choices,
-        gpu=gpu,
-        progress=work.progress,
-    )
-    return EngineFacts(
-        graph=graph.name,
-        file=made.path.name,
-        runtime=request.runtime,
-        runtime_version=made.runtime_version,
-        compute_capabilities=made.compute_capabilities,
-        device=gpu.name if gpu else "",
-        compatibility=choices.compatibility,
-        version_compatible=choices.version_compatible,
-        stripped=choices.strip_weights,
+    wanted = EngineRequest(
+        model=request.model,
         precision=request.precision,
-        profiles={profile.name: dict(profile.shapes) for profile in request.profiles[graph.name]},
-        size_bytes=made.size_bytes,
-        weight_bytes=made.weight_bytes,
-        scratch_bytes=made.scratch_bytes,
-        attentions=made.attentions,
-        fused_attentions=made.fused_attentions,
-        build_s=round(made.build_s, 1),
-        peak_memory_bytes=made.peak_memory_bytes,
-        log=made.log.name,
-        log_sha256=files.sha256(made.log),
-        caution=target.cautions.get(request.runtime, ""),
+        target=request.chosen.target,
+        runtime=request.runtime,
+        choices=request.recipe.engine,
+        profiles=request.profiles,
+        gpu=request.builder_gpu,
     )
+    return engine_stage.make(work, wanted, exported.folder, exported.files)
 
 
 def judge_engines(
@@ -348,8 +300,7 @@ def judge_engines(
     What of their answers is worth a picture joins `judged.kept`.
     """
     folder, exported = stages["engine"].folder, stages["export"].folder
-    content = json.loads((folder / bundle.ENGINES).read_text())
-    engines = [EngineFacts.model_validate(facts) for facts in content]
+    engines = engine_stage.facts_in(stages["engine"])
     stored = reference_file.read(stages["reference"].folder / bundle.REFERENCE)
     kept = html_report.Kept()
     verdict = evaluate.judge_engines(

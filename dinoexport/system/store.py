@@ -202,21 +202,21 @@ class RemotePlace:
         """One PUT; where it must be new, a conditional one."""
         import obstore
 
-        self._check_writable()
-        with self._errors(name):
+        self.check_writable()
+        with self._no_bucket(), self._errors(name):
             obstore.put(self._store, name, content, mode="create" if new else "overwrite", use_multipart=False)
 
     def draft(self, name: str) -> Path:
         """A file in the folder for temporary files."""
-        self._check_writable()
+        self.check_writable()
         return Path(self._drafts) / f".{name.replace('/', '_')}.{_host()}.{os.getpid()}.partial"
 
     def publish(self, draft: Path, name: str) -> None:
         """One PUT, or a multipart upload, which is invisible until it is complete."""
         import obstore
 
-        self._check_writable()
-        with self._errors(name), draft.open("rb") as file:
+        self.check_writable()
+        with self._no_bucket(), self._errors(name), draft.open("rb") as file:
             obstore.put(self._store, name, file)
         draft.unlink()
 
@@ -224,15 +224,26 @@ class RemotePlace:
         """Removes the object."""
         import obstore
 
-        self._check_writable()
+        self.check_writable()
         with self._errors(name), suppress(FileNotFoundError):
             obstore.delete(self._store, name)
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raises UsageError for a place that is only read from."""
         if self._scheme in _READ_ONLY:
             raise UsageError(
                 f"{self._url} is a web server, which is only read from.", next_step="Write to s3://, gs:// or az://."
             )
+
+    @contextmanager
+    def _no_bucket(self) -> Iterator[None]:
+        """What a store says to a PUT by "not found"."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise MissingRequirement(
+                f"{self._url}: there is no such bucket.", next_step="Make it, or check its name."
+            ) from None
 
     @contextmanager
     def _errors(self, name: str = "") -> Iterator[None]:

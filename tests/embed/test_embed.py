@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
 from dinoexport.system import store
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
 
-LENIENT = {"max_failed": 0.2, "workers": 2}
+ROOT = Path(__file__).parent.parent.parent
+LENIENT = {"max_failed": 0.2, "workers": 1}
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def embedded(tiny: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     """All photos in seven shards, with patch tokens and their mean."""
     out = tmp_path_factory.mktemp("embedded") / "out"
     outputs = ["class_token", "patch_mean", "patch_tokens"]
-    found = run.embed(tiny, str(photos), str(out), outputs=outputs, shards=7, **LENIENT)
+    found = run.embed(tiny, str(photos), str(out), outputs=outputs, shards=7, **{**LENIENT, "workers": 2})
     assert (found.rows, found.failed, found.complete) == (COUNT, BROKEN, True)
     return out
 
@@ -216,28 +216,41 @@ def command(tiny: Path, photos: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_killed_at_random_nothing_is_lost_or_doubled(tiny: Path, photos: Path, tmp_path: Path) -> None:
-    """The parent, or one of its workers, at any moment; in the end every image has its one row, and nothing is left."""
-    out, generator, kills = tmp_path / "out", random.Random(5), 0
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        process = subprocess.Popen(
-            command(tiny, photos, out, "--shards", "30", "--workers", "1"),
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            # A start takes a second or so by itself; later, so that something gets done in between.
-            process.wait(timeout=generator.uniform(0.5, 2.5 + 0.3 * kills))
-        except subprocess.TimeoutExpired:
-            kills += 1
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        else:
-            break
-    assert process.returncode == 0 and kills >= 2
-    assert sorted(row["path"] for row in rows_of(out)) == sorted(
-        path.relative_to(photos).as_posix() for path in photos.rglob("*.jpg")
-    )
+    """Two runners on one folder, killed at any moment; in the end every image has its one row, and nothing is left."""
+    words = ["-m", "tests.embed.kill_workers", str(tiny), str(photos), str(tmp_path / "out"), "20", "5"]
+    ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    said = json.loads(ran.stdout)
+    assert said["kills"] >= 20 and (said["rows"], said["distinct"], said["left"]) == (COUNT, COUNT, [])
+
+
+def test_a_killed_command_leaves_no_worker_and_is_taken_up(tiny: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(tiny, photos, out, "--shards", "6", "--workers", "1"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not list(out.glob("*.parquet")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while _group_lives(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    before = hashes(out)
+    found = run.embed(tiny, str(photos), str(out), **LENIENT)
+    assert found.complete and found.done_before == len(before) and before.items() <= hashes(out).items()
     assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_an_image_that_kills_the_decoder_is_one_failed_row(
