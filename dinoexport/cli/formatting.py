@@ -16,7 +16,9 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.spec import Way
+from dinoexport.runtime import runners
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import error_analysis
 
@@ -101,6 +103,7 @@ def of_path(path: Path) -> dict[str, Any]:
             "licence": manifest.checkpoint.licence,
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
+            **({} if (cpu := manifest.cpu) is None else {"runs on": f"{cpu.machine}, {cpu.usable_cpus} CPUs"}),
             "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
             + ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
             **manifest.card,
@@ -195,6 +198,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
     fastest_ms = manifest.cpu.measured[0].median_ms
     rows = [
         {
+            "load": manifest.cpu.load,
             "runtime": timed.way.runtime,
             "precision": timed.way.precision.value,
             "threads": timed.way.threads,
@@ -205,7 +209,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
         }
         for timed in manifest.cpu.measured
     ]
-    return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
+    return {"Measured on the CPU that built it": rows}
 
 
 def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
@@ -361,10 +365,18 @@ def growth_rows(growth: Growth) -> Rows:
     ]
 
 
-def explained(report: Report, growth: Growth | None) -> list[str]:
-    """The explanation in words."""
+def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
+    """The explanation in words; without `growth`, the reason why the error was not followed."""
     if growth is None:
-        return ["The family names no values inside its graphs, so there is nothing to follow the error by."]
+        way = runners.way_of(manifest)
+        if way.runtime is not Runtime.ONNXRUNTIME:
+            return [
+                (
+                    f"The error was not followed: this bundle runs in {TABLE[way.runtime].title}; only ONNX Runtime "
+                    "shows the values inside a graph."
+                )
+            ]
+        return ["The error was not followed: nothing measured here has an error, or this family names no inner values."]
     return error_analysis.causes(report, growth) or [
         "The error stays within its expected growth everywhere."
         if growth.leaves is None

@@ -5,6 +5,7 @@ Needs TensorRT and Polygraphy; neither torch, onnx nor the checkpoint. `merge` c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,19 +18,19 @@ from dinoexport import bundle, family
 from dinoexport.bundle import BundleFile, EngineFacts, Manifest, reference_file, sbom
 from dinoexport.bundle.signing import Signer
 from dinoexport.config import target as targets
-from dinoexport.config.recipe import Recipe, parse
-from dinoexport.engines import builder, profiles
+from dinoexport.config.recipe import EngineChoices, Recipe, parse
+from dinoexport.engines import builder
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import Model
-from dinoexport.pipeline import engine_stage
-from dinoexport.pipeline.engine_stage import EngineRequest
+from dinoexport.pipeline.request import EngineRequest, engine_request
+from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
-from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Precision, Progress, Runtime, silent
 from dinoexport.system import files, hardware
 from dinoexport.validation import evaluate, judge
 
-_BILL = "sbom"
+_BILL, _ENGINE = "sbom", "engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +79,18 @@ def compile_bundle(
             f"{folder} is signed, and engines added to it would end that.",
             next_step="Sign it again with --sign KEY, or leave it alone and give --out.",
         )
-    request = _request(folder, manifest, target, runtime, engine_choices)
-    require(engine_header.EXTRA[request.runtime], *builder.PACKAGES[request.runtime])
+    model, request = _request(folder, manifest, target, runtime, engine_choices)
+    require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
     if find_spec("onnx") is not None:
         _check_memory(folder, request)
     with workspace(out or folder, force=force, progress=progress) as work:
         kept = _kept(work, folder, manifest)
         graph_files = [file for name in _graph_stages(manifest) for file in kept[name].files]
-        stage = engine_stage.make(work, request, folder, graph_files)
-        facts = engine_stage.facts_in(stage)
+        stage = engine_stage.compile_engines(work, request, folder, graph_files)
+        content = json.loads((stage.folder / bundle.ENGINES).read_text())
+        facts = [EngineFacts.model_validate(entry) for entry in content]
         verdict = evaluate.judge_engines(
-            request.model,
+            model,
             {stage.folder / engine.file: engine for engine in facts},
             {folder / graph.file: graph.graph() for graph in manifest.graphs},
             reference_file.read(folder / bundle.REFERENCE),
@@ -96,8 +98,8 @@ def compile_bundle(
         )
         if verdict.report is not None and not verdict.report.passed:
             raise _rejected(out or folder, verdict.report)
-        kept.pop(engine_stage.NAME, None)
-        made = {**kept, engine_stage.NAME: stage}
+        kept.pop(_ENGINE, None)
+        made = {**kept, _ENGINE: stage}
         changed = manifest.model_copy(
             update={
                 "target": request.target.name,
@@ -120,7 +122,7 @@ def merge(
     _check_mergeable((first, second), manifests)
     with workspace(out, force=False, progress=progress) as work:
         kept = _kept(work, first, manifests[0])
-        kept.pop(engine_stage.NAME, None)
+        kept.pop(_ENGINE, None)
         sources = list(zip((first, second), manifests, strict=True))
         renamed = [_for_cards(engine) for manifest in manifests for engine in manifest.engines]
         _check_distinct(renamed)
@@ -133,7 +135,7 @@ def merge(
                         files.copy(folder / old, into / name, sha256=_hash_of(manifest, old))
 
         key = key_of(engines=[engine.model_dump(mode="json") for engine in renamed])
-        stage = work.stage(engine_stage.NAME, key, collect)
+        stage = work.stage(_ENGINE, key, collect)
         changed = manifests[0].model_copy(
             update={
                 "engines": tuple(renamed),
@@ -141,7 +143,7 @@ def merge(
                 "versions": manifests[1].versions | manifests[0].versions,
             }
         )
-        changed, notes = _publish(work, {**kept, engine_stage.NAME: stage}, changed, signer)
+        changed, notes = _publish(work, {**kept, _ENGINE: stage}, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=evaluate.NO_ENGINE, reused=False, notes=notes)
 
 
@@ -165,29 +167,23 @@ def _request(
     target: str | None,
     runtime: Runtime | None,
     engine_choices: Mapping[str, Any],
-) -> EngineRequest:
-    """Everything decided, and what cannot be refused."""
+) -> tuple[Model, EngineRequest]:
+    """The model, and everything decided; what cannot be is refused."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=dict(engine_choices))})
+    changed = parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
+    recipe = recipe.changed(engine=changed)
     gpus = hardware.gpus()
     if target is None and not gpus:
         raise UsageError("This machine has no GPU, so there is no target to guess.", next_step="Name one: --target l4.")
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=manifest.precision, gpus=gpus)
-    if not chosen.runtime.has_engine:
+    model = family.find(manifest.family).model(recipe)
+    request = engine_request(recipe, model, chosen, gpus)
+    if request is None:
         raise UsageError(
             f"There is no engine to compile for {chosen.target.name} with {chosen.runtime}: {folder} runs as it is.",
             next_step="Name a GPU's target, or --runtime tensorrt_rtx where it has that.",
         )
-    model: Model = family.find(manifest.family).model(recipe)
-    return EngineRequest(
-        model=model,
-        precision=manifest.precision,
-        target=chosen.target,
-        runtime=chosen.runtime,
-        choices=recipe.engine,
-        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs},
-        gpu=gpus[0] if gpus and chosen.runtime is Runtime.TENSORRT else None,
-    )
+    return model, request
 
 
 def _check_memory(folder: Path, request: EngineRequest) -> None:
@@ -195,7 +191,7 @@ def _check_memory(folder: Path, request: EngineRequest) -> None:
     memory_gb, gpu = request.target.memory_gb, request.gpu
     if memory_gb is None and gpu is None:
         return
-    for graph in request.model.graphs:
+    for graph in request.graphs:
         builder.check_memory(
             folder / f"{graph.name}.onnx",
             graph,
@@ -258,7 +254,7 @@ def _publish(
 
 
 def _versions(runtime: Runtime) -> dict[str, str]:
-    found = {package: hardware.installed(package) for package in (*engine_header.PACKAGES[runtime], "polygraphy")}
+    found = {package: hardware.installed(package) for package in (*TABLE[runtime].distributions, "polygraphy")}
     return {package: version for package, version in found.items() if version}
 
 

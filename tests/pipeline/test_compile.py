@@ -22,7 +22,7 @@ from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline import compile_bundle as compiling
-from dinoexport.pipeline import engine_stage
+from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.serving.triton import model_repository
 from dinoexport.spec import Runtime
 from dinoexport.system import files, hardware
