@@ -249,7 +249,7 @@ class _Sizes:
 def _sizes(graphs: Sequence[Graph], reference: Reference) -> _Sizes | None:
     """Logarithmic in both directions; cases whose inputs are not the first graph's own have no place here."""
     graph = graphs[0]
-    dims = sorted(graph.dims, key=lambda dim: dim.max / dim.min)[-2:]
+    dims = sorted(graph.dims, key=lambda dim: dim.max / max(dim.min, 1))[-2:]
     if len(dims) < 2 or any(dim.min == dim.max for dim in dims):
         return None
     y, x = sorted(dims, key=lambda dim: dim.name)
