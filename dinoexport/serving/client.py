@@ -134,6 +134,13 @@ def open_graphs(url: str, *, model: str | None = None, timeout_s: float = 60.0) 
     return {graph: DinoClient(url, model=f"{model}/{graph}", timeout_s=timeout_s) for graph in graphs}
 
 
+def text_served(url: str, *, model: str | None = None, timeout_s: float = 60.0) -> bool:
+    """Whether the model of this name, or the only one, is one that writes text."""
+    found = discover(transport.connect(url, timeout_s=timeout_s))
+    wanted = {served.role for served in found.values() if model in (None, served.name)}
+    return wanted == {"text"}
+
+
 def discover(connection: transport.Transport) -> dict[str, Served]:
     """Every Triton model at the server that dinoexport deployed, by Triton's name for it."""
     facts = {name: Served.of_config(connection.config(name)) for name in connection.models()}

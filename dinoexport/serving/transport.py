@@ -290,7 +290,8 @@ def _lines(response: Any, address: str) -> Iterator[bytes]:
 def refusal(status: int, body: bytes) -> DinoexportError:
     """An HTTP answer that is none, as one of our errors."""
     try:
-        message = str(json.loads(body)["error"])
+        # Of a streamed answer the refusal, too, is an event.
+        message = str(json.loads(body.strip().removeprefix(b"data:"))["error"])
     except (ValueError, KeyError, TypeError):
         message = f"status {status}"
     return _refused({400: "invalid", 404: "missing", 503: "busy"}.get(status, "broken"), message)
