@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from dinoexport.errors import DinoexportError, InputRefused, MissingRequirement, UsageError, require
+from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
 
 _TRITON_DTYPES = {
@@ -263,13 +264,11 @@ def _array(name: str, value: Any) -> Array:
     """A value of a text request as the array its input takes."""
     import numpy as np
 
-    from dinoexport.serving.triton.text_signature import INPUTS
-
     values = value if isinstance(value, list | tuple) else [value]
     dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
-    if INPUTS[name].data_type == "TYPE_STRING":
+    if text_signature.INPUTS[name].data_type == "TYPE_STRING":
         return np.array([text.encode() for text in values], dtype=object)
-    return np.array(values, dtype[INPUTS[name].data_type])
+    return np.array(values, dtype[text_signature.INPUTS[name].data_type])
 
 
 def _lines(response: Any, address: str) -> Iterator[bytes]:
@@ -298,7 +297,14 @@ def refusal(status: int, body: bytes) -> DinoexportError:
 
 
 def _refused(kind: str, message: str) -> DinoexportError:
-    """The server's own sentence as one of our errors."""
+    """The server's own sentence as one of our errors.
+
+    Of a model that answers in several responses Triton calls every error an invalid request, so the words decide.
+    """
+    if text_signature.QUEUE_FULL in message:
+        kind = "busy"
+    elif "Stub process" in message:  # the Python backend's process has died
+        kind = "broken"
     message = message.strip().rstrip(".") + "."
     if kind == "invalid":
         return InputRefused(message, next_step="The server refused the input; send another.")

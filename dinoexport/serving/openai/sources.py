@@ -132,7 +132,7 @@ class TritonSource:
                     if line.startswith("data:"):
                         event = json.loads(line.removeprefix("data:"))
                         if "error" in event:
-                            raise transport.ServerError(str(event["error"]), next_step="Look into the server's log.")
+                            raise transport.refusal(500, line.encode())
                         for item in text_client.read(event):
                             yield item
         except httpx.TimeoutException:
