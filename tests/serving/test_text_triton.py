@@ -313,7 +313,7 @@ def test_a_gap_tells_rounding_from_damage() -> None:
 
 @pytest.mark.triton
 def test_openai_in_front(served: Server, model: requests.TextModel) -> None:
-    with running(sources.TritonSource(served.http, model="words")) as url:
+    with running(sources.TritonSource(TextClient(served.http, model="words"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         wanted = written(model, prompt="hello world", max_tokens=20)
         answer = client.completions.create(model="words", prompt="hello world", max_tokens=20)
