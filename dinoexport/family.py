@@ -21,11 +21,14 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
 from dinoexport.system import files
+from dinoexport.text.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
 
 GROUP = "dinoexport.families"
+# LayerNormalization is one operator since 17, Gelu since 20; every runtime we target takes 20.
+OPSET = 20
 # Tensor name in the family's own layout -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
 # Reads one tensor of a checkpoint as float32; several threads may read at once.
@@ -39,7 +42,7 @@ class Piece:
     example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
     least_sizes: dimension name -> the smallest size that the module takes, if that is not 1; the tracer checks it by
     tracing twice. The module's parameters are the tensors of the exported graph, in their final layout and dtype; their
-    values are not used.
+    values are not used. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Piece:
     example_inputs: Mapping[str, torch.Tensor]
     dynamic: Mapping[str, Mapping[int, str]]
     least_sizes: Mapping[str, int] = field(default_factory=dict)
+    opset: int = OPSET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,17 @@ class Uses(Protocol):
 
     def thumbnail(self, inputs: Arrays) -> Picture:
         """A small picture by which a person recognises the item."""
+
+
+class TextRole(Protocol):
+    """What a model that writes text brings besides its graphs."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts it was trained to answer."""
+
+    def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
+        """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
 
 
 class WeightLayout(Protocol):
@@ -194,7 +209,11 @@ class CaseSource(Protocol):
 
 
 class Servable(Protocol):
-    """Preparation of users' files for a served model."""
+    """Preparation of users' files and texts for a served model."""
+
+    @property
+    def text(self) -> TextRole | None:
+        """How it writes text; None for a model that writes none."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """What is served in front of the graphs; `samples` is a folder of files like those that clients will send."""

@@ -71,22 +71,31 @@ class Dim:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A named input or output of a graph; `meaning` gives its unit or normalisation in words."""
+    """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
+
+    default: the value of every element of an input that may be left out; None where it may not.
+    """
 
     name: str
     dtype: str
     shape: Shape
     meaning: str
+    default: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The signature of one ONNX graph of a model."""
+    """The signature of one ONNX graph of a model.
+
+    carried: input -> the output that continues it: state, as a decoder's cache is, which the next call takes again.
+    Each is empty along one dynamic dimension at the beginning.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     dims: tuple[Dim, ...]
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +127,11 @@ class Weight:
 class Case:
     """One validation case: named inputs, and the reason for the case.
 
-    `expect_refusal` marks inputs that the model must refuse; they have no reference outputs. `neighbours` marks real
-    data, for which the nearest neighbours among the outputs' vectors are meaningful. shown: whether the report draws
-    it, as a photograph. label: its class, if known.
+    `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
+    where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
+    something from looking at it, as at a photograph. label: the class it belongs to, where that is known.
+    distributions: outputs (..., V) that are unnormalised log probabilities. choices: output of chosen indices (B, N) ->
+    the distributions (B, N, V) they were chosen from, each after the choices before it.
     """
 
     name: str
@@ -130,6 +141,8 @@ class Case:
     neighbours: bool = False
     shown: bool = False
     label: str = ""
+    distributions: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ class GraphFacts(Frozen):
     inputs: tuple[dict[str, Any], ...]
     outputs: tuple[dict[str, Any], ...]
     dims: tuple[dict[str, Any], ...]
+    carried: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, file: str) -> GraphFacts:
@@ -71,6 +72,7 @@ class GraphFacts(Frozen):
             inputs=tuple(_plain(tensor) for tensor in graph.inputs),
             outputs=tuple(_plain(tensor) for tensor in graph.outputs),
             dims=tuple(_plain(dim) for dim in graph.dims),
+            carried=dict(graph.carried),
         )
 
     @model_validator(mode="after")
@@ -86,6 +88,7 @@ class GraphFacts(Frozen):
             inputs=tensors.validate_python(self.inputs),
             outputs=tensors.validate_python(self.outputs),
             dims=TypeAdapter(tuple[Dim, ...]).validate_python(self.dims),
+            carried=self.carried,
         )
 
 

@@ -44,8 +44,8 @@ class WeightFile(Frozen):
 class Range(Frozen):
     """Smallest, most likely and largest value of a dynamic dimension."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
+    min: int = Field(ge=0)
+    opt: int = Field(ge=0)
     max: int = Field(ge=1)
 
     @model_validator(mode="after")
