@@ -102,6 +102,19 @@ class Uses(Protocol):
         """A small picture by which a person recognises the item."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What a validation case asks a model to write greedily.
+
+    prompts: the token ids of each sequence. tokens, logits: the outputs that hold the tokens (B, N), and the logits
+    (B, N, V) they were chosen from.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: str
+    logits: str
+
+
 class TextRole(Protocol):
     """What a model that writes text brings besides its graphs."""
 
@@ -111,6 +124,9 @@ class TextRole(Protocol):
 
     def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
         """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
+
+    def rollout(self, inputs: Arrays) -> Rollout | None:
+        """What a case with these inputs asks to be written; None where it asks for nothing."""
 
 
 class WeightLayout(Protocol):

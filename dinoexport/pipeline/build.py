@@ -68,13 +68,14 @@ def build(
     preflight.packages(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
+        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
             checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
             plain = export_graphs(work, request, checkpoint, traced)
         if request.engine:
             preflight.memory(request.engine, plain.folder)
         reference = compute_reference(work, request, checkpoint)
-        made = {"reference": reference.stage} | text_stage(work, request)
+        made = {"reference": reference.stage} | text
         if request.auto:
             made["precision"], request = search_precision(work, request, checkpoint, reference)
             plain = export_graphs(work, request, checkpoint, traced)
@@ -118,11 +119,12 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
+        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
             checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))
-        made = {exported.name: exported} | text_stage(work, request)
+        made = {exported.name: exported} | text
         manifest = _manifest(request, checkpoint, made, "unjudged")
         manifest = _publish(work, made, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
