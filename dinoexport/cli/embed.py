@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.terminal import Json, choice, fail, printable, progress_lines, reporting, say, say_json, show_report
+from dinoexport.cli.escaping import printable
+from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
 
 if TYPE_CHECKING:
     from dinoexport.embed.plan import Plan
