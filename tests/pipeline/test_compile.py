@@ -52,7 +52,7 @@ importlib.util.find_spec = find_spec
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp32 bundle without an engine."""
     out = tmp_path_factory.mktemp("compiled") / "bundle"
-    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", out=out))
+    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
     return out
 
 
@@ -138,7 +138,7 @@ def test_plans_of_several_cards_become_one_bundle(built: Path, tmp_path: Path, m
     for name, card in (("model.sm80.plan", "8.0"), ("model.sm90.plan", "9.0")):
         assert files.sha256(tmp_path / "both" / name) == files.sha256(tmp_path / card / "model.plan")
     model_repository.deploy(tmp_path / "both", tmp_path / "models", triton="26.08")
-    config = (tmp_path / "models" / "tiny_swiglu_reg" / "config.pbtxt").read_text()
+    config = (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
     for capability, name in (("8.0", "model.sm80.plan"), ("9.0", "model.sm90.plan")):
         assert f'key: "{capability}"\n  value: "{name}"' in config
     with pytest.raises(UsageError, match=r"engine of model for SM 8\.0"):
@@ -151,7 +151,7 @@ def test_merge_refuses_what_is_not_the_same(for_l4: Path, built: Path, tmp_path:
     with pytest.raises(UsageError, match="holds no engine"):
         compiling.merge(for_l4, built, out=tmp_path / "x")
     other = tmp_path / "other"
-    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:1", out=other))
+    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:1", out=other))
     manifest = bundle.read_manifest(other)
     theirs = manifest.model_copy(update={"engines": bundle.read_manifest(for_l4).engines})
     object.__setattr__(theirs, "files", (*theirs.files, *bundle.read_manifest(for_l4).files[-3:]))
