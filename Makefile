@@ -15,13 +15,15 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+BINDINGS := .tensorrt-bindings
+BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo test bench engines gpu soak clean
+.PHONY: demo test bench engines gpu soak tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
-test: $(READY) $(TRITON_READY)
+test: $(READY) $(TRITON_READY) $(BINDINGS_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -69,6 +71,19 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
+# TensorRT's Python bindings of every version that is listed, without TensorRT: ten wheels of 1.2 MB, half a minute. The
+# tests load them over a library of their own. Where there is no such wheel, the tests that need it are skipped.
+$(BINDINGS_READY): tests/standin/tensorrt_versions.txt
+	rm -rf $(BINDINGS)
+	mkdir $(BINDINGS)
+	{ xargs -P 2 -I WHEEL sh -c '$(TARGET_PIP) $(BINDINGS)/$$(echo WHEEL | cut -d= -f3) WHEEL' <$< \
+	    || echo 'No TensorRT bindings for this platform: the tests that load them are skipped.'; }
+	touch $@
+
+# After a line was added there: what the new version's bindings offer joins the table the tests hold our code to.
+tensorrt-facts: $(READY) $(BINDINGS_READY)
+	$(BIN)/python -m tests.standin.bindings
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -76,4 +91,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -49,6 +49,12 @@ def validate(
         typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
     ] = False,
     verify: Verify = None,
+    trust_plan: Annotated[
+        bool,
+        typer.Option(
+            "--trust-plan", help="Run a version-compatible plan, which holds code, though no signature was verified."
+        ),
+    ] = False,
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
@@ -74,6 +80,7 @@ def validate(
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
                 signs=signer is not None,
+                trusted=trust_plan or verified is not None,
                 progress=progress,
             )
             if page is not None and images is not None:

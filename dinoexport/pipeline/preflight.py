@@ -57,4 +57,5 @@ def memory(order: Order, exported: Stage) -> None:
             order.profiles[graph.name],
             memory_bytes=builder_gpu.memory_bytes if builder_gpu else memory_gb * 10**9,
             where=builder_gpu.name if builder_gpu else f"the smallest {order.chosen.target.name}",
+            choices=order.recipe.engine,
         )

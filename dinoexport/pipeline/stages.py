@@ -321,7 +321,7 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
         peak_memory_bytes=made.peak_memory_bytes,
         log=made.log.name,
         log_sha256=files.sha256(made.log),
-        caution=target.cautions.get(order.runtime, ""),
+        caution=" ".join(filter(None, (target.cautions.get(order.runtime), made.not_looked_at))),
     )
 
 

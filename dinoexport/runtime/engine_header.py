@@ -15,10 +15,7 @@ from dinoexport.system.hardware import Gpu
 
 SUFFIX = {Runtime.TENSORRT: ".plan", Runtime.TENSORRT_RTX: ".rtx"}
 # The package that loads each kind of engine, by its names on PyPI, and the extra that brings it.
-PACKAGES = {
-    Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
-    Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
-}
+PACKAGES = hardware.ENGINE_PACKAGES
 EXTRA = {Runtime.TENSORRT: "tensorrt", Runtime.TENSORRT_RTX: "rtx"}
 # Compute capabilities in the order of the bits of an RTX engine's target mask, as read off engines built for each.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -72,7 +69,7 @@ def read_header(path: Path) -> Header:
 
 def installed_version(runtime: Runtime) -> str | None:
     """The installed version of the engine's runtime; None when it is not there."""
-    return next(filter(None, map(hardware.installed, PACKAGES[runtime])), None)
+    return hardware.installed_engine_runtime(runtime)
 
 
 def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:

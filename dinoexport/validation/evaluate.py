@@ -125,13 +125,13 @@ def judge_engines(
     watch: Callable[[Candidate], Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead.
+    """Judges engines that were just built on this machine's GPU like any runtime; where it cannot, says why instead.
 
     watch: stands between the judge and the candidate, for who wants to see the answers too.
     """
     facts = tuple(engines.values())
     try:
-        candidate, device = runners.open_engines(model, engines, graphs)
+        candidate, device = runners.open_engines(model, engines, graphs, trusted=True)  # they were built here
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
     report = judged(watch(candidate), reference, runners.engine_name(facts[0], device), progress=progress)

@@ -56,13 +56,16 @@ def validate(
     judge_code: Judge = "plain",
     explained: bool = False,
     signs: bool = False,
+    trusted: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first. A signed manifest is rewritten only for a caller who `signs` it again. `images` and `explained` need
-    torch and the weights the bundle was made from: `weights`, or where the manifest says they came from.
+    checked first. A signed manifest is rewritten only for a caller who `signs` it again. trusted: whether the caller
+    knows who made the bundle, by its signature or because he says so; only then is a plan run that holds code. `images`
+    and `explained` need torch and the weights the bundle was made from: `weights`, or where the manifest says they came
+    from.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
@@ -75,7 +78,7 @@ def validate(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    opened = _open(folder, manifest, model, runtime)
+    opened = _open(folder, manifest, model, runtime, trusted=trusted)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     cases: Iterable[Case]
     if images is None:
@@ -160,7 +163,7 @@ class _Opened:
     one_thread: Callable[[], Candidate] | None = None
 
 
-def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
+def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None, *, trusted: bool) -> _Opened:
     has = {engine.runtime for engine in manifest.engines} | {Runtime.ONNXRUNTIME}
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
@@ -169,7 +172,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(model, engines, graphs)
+            candidate, device = runners.open_engines(model, engines, graphs, trusted=trusted)
             return _Opened(candidate=candidate, name=runners.engine_name(manifest.engines[0], device), device=device)
         except MissingRequirement as missing:
             if runtime is not None:
