@@ -8,6 +8,7 @@ again are replayed as a CUDA graph, which TensorRT-RTX captures by itself.
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import math
 import mmap
@@ -159,6 +160,7 @@ class Engine:
         self._profiles = profiles
         self._said = said
         self._contexts: dict[int, _Context] = {}
+        self._stream: Any = None
         self._cuda = Cuda()
         self._buffers = Buffers(self._cuda, self._unbind_all)
         self._stream = self._cuda("cudaStreamCreate")
@@ -203,6 +205,10 @@ class Engine:
                 self._buffers.free()
             finally:
                 self._cuda("cudaStreamDestroy", stream)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end CUDA's module may be gone
+            self.close()
 
     def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile that covers the shapes: the recipe lists the preferred one first."""

@@ -37,5 +37,7 @@ def test_the_runtime_runs_through_the_bindings(version: str, built: Path) -> Non
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny recipe, for all versions."""
     out = tmp_path_factory.mktemp("published") / "bundle"
-    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out))
+    pipeline.build(
+        pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out)
+    )
     return out

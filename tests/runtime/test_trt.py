@@ -43,7 +43,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if made := os.environ.get("STANDIN_BUNDLE"):
         return Path(made)
     out = tmp_path_factory.mktemp("published") / "bundle"
-    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out))
+    pipeline.build(
+        pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out)
+    )
     return out
 
 
