@@ -116,7 +116,9 @@ def test_the_command_line_trusts_a_signature_that_holds_or_the_users_word(
         raise UsageError("enough", next_step="")
 
     monkeypatch.setattr(validate_bundle, "validate", validate)
-    monkeypatch.setattr(signing, "verify", lambda folder, _key: signing.Verified(fingerprint="theirs", manifest=None))
+    monkeypatch.setattr(
+        signing, "verify", lambda folder, _key: signing.Verified(fingerprint="theirs", manifest=object())
+    )
     monkeypatch.setattr(signing, "signed_by", lambda _folder: None)
     assert CliRunner().invoke(cli.app, ["validate", str(tmp_path), *words]).exit_code == 2
     assert asked == [trusted]

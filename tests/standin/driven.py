@@ -78,7 +78,8 @@ class Driven:
                     return real(this, *args, **kwargs)
                 self.say(returns, answer)
             else:
-                self.say(returns, _default(returns))
+                # Python goes through a network by index until there is no more: at once, with none in it.
+                self.say(returns, 0 if name == "__getitem__" else _default(returns))
             result = real(this, *args, **kwargs)
             if result is not None and type(answer).__module__.startswith("tests.standin"):
                 self._answers(result, answer)

@@ -53,9 +53,10 @@ InRegisters called(void* first, void* /*second*/)
         return {reinterpret_cast<int64_t>(first), 0.0};
     }
     auto const* object = static_cast<Object*>(first);
-    if (object->bytes != nullptr) // after the two destructors: data, size, type
+    if (object->bytes != nullptr) // after the two destructors: data, size, type; a plan's is int8
     {
-        int64_t const said[] = {0, 0, reinterpret_cast<int64_t>(object->bytes), object->size, 0};
+        constexpr int64_t kINT8 = 2;
+        int64_t const said[] = {0, 0, reinterpret_cast<int64_t>(object->bytes), object->size, kINT8};
         return {kSLOT < 5 ? said[kSLOT] : 0, 0.0};
     }
     return answer;
