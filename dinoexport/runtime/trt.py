@@ -21,12 +21,9 @@ from typing import Any
 from dinoexport.errors import BuildError, MissingRequirement, OutsideProfile, require
 from dinoexport.runtime import check_inputs, weight_streaming
 from dinoexport.runtime.cuda import Buffers, Cuda
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Profile, Runtime
 
-PACKAGES = {
-    Runtime.TENSORRT: ("tensorrt", ("tensorrt", "cuda.bindings")),
-    Runtime.TENSORRT_RTX: ("rtx", ("tensorrt_rtx", "cuda.bindings")),
-}
 _DOCTOR = "dinoexport doctor says what this machine has."
 # The name of no tensor.
 _SCRATCH = ""
@@ -37,10 +34,10 @@ def load(runtime: Runtime) -> Any:
     try:
         return importlib.import_module(runtime.value)
     except (ImportError, OSError) as error:
-        extra, _ = PACKAGES[runtime]
         raise MissingRequirement(
             f"{runtime} is installed and cannot be loaded: {error}.",
-            next_step=f"pip install --force-reinstall 'dinoexport[{extra}]', or set LD_LIBRARY_PATH to its libraries.",
+            next_step=f"pip install --force-reinstall 'dinoexport[{TABLE[runtime].extra}]', or put its libraries on "
+            "LD_LIBRARY_PATH.",
         ) from None
 
 
@@ -108,8 +105,7 @@ def open_engine(
     `graph`'s, InputRefused from the runner for inputs outside the signature and OutsideProfile for those that no
     profile covers.
     """
-    extra, packages = PACKAGES[runtime]
-    require(extra, *packages)
+    require(TABLE[runtime].extra, *TABLE[runtime].modules)
     # CUDA counts the fastest GPU first, the driver by the PCI bus; the GPU that was checked is the one that shall run.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     trt, opened, said = open_plan(path, runtime, host_code=host_code)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dinoexport.spec import Runtime
 
 # The packages that bring each engine's runtime, by their names on PyPI: one for each CUDA, and one that picks one.
-ENGINE_PACKAGES = {
+ENGINE_DISTRIBUTIONS = {
     Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
     Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
 }
@@ -84,4 +84,4 @@ def installed(package: str) -> str | None:
 
 def installed_engine_runtime(runtime: Runtime) -> str | None:
     """The installed version of what runs such engines, whichever package brought it; None when it is not there."""
-    return next(filter(None, map(installed, ENGINE_PACKAGES[runtime])), None)
+    return next(filter(None, map(installed, ENGINE_DISTRIBUTIONS[runtime])), None)
