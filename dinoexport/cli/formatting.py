@@ -396,10 +396,17 @@ def _report_row(row: Row) -> dict[str, Any]:
         "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
         "limit": "" if math.isnan(limit) else f"{limit:.1e}",
         "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
-        "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
+        "worst cosine": _direction(row),
         "largest abs": f"{largest[0]:.1e}" if largest else "" if figures is None else f"{figures.max_abs:.1e}",
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
     }
+
+
+def _direction(row: Row) -> str:
+    """The worst vector's cosine; of a distribution, which has no direction, its mean divergence."""
+    if row.divergence is not None:
+        return f"KL {row.divergence.kl_mean:.1e}"
+    return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
 
 
 def _figure(value: float) -> str:

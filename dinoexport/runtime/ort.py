@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "b
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return str(onnxruntime.__version__)
 
 
 def has_cuda() -> bool:
     """Whether the ONNX Runtime that is installed has a CUDA provider."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -90,7 +90,9 @@ class Operator:
 
     @property
     def arithmetic(self) -> str:
-        """What it multiplies in."""
+        """What it multiplies in; of weights alone in few bits, which are packed away, what it was told to."""
+        if self.kind == "MatMulNBits":
+            return "int8"
         return next((name for kind, name in _ARITHMETIC.items() if kind in self.types), "unknown")
 
     @property
@@ -140,13 +142,15 @@ def _session(
 ) -> Any:
     """A session of the file at `path`, or of `model`, whose weights lie beside it."""
     require("cpu", "onnxruntime")
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # Idle threads of several sessions in one process otherwise spin against each other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # What meets weights of few bits is made int8 in blocks: the default of today, said so that it stays.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if model is not None:

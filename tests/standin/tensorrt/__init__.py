@@ -51,6 +51,14 @@ _Flags = enum.IntEnum(  # type: ignore[misc]
 )
 _OWN_FLAGS = _flavour.NetworkDefinitionCreationFlag
 NetworkDefinitionCreationFlag = _Flags
+_get_flag = _flavour.INetworkDefinition.get_flag
+
+
+def _get_own_flag(network: Any, flag: Any) -> bool:
+    return flag.name == "EXPLICIT_BATCH" or _get_flag(network, getattr(_OWN_FLAGS, flag.name))
+
+
+_flavour.INetworkDefinition.get_flag = _get_own_flag
 
 
 class Builder(_flavour.Builder):
