@@ -55,7 +55,8 @@ _get_flag = _flavour.INetworkDefinition.get_flag
 
 
 def _get_own_flag(network: Any, flag: Any) -> bool:
-    return flag.name == "EXPLICIT_BATCH" or _get_flag(network, getattr(_OWN_FLAGS, flag.name))
+    own = getattr(_OWN_FLAGS, flag.name, None)  # TensorRT-RTX has not all of them
+    return flag.name == "EXPLICIT_BATCH" or (own is not None and _get_flag(network, own))
 
 
 _flavour.INetworkDefinition.get_flag = _get_own_flag
