@@ -42,7 +42,7 @@ def open_gguf(path: Path) -> tuple[Shapes, Read]:
         tensor = tensors[name]
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            widened: Array = np.ascontiguousarray(values, np.float32).reshape(shapes[name])
+            widened: Array = np.array(values, np.float32).reshape(shapes[name])  # a copy: the map cannot be written
         except Exception as error:
             raise WeightsError(
                 f"The tensor {name} of {path} cannot be read ({error}).", next_step="Get the file again."
