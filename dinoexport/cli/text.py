@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.terminal import Json, printable, progress_lines, reporting, say, say_json
+from dinoexport.cli.terminal import Json, progress_lines, reporting, say, say_json, say_text
 
 
 @app.command(epilog=EXIT_CODES)
@@ -51,8 +51,7 @@ def generate(
             if isinstance(item, generation.Written):
                 _show_end(item, as_json)
             elif not as_json:
-                sys.stdout.write(_shown(item))
-                sys.stdout.flush()
+                say_text(item)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -104,13 +103,6 @@ def _asked(
     return {"messages": [*begin, {"role": "user", "content": text}]}
 
 
-def _shown(text: str) -> str:
-    """For a terminal without what would steer it."""
-    if not sys.stdout.isatty():
-        return text
-    return "\t".join(map(printable, text.split("\t")))
-
-
 def _show_end(written: Any, as_json: bool) -> None:
     if as_json:
         say_json(
@@ -125,7 +117,7 @@ def _show_end(written: Any, as_json: bool) -> None:
             }
         )
         return
-    sys.stdout.write("\n")
+    say("")
     rest_s = written.seconds - written.first_s
     speed = f", {(len(written.ids) - 1) / rest_s:.1f} tokens/s" if len(written.ids) > 1 and rest_s > 0 else ""
     reason = {"length": "the limit of tokens", "stop": "the model or a stop text ended it"}[written.reason]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, MissingRequirement, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.runtime.openvino_decoder import OpenVinoDecoder, make_stateful
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner
 
@@ -34,7 +34,7 @@ _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProd
 
 def version() -> str:
     """OpenVINO's version, without the build's number."""
-    import openvino
+    openvino = telemetry.openvino()
 
     return str(openvino.__version__).split("-", maxsplit=1)[0]
 
@@ -42,7 +42,7 @@ def version() -> str:
 def computes(precision: Precision) -> bool:
     """Whether OpenVINO has this precision on this machine's CPU."""
     require("openvino", "openvino")
-    import openvino
+    openvino = telemetry.openvino()
 
     found: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return _CAPABILITIES.get(precision) in found
@@ -68,7 +68,7 @@ def open_graph(
         raise MissingRequirement(
             f"OpenVINO does not compute in {precision} on this CPU.", next_step=f"Use --precision {Precision.FP32}."
         )
-    import openvino
+    openvino = telemetry.openvino()
 
     core = openvino.Core()
     wide = precision

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "b
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return str(onnxruntime.__version__)
 
 
 def has_cuda() -> bool:
     """Whether the ONNX Runtime that is installed has a CUDA provider."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -142,7 +142,7 @@ def _session(
 ) -> Any:
     """A session of the file at `path`, or of `model`, whose weights lie beside it."""
     require("cpu", "onnxruntime")
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
