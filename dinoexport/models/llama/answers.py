@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -38,16 +38,7 @@ def of(
         name = "embedded" if not blocks_done else f"layers.{blocks_done - 1}_stream"
         streams[places[at][0]].setdefault(name, []).append(stream.float().numpy())
 
-    loaded: dict[str, torch.Tensor] = {}
-    small = sum(math.prod(shape) for shape in arch.tensors.values()) <= _KEPT_NUMBERS_MAX
-
-    def load(name: str) -> torch.Tensor:
-        if name in loaded:
-            return loaded[name]
-        tensor = torch.from_numpy(np.ascontiguousarray(read(name))).to(dtype)
-        if small:
-            loaded[name] = tensor
-        return tensor
+    load = _loader(arch, read, dtype)
 
     def ask(cases: Sequence[int], keep: Sequence[int], *, watch: bool) -> list[list[Array]]:
         """Logits (keep, V) of each prompt of each of `cases`."""
@@ -84,3 +75,19 @@ def of(
             logits = np.stack(seen[j], axis=1)
             results[j] |= {"rollout": logits.argmax(axis=2), "rollout_logits": logits}
     return results
+
+
+def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """What loads a tensor in `dtype`; all of a small model's stay in memory."""
+    loaded: dict[str, torch.Tensor] = {}
+    small = sum(math.prod(shape) for shape in arch.tensors.values()) <= _KEPT_NUMBERS_MAX
+
+    def load(name: str) -> torch.Tensor:
+        if name in loaded:
+            return loaded[name]
+        tensor = torch.from_numpy(np.ascontiguousarray(read(name))).to(dtype)
+        if small:
+            loaded[name] = tensor
+        return tensor
+
+    return load
