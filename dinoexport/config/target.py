@@ -1,7 +1,7 @@
-"""From a target's name to decisions: which machine, which runtime, which precision; or why it cannot be.
+"""Resolve a target's name to a machine, a runtime and a precision, or refuse it with the reason.
 
-A target is written `a100`, or `a100,triton:26.08` for an engine that a given Triton image shall load. Without one it is
-the GPU that is there, else the CPU.
+A target is written `a100`, or `a100,triton:26.08` for an engine that a given Triton image must load. The default is
+this machine's GPU, else the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What will be built, and for what. triton: the image tag and its TensorRT, where the target names one."""
+    """What will be built, and for which machine. triton: the image tag and its TensorRT, if the target names one."""
 
     target: Target
     runtime: Runtime
@@ -64,7 +64,7 @@ class Triton:
 def choose(
     recipe: Recipe, *, target: str | None, runtime: Runtime | None, precision: Precision | None, gpus: Sequence[Gpu]
 ) -> Chosen:
-    """Decides from what is asked, what the recipe says and which `gpus` are here; a UsageError for what cannot be."""
+    """The decision from the request, the recipe and this machine's `gpus`; a UsageError for an impossible request."""
     name, _, modifier = (target or _of_gpus(gpus)).partition(",")
     machine_kind = load_target(name)
     precision = _precision(machine_kind, precision or recipe.precision)
@@ -74,7 +74,7 @@ def choose(
         raise UsageError(
             f"triton:{triton.tag} is about TensorRT plans, and {runtime} makes none.", next_step="Leave it out."
         )
-    _check_choices(recipe, runtime)
+    check_choices(recipe.engine, runtime)
     if precision is Precision.INT4 and recipe.quantised == "activations":
         raise UsageError(
             f"recipe {recipe.name} has no int4: only weights are stored in four bits.",
@@ -108,7 +108,7 @@ def _precision(target: Target, wanted: Precision | None) -> Precision:
 
 
 def _runtime(target: Target, wanted: Runtime | None, recipe: Recipe, gpus: Sequence[Gpu]) -> Runtime:
-    """The one asked for, or the first of the target's that can be built on this machine."""
+    """The requested runtime, or the first of the target's that this machine can build for."""
     if wanted and wanted not in target.runtimes:
         raise UsageError(
             f"{target.name} is not built with {wanted}.", next_step=f"It has: {', '.join(target.runtimes)}."
@@ -144,9 +144,19 @@ def _at_least_ampere(capability: str) -> bool:
     return int(capability.partition(".")[0]) >= 8
 
 
-def _check_choices(recipe: Recipe, runtime: Runtime) -> None:
-    """Only classic TensorRT has these. TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans."""
-    chosen = recipe.engine.model_dump(exclude_defaults=True, exclude={"profiles"})
+def check_choices(choices: EngineChoices, runtime: Runtime) -> None:
+    """Raises UsageError for what `runtime` has not, or not together.
+
+    Only classic TensorRT has these: TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans. A
+    version-compatible plan runs in the lean runtime it carries, which cannot refit one
+    (https://developer.nvidia.com/blog/tensorrt-hardware-version-compatibility/), so it needs its weights in it.
+    """
+    if choices.version_compatible and choices.strip_weights:
+        raise UsageError(
+            "A version-compatible plan cannot be stripped of its weights: its lean runtime cannot put them back.",
+            next_step="Take strip_weights or version_compatible out of [engine].",
+        )
+    chosen = choices.model_dump(exclude_defaults=True, exclude={"profiles"})
     if chosen and runtime is not Runtime.TENSORRT:
         raise UsageError(
             f"{runtime} has no {', '.join(chosen)}: only tensorrt has.",
@@ -182,7 +192,7 @@ def _triton(modifier: str) -> Triton:
             f"and say triton:{tag}=VERSION.",
         )
     wanted = said or known[tag]
-    here = hardware.installed("tensorrt")
+    here = hardware.installed_engine_runtime(Runtime.TENSORRT)
     if here is None or here.split(".")[:3] != wanted.split("."):
         raise MissingRequirement(
             f"Triton {tag} has TensorRT {wanted}, and loads no other's plans; here is {here or 'none'}.",

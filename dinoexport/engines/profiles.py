@@ -1,4 +1,4 @@
-"""Optimisation profiles: which ranges of shapes an engine is built for, and the device memory they will ask for."""
+"""Optimisation profiles: the shape ranges of an engine, and an estimate of the device memory they need."""
 
 from __future__ import annotations
 
@@ -123,6 +123,19 @@ def scratch_bytes(onnx: Path, profile: Profile) -> int:
         peak = max(peak, sum(alive.values()))
         alive = {name: size for name, size in alive.items() if last_use.get(name, -1) > at}
     return math.ceil(peak * HEADROOM)
+
+
+def largest_weight_bytes(onnx: Path) -> int:
+    """The size of the graph's largest single weight."""
+    import onnx as onnx_package
+
+    def size_bytes(tensor: Any) -> int:
+        return int(math.prod(tensor.dims)) * int(
+            onnx_package.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        )
+
+    weights = onnx_package.load(onnx, load_external_data=False).graph.initializer
+    return max(map(size_bytes, weights), default=0)
 
 
 def _tensor_bytes(model: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What this machine has: its GPUs, as NVIDIA's driver names them, and which packages are installed."""
+"""This machine's GPUs, as NVIDIA's driver names them, and its installed packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dinoexport.spec import Runtime
+
+# The packages that bring each engine's runtime, by their names on PyPI: one for each CUDA, and one that picks one.
+ENGINE_DISTRIBUTIONS = {
+    Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+    Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +29,7 @@ class Gpu:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs CUDA may use, CUDA_VISIBLE_DEVICES respected; empty where there is none or no driver."""
+    """The GPUs that CUDA may use, after CUDA_VISIBLE_DEVICES; empty without a GPU or a driver."""
     import pynvml
 
     try:
@@ -67,8 +75,13 @@ def _visible(found: Sequence[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package, by its name on PyPI; None when it is not there."""
+    """The version of an installed package, by its name on PyPI; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed_engine_runtime(runtime: Runtime) -> str | None:
+    """The installed version of what runs such engines, whichever package brought it; None when it is not there."""
+    return next(filter(None, map(installed, ENGINE_DISTRIBUTIONS[runtime])), None)

@@ -1,6 +1,6 @@
-"""A bundle's verdict on the machine at hand: by the reference it carries, or by PyTorch on a user's own files.
+"""Validate a bundle on this machine: with the reference in the bundle, or with PyTorch on a user's own files.
 
-Nothing here builds. Judging by the carried reference needs neither torch nor the network.
+Nothing here builds. Validation with the bundle's reference needs neither torch nor the network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dinoexport.validation.evaluate import Judge
 from dinoexport.validation.user_files import Aggregate
 from dinoexport.weights.checkpoint import Checkpoint
 
-# How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
+# How many of a user's images are processed in one step: only their tokens are in memory at once.
 _IMAGES_AT_ONCE = 64
 
 
@@ -35,9 +35,9 @@ _IMAGES_AT_ONCE = 64
 class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
-    together: what all the others were found good for. not_run: why the bundle's engines were not asked, the graph was
-    instead. recorded: whether the manifest now says that the engines passed on this machine; not_recorded: why not, if
-    they did. growth: of the error inside the graph, if asked for.
+    aggregate: the results over all other files. not_run: why the graph was run instead of the bundle's engines.
+    recorded: whether the manifest now records that the engines passed on this machine; not_recorded: the reason if it
+    does not. growth: of the error inside the graph, on request.
     """
 
     manifest: Manifest
@@ -60,23 +60,26 @@ def validate(
     explained: bool = False,
     signer: Signer | None = None,
     signed: Manifest | None = None,
+    trust_plan: bool = False,
     progress: Progress = silent,
 ) -> Validated:
-    """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
+    """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
     checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
     need torch and the weights the bundle was made from: `weights`, or where the manifest says they came from. A bundle
     that passed is signed by `signer`; what its engines did here is recorded, in a signed bundle only with a `signer`.
+    A plan that holds code is run only when it is in what was `signed`, or with `trust_plan`.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
     """
     with changes.reading(folder, progress=progress):
         before = signed or bundle.read_manifest(folder)
+        trusted = trust_plan or signed is not None
         bundle.check_files(folder, before.files, progress=progress)
         bundle.check_graphs(folder, before)
-        validated = _judged(folder, before, images, weights, runtime, judge_code, explained, progress)
+        validated = _judged(folder, before, images, weights, runtime, trusted, judge_code, explained, progress)
     passed = validated.report.passed
     records = validated.manifest != before
     if passed and signer is not None:
@@ -93,11 +96,12 @@ def _judged(
     images: Path | None,
     weights: str | None,
     runtime: Runtime | None,
+    trusted: bool,
     judge_code: Judge,
     explained: bool,
     progress: Progress,
 ) -> Validated:
-    """The verdict; in its manifest, what the engines did here."""
+    """The verdict; its manifest records what the engines did here."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     if images is None and manifest.verdict == "unjudged":
@@ -105,7 +109,7 @@ def _judged(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    opened = _open(folder, manifest, model, runtime)
+    opened = _open(folder, manifest, model, runtime, trusted=trusted)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     cases: Iterable[Case]
     if images is None:
@@ -148,7 +152,7 @@ def _judged(
 
 
 def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, progress: Progress) -> Validated:
-    """The verdict by what the bundle carries; engines that pass are called executed on this machine."""
+    """The verdict with the bundle's reference; engines that pass are recorded as executed on this machine."""
     report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
     report = evaluate.with_determinism(report, reference, opened.candidate, opened.one_thread)
     if opened.device and report.passed:
@@ -157,7 +161,7 @@ def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, pro
 
 
 def _record(folder: Path, before: Manifest, after: Manifest) -> str:
-    """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
+    """Records in the bundle what this machine found; returns the reason if that is not possible."""
     if os.path.lexists(folder / bundle.SIGNATURE):
         return (
             "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
@@ -171,7 +175,7 @@ def _record(folder: Path, before: Manifest, after: Manifest) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
+    """What of a bundle is run. device: the GPU of its engines; empty for the graph, with the reason in not_run.
 
     one_thread: opens the graph with one thread, where it has more.
     """
@@ -183,7 +187,7 @@ class _Opened:
     one_thread: Callable[[], Candidate] | None = None
 
 
-def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
+def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None, *, trusted: bool) -> _Opened:
     has = {engine.runtime for engine in manifest.engines} | set(CPU_RUNTIMES)
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
@@ -192,7 +196,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     if manifest.engines and runtime not in CPU_RUNTIMES:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(model, engines, graphs)
+            candidate, device = runners.open_engines(model, engines, graphs, trusted=trusted)
             return _Opened(candidate=candidate, name=runners.engine_name(manifest.engines[0], device), device=device)
         except MissingRequirement as missing:
             if runtime is not None:
@@ -220,7 +224,7 @@ def _judge_own(
     judge_code: Judge,
     progress: Progress,
 ) -> Aggregate:
-    """The verdict on a user's own cases, each by itself and all together; see `streamed`."""
+    """The verdict on a user's own cases, each by itself and all together; see `user_files`."""
     require("export", "torch")
 
     def ask(asked: Sequence[Case]) -> Reference:
