@@ -91,7 +91,7 @@ class EngineChoices(Frozen):
 
 
 class Recipe(Frozen):
-    """Everything that decides what a build makes. `model` and `graph` are the family's own tables."""
+    """Everything that decides what a build makes. `model`, `graph` and `preprocess` are the family's own tables."""
 
     name: Name = Field(description="The variant's name.")
     family: Name = Field(description="The model family that understands `model` and `graph`.")
@@ -102,6 +102,9 @@ class Recipe(Frozen):
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
+    preprocess: dict[str, Any] = Field(
+        default_factory=dict, description="How inputs are made of files as users have them, in the family's terms."
+    )
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
     profiles: dict[Name, dict[str, Range]] = Field(
         default_factory=dict,
