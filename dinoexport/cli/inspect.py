@@ -61,7 +61,7 @@ def validate(
         from dinoexport.validation import validate_bundle
 
         signer = signer_of(sign)
-        verified = verify and signing.verify(bundle, verify)
+        verified = signing.verify(bundle, verify) if verify is not None else None
         signed = signing.signed_by(bundle)
         if page is not None:
             mismatches.check(page, images)
@@ -73,13 +73,13 @@ def validate(
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
-                signs=signer is not None,
+                signer=signer,
+                signed=None if verified is None else verified.manifest,
                 progress=progress,
             )
             if page is not None and images is not None:
                 mismatches.write(page, validated, images, progress=progress)
         if signer is not None and validated.report.passed:
-            signer.sign(bundle)
             signed = signer.fingerprint
         checked_key = verified is not None
         proves, leaves_open = formatting.proven(
@@ -108,21 +108,21 @@ def validate(
 
 def _validated_facts(validated: Any, page: Path | None) -> dict[str, Any]:
     growth = {} if validated.growth is None else {"growth": validated.growth.to_json()}
-    together = {} if validated.together is None else validated.together.to_json() | {"page": page and str(page)}
+    aggregate = {} if validated.aggregate is None else validated.aggregate.to_json() | {"page": page and str(page)}
     return {
         "skipped": list(validated.skipped),
         "not_run": validated.not_run,
         "recorded": validated.recorded,
         "not_recorded": validated.not_recorded,
         **growth,
-        **together,
+        **aggregate,
     }
 
 
 def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: bool) -> None:
     if explain:
         _show_growth(validated, to_stderr=to_stderr)
-    if validated.together is not None:
+    if validated.aggregate is not None:
         _show_together(validated, page, to_stderr=to_stderr)
 
 
@@ -206,10 +206,10 @@ def bench(
 
 def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
     """What all of a user's files are good for together, and which of them could not be used."""
-    found = validated.together.agreement
+    found = validated.aggregate.agreement
     if found is not None and found.measures:
         say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
-    lines = [*validated.together.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
+    lines = [*validated.aggregate.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
     for line in lines:
         say(printable(line), to_stderr=to_stderr)
     if page is not None:

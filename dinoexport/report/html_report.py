@@ -86,7 +86,7 @@ def render(
         repeat=_repeat(manifest),
         tried=manifest.report.get("precision", {}).get("trials", ()),
         report=report,
-        rests_on=_rests_on(report),
+        based_on=_based_on(report),
         closest=_closest(report),
         rows=report.rows,
         range_rows=[row for row in report.rows if row.output == RANGE],
@@ -129,10 +129,10 @@ def _repeat(manifest: Manifest) -> list[str]:
     ]
 
 
-def _rests_on(report: Report) -> str:
+def _based_on(report: Report) -> str:
     cases = {row.case for row in report.rows}
     bounds = sum(len(row.bounds) for row in report.rows)
-    return f"{len(report.rows)} checks of {len(cases)} cases, {bounds} limits held against them"
+    return f"{len(report.rows)} checks of {len(cases)} cases against {bounds} limits"
 
 
 def _closest(report: Report) -> tuple[Row, Bound] | None:

@@ -80,7 +80,7 @@ def test_openssf_own_tool_takes_it(signed: Path, keys: Path) -> None:
     assert subprocess.run([*tool, str(keys / "other.pub")], check=False, capture_output=True).returncode != 0
     envelope = json.loads((signed / bundle.SIGNATURE).read_text())["dsseEnvelope"]
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
-    fingerprint = signing.verify(signed, keys / "sign.pub")
+    fingerprint = signing.verify(signed, keys / "sign.pub").fingerprint
     assert fingerprint == signing.signed_by(signed) != signing.open_signer(keys / "other.pem", ask=never).fingerprint
 
 
@@ -96,7 +96,7 @@ def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> No
     [
         ("absent.pem", "cannot be read: No such file"), ("sign.pub", "is a public key"),
         ("rsa.pem", "no private key in PEM"), ("text.pem", "no private key in PEM"),
-        ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: Is a directory"),
+        ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: it is a folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_sign(keys: Path, key: str, words: str) -> None:
@@ -242,8 +242,8 @@ def test_build_signs_what_it_publishes(built: Path, keys: Path, tmp_path: Path) 
     assert "not verified here" in run("inspect", built).stdout
     copy = tmp_path / "bundle"
     shutil.copytree(built, copy)
-    order = pipeline.order(TINY, weights="synthetic:0", out=copy)
-    assert "export" in pipeline.build(order).reused, "a signed bundle is one that may be replaced"
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=copy)
+    assert "export" in pipeline.build(request).reused, "a signed bundle is one that may be replaced"
     assert signing.signed_by(copy) is None and run("inspect", copy, "--json").stdout.count('"signed": "no"') == 1
 
 

@@ -29,11 +29,10 @@ from dinoexport.report import html_report, mismatches
 from dinoexport.spec import Precision, silent
 from dinoexport.validation import downstream, error_analysis, judge, user_files
 from dinoexport.weights import checkpoint
-from tests.conftest import DATA
+from tests.conftest import DATA, chromium
 
 HOSTILE = "<script>alert(1)</script> & 'quotes'"
 of_case = partial(pictures.of_case, patch=14, preprocessing=Preprocessing())
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 def recipe_with_photographs(folder: Path) -> str:
@@ -57,30 +56,30 @@ def recipe_with_photographs(folder: Path) -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp16 bundle with photographs."""
     folder = tmp_path_factory.mktemp("page")
-    order = pipeline.order(
+    request = pipeline.build_request(
         recipe_with_photographs(folder), weights="synthetic-stress:0", precision=Precision.FP16, out=folder / "bundle"
     )
-    pipeline.build(order)
-    return order.out
+    pipeline.build(request)
+    return request.out
 
 
 @pytest.fixture(scope="module")
 def rejected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with weights that overflow fp16."""
     folder = tmp_path_factory.mktemp("rejected")
-    order = pipeline.order(
+    request = pipeline.build_request(
         recipe_with_photographs(folder),
         weights="synthetic-stress:0:100000",
         precision=Precision.FP16,
         out=folder / "bundle",
     )
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order, keep_rejected=True)
-    return order.out
+        pipeline.build(request, keep_rejected=True)
+    return request.out
 
 
 def test_page_says_everything(built: Path) -> None:
-    html = unescape((built / bundle.PAGE).read_text())
+    html = unescape((built / bundle.REPORT_HTML).read_text())
     manifest = bundle.verify(built)
     assert "PASSED" in html and manifest.checkpoint.sha256 in html
     for row in manifest.report["rows"]:
@@ -101,14 +100,27 @@ def test_page_says_everything(built: Path) -> None:
     assert all(text in html for text in manifest.card.values())
 
 
+def test_what_people_look_at_first_comes_first(built: Path) -> None:
+    """The verdict, the pictures and the error by block; the table of all rows comes after them."""
+    html = (built / bundle.PAGE).read_text()
+    parts = [
+        '<div class="verdict',
+        "<h2>Pictures</h2>",
+        "<h2>Error by block</h2>",
+        "<h2>Every output of every case</h2>",
+    ]
+    places = [html.index(part) for part in parts]
+    assert places == sorted(places)
+
+
 def test_rejected_page_names_the_overflow(rejected: Path) -> None:
-    html = (rejected / bundle.PAGE).read_text()
+    html = (rejected / bundle.REPORT_HTML).read_text()
     assert "FAILED" in html and "PASSED" not in html
     assert "fp16 overflows in blocks.1/matmul_5 (MatMul)" in html
 
 
 def test_nothing_leaves_the_page_and_nothing_in_it_is_markup(built: Path) -> None:
-    html = (built / bundle.PAGE).read_text()
+    html = (built / bundle.REPORT_HTML).read_text()
     assert "<script" not in html and "&lt;script&gt;" in html
     assert "default-src 'none'" in html
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", html)
@@ -117,7 +129,7 @@ def test_nothing_leaves_the_page_and_nothing_in_it_is_markup(built: Path) -> Non
 
 def test_the_pictures_are_of_every_photograph(built: Path) -> None:
     """Six a photograph: itself, PyTorch, its own fp16 and the candidate with the error of each."""
-    html = (built / bundle.PAGE).read_text()
+    html = (built / bundle.REPORT_HTML).read_text()
     titles = re.findall(r'<img alt="([^"]+)"', html)
     candidate = bundle.read_manifest(built).report["candidate"]
     own = "PyTorch's own fp16"
@@ -225,19 +237,19 @@ def test_report_verb(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     shown = CliRunner().invoke(cli.app, ["report", str(built)])
-    assert shown.exit_code == 0 and str(built / bundle.PAGE) in shown.stdout and not opened
+    assert shown.exit_code == 0 and str(built / bundle.REPORT_HTML) in shown.stdout and not opened
     assert CliRunner().invoke(cli.app, ["report", str(built), "--open"]).exit_code == 0
-    assert opened == [(built / bundle.PAGE).as_uri()]
+    assert opened == [(built / bundle.REPORT_HTML).as_uri()]
     copy = tmp_path / "copy"
     shutil.copytree(built, copy)
-    (copy / bundle.PAGE).write_text("<script>stolen</script>")
+    (copy / bundle.REPORT_HTML).write_text("<script>stolen</script>")
     damaged = CliRunner().invoke(cli.app, ["report", str(copy), "--open"])
     assert damaged.exit_code == 1 and "damaged" in damaged.stderr and len(opened) == 1
 
 
 def test_report_of_a_bundle_without_one(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    pipeline.export_only(pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
+    pipeline.export_only(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
     result = CliRunner().invoke(cli.app, ["report", str(out)])
     assert result.exit_code == 2 and "never judged" in result.stderr
 
@@ -254,25 +266,24 @@ MISSING = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth
 @pytest.fixture(scope="module")
 def browser() -> Any:
     """A headless Chromium of the machine's own."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # Chromium's own sandbox refuses to run as root, as containers do.
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        started = playwright.chromium.launch(executable_path=chromium(), args=sandbox)
         yield started
         started.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("which", ["built", "rejected", "with_engine"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRequest, browser: Any) -> None:
     """No error, no request, no missing image, nothing cut off; dark is dark."""
     path = request.getfixturevalue(which)
-    path = path / bundle.PAGE if path.is_dir() else path
+    path = path / bundle.REPORT_HTML if path.is_dir() else path
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     tab.on("console", lambda message: problems.append(message.text))
@@ -290,6 +301,7 @@ def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRe
     tab.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, browser: Any) -> None:
     """A long name without a space, more neighbours than are shown, a picture for each: nothing cut off or missing."""
@@ -304,7 +316,7 @@ def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, 
     shown: Any = SimpleNamespace(
         manifest=SimpleNamespace(variant="v", precision="fp32"),
         report=report,
-        together=user_files.Together(report=report, agreement=found, said=()),
+        aggregate=user_files.Aggregate(report=report, agreement=found, said=()),
         skipped=(),
     )
     (tmp_path / "differ.html").write_text(mismatches.render(shown, found, {name: photograph}))

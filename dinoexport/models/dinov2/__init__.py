@@ -21,7 +21,7 @@ from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import Architecture, GraphChoices
 from dinoexport.models.dinov2.uses import ImageUses
-from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -367,9 +367,9 @@ class Dinov2Model:
         return serving.prepare(front_end, settings, encoded, self.taken)
 
     @property
-    def loads(self) -> tuple[Load, ...]:
+    def workloads(self) -> tuple[Workload, ...]:
         """Noise images at the evaluation's size and at the native one, alone and eight at a time."""
-        return cases.loads(self.recipe.profile, self.taken)
+        return cases.workloads(self.recipe.profile, self.taken)
 
     @property
     def facts(self) -> Mapping[str, int | str]:

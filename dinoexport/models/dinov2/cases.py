@@ -16,7 +16,7 @@ from dinoexport.errors import UsageError
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.config import PATCH, Architecture
-from dinoexport.spec import Array, Case, Load, Progress
+from dinoexport.spec import Array, Case, Progress, Workload
 
 _BATCH = 8
 
@@ -120,7 +120,7 @@ def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case
     return Case(name=entry.name, why=entry.why, inputs=noise, expect_refusal=refused)
 
 
-def loads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Load, ...]:
+def workloads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Workload, ...]:
     """Noise images to time: as large as evaluated and on the position table's own grid, alone and eight at a time.
 
     Where the profile does not have that, what it has closest to it.
@@ -135,7 +135,7 @@ def loads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Load, ...]:
         for height, width in (taken.preprocessing.crop_size, (taken.arch.native_size, taken.arch.native_size))
     }
     return tuple(
-        Load(
+        Workload(
             name=f"{batch} x {height} x {width}",
             inputs=taken.noise(batch, height, width, 0),
             items=batch,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dinoexport import bundle
-from dinoexport.bundle import GraphFacts, Manifest, Shapes
+from dinoexport.bundle import GraphFacts, Manifest, ShapeRange
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError
 from dinoexport.family import FrontEnd
@@ -72,7 +72,7 @@ def plans_of(manifest: Manifest) -> tuple[Plan, ...]:
     )
 
 
-def _batches(profile: Mapping[str, Shapes]) -> tuple[int, int]:
+def _batches(profile: Mapping[str, ShapeRange]) -> tuple[int, int]:
     """(most likely, largest) batch of a profile: the first dimension of every input."""
     _, likely, largest = next(iter(profile.values()))
     return likely[0], largest[0]
@@ -130,7 +130,7 @@ def of_bundle(
 
 def deployed_name(config: str) -> str | None:
     """What the model with this configuration was deployed as; None when dinoexport did not deploy it."""
-    found = re.search(r"^# dinoexport deployed this as (\S+)$", config, re.MULTILINE)
+    found = re.match(r"# dinoexport deployed this as (\S{1,64})\n", config)
     return found[1] if found else None
 
 
@@ -334,9 +334,10 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
         _code("PrepareModel"),
     )
     steps = (
-        _step(prepare.name, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
+        _step(prepare.name, version, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
         _step(
             graph_model,
+            version,
             {tensor.name: tensor.name for tensor in graph.inputs},
             {tensor.name: tensor.name for tensor in graph.outputs},
         ),
@@ -354,13 +355,14 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
     return prepare, ensemble
 
 
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Entry:
+def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Entry:
     maps = [
         Entry(f"{side}_map", (Entry("key", ours), Entry("value", theirs)))
         for side, names in (("input", inputs), ("output", outputs))
         for ours, theirs in names.items()
     ]
-    return Entry("step", (Entry("model_name", model), Entry("model_version", -1), *maps))
+    # By its number: whatever else is loaded, an answer is one release's.
+    return Entry("step", (Entry("model_name", model), Entry("model_version", version), *maps))
 
 
 def _identity(name: str, version: int) -> list[Entry]:
