@@ -98,6 +98,8 @@ def of_path(path: Path) -> dict[str, Any]:
             "target": manifest.target,
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
+            **({"assumed": _assumed(manifest)} if manifest.checkpoint.assumed else {}),
+            **({"about the weights": " ".join(manifest.checkpoint.notes)} if manifest.checkpoint.notes else {}),
             "licence": manifest.checkpoint.licence,
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
@@ -125,6 +127,10 @@ def of_path(path: Path) -> dict[str, Any]:
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
     }
+
+
+def _assumed(manifest: bundle.Manifest) -> str:
+    return "; ".join(f"{key} = {value}" for key, value in manifest.checkpoint.assumed.items())
 
 
 def page_of(folder: Path) -> Path:

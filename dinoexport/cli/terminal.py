@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dinoexport.spec import Progress
     from dinoexport.validation.judge import Report
 
+_LINES_MAX = 19  # of an error's message; the next step is one more
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 Sign = Annotated[
     Path | None,
@@ -48,10 +49,18 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
     """Ends in the error's exit code; with --json what is known goes to stdout as well."""
     if as_json:
         say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
-    typer.echo(f"error: {printable(error.message)}", err=True)
+    typer.echo(f"error: {printable(_shortened(error.message))}", err=True)
     if error.next_step:
         typer.echo(f"  next: {printable(error.next_step)}", err=True)
     sys.exit(error.exit_code)
+
+
+def _shortened(text: str) -> str:
+    """At most so many lines as a person looks at; --json has them all."""
+    lines = text.rstrip("\n").split("\n")
+    if len(lines) <= _LINES_MAX:
+        return text
+    return "\n".join((*lines[: _LINES_MAX - 1], f"  and {len(lines) - _LINES_MAX + 1} more; --json lists them all"))
 
 
 def printable(text: str) -> str:

@@ -58,7 +58,9 @@ def build(
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         with stages.tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = open_checkpoint(
+                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
+            )
             plain = stages.export(work, request, checkpoint, traced)
         preflight.memory(request, plain)
         reference = stages.reference(work, request, checkpoint)
@@ -102,7 +104,9 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         with stages.tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = open_checkpoint(
+                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
+            )
             plain = stages.export(work, request, checkpoint, traced)
         exported = stages.forms(work, request, plain)["onnxruntime"]
         manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
@@ -142,7 +146,14 @@ def _manifest(
         target=request.chosen.name,
         verdict=verdict,
         recipe=request.recipe.model_dump(mode="json"),
-        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=request.recipe.licence),
+        checkpoint=CheckpointFacts(
+            source=checkpoint.source,
+            sha256=checkpoint.sha256,
+            licence=request.recipe.licence,
+            prefix=request.prefix,
+            assumed=dict(request.settled.assumed),
+            notes=request.settled.notes,
+        ),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,

@@ -14,10 +14,11 @@ from dinoexport.config.recipe import Limits, Recipe, load, load_validation
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
 from dinoexport.family import Model
-from dinoexport.spec import CPU_RUNTIMES, Case, CpuRuntime, Precision, Profile, Runtime
+from dinoexport.spec import CPU_RUNTIMES, Case, CpuRuntime, Precision, Profile, Progress, Runtime, silent
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
+from dinoexport.weights.settle import Settled, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class BuildRequest:
     """What to build, with every decision made and every impossible one already refused.
 
     profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
-    cpu_runtimes: those a CPU's bundle may be for.
+    cpu_runtimes: those a CPU's bundle may be for. prefix: what stands before the model's tensors in the file of
+    weights. settled: how recipe and weights were brought together.
     """
 
     recipe: Recipe
@@ -39,6 +41,8 @@ class BuildRequest:
     judge_code: evaluate.Judge
     out: Path
     cpu_runtimes: tuple[CpuRuntime, ...]
+    prefix: str | None
+    settled: Settled
     auto: bool = False  # parts of the graph go back to fp32 until the limits hold
 
     @property
@@ -58,29 +62,35 @@ class BuildRequest:
 
 
 def build_request(
-    variant_or_path: str,
+    variant_or_path: str | None,
     *,
     weights: str | None = None,
+    prefix: str | None = None,
     precision: Precision | Literal["auto"] | None = None,
     target: str | None = None,
     runtime: Runtime | None = None,
     engine_choices: Mapping[str, Any] = MappingProxyType({}),
     out: Path | None = None,
     judge_code: evaluate.Judge = "plain",
+    progress: Progress = silent,
 ) -> BuildRequest:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
-    target: the GPU that is here, else the CPU, when it is None. engine_choices: what to change in the recipe's
-    `[engine]`.
+    variant_or_path: None where `weights` and the files beside them make the recipe. target: the GPU that is here, else
+    the CPU, when it is None. engine_choices: what to change in the recipe's `[engine]`.
     """
-    recipe, gpus = load(variant_or_path), hardware.gpus()
+    settled = settle(
+        None if variant_or_path is None else load(variant_or_path), weights, prefix=prefix, progress=progress
+    )
+    recipe, gpus = settled.recipe, hardware.gpus()
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
     auto = precision == "auto"
     wanted = Precision.FP16 if precision == "auto" else precision
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
     recipe = recipe.model_copy(update={"precision": chosen.precision})
     model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
-    beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
+    own_file = variant_or_path is not None and variant_or_path.endswith(".toml")
+    beside = Path(str(variant_or_path)).parent if own_file else None
     validation, folder = load_validation(recipe.validation, beside=beside)
     return BuildRequest(
         recipe=recipe,
@@ -94,5 +104,7 @@ def build_request(
         judge_code=judge_code,
         cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else CPU_RUNTIMES,
         out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
+        prefix=prefix,
+        settled=settled,
         auto=auto,
     )

@@ -16,9 +16,9 @@ import numpy as np
 from dinoexport import images
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
+from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
 from dinoexport.images import Preprocessing
-from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
+from dinoexport.models.dinov2 import cases, described, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import Architecture, GraphChoices
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
@@ -65,6 +65,18 @@ class Dinov2:
             "graph": GraphChoices.model_json_schema(),
             "preprocess": Preprocessing.model_json_schema(),
         }
+
+    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
+        """See `described`."""
+        return described.recipe_from(weights, found)
+
+    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
+        """See `described`."""
+        return described.described(recipe, weights, found)
+
+    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
+        """See `described`."""
+        return described.assumed(recipe)
 
 
 def _preprocessing(recipe: Recipe, arch: Architecture, choices: GraphChoices) -> Preprocessing:
@@ -164,7 +176,7 @@ class Dinov2Model:
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
-        return layouts.adapt(found, read)
+        return layouts.adapt(found, read, width=self.arch.embed_dim, depth=self.arch.depth)
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
         """See `synthetic`; with a `peak`, the massive activations of trained large ViTs."""
