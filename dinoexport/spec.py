@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +44,14 @@ class Runtime(enum.StrEnum):
     """What runs the product of a build: the ONNX itself, or an engine made from it."""
 
     ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
 
     @property
     def has_engine(self) -> bool:
         """Whether an engine is built from the ONNX for this runtime."""
-        return self is not Runtime.ONNXRUNTIME
+        return self in (Runtime.TENSORRT, Runtime.TENSORRT_RTX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +71,31 @@ class Dim:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A named input or output of a graph; `meaning` gives its unit or normalisation in words."""
+    """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
+
+    default: the value of every element of an input that may be left out; None where it may not.
+    """
 
     name: str
     dtype: str
     shape: Shape
     meaning: str
+    default: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The signature of one ONNX graph of a model."""
+    """The signature of one ONNX graph of a model.
+
+    carried: input -> the output that continues it: state, as a decoder's cache is, which the next call takes again.
+    Each is empty along one dynamic dimension at the beginning.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     dims: tuple[Dim, ...]
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,8 @@ class Case:
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
     where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
     something from looking at it, as at a photograph. label: the class it belongs to, where that is known.
+    distributions: outputs (..., V) that are unnormalised log probabilities. choices: output of chosen indices (B, N) ->
+    the distributions (B, N, V) they were chosen from, each after the choices before it.
     """
 
     name: str
@@ -129,6 +141,8 @@ class Case:
     neighbours: bool = False
     shown: bool = False
     label: str = ""
+    distributions: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +155,15 @@ class Workload:
     unit: str
 
 
-CpuRuntime = Literal["onnxruntime", "openvino"]
-CPU_RUNTIMES: tuple[CpuRuntime, ...] = get_args(CpuRuntime)
+# Those that run an ONNX graph itself, on a CPU too.
+CPU_RUNTIMES = tuple(runtime for runtime in Runtime if not runtime.has_engine)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """A way to run a model's graphs on a CPU. threads: 0 leaves their number to the runtime."""
 
-    runtime: CpuRuntime
+    runtime: Runtime
     precision: Precision
     threads: int = 0
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from dinoexport import bundle
+from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Way
 from dinoexport.system import hardware
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MARKER",
         help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
     )
+    parser.addoption(
+        "--quick", action="store_true", help="Leave out the tests marked slow, and those that need a whole build."
+    )
 
 
 def chromium() -> str | None:
@@ -58,11 +62,28 @@ def _missing(marker: str) -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    slow = item.get_closest_marker("slow")
+    if slow is not None and item.config.getoption("--quick"):
+        pytest.skip(f"slow: {slow.args[0]}")
     for mark in item.iter_markers():
         if reason := _missing(mark.name):
             if mark.name in item.config.getoption("--require"):
                 pytest.fail(f"--require {mark.name}: {reason}", pytrace=False)
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, what begins a whole build is skipped there, so no list of such tests is kept."""
+
+    def skip(*_: object, **__: object) -> None:
+        pytest.skip("needs a whole build")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--quick"):
+            patch.setattr(pipeline, "build", skip)
+            patch.setattr(pipeline, "export_only", skip)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -220,7 +220,7 @@ def test_engine_example(tmp_path: Path) -> None:
         pipeline.build_request(str(tmp_path / "mine.toml"), target="a100")  # read, and refused for what is lacking here
     (tmp_path / "mine.toml").write_text(example.replace('"same-cc"', '"this-gpu"'))
     request = pipeline.build_request(str(tmp_path / "mine.toml"), target="a100")
-    assert [profile.name for profile in request.profiles["model"]] == ["document", "latency"]
+    assert [profile.name for profile in request.engine.profiles["model"]] == ["document", "latency"]
 
 
 def test_bundle_layout_is_the_documented_one() -> None:
@@ -251,4 +251,5 @@ _MESSAGES = "\n".join(path.read_text() for path in (ROOT / "dinoexport").rglob("
 @pytest.mark.parametrize("heading", re.findall(r"^## `(.+)`$", PAGES["docs/troubleshooting.md"], flags=re.MULTILINE))
 def test_troubleshooting_quotes_real_messages(heading: str) -> None:
     for piece in re.split(r"\b[A-Z][A-Z_]+\b|…", heading):
-        assert len(piece.strip(" '.,")) < 3 or piece.strip(" '") in _MESSAGES, piece
+        known = len(piece.strip(" '.,")) < 3 or piece.strip(" '") in _MESSAGES
+        assert known, f"no message has {piece!r}; docs/troubleshooting.md must quote the new words"

@@ -81,6 +81,7 @@ class GraphFacts(Frozen):
     inputs: tuple[dict[str, Any], ...]
     outputs: tuple[dict[str, Any], ...]
     dims: tuple[dict[str, Any], ...]
+    carried: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, file: str) -> GraphFacts:
@@ -91,6 +92,7 @@ class GraphFacts(Frozen):
             inputs=tuple(_plain(tensor) for tensor in graph.inputs),
             outputs=tuple(_plain(tensor) for tensor in graph.outputs),
             dims=tuple(_plain(dim) for dim in graph.dims),
+            carried=dict(graph.carried),
         )
 
     @model_validator(mode="after")
@@ -106,6 +108,7 @@ class GraphFacts(Frozen):
             inputs=tensors.validate_python(self.inputs),
             outputs=tensors.validate_python(self.outputs),
             dims=TypeAdapter(tuple[Dim, ...]).validate_python(self.dims),
+            carried=self.carried,
         )
 
 
@@ -213,7 +216,7 @@ class Manifest(Frozen):
 
     def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
         """This manifest with the files of one more stage."""
-        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+        return self.changed(files=(*self.files, *files), stage_keys={**self.stage_keys, name: key})
 
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""

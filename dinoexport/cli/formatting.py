@@ -16,7 +16,9 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.spec import Way
+from dinoexport.runtime import runners
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import error_analysis
 
@@ -367,10 +369,18 @@ def growth_rows(growth: Growth) -> Rows:
     ]
 
 
-def explained(report: Report, growth: Growth | None) -> list[str]:
-    """The explanation in words."""
+def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
+    """The explanation in words; without `growth`, the reason why the error was not followed."""
     if growth is None:
-        return ["The family names no values inside its graphs, so there is nothing to follow the error by."]
+        way = runners.way_of(manifest)
+        if way.runtime is not Runtime.ONNXRUNTIME:
+            return [
+                (
+                    f"The error was not followed: this bundle runs in {TABLE[way.runtime].title}; only ONNX Runtime "
+                    "shows the values inside a graph."
+                )
+            ]
+        return ["The error was not followed: nothing measured here has an error, or this family names no inner values."]
     return error_analysis.causes(report, growth) or [
         "The error stays within its expected growth everywhere."
         if growth.leaves is None

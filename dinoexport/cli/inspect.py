@@ -33,7 +33,7 @@ from dinoexport.cli.terminal import (
 def validate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
+        Path | None, typer.Option(metavar="DIR", help="Judge on these images instead; needs torch and the weights.")
     ] = None,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
@@ -41,7 +41,9 @@ def validate(
     weights: Weights = None,
     runtime: Annotated[
         str | None,
-        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+        typer.Option(
+            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino", help="Default: the engine if it can run here."
+        ),
     ] = None,
     reference: ReferenceOption = "plain",
     explain: Annotated[
@@ -222,5 +224,5 @@ def _show_growth(validated: Any, *, to_stderr: bool) -> None:
     if validated.growth is not None:
         title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
         say(table(title, formatting.growth_rows(validated.growth)), to_stderr=to_stderr)
-    for line in formatting.explained(validated.report, validated.growth):
+    for line in formatting.explained(validated.report, validated.growth, validated.manifest):
         say(line, to_stderr=to_stderr)

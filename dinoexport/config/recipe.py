@@ -29,6 +29,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
+    def changed(self, **fields: Any) -> Self:
+        """A copy with `fields` changed, validated like the original; pydantic's own `model_copy` validates nothing."""
+        return self.model_validate({**dict(self), **fields})
+
 
 class WeightFile(Frozen):
     """One published file of weights."""
@@ -41,8 +45,8 @@ class WeightFile(Frozen):
 class Range(Frozen):
     """Smallest, most likely and largest value of a dynamic dimension."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
+    min: int = Field(ge=0)
+    opt: int = Field(ge=0)
     max: int = Field(ge=1)
 
     @model_validator(mode="after")

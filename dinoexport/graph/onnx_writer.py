@@ -25,11 +25,18 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# A signature's types as ONNX has them, without importing it.
+_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "uint8": "UINT8",
+    "int64": "INT64",
+}
+
 # Piece name -> its traced graph.
 Traces = dict[str, "ir.Graph"]
 
-# LayerNormalization is one op since opset 17, Gelu since 20; every runtime we target takes 20.
-OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
 # One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
@@ -132,7 +139,7 @@ def _trace(piece: Piece) -> ir.Graph:
                 tuple(piece.example_inputs.values()),
                 input_names=list(piece.example_inputs),
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
+                opset_version=piece.opset,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -190,7 +197,8 @@ def _assemble(
     values = {tensor.name: _value(tensor) for tensor in graph.inputs}
     inputs = list(values.values())
     constants: dict[tuple[object, ...], ir.Value] = {}
-    initializers: list[ir.Value] = []
+    initializers = [values[tensor.name] for tensor in graph.inputs if tensor.default is not None]
+    (opset,) = {call.piece.opset for call in calls}
     nodes: list[ir.Node] = []
     for call in calls:
         piece = traced[call.piece.name]
@@ -213,17 +221,28 @@ def _assemble(
         outputs,
         nodes=nodes,
         initializers=[*constants.values(), *initializers],
-        opset_imports={"": OPSET},
+        opset_imports={"": opset},
         name=graph.name,
     )
-    return ir.Model(ir_graph, ir_version=10, producer_name="dinoexport", metadata_props=dict(metadata))
+    return ir.Model(ir_graph, ir_version=_ir_version(opset), producer_name="dinoexport", metadata_props=dict(metadata))
+
+
+def _ir_version(opset: int) -> int:
+    """The version of the file format that came with an operator set; 10 has what all of ours before 23 need."""
+    return 11 if opset >= 23 else 10
 
 
 def _value(tensor: Tensor) -> ir.Value:
+    import numpy as np
     import onnx_ir as ir
 
-    dtypes = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8, "int64": ir.DataType.INT64}
-    return ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtypes[tensor.dtype]))
+    dtype = ir.DataType[_DTYPES[tensor.dtype]]
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
+    if tensor.default is not None:
+        # An input that is an initializer too may be left out.
+        content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
+        value.const_value = ir.Tensor(content, name=tensor.name)
+    return value
 
 
 def _weight(call: Call, parameter: ir.Value) -> ir.Value:

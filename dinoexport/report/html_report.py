@@ -17,7 +17,7 @@ from dinoexport.bundle import Manifest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import variants
 from dinoexport.errors import require
-from dinoexport.family import Model
+from dinoexport.family import Reported
 from dinoexport.spec import Array, Arrays, Candidate, Expectation, Graph
 from dinoexport.validation.error_analysis import RANGE, Growth
 from dinoexport.validation.judge import Bound, Report, Row
@@ -59,7 +59,7 @@ def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kep
 
 def render(
     manifest: Manifest,
-    model: Model,
+    model: Reported,
     report: Report,
     growth: Growth | None,
     reference: Reference,
@@ -217,7 +217,7 @@ def _histogram(name: str, parts: Sequence[Array]) -> _Histogram:
 
 
 def _pictures(
-    manifest: Manifest, model: Model, reference: Reference, kept: Mapping[str, Kept]
+    manifest: Manifest, model: Reported, reference: Reference, kept: Mapping[str, Kept]
 ) -> list[tuple[str, str, Any]]:
     """(case, why, rows of the family's pictures) of every case a person shall see.
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime.openvino_decoder import OpenVinoDecoder, make_stateful
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner
+
+if TYPE_CHECKING:
+    from dinoexport.runtime.decoding import Decoder
 
 # OpenVINO's names of the precisions it can compute a graph in, as it lists what a CPU is capable of.
 _CAPABILITIES = {Precision.FP32: "FP32", Precision.BF16: "BF16", Precision.INT8: "INT8"}
@@ -74,10 +78,10 @@ def open_graph(
         "INFERENCE_NUM_THREADS": threads,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_CHANNELS if precision is Precision.INT8 else 0,
     }
+    if graph.carried:  # eight bits unless it is told, off by 4e-3 where all else is fp32
+        options["KV_CACHE_PRECISION"] = _HINTS[wide]
     try:
-        model = core.read_model(path)
-        if shapes is not None:
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        model = _read(core, path, graph, shapes)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         # One line, and without where the file lay: it is kept in the bundle of a build that another runtime serves.
@@ -85,7 +89,11 @@ def open_graph(
         raise BuildError(
             f"OpenVINO refuses {path.name}: {why[:300]}", next_step="dinoexport inspect shows what is in it."
         ) from error
-    run = _runner(compiled, graph)
+
+    def opened(compiled: Any) -> Runner:
+        return OpenVinoDecoder(compiled, graph).call if graph.carried else _runner(compiled, graph)
+
+    run = opened(compiled)
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
         layers = [operator.get_rt_info() for operator in compiled.get_runtime_model().get_ops()]
@@ -97,13 +105,25 @@ def open_graph(
         if _INT8 in found:
             # A layer is called so for its weights, even where they are widened before they are multiplied, as on a CPU
             # without VNNI. Then it changes nothing to forbid int8 activations.
-            widened = _runner(core.compile_model(model, "CPU", options | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}), graph)
+            widened = opened(core.compile_model(model, "CPU", options | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}))
             ours, wide_answers = run(arrays), widened(arrays)
             same = all((ours[name] == wide_answers[name]).all() for name in ours)
             found[_HINTS[wide] if same else "int8"] += found.pop(_INT8)
         return dict(found)
 
-    return Opened(run=run, arithmetic=arithmetic)
+    def begin() -> Decoder:
+        return OpenVinoDecoder(compiled, graph)
+
+    return Opened(run=run, arithmetic=arithmetic, begin=begin if graph.carried else None)
+
+
+def _read(core: Any, path: Path, graph: Graph, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
+    model = core.read_model(path)
+    if shapes is not None:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+    if graph.carried:
+        make_stateful(model, graph)
+    return model
 
 
 def _runner(compiled: Any, graph: Graph) -> Runner:

@@ -23,6 +23,7 @@ from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Graph, closest
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_ROLES = ("graph", "front_end")  # what a client of a graph asks
 T = TypeVar("T")
 
 
@@ -43,7 +44,7 @@ class DinoClient:
         self._region: _SharedRegion | None = None
         found = self._patiently(lambda: discover(self._transport))
         self.served = _chosen(found, url, model)
-        self._models = {s.front_end: name for name, s in found.items() if s.role != "prepare" and self._belongs(s)}
+        self._models = {s.front_end: name for name, s in found.items() if s.role in _ROLES and self._belongs(s)}
         self.graph: Graph = self.served.graph.graph()
         self.shares_memory = False
         if shared_memory:

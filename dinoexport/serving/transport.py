@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import queue
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -44,6 +45,9 @@ class Transport(Protocol):
         self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, Place]
     ) -> dict[str, Array]:
         """The model's named outputs. shared: input -> where it lies already."""
+
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """What a text model says to `values`, response by response, as JSON has it. Closing it lets the server stop."""
 
     def register(self, region: str, key: str, size_bytes: int) -> None:
         """Lets the server map the system shared memory `key` as `region`."""
@@ -104,6 +108,20 @@ class _Http:
         )
         return {name: result.as_numpy(name) for name in outputs}
 
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        path, body = f"/v2/models/{quote(model)}/generate_stream", json.dumps(values).encode()
+        response = self._ask("POST", path, body, {"Content-Type": "application/json"}, streamed=True)
+        try:
+            for line in _lines(response, self._address):
+                if not line.startswith(b"data:"):
+                    continue
+                event: dict[str, Any] = json.loads(line.removeprefix(b"data:"))
+                if "error" in event:  # the status was sent with the first response
+                    raise _refused("broken", str(event["error"]))
+                yield event
+        finally:
+            response.close()  # not back into the pool: the server sees that nobody reads
+
     def register(self, region: str, key: str, size_bytes: int) -> None:
         body = json.dumps({"key": key, "offset": 0, "byte_size": size_bytes}).encode()
         self._ask("POST", f"/v2/systemsharedmemory/region/{quote(region)}/register", body)
@@ -111,29 +129,35 @@ class _Http:
     def unregister(self, region: str) -> None:
         self._ask("POST", f"/v2/systemsharedmemory/region/{quote(region)}/unregister")
 
-    def _ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Any:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        streamed: bool = False,
+    ) -> Any:
         import urllib3
 
         try:
-            response = self._pool.request(method, self._address + path, body=body, headers=dict(headers or {}))
+            response = self._pool.request(
+                method, self._address + path, body=body, headers=dict(headers or {}), preload_content=not streamed
+            )
         except urllib3.exceptions.ReadTimeoutError:
             raise _no_answer(self._address) from None
         except urllib3.exceptions.HTTPError as error:
             raise _unreachable(self._address, error) from None
         if response.status == 200:
             return response
-        try:
-            message = str(json.loads(response.data)["error"])
-        except (ValueError, KeyError, TypeError):
-            message = f"status {response.status}"
-        raise _refused({400: "invalid", 404: "missing", 503: "busy"}.get(response.status, "broken"), message)
+        raise refusal(response.status, response.data)
 
 
 class _Grpc:
     def __init__(self, address: str, timeout_s: float, *, tls: bool) -> None:
         import tritonclient.grpc as triton
 
-        self._address, self._timeout_s = address, timeout_s
+        self._address, self._timeout_s, self._tls = address, timeout_s, tls
         # gRPC would wait up to two minutes before it looks again for a server that restarts; a batch of images is
         # larger than the 4 MB it takes by default.
         options = [
@@ -164,6 +188,42 @@ class _Grpc:
                 model, _inputs(triton, arrays, shared), outputs=wanted, client_timeout=self._timeout_s
             )
         return {name: result.as_numpy(name) for name in outputs}
+
+    def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        import tritonclient.grpc as triton
+
+        arrays = {name: _array(name, value) for name, value in values.items()}
+        inputs = _inputs(triton, arrays, {})
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        # A client has one stream; several answers at once need one each.
+        with triton.InferenceServerClient(self._address, ssl=self._tls) as client:
+            client.start_stream(callback=lambda result, error: answers.put((result, error)))
+            try:
+                client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+                while True:
+                    event, last = self._next(answers)
+                    yield event
+                    if last:
+                        return
+            finally:
+                client.stop_stream(cancel_requests=True)
+
+    def _next(self, answers: queue.Queue[tuple[Any, Any]]) -> tuple[dict[str, Any], bool]:
+        """The next response of a stream, and whether it is the last."""
+        try:
+            result, error = answers.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise _no_answer(self._address) from None
+        with self._errors():
+            if error is not None:
+                raise error
+        response = result.get_response()
+        event: dict[str, Any] = {}
+        for output in response.outputs:
+            plain = result.as_numpy(output.name).reshape(-1).tolist()
+            plain = [value.decode() if isinstance(value, bytes) else value for value in plain]
+            event[output.name] = plain[0] if len(plain) == 1 else plain
+        return event, bool(response.parameters["triton_final_response"].bool_param)
 
     def register(self, region: str, key: str, size_bytes: int) -> None:
         with self._errors():
@@ -197,6 +257,43 @@ def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[An
             each.set_data_from_numpy(array)
         inputs.append(each)
     return inputs
+
+
+def _array(name: str, value: Any) -> Array:
+    """A value of a text request as the array its input takes."""
+    import numpy as np
+
+    from dinoexport.serving.triton.text_signature import INPUTS
+
+    values = value if isinstance(value, list | tuple) else [value]
+    dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
+    if INPUTS[name].data_type == "TYPE_STRING":
+        return np.array([text.encode() for text in values], dtype=object)
+    return np.array(values, dtype[INPUTS[name].data_type])
+
+
+def _lines(response: Any, address: str) -> Iterator[bytes]:
+    """The lines of a response that is still being sent."""
+    import urllib3
+
+    rest = b""
+    try:
+        for piece in response.stream(1 << 16):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+    except urllib3.exceptions.ReadTimeoutError:
+        raise _no_answer(address) from None
+    except urllib3.exceptions.HTTPError as error:
+        raise _unreachable(address, error) from None
+
+
+def refusal(status: int, body: bytes) -> DinoexportError:
+    """An HTTP answer that is none, as one of our errors."""
+    try:
+        message = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = f"status {status}"
+    return _refused({400: "invalid", 404: "missing", 503: "busy"}.get(status, "broken"), message)
 
 
 def _refused(kind: str, message: str) -> DinoexportError:

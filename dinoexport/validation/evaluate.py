@@ -16,9 +16,21 @@ from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limits, Recipe, Validation
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
-from dinoexport.family import Model
+from dinoexport.family import CaseSource, Model, Oracle, Runnable, WeightLayout
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Graph, Precision, Progress, Way, silent
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Candidate,
+    Case,
+    Expectation,
+    Graph,
+    Precision,
+    Progress,
+    Runtime,
+    Way,
+    silent,
+)
 from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import distance
@@ -27,7 +39,7 @@ from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 Judge = Literal["plain", "hub"]
 
 
-def cases_of(model: Model, validation: Validation, folder: Path) -> tuple[Case, ...]:
+def cases_of(model: CaseSource, validation: Validation, folder: Path) -> tuple[Case, ...]:
     """All cases of a validation; files they name lie in `folder`."""
     return tuple(model.case(table, folder) for table in validation.cases)
 
@@ -42,7 +54,7 @@ def limits_for(validation: Validation, precision: Precision) -> Limits:
 
 
 def compute_reference(
-    model: Model,
+    model: Oracle,
     checkpoint: Checkpoint,
     cases: Sequence[Case],
     limits: Limits,
@@ -90,7 +102,7 @@ def reference_name(judge_code: Judge) -> str:
 
 
 def exact(
-    model: Model, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
+    model: Oracle, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
 ) -> list[dict[str, Array]]:
     """PyTorch's fp32 answers to `inputs`."""
     if judge_code == "hub":
@@ -117,7 +129,7 @@ NO_ENGINE = EngineVerdict(facts=())
 
 
 def judge_engines(
-    model: Model,
+    model: Runnable,
     engines: Mapping[Path, EngineFacts],
     graphs: Mapping[Path, Graph],
     reference: Reference,
@@ -144,7 +156,7 @@ def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) 
     found: dict[str, Any] = {"report": report.to_json()}
     if report.passed:
         found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return tuple(f.model_copy(update=found) for f in facts)
+    return tuple(f.changed(**found) for f in facts)
 
 
 def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -176,7 +188,7 @@ def with_determinism(
 
 def with_ranges(
     report: judge.Report,
-    model: Model,
+    model: Runnable,
     graphs: Mapping[Path, Graph],
     cases: Sequence[Case],
     *,
@@ -207,7 +219,7 @@ def growth_of(
     Runtime ran the graphs, which alone shows what is inside.
     """
     told = error_analysis.telling_case(report)
-    if told is None or not model.probes or way.runtime != "onnxruntime":
+    if told is None or not model.probes or way.runtime is not Runtime.ONNXRUNTIME:
         return None
     require("export", "torch", "onnx")
     case = next(case for case in cases if case.name == told)
@@ -224,7 +236,7 @@ def growth_of(
 
 
 def same_weights(
-    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+    model: WeightLayout, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
 ) -> Checkpoint:
     """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""
     made_from = manifest.checkpoint

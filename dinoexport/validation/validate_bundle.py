@@ -19,7 +19,7 @@ from dinoexport.config.recipe import Limits, Recipe, load_validation, parse
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import cpu, runners
-from dinoexport.spec import Candidate, Case, Graph, Progress, Runtime, silent
+from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, silent
 from dinoexport.system import changes
 from dinoexport.validation import evaluate, judge, user_files
 from dinoexport.validation.error_analysis import Growth
@@ -151,7 +151,7 @@ def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, pro
     report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
     report = evaluate.with_determinism(report, reference, opened.candidate, opened.one_thread)
     if opened.device and report.passed:
-        manifest = manifest.model_copy(update={"engines": evaluate.executed(manifest.engines, opened.device, report)})
+        manifest = manifest.changed(engines=evaluate.executed(manifest.engines, opened.device, report))
     return Validated(manifest=manifest, report=report, not_run=opened.not_run)
 
 
@@ -183,12 +183,12 @@ class _Opened:
 
 
 def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
-    has = {engine.runtime for engine in manifest.engines} | {Runtime.ONNXRUNTIME}
+    has = {engine.runtime for engine in manifest.engines} | set(CPU_RUNTIMES)
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     not_run = ""
-    if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
+    if manifest.engines and runtime not in CPU_RUNTIMES:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
             candidate, device = runners.open_engines(model, engines, graphs)
@@ -197,7 +197,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
             if runtime is not None:
                 raise
             not_run = missing.message
-    way = runners.way_of(manifest)
+    way = runners.way_of(manifest, runtime)
     opened = cpu.open_graphs(graphs, way)
     name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.workloads[0].inputs))
     return _Opened(

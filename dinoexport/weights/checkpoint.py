@@ -16,7 +16,7 @@ from pathlib import Path
 from dinoexport.config import recipe
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import DinoexportError, UsageError, WeightsError
-from dinoexport.family import Model, Read, Shapes, find
+from dinoexport.family import Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
 from dinoexport.weights import download, formats
@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: Model, wanted: Recipe, source: str | None, *, prefix: str | None = None, progress: Progress
+    model: WeightLayout, wanted: Recipe, source: str | None, *, prefix: str | None = None, progress: Progress
 ) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
 
@@ -97,7 +97,7 @@ def _sha256(path: Path, progress: Progress) -> str:
     return _HASHED[key]
 
 
-def _synthetic(model: Model, source: str) -> Checkpoint:
+def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
     found = _SYNTHETIC.fullmatch(source)
     if found is None:
         raise UsageError(
@@ -131,7 +131,7 @@ def _finite(read: Read, source: str) -> Read:
     return checked
 
 
-def _problems(model: Model, shapes: Shapes) -> list[str]:
+def _problems(model: WeightLayout, shapes: Shapes) -> list[str]:
     needed, optional = model.tensors, model.optional_tensors
     missing = [f"missing: {name} {needed[name]}" for name in needed if name not in shapes and name not in optional]
     misshaped = [
@@ -142,7 +142,7 @@ def _problems(model: Model, shapes: Shapes) -> list[str]:
     return missing + misshaped + [f"unexpected: {name} {shapes[name]}" for name in shapes if name not in needed]
 
 
-def _check(model: Model, wanted: Recipe, shapes: Shapes, source: str) -> None:
+def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> None:
     problems = _problems(model, shapes)
     if not problems:
         return

@@ -270,7 +270,7 @@ class Dinov2Model:
         """The table `[graph]` with `parts` in fp32; what it already has there stays."""
         others = tuple(part for part in self.promotable if part in {*self.choices.fp32, *parts} - {"residual"})
         residual = "fp32" if "residual" in parts else self.choices.residual
-        return self.choices.model_copy(update={"residual": residual, "fp32": others}).model_dump(mode="json")
+        return self.choices.changed(residual=residual, fp32=others).model_dump(mode="json")
 
     @property
     def probes(self) -> Mapping[str, tuple[str, ...]]:
@@ -382,6 +382,11 @@ class Dinov2Model:
     def workloads(self) -> tuple[Workload, ...]:
         """Noise images at the evaluation's size and at the native one, alone and eight at a time."""
         return cases.workloads(self.recipe.profile, self.taken)
+
+    @property
+    def text(self) -> None:
+        """None: it writes no text."""
+        return None
 
     @property
     def facts(self) -> Mapping[str, int | str]:

@@ -25,13 +25,13 @@ class Served(Frozen):
     """The facts of one Triton model.
 
     name: what it was deployed as; several Triton models share one. role: `graph` runs the graph, `prepare` turns
-    encoded files into its inputs, `front_end` is the ensemble of both. settings: see `family.FrontEnd`. way: how the
-    Python backend runs the graph.
+    encoded files into its inputs, `front_end` is the ensemble of both, `text` writes with a decoder. settings: see
+    `family.FrontEnd`. way: how the Python backend runs the graph. tokenizer: its file, of a text model.
     """
 
     name: Name
     version: int
-    role: Literal["graph", "prepare", "front_end"]
+    role: Literal["graph", "prepare", "front_end", "text"]
     variant: str
     family: Name
     precision: Precision
@@ -40,6 +40,7 @@ class Served(Frozen):
     way: Way = cpu.PLAIN  # of what was deployed before it was written down
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
+    tokenizer: str = ""
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Served | None:
