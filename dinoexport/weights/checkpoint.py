@@ -21,6 +21,8 @@ from dinoexport.spec import Array, Progress
 from dinoexport.system import files
 from dinoexport.weights import download, formats
 
+# Ends the name of a shipped variant that is built with other weights than its published ones.
+YOURS = "-yours"
 SYNTHETIC = ("synthetic:", "synthetic-stress:")
 _SYNTHETIC = re.compile(
     r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII
@@ -64,13 +66,9 @@ def open_checkpoint(
         shown = ", ".join(file.url for file in wanted.weights)
     else:
         shown = source
-        try:
+        with formats.readable(source):
             paths = formats.local(Path(source))
             digests = [_sha256(path, progress) for path in paths]
-        except OSError as error:
-            raise WeightsError(
-                f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
-            ) from None
     found, read = formats.opened(paths, prefix=prefix)
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
@@ -81,7 +79,8 @@ def open_checkpoint(
 
 def digest_of(source: str, *, progress: Progress) -> str:
     """The SHA-256 of the local checkpoint at `source`; of several files, that of theirs."""
-    digests = [_sha256(path, progress) for path in formats.local(Path(source))]
+    with formats.readable(source):
+        digests = [_sha256(path, progress) for path in formats.local(Path(source))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -146,15 +145,16 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     problems = _problems(model, shapes)
     if not problems:
         return
+    name = wanted.name.removesuffix(YOURS)
     other = _recognised(wanted, shapes)
     if other:
         raise WeightsError(
-            f"{source} is not {wanted.name}: this is {other}.",
+            f"{source} is not {name}: this is {other}.",
             next_step=f"dinoexport build {other} --weights {source}",
         )
     listed = "\n  ".join(problems)
     raise WeightsError(
-        f"{source} does not fit {wanted.name}:\n  {listed}\n",
+        f"{source} does not fit {name}:\n  {listed}\n",
         next_step="Give a checkpoint of this architecture, or a recipe that says what differs: [model] keys are in "
         "dinoexport schema. Without a variant one is made from the weights and the files beside them.",
     )
@@ -164,7 +164,7 @@ def _recognised(wanted: Recipe, shapes: Shapes) -> str | None:
     """The shipped variant of the same family that these tensors are."""
     for name in recipe.variants():
         candidate = recipe.load(name)
-        if candidate.family != wanted.family or name == wanted.name:
+        if candidate.family != wanted.family or name == wanted.name.removesuffix(YOURS):
             continue
         try:
             if not _problems(find(candidate.family).model(candidate), shapes):

@@ -28,6 +28,7 @@ _ENTRIES_MAX = 200_000
 # Classes that trainers put beside tensors: settings, paths, scalars. Nothing of theirs is imported, see `_Inert`.
 _INERT = re.compile(
     r"^(argparse\.Namespace|types\.SimpleNamespace|pathlib\.|datetime\.|uuid\.|enum\.|typing\.|fractions\.|decimal\.|"
+    r"(builtins|__builtin__)\.(list|dict|set|frozenset|tuple|int|float|complex|str|bool|slice|range|bytearray)$|"
     r"collections\.(defaultdict|Counter|deque|OrderedDict)$|_codecs\.encode$|numpy(\.|$)|omegaconf\.|yacs\.|addict\.|easydict\.|"
     r"ml_collections\.|box\.|mmengine\.|mmcv\.|fvcore\.|iopath\.|pytorch_lightning\.|lightning\.|lightning_fabric\.|"
     r"transformers\.(training_args|trainer_utils|integrations)|hydra\.|timm\.)"
@@ -36,9 +37,21 @@ _INERT = re.compile(
 _UNPICKLING = threading.Lock()
 
 
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """What the system says of a path that cannot be read becomes a WeightsError."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(
+            f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
+        ) from None
+
+
 def shapes_of(path: Path, *, prefix: str | None = None) -> Shapes:
     """Tensor names and shapes of the checkpoint at `path`; see `opened`."""
-    return opened(local(path), prefix=prefix)[0]
+    with readable(str(path)):
+        return opened(local(path), prefix=prefix)[0]
 
 
 def opened(paths: tuple[Path, ...], *, prefix: str | None = None) -> tuple[Shapes, Read]:

@@ -15,8 +15,6 @@ from dinoexport.family import DescribesWeights, Fact, Family, Shapes
 from dinoexport.spec import Progress
 from dinoexport.weights import checkpoint, formats
 
-YOURS = "yours"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
@@ -113,7 +111,7 @@ def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")
         tables[table].setdefault(key, fact.value)
-    return recipe.model_copy(update=tables)
+    return recipe.changed(**tables)
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -146,6 +144,6 @@ def _as_yours(recipe: Recipe) -> Recipe:
     if not recipe.weights:
         return recipe
     licences = {recipes.load(name).licence for name in recipes.variants()}
-    name = f"{recipe.name}-{YOURS}" if recipe.name in recipes.variants() else recipe.name
-    licence = YOURS if recipe.licence in licences else recipe.licence
-    return recipe.model_copy(update={"name": name, "licence": licence, "weights": ()})
+    name = f"{recipe.name}{checkpoint.YOURS}" if recipe.name in recipes.variants() else recipe.name
+    licence = "yours" if recipe.licence in licences else recipe.licence
+    return recipe.changed(name=name, licence=licence, weights=())

@@ -401,16 +401,25 @@ class Dinov2Model:
 
     @property
     def card(self) -> Mapping[str, str]:
-        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md)."""
+        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md), where it is one of them."""
         patch = self.arch.patch_size
+        crop = f"An image whose sides are no multiples of {patch} is cropped to the closest smaller multiple."
+        if not self.recipe.weights:
+            return {
+                "model": f"yours: {self.recipe.name}, a {self.arch.native_size}-pixel ViT of DINOv2's architecture, "
+                f"patch {patch}",
+                "training_data": "yours: nothing is known of it here",
+                "intended_use": "yours to say",
+                "limits": crop,
+                "bias": "yours to measure; the published models' biases are in their model card, not here",
+            }
         return {
             "model": f"DINOv2 {self.recipe.name}: {self.arch.native_size}-pixel ViT, patch {patch}, "
             "trained on LVD-142M",
             "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the "
             "mean patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on "
             "patch tokens.",
-            "limits": f"An image whose sides are no multiples of {patch} is cropped to the closest smaller multiple. "
-            "Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
+            "limits": f"{crop} Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
             "bias": "Despite training without annotations, significant biases remain toward rich households from "
             "Western countries.",
         }

@@ -33,6 +33,8 @@ def described(recipe: Recipe, weights: Path, found: Shapes) -> Description:
     seen = _seen(_in_published_layout(found, arch))
     said = beside.facts(weights)
     defaults = _defaults(arch)
+    if (seen.get("embed_dim"), seen.get("depth")) != (arch.embed_dim, arch.depth):
+        seen = {}  # another model's; the loader says whose
     facts = [
         Fact(key=f"model.{key}", value=value, source="the weights")
         for key, value in seen.items()
