@@ -105,6 +105,7 @@ def of_path(path: Path) -> dict[str, Any]:
             "licence": manifest.checkpoint.licence,
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
+            **({} if (cpu := manifest.cpu) is None else {"runs on": f"{cpu.machine}, {cpu.usable_cpus} CPUs"}),
             "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
             + ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
             **manifest.card,
@@ -203,6 +204,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
     fastest_ms = manifest.cpu.measured[0].median_ms
     rows = [
         {
+            "load": manifest.cpu.load,
             "runtime": timed.way.runtime,
             "precision": timed.way.precision.value,
             "threads": timed.way.threads,
@@ -213,7 +215,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
         }
         for timed in manifest.cpu.measured
     ]
-    return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
+    return {"Measured on the CPU that built it": rows}
 
 
 def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:

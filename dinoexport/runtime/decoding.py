@@ -51,6 +51,12 @@ class Decoder(Protocol):
     def reorder(self, rows: Sequence[int]) -> None:
         """Goes on with these sequences of the batch, in this order; one may come twice or not at all."""
 
+    def carried(self) -> dict[str, Array]:
+        """The cache as the graph's carried inputs, (B, heads, past, width); they may share the decoder's memory."""
+
+    def resume(self, carried: Arrays) -> None:
+        """Goes on from such a cache instead of its own: with other sequences, or another number of them."""
+
 
 def begin(opened: Runner, graph: Graph) -> Decoder:
     """A decoder with an empty cache on a graph that is open; several may use one.
@@ -95,6 +101,14 @@ class ArrayDecoder:
         """See `Decoder`."""
         self._cache = {name: array[list(rows)] for name, array in self._cache.items()}
 
+    def carried(self) -> dict[str, Array]:
+        """See `Decoder`."""
+        return dict(self._cache)
+
+    def resume(self, carried: Arrays) -> None:
+        """See `Decoder`."""
+        self._cache, self.past_tokens = dict(carried), past_of(carried)
+
 
 def inputs_of(
     input_ids_BT: Array, attention_mask_BS: Array, keep: int = 0, first_position: int = 0
@@ -125,6 +139,11 @@ def check_step(graph: Graph, inputs: Arrays, batch: int, past_tokens: int) -> No
             f"{past_tokens + new}.",
             next_step="Give a mask of all tokens so far.",
         )
+
+
+def past_of(carried: Arrays) -> int:
+    """How many tokens a cache holds."""
+    return int(next(iter(carried.values())).shape[2])
 
 
 def padded(prompts: Sequence[Array], padding_id: int = 0) -> tuple[Array, Array]:

@@ -132,6 +132,21 @@ class OpenVinoDecoder:
         self._next = chosen if self._next is None else [self._next[row] for row in chosen]
         self._batch = len(chosen) if self.past_tokens else 0
 
+    def carried(self) -> dict[str, Array]:
+        """See `Decoder`."""
+        types = {tensor.name: tensor.dtype for tensor in self._graph.inputs}
+        rows = slice(None) if self._next is None else self._next
+        return {name: state.state.data.astype(types[name])[rows] for name, state in self._states.items()}
+
+    def resume(self, carried: Arrays) -> None:
+        """See `Decoder`."""
+        import openvino
+
+        self.reset()
+        for name, state in self._states.items():
+            state.state = openvino.Tensor(carried[name])
+        self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)
+
     def call(self, arrays: Arrays) -> dict[str, Array]:
         """One call with the carried values given and returned, as any runner's: they are put into the state first."""
         import openvino

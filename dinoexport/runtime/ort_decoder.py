@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoexport.errors import BuildError
 from dinoexport.runtime import decoding
-from dinoexport.spec import Array, Graph
+from dinoexport.spec import Array, Arrays, Graph
 
 
 class OrtDecoder:
@@ -69,3 +69,14 @@ class OrtDecoder:
             name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()[chosen]) for name, value in self._cache.items()
         }
         self._batch = len(chosen) if self._cache else 0
+
+    def carried(self) -> dict[str, Array]:
+        """See `Decoder`."""
+        return {name: value.numpy() for name, value in self._cache.items()}
+
+    def resume(self, carried: Arrays) -> None:
+        """See `Decoder`."""
+        import onnxruntime
+
+        self._cache = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in carried.items()}
+        self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)

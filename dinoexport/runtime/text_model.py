@@ -11,11 +11,11 @@ from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Model
-from dinoexport.runtime import cpu, runners
+from dinoexport.family import WeightLayout
+from dinoexport.runtime import cpu, decoding, runners
 from dinoexport.spec import Graph, Way
 from dinoexport.text import tokenizer
-from dinoexport.text.decoder import RunnerDecoder
+from dinoexport.text.decoder import LOGITS, SteppedDecoder
 from dinoexport.text.requests import TextModel
 
 # One call may take about a second on two cores, so that nobody who leaves or joins waits longer: multiplications.
@@ -59,7 +59,12 @@ def open_served(
         raise UsageError(f"A {family_name} writes no text.", next_step="Ask a decoder.")
     found = tokenizer.load(tokenizer_path)
     (opened,) = cpu.open_graphs({onnx: graph}, cpu.way_here(way)).values()
-    decoder = RunnerDecoder(run=opened, graph=graph, context=context_of(graph), chunk=chunk_for(model))
+    decoder = SteppedDecoder(
+        begin_steps=lambda: decoding.begin(opened, graph),
+        vocabulary=vocabulary_of(graph),
+        context=context_of(graph),
+        chunk=chunk_for(model, graph),
+    )
     tokenizer.check_vocabulary(found, decoder.vocabulary)
     return TextModel(tokenizer=found, decoder=decoder, prompts=model.text.prompts)
 
@@ -69,8 +74,17 @@ def context_of(graph: Graph) -> int:
     return next(dim.max for dim in graph.dims if dim.name == "total")
 
 
-def chunk_for(model: Model) -> int:
+def vocabulary_of(graph: Graph) -> int:
+    """The number of logits."""
+    (logits,) = (tensor for tensor in graph.outputs if tensor.name == LOGITS)
+    size = logits.shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+def chunk_for(model: WeightLayout, graph: Graph) -> int:
     """How many tokens of a prompt are read in one call: a power of two, the same on every machine."""
     parameters = sum(math.prod(shape) for shape in model.tensors.values())
     least, most = _CHUNKS
-    return max(least, min(most, 1 << int(math.log2(max(1.0, _CALL_PRODUCTS / parameters)))))
+    most = min(most, next(dim.max for dim in graph.dims if dim.name == "length"))
+    return min(most, max(least, 1 << int(math.log2(max(1.0, _CALL_PRODUCTS / parameters)))))

@@ -15,7 +15,7 @@ from dinoexport.system import untrusted
 SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
 FILES = (SENTENCEPIECE, JSON)
 # Larger than any published file; what is larger is not read.
-_MAX_BYTES = 1 << 26
+MAX_BYTES = 1 << 26
 # It merges with no neighbour, so a text encoded behind it begins without the space SentencePiece puts before a text.
 _ANCHOR = "☺"
 _SPACE_PIECE = "▁"
@@ -63,7 +63,7 @@ def load(path: Path) -> Tokenizer:
 
     Raises UsageError for what is no regular file, too large, or not readable as one.
     """
-    content = untrusted.read_bytes(path, max_bytes=_MAX_BYTES)
+    content = untrusted.read_bytes(path, max_bytes=MAX_BYTES)
     if path.name.endswith(".model"):
         return _SentencePiece(content, path)
     if path.name.endswith(".json"):

@@ -36,7 +36,7 @@ class Paced(tiny.Tiny):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     run = Paced()
-    decoder = tiny.RunnerDecoder(run=run, graph=tiny.GRAPH, context=tiny.CONTEXT)
+    decoder = tiny.decoder_of(run)
     words = tokenizer.load(tiny.tokenizer_json(tmp_path_factory.mktemp("tiny")))
     model = TextModel(tokenizer=words, decoder=decoder, prompts=CHATML)
     source = sources.LocalSource("tiny", model)

@@ -59,7 +59,7 @@ class Slow(tiny.Tiny):
 
 def slow_service(words, **options):
     run = Slow()
-    decoder = tiny.RunnerDecoder(run=run, graph=tiny.GRAPH, context=tiny.CONTEXT)
+    decoder = tiny.decoder_of(run)
     return Service(words, decoder, **options), run
 
 

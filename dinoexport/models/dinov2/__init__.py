@@ -419,7 +419,8 @@ class Dinov2Model:
             "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the "
             "mean patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on "
             "patch tokens.",
-            "limits": f"{crop} Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
+            "limits": f"{crop} Fine-tuning is possible for small gains and increases bias towards the "
+            "fine-tuning labels.",
             "bias": "Despite training without annotations, significant biases remain toward rich households from "
             "Western countries.",
         }

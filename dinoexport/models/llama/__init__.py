@@ -19,6 +19,7 @@ from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.llama import cases, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
+from dinoexport.models.llama.text import LlamaText
 from dinoexport.runtime import decoding
 from dinoexport.runtime.decoding import ATTENTION_MASK, FIRST_POSITION, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 from dinoexport.spec import (
@@ -397,6 +398,11 @@ class LlamaModel:
     def workloads(self) -> tuple[Workload, ...]:
         """See `cases`."""
         return cases.workloads(self.arch)
+
+    @property
+    def text(self) -> LlamaText:
+        """See `text`."""
+        return LlamaText(table=self.arch.text)
 
     @property
     def facts(self) -> Mapping[str, int | str]:

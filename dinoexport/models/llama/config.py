@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dinoexport.config.recipe import Frozen
+from dinoexport.models.llama.text import TextTable
 
 
 class Architecture(Frozen):
@@ -21,6 +22,7 @@ class Architecture(Frozen):
     norm_eps: float = Field(gt=0, lt=1, description="Epsilon of the RMS norms.")
     rope_theta: float = Field(gt=1, description="Base of the rotary frequencies.")
     context: int = Field(gt=1, description="Most tokens a sequence may have, prompt and answer together.")
+    text: TextTable = Field(default_factory=TextTable, description="Its prompts.")
     tied: bool = Field(default=False, description="Whether the output matrix is the embedding table.")
 
     @model_validator(mode="after")

@@ -8,8 +8,8 @@ from pathlib import Path
 from dinoexport.errors import require
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
+from dinoexport.runtime import text_model
 from dinoexport.text import tokenizer
-from dinoexport.text.decoder import LOGITS
 from dinoexport.weights.checkpoint import SYNTHETIC
 
 
@@ -27,10 +27,10 @@ def text_stage(work: Workspace, request: BuildRequest) -> dict[str, Stage]:
 
     def make(folder: Path) -> None:
         require("text", "tokenizers", "sentencepiece")
-        (logits,) = (tensor for tensor in model.graphs[0].outputs if tensor.name == LOGITS)
+        rows = text_model.vocabulary_of(model.graphs[0])
         for name, data in content.items():
             (folder / name).write_bytes(data)
-            tokenizer.check_vocabulary(tokenizer.load(folder / name), int(logits.shape[-1]))
+            tokenizer.check_vocabulary(tokenizer.load(folder / name), rows)
 
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
-    return {"text": work.stage("text", key_of(files=hashes, rows=str(model.graphs[0].outputs[0].shape)), make)}
+    return {"text": work.stage("text", key_of(files=hashes, rows=text_model.vocabulary_of(model.graphs[0])), make)}
