@@ -38,6 +38,7 @@ class Precision(enum.StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 class Runtime(enum.StrEnum):
@@ -117,10 +118,17 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread."""
+    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread.
+
+    bits: 8 or 4 of a product's weight (I, O) that is stored so, 0 of any other. block: how many of its rows share a
+    scale in each column. zero_points: whether a block has one; four bits without are what TensorRT takes.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], Array]
+    bits: int = 0
+    block: int = 0
+    zero_points: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

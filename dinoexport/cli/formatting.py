@@ -71,8 +71,9 @@ def recipe_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A shipped recipe to start from; this file then holds only what differs.",
     }
-    for table in ("model", "graph"):
-        options = [family.find(name).table_schemas()[table] for name in family.installed()]
+    schemas = [family.find(name).table_schemas() for name in family.installed()]
+    for table in ("model", "graph", "preprocess"):
+        options = [tables[table] for tables in schemas if table in tables]
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
     # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
     required = schema.pop("required")
@@ -402,10 +403,17 @@ def _report_row(row: Row) -> dict[str, Any]:
         "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
         "limit": "" if math.isnan(limit) else f"{limit:.1e}",
         "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
-        "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
+        "worst cosine": _direction(row),
         "largest abs": f"{largest[0]:.1e}" if largest else "" if figures is None else f"{figures.max_abs:.1e}",
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
     }
+
+
+def _direction(row: Row) -> str:
+    """The worst vector's cosine; of a distribution, which has no direction, its mean divergence."""
+    if row.divergence is not None:
+        return f"KL {row.divergence.kl_mean:.1e}"
+    return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
 
 
 def _figure(value: float) -> str:

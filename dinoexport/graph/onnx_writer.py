@@ -205,8 +205,9 @@ def _assemble(
         own_inputs = piece.inputs[: len(call.inputs)]
         inner: dict[ir.Value, ir.Value] = dict(zip(own_inputs, (values[name] for name in call.inputs), strict=True))
         for parameter in piece.inputs[len(call.inputs) :]:
-            inner[parameter] = _weight(call, parameter)
-            initializers.append(inner[parameter])
+            stored, widening, inner[parameter] = _weight(call, parameter)
+            initializers.extend(stored)
+            nodes.extend(widening)
         for constant in piece.initializers.values():
             inner[constant] = _shared(constant, constants)
         nodes.extend(_copied(node, inner, call.scope) for node in piece)
@@ -245,17 +246,39 @@ def _value(tensor: Tensor) -> ir.Value:
     return value
 
 
-def _weight(call: Call, parameter: ir.Value) -> ir.Value:
-    """An initializer whose bytes are made when the file is written."""
+def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.Node], ir.Value]:
+    """The initializers that hold a parameter, the nodes that widen it where it is quantised, and the value to use.
+
+    The bytes are made when the file is written.
+    """
     import onnx_ir as ir
 
     from dinoexport.graph.lazy_weights import StreamedTensor
+    from dinoexport.graph.quantised_weights import QuantisedWeight
 
     assert parameter.name is not None and parameter.dtype is not None
     weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
     assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
-    tensor = StreamedTensor(weight, parameter.dtype, name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(parameter.dtype), const_value=tensor)
+    if not weight.bits:
+        stored = _initializer(StreamedTensor(weight, parameter.dtype, name))
+        return [stored], [], stored
+    parts = QuantisedWeight(weight, name, scale_dtype=parameter.dtype)
+    held = [_initializer(part) for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
+    widened = ir.Node(
+        "",
+        "DequantizeLinear",
+        held,
+        [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", weight.block)],
+        outputs=[ir.Value(name=name, shape=parameter.shape, type=ir.TensorType(parameter.dtype))],
+        name=f"{name}/widened",
+    )
+    return held, [widened], widened.outputs[0]
+
+
+def _initializer(tensor: ir.LazyTensor) -> ir.Value:
+    import onnx_ir as ir
+
+    return ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:

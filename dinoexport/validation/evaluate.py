@@ -33,7 +33,7 @@ from dinoexport.spec import (
 )
 from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.error_analysis import Growth
-from dinoexport.validation.metrics import distance
+from dinoexport.validation.metrics import centred, distance, divergence
 from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
@@ -72,7 +72,7 @@ def compute_reference(
     seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
-        own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+        own_errors = [_own_error(*three) for three in zip(asked, lossy, answers, strict=True)]
         seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
         name=reference_name(judge_code),
@@ -110,10 +110,20 @@ def exact(
     return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
 
 
-def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
-    """Relative L2 per output. Where PyTorch's own precision overflows it says nothing about a candidate: left out."""
-    errors = {name: distance(ours[name], exact[name]).relative_l2 for name in exact}
-    return {name: error for name, error in errors.items() if isfinite(error)}
+def _own_error(case: Case, ours: Arrays, exact: Arrays) -> dict[str, float]:
+    """Relative L2 per output, and the divergence of distributions.
+
+    Where PyTorch's own precision overflows it says nothing about a candidate: left out.
+    """
+    errors: dict[str, float] = {}
+    for name in exact.keys() - case.choices.keys():
+        if name in case.distributions:
+            lossy, wanted = judge.comparable(case, name, ours, exact)
+            errors[name] = distance(centred(lossy), centred(wanted)).relative_l2
+            errors[judge.own_kl(name)] = divergence(lossy, wanted).kl_mean
+        else:
+            errors[name] = distance(ours[name], exact[name]).relative_l2
+    return {name: error for name, error in sorted(errors.items()) if isfinite(error)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,16 @@ from typing import Any
 
 from dinoexport.config.recipe import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
-from dinoexport.spec import Array, Candidate, Case, Expectation, Progress, silent
+from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
 from dinoexport.validation.determinism import Determinism
-from dinoexport.validation.metrics import Distance, distance, neighbour_agreement
+from dinoexport.validation.metrics import (
+    Distance,
+    Divergence,
+    centred,
+    distance,
+    divergence,
+    neighbour_agreement,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,7 @@ class Row:
     distance: Distance | None
     bounds: tuple[Bound, ...]
     problem: str = ""
+    divergence: Divergence | None = None
 
     @property
     def passed(self) -> bool:
@@ -124,8 +132,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
     names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
     for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
-        measured: Distance | None = None
-        agreement: tuple[Bound, ...] = ()
+        figures = _Figures()
         problem = ""
         if not name:
             problem = "the reference has no answer to this case"
@@ -137,9 +144,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
             problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
         else:
             try:
-                measured = distance(answer, expected)
-                if expectation.case.neighbours and limits.neighbour_agreement_min:
-                    agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
+                figures = _measured(name, answers, expectation, limits)
             except ValueError as error:
                 problem = str(error)
         rows.append(
@@ -148,32 +153,119 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
                 why=expectation.case.why,
                 output=name,
                 shape=() if expected is None else expected.shape,
-                distance=measured,
-                bounds=_bounds(measured, limits, expectation.own_error.get(name)) + agreement if measured else (),
+                distance=figures.distance,
+                bounds=figures.bounds,
                 problem=problem,
+                divergence=figures.divergence,
             )
         )
     return rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    distance: Distance | None = None
+    divergence: Divergence | None = None
+    bounds: tuple[Bound, ...] = ()
+
+
+def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limits) -> _Figures:
+    """Output `name` held against the limits as what it is: vectors, distributions or choices. Raises ValueError."""
+    case, own = expectation.case, expectation.own_error
+    answer, expected = answers[name], expectation.outputs[name]
+    if name in case.choices:
+        return _Figures(bounds=_first_difference(answer, expected, expectation.outputs[case.choices[name]], limits))
+    if name in case.distributions:
+        ours, theirs = comparable(case, name, answers, expectation.outputs)
+        apart, diverges = distance(centred(ours), centred(theirs)), divergence(ours, theirs)
+        bounds = _bounds(apart, limits, own.get(name)) + _divergence(diverges, limits, own.get(own_kl(name)))
+        return _Figures(distance=apart, divergence=diverges, bounds=bounds)
+    apart = distance(answer, expected)
+    bounds = _bounds(apart, limits, own.get(name))
+    if case.neighbours and limits.neighbour_agreement_min:
+        bounds += _agreement(answer, expected, limits.neighbour_agreement_min)
+    return _Figures(distance=apart, bounds=bounds)
+
+
+def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
+    """The distributions `output` of both sides as far as they follow the same choices, (N, V) each.
+
+    Those after the first choice that differs are answers to different questions. Raises ValueError where shapes differ.
+    """
+    import numpy as np
+
+    ours, theirs = answers[output], expected[output]
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shape {ours.shape} where the reference has {theirs.shape}")
+    chosen_by = next((choice for choice, logits in case.choices.items() if logits == output), None)
+    if chosen_by is None or chosen_by not in answers or answers[chosen_by].shape != expected[chosen_by].shape:
+        return ours, theirs
+    differs_BN = answers[chosen_by] != expected[chosen_by]
+    before_BN = np.cumsum(differs_BN, axis=1) - differs_BN
+    return ours[before_BN == 0], theirs[before_BN == 0]
+
+
+def own_kl(output: str) -> str:
+    """What `Expectation.own_error` calls the mean divergence of PyTorch's own precision, beside its relative error."""
+    return f"{output}/kl"
+
+
+def _at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
+    return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
+
+
+def _at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
+    return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
+
+
 def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
-    def at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
-        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
-
-    def at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
-        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
-
     bounds = [
-        at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
-        at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
-        at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min.value, limits.cosine_mean_min.reason),
-        at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min.value, limits.cosine_p01_min.reason),
-        at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min.value, limits.cosine_worst_min.reason),
+        _at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
+        _at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
     ]
+    cosines = {
+        "cosine_mean": (measured.cosine_mean, limits.cosine_mean_min),
+        "cosine_p01": (measured.cosine_p01, limits.cosine_p01_min),
+        "cosine_worst": (measured.cosine_worst, limits.cosine_worst_min),
+    }
+    bounds += [_at_least(figure, value, at.value, at.reason) for figure, (value, at) in cosines.items() if at]
     times = limits.times_own_error_max
     if times is not None and own_error is not None:
-        bounds.append(at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
+        bounds.append(_at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
     return tuple(bounds)
+
+
+def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None) -> tuple[Bound, ...]:
+    largest = {
+        "kl_mean": (measured.kl_mean, limits.kl_mean_max),
+        "kl_worst": (measured.kl_worst, limits.kl_worst_max),
+        "top1_gap": (measured.top1_gap, limits.top1_gap_max),
+    }
+    bounds = [_at_most(figure, value, at.value, at.reason) for figure, (value, at) in largest.items() if at]
+    if (least := limits.top1_kept_min) is not None:
+        bounds.append(_at_least("top1_kept", measured.top1_kept, least.value, least.reason))
+    times = limits.times_own_error_max
+    if times is not None and own_kl_mean is not None:
+        # Twice the error is four times the divergence, which grows with its square.
+        bounds.append(_at_most("kl_mean", measured.kl_mean, times.value**2 * own_kl_mean, times.reason))
+    return tuple(bounds)
+
+
+def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits: Limits) -> tuple[Bound, ...]:
+    """How sure the reference was where the candidate first chose otherwise; 0 where both chose the same all along."""
+    import numpy as np
+
+    if answer.shape != expected.shape:
+        raise ValueError(f"shape {answer.shape} where the reference has {expected.shape}")
+    gap = 0.0
+    for ours, theirs, logits_NV in zip(answer, expected, logits_BNV, strict=True):
+        if (ours != theirs).any():
+            first = int(np.argmax(ours != theirs))
+            gap = max(gap, float(logits_NV[first].max() - logits_NV[first][ours[first]]))
+    limit = limits.top1_gap_max
+    if limit is None:
+        raise ValueError("the limits have no top1_gap_max to hold a first difference against")
+    return (_at_most("top1_gap", gap, limit.value, limit.reason),)
 
 
 def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:

@@ -33,6 +33,7 @@ _INERT = re.compile(
     r"ml_collections\.|box\.|mmengine\.|mmcv\.|fvcore\.|iopath\.|pytorch_lightning\.|lightning\.|lightning_fabric\.|"
     r"transformers\.(training_args|trainer_utils|integrations)|hydra\.|timm\.)"
 )
+_LIKE_DICT = re.compile(r"\.(defaultdict|AttributeDict|AttrDict|Dict|ConfigDict|EasyDict|Box)$")
 # `torch.serialization.safe_globals` holds for the whole process while it lasts.
 _UNPICKLING = threading.Lock()
 
@@ -149,7 +150,7 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
                 next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
             ) from None
         raise WeightsError(
-            f"{path} is damaged or no torch.save file ({_first_line(error)}).", next_step="Get the file again."
+            f"{path} is damaged or no torch.save file ({_reason(error)}).", next_step="Get the file again."
         ) from None
     return shapes, _reader(path, lambda: tensors().__getitem__)
 
@@ -175,6 +176,13 @@ class _Inert:
     extend = append
 
 
+class _InertDict(_Inert):
+    """The same of a class that is filled like a dict."""
+
+    def __new__(cls, *_args: Any, **_named: Any) -> Any:
+        return {}
+
+
 def _foreign_classes(path: Path) -> tuple[str, ...]:
     """The names in the pickle that torch does not unpickle by itself, found without unpickling; () if it is damaged."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -190,7 +198,9 @@ def _inert(foreign: tuple[str, ...]) -> Iterator[None]:
     """Lets the unpickler go past those of `foreign` that are known to be settings and scalars; the rest it refuses."""
     from torch.serialization import safe_globals
 
-    stand_ins: list[Any] = [(_Inert, name) for name in foreign if _INERT.match(name)]
+    stand_ins: list[Any] = [
+        (_InertDict if _LIKE_DICT.search(name) else _Inert, name) for name in foreign if _INERT.match(name)
+    ]
     with _UNPICKLING, safe_globals(stand_ins):
         yield
 
@@ -280,6 +290,12 @@ def _merged(opened: Mapping[Path, tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
         shapes |= found
         holders |= dict.fromkeys(found, path)
     return shapes, lambda name: opened[holders[name]][1](name)
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says is wrong, without its advice."""
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return "it holds what is neither a tensor nor settings" if "weights_only" in said else _first_line(Exception(said))
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,6 +58,7 @@ def model_of(name: str, *, precision: Precision | None = None, **changes: Any) -
         "past": {"min": 0, "opt": min(256, arch["context"] // 2), "max": arch["context"] - 1},
     }
     table = {"name": name, "family": "llama", "validation": "x", "model": arch, "profile": profile}
+    table |= {"quantised": "weights"}
     return family.find("llama").model(Recipe.model_validate(table | {"precision": precision}))
 
 

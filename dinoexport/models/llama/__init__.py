@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # RMSNormalization, RotaryEmbedding and Attention are operators since then.
 _OPSET = 23
 _DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+# How many bits a graph of these precisions stores the weights of its products in.
+_BITS = {Precision.INT8: 8, Precision.INT4: 4}
 _WANTED_DIMS = ("batch", "length", "past")
 
 
@@ -58,6 +60,12 @@ class Llama:
                 f"recipe {recipe.name}, [profile]: has {sorted(recipe.profile)}, needs {sorted(_WANTED_DIMS)}.",
                 next_step="Give each dynamic dimension its min, opt and max; past is what the cache holds, from 0.",
             )
+        if recipe.quantised != "weights":
+            raise UsageError(
+                f'recipe {recipe.name}: quantised = "{recipe.quantised}" is not for decoders.',
+                next_step='Write quantised = "weights": with one scale for all activations of a product, a real model '
+                "kept 66 % of its likeliest tokens.",
+            )
         if recipe.profile["past"].min != 0 or recipe.profile["length"].min != 1:
             raise UsageError(
                 f"recipe {recipe.name}, [profile]: past must begin at 0 and length at 1.",
@@ -68,6 +76,12 @@ class Llama:
                 f"recipe {recipe.name}, [profile]: past up to {recipe.profile['past'].max} and length up to "
                 f"{recipe.profile['length'].max} leave the context of {arch.context}.",
                 next_step="Let past end below the context and length not above it.",
+            )
+        if recipe.precision in _BITS and (arch.dim % choices.block or arch.hidden_dim % choices.block):
+            raise UsageError(
+                f"recipe {recipe.name}, [graph]: block {choices.block} does not divide {arch.dim} and "
+                f"{arch.hidden_dim}.",
+                next_step="Choose a block that divides both.",
             )
         return LlamaModel(recipe=recipe, arch=arch, choices=choices)
 
@@ -95,7 +109,7 @@ class LlamaModel:
             opt=length.opt + past.opt,
             max=min(length.max + past.max, self.arch.context),
         )
-        body = _DTYPES[self.recipe.precision or Precision.FP32]
+        body = _DTYPES[self._body]
         heads, size = self.arch.kv_heads, self.arch.head_dim
         cache_in, cache_out = [], []
         for i in range(self.arch.layers):
@@ -147,6 +161,16 @@ class LlamaModel:
         )
 
     @property
+    def precision(self) -> Precision:
+        """The precision of the graph."""
+        return self.recipe.precision or Precision.FP32
+
+    @property
+    def _body(self) -> Precision:
+        """What the graph's products are computed in."""
+        return Precision(self.choices.body) if self.precision in _BITS else self.precision
+
+    @property
     def tensors(self) -> Shapes:
         """Meta's tensors."""
         return self.arch.tensors
@@ -172,7 +196,7 @@ class LlamaModel:
 
         from dinoexport.models.llama.graph import Block, Head, Stem
 
-        body = _dtype(self.recipe.precision or Precision.FP32)
+        body = _dtype(self._body)
         residual = body if self.choices.residual == "fp16" else torch.float32
         form = f"{body} with residual {residual}"
         batch, past, length = 2, 5, 3
@@ -249,38 +273,50 @@ class LlamaModel:
                 outputs=(LOGITS,),
                 weights={
                     "norm_D": self._weight(read, "norm.weight"),
-                    "output_IO": self._weight(read, self.arch.output_name, transposed=True),
+                    "output_IO": self._product(read, "output", self.arch.output_name),
                 },
             )
 
         return tuple(sequence())
 
     def _block_weights(self, read: Read, i: int) -> dict[str, Weight]:
-        def of(name: str, heads: int = 0) -> Weight:
-            return self._weight(read, f"layers.{i}.{name}.weight", transposed="norm" not in name, heads=heads)
+        def norm(name: str) -> Weight:
+            return self._weight(read, f"layers.{i}.{name}.weight")
+
+        def product(name: str, tensor: str, heads: int = 0) -> Weight:
+            return self._product(read, name, f"layers.{i}.{tensor}.weight", heads)
 
         return {
-            "attention_norm_D": of("attention_norm"),
-            "q_IO": of("attention.wq", self.arch.heads),
-            "k_IO": of("attention.wk", self.arch.kv_heads),
-            "v_IO": of("attention.wv"),
-            "out_IO": of("attention.wo"),
-            "ffn_norm_D": of("ffn_norm"),
-            "gate_IO": of("feed_forward.w1"),
-            "up_IO": of("feed_forward.w3"),
-            "down_IO": of("feed_forward.w2"),
+            "attention_norm_D": norm("attention_norm"),
+            "q_IO": product("q", "attention.wq", self.arch.heads),
+            "k_IO": product("k", "attention.wk", self.arch.kv_heads),
+            "v_IO": product("v", "attention.wv"),
+            "out_IO": product("out", "attention.wo"),
+            "ffn_norm_D": norm("ffn_norm"),
+            "gate_IO": product("gate", "feed_forward.w1"),
+            "up_IO": product("up", "feed_forward.w3"),
+            "down_IO": product("down", "feed_forward.w2"),
         }
 
-    def _weight(self, read: Read, name: str, *, transposed: bool = False, heads: int = 0) -> Weight:
-        """A tensor as the graph has it: (in, out) for a product; rows of `heads` rotated heads as halves."""
-        shape = self.tensors[name]
+    def _weight(self, read: Read, name: str) -> Weight:
+        """A tensor as it is published."""
+        return Weight(shape=self.tensors[name], read=lambda: read(name))
+
+    def _product(self, read: Read, product: str, name: str, heads: int = 0) -> Weight:
+        """A tensor as a product takes it, (in, out); rows of `heads` rotated heads as halves."""
 
         def values() -> Array:
             array = read(name)
-            array = layouts.halves(array, heads) if heads else array
-            return array.T if transposed else array
+            transposed: Array = (layouts.halves(array, heads) if heads else array).T
+            return transposed
 
-        return Weight(shape=shape[::-1] if transposed else shape, read=values)
+        shape, bits = self.tensors[name][::-1], _BITS.get(self.precision, 0)
+        if bits == 4 and product in self.choices.int8:
+            bits = 8
+        if not bits:
+            return Weight(shape=shape, read=values)
+        zero_points = bits == 4 and self.choices.zero_points
+        return Weight(shape=shape, read=values, bits=bits, block=self.choices.block, zero_points=zero_points)
 
     @property
     def promotable(self) -> tuple[str, ...]:

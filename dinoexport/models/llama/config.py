@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from dinoexport.config.recipe import Frozen
 from dinoexport.models.llama.text import TextTable
+from dinoexport.spec import closest
+
+# The products of a block and of the head, as the graph's weights are called.
+PRODUCTS = ("q", "k", "v", "out", "gate", "up", "down", "output")
 
 
 class Architecture(Frozen):
@@ -85,3 +89,22 @@ class GraphChoices(Frozen):
         description="What a graph of 16-bit precision adds its blocks up in, `fp16` standing for that precision. "
         "An fp32 graph always uses fp32.",
     )
+    body: Literal["fp32", "fp16"] = Field(
+        default="fp32",
+        description="What a graph with int8 or int4 weights multiplies in: fp32 for CPUs, fp16 for GPUs.",
+    )
+    block: int = Field(default=32, ge=16, description="Rows of a weight in int8 or int4 that share a scale.")
+    zero_points: bool = Field(
+        default=True, description="Whether blocks in int4 have zero points: more exact, but TensorRT takes none."
+    )
+    int8: tuple[str, ...] = Field(
+        default=("v", "down"),
+        description="Products of an int4 graph whose weights stay in int8: q, k, v, out, gate, up, down, output. "
+        "Values and what leaves the feed-forward lose most in four bits.",
+    )
+
+    @model_validator(mode="after")
+    def _known_products(self) -> Self:
+        if wrong := [name for name in self.int8 if name not in PRODUCTS]:
+            raise ValueError(f"int8: there is no product {wrong[0]!r}.{closest(wrong[0], PRODUCTS)}")
+        return self
