@@ -432,7 +432,7 @@ def test_a_photograph_is_a_name_not_a_path(name: str, tmp_path: Path) -> None:
     [
         ({}, "give height and width, or photographs"),
         ({"height": 28}, "give height and width, or photographs"),
-        ({"height": 28, "width": 13}, "'width'"),
+        ({"height": 28, "width": 0}, "'width"),
         ({"height": 28, "width": 28, "batch": 0}, "'batch'"),
         ({"height": 28, "width": 28, "prepare": "own_size"}, "give height and width, or photographs"),
         ({"photographs": ["a.png"], "height": 28, "width": 28}, "height, width: of noise only"),
@@ -506,5 +506,5 @@ def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes],
         (tmp_path / name).write_bytes(content)
     (graph,) = pipeline.build_request("vits14").model.graphs
     with pytest.raises(UsageError, match="holds no image") as caught:
-        serving.front_ends(graph, tmp_path, progress=silent)
+        serving.front_ends(graph, taken(as_bytes=False), tmp_path, progress=silent)
     assert "--samples" in caught.value.next_step

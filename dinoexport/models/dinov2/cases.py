@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from dinoexport.models.dinov2.config import PATCH, Architecture
 from dinoexport.spec import Array, Case, Progress, Workload
 
 _BATCH = 8
+Pixels = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class CaseTable(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     why: str = Field(min_length=10)
     batch: int = Field(default=1, ge=1)
-    height: int | Literal["native"] | None = None
-    width: int | Literal["native"] | None = None
+    height: Pixels | Literal["native"] | None = None
+    width: Pixels | Literal["native"] | None = None
     patch_size: int | None = Field(default=None, gt=0, le=64)
     seed: int = 0
     photographs: tuple[str, ...] = ()
