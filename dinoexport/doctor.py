@@ -1,4 +1,4 @@
-"""What this machine has, what it can therefore build and run, and what is wrong with it: each finding with its fix."""
+"""What this machine has, can build and run, and what is wrong with it: each finding with its fix."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dinoexport.config import resources
 from dinoexport.config.recipe import EngineChoices, Target, load_target
 from dinoexport.config.target import can_build
 from dinoexport.errors import DinoexportError
+from dinoexport.runtime import telemetry
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system import hardware
@@ -31,7 +32,7 @@ State = Literal["ok", "missing", "wrong"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at. `missing` is no fault: something cannot be done here. `wrong` wants the fix."""
+    """One finding. `missing` is not a fault: something is not possible here. `wrong` needs the fix."""
 
     subject: str
     found: str
@@ -49,6 +50,11 @@ def findings() -> tuple[Finding, ...]:
         *(_runtime(runtime) for runtime in Runtime if runtime is not Runtime.ONNXRUNTIME),
         *_gpus(gpus),
         *_cuda_mix(),
+        *(
+            Finding(subject=f"privacy of {package}", found=found)
+            for package, found in telemetry.findings().items()
+            if hardware.installed(package)
+        ),
         *(_target(load_target(name), gpus) for name in resources.names("recipes/targets")),
         *(_disk(place, folder) for place, folder in (("here", Path()), ("cache", cache_folder()))),
     )
@@ -74,8 +80,7 @@ def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
         )
     if not both:
         return _package("ONNX Runtime", "onnxruntime", "cpu", "judges the graph")
-    import onnxruntime
-
+    onnxruntime = telemetry.onnxruntime()
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__} with {', '.join(providers)}"
     if gpus and "CUDA" not in providers:

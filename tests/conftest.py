@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,11 +56,22 @@ def _missing(marker: str) -> str:
         return "tensorrt is not installed"
     if marker == "browser" and chromium() is None:
         return "no Chromium on this machine"
+    if marker == "traced":
+        return _cannot_trace()
     if marker == "triton":
         return triton_server.missing()
     if marker == "vocabulary" and not vocabulary.ARCHIVE.is_file():
         return f"no Llama 2 vocabulary: make puts it in {vocabulary.FOLDER.name} where npm can be had"
     return ""
+
+
+@cache
+def _cannot_trace() -> str:
+    """Why no program's system calls can be traced."""
+    if not shutil.which("strace"):
+        return "strace is not installed"
+    tried = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True, check=False)
+    return "" if tried.returncode == 0 else f"strace traces nothing here: {tried.stderr.strip()}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""What a bundle carries to be judged by where there is no PyTorch: cases, PyTorch's answers to them, and limits."""
+"""Read and write reference.npz: inputs, reference outputs and limits, for validation without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Index(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a bundle carries to be judged by. `name` says in words who answered."""
+    """The content of reference.npz. `name` describes whose code computed the outputs."""
 
     name: str
     limits: Limits
@@ -48,7 +48,7 @@ class Reference:
 
 
 def write(path: Path, reference: Reference) -> None:
-    """Inputs, PyTorch's answers and limits as one .npz; the same content gives the same bytes."""
+    """Writes inputs, reference outputs and limits as one .npz; the same content gives the same bytes."""
     import numpy as np
 
     arrays: dict[str, Array] = {}

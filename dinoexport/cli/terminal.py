@@ -1,8 +1,9 @@
-"""What the verbs share: how they end, and everything that reaches the terminal."""
+"""Shared by all commands: exit codes, errors, progress, and everything that is printed."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dinoexport.cli.escaping import paragraph, printable
 from dinoexport.cli.tables import table
 from dinoexport.errors import DinoexportError
+from dinoexport.system import interrupts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,37 +24,41 @@ if TYPE_CHECKING:
     from dinoexport.validation.judge import Report
 
 _LINES_MAX = 19  # of an error's message; the next step is one more
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 Sign = Annotated[
     Path | None,
-    typer.Option("--sign", metavar="KEY", help="Sign what passed with this private key (PEM, elliptic curve)."),
+    typer.Option(
+        "--sign", metavar="KEY", help="Sign a bundle that passed with this private key (PEM, elliptic curve)."
+    ),
 ]
 Verify = Annotated[
     Path | None,
-    typer.Option("--verify", metavar="KEY", help="Refuse a bundle that the owner of this public key did not sign."),
+    typer.Option(
+        "--verify", metavar="KEY", help="Refuse a bundle that was not signed by the owner of this public key."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 @contextmanager
 def reporting(as_json: bool) -> Iterator[None]:
-    """Ends in an error's own exit code, with one sentence on stderr or one object on stdout."""
+    """Exits with an error's own code, with one sentence on stderr or one object on stdout."""
     try:
-        yield
+        with interrupts.raised():
+            yield
     except DinoexportError as error:
         fail(error, as_json)
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Nothing half written is left; finished stages are reused.", err=True)
-        sys.exit(INTERRUPTED)
+        typer.echo(f"\n{printable(interrupts.last_words())}", err=True)
+        sys.exit(interrupts.EXIT_CODE)
 
 
 def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
-    """Ends in the error's exit code; with --json what is known goes to stdout as well."""
+    """Exits with the error's code; with --json the known facts are printed to stdout."""
     if as_json:
         say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
-    typer.echo(f"error: {printable(_shortened(error.message))}", err=True)
+    typer.echo(f"error: {paragraph(_shortened(error.message))}", err=True)
     if error.next_step:
-        typer.echo(f"  next: {printable(error.next_step)}", err=True)
+        typer.echo(f"  next: {paragraph(error.next_step)}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -63,11 +70,6 @@ def _shortened(text: str) -> str:
     return "\n".join((*lines[: _LINES_MAX - 1], f"  and {len(lines) - _LINES_MAX + 1} more; --json lists them all"))
 
 
-def printable(text: str) -> str:
-    """The text without control characters: names in a hostile file must not steer the user's terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 @contextmanager
 def progress_lines() -> Iterator[Progress]:
     """A progress line per piece of work on stderr, drawn only on a terminal."""
@@ -76,7 +78,7 @@ def progress_lines() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
@@ -84,16 +86,16 @@ def progress_lines() -> Iterator[Progress]:
 
         def report(doing: str, done: int, total: int) -> None:
             if doing not in tasks:
-                tasks[doing] = bars.add_task(doing, total=total or None)
+                tasks[doing] = bars.add_task(printable(doing), total=total or None)
                 if not console.is_terminal:
-                    typer.echo(f"{doing} ...", err=True)
+                    typer.echo(f"{printable(doing)} ...", err=True)
             bars.update(tasks[doing], completed=done, total=total or None)
 
         yield report
 
 
 def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
-    """The word, if it is one of those the option knows; else a UsageError that names them."""
+    """The word, if the option knows it; if not, a UsageError that names the known ones."""
     from dinoexport.errors import UsageError
     from dinoexport.spec import closest
 
@@ -103,14 +105,14 @@ def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
 
 
 def runtime_of(word: str | None) -> Any:
-    """The runtime that was asked for, or None."""
+    """The requested runtime, or None."""
     from dinoexport.spec import Runtime
 
     return None if word is None else Runtime(choice("runtime", word, tuple(Runtime)))
 
 
 def signer_of(key: Path | None) -> Any:
-    """The key that signs, opened before any work; its passphrase is asked for on a terminal. None for none."""
+    """The signing key, opened before any work; asks for its passphrase on a terminal. None without a key."""
     if key is None:
         return None
     from dinoexport.bundle import signing
@@ -120,27 +122,36 @@ def signer_of(key: Path | None) -> Any:
         if not sys.stdin.isatty():
             raise UsageError(
                 f"{key} is encrypted, and there is no terminal to ask for its passphrase.",
-                next_step=f"Run it on a terminal, or decrypt the key: openssl ec -in {key} -out PLAIN.pem",
+                next_step="Run it on a terminal, or decrypt the key: "
+                f"openssl ec -in {shlex.quote(str(key))} -out PLAIN.pem",
             )
-        return str(typer.prompt(f"Passphrase of {key}", hide_input=True, err=True))
+        return str(typer.prompt(f"Passphrase of {printable(str(key))}", hide_input=True, err=True))
 
     return signing.open_signer(key, ask=ask)
 
 
 def say(what: Table | str, *, to_stderr: bool = False) -> None:
-    """A line or a table."""
+    """A line or a table. Whatever it holds, a line stays one line of visible characters."""
     from rich.console import Console
 
     if isinstance(what, str):
-        typer.echo(what, err=to_stderr)
+        typer.echo(printable(what), err=to_stderr)
         return
     console = Console(stderr=to_stderr)
     # A pipe has no width; 80 columns would cut the figures off.
     (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
 
 
+def say_text(piece: str) -> None:
+    """A piece of a text that a model writes: on a terminal with line ends and tabs, and without what would steer it."""
+    if sys.stdout.isatty():
+        piece = "".join(c if c in "\n\t" else printable(c) for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
 def say_json(content: Any) -> None:
-    """The one object on stdout."""
+    """Prints the one JSON object on stdout."""
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -153,7 +164,7 @@ def show_report(report: Report, *, to_stderr: bool = False) -> None:
     say(table(title, formatting.report_rows(report)), to_stderr=to_stderr)
     if report.determinism is not None:
         lines = [f"{words}: {found}" for words, found in report.determinism.lines.items()]
-        say(f"Steady: {'; '.join(lines)}", to_stderr=to_stderr)
+        say(f"Repeatability: {'; '.join(lines)}", to_stderr=to_stderr)
 
 
 def show_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.terminal import Json, printable, progress_lines, reporting, say, say_json
+from dinoexport.cli.terminal import Json, progress_lines, reporting, say, say_json, say_text
 
 
 @app.command(epilog=EXIT_CODES)
@@ -51,8 +51,7 @@ def generate(
             if isinstance(item, generation.Written):
                 _show_end(item, as_json)
             elif not as_json:
-                sys.stdout.write(_shown(item))
-                sys.stdout.flush()
+                say_text(item)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -64,6 +63,11 @@ def openai(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
     timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for the next words.")] = 60.0,
+    headers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lines `Name: value` to send; a token goes in $DINOEXPORT_TOKEN."),
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificates to trust, for https and grpcs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Serve OpenAI's interface in front of a text model: /v1/completions and /v1/chat/completions."""
@@ -74,7 +78,7 @@ def openai(
         from dinoexport.serving.openai import app as application
         from dinoexport.serving.openai import sources
 
-        source = sources.open_source(model_place, model=model, timeout_s=timeout_s)
+        source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
         url = f"http://{host}:{port}/v1"
         if as_json:
             say_json({"model": source.name, "url": url})
@@ -104,13 +108,6 @@ def _asked(
     return {"messages": [*begin, {"role": "user", "content": text}]}
 
 
-def _shown(text: str) -> str:
-    """For a terminal without what would steer it."""
-    if not sys.stdout.isatty():
-        return text
-    return "\t".join(map(printable, text.split("\t")))
-
-
 def _show_end(written: Any, as_json: bool) -> None:
     if as_json:
         say_json(
@@ -125,7 +122,7 @@ def _show_end(written: Any, as_json: bool) -> None:
             }
         )
         return
-    sys.stdout.write("\n")
+    say("")
     rest_s = written.seconds - written.first_s
     speed = f", {(len(written.ids) - 1) / rest_s:.1f} tokens/s" if len(written.ids) > 1 and rest_s > 0 else ""
     reason = {"length": "the limit of tokens", "stop": "the model or a stop text ended it"}[written.reason]

@@ -1,4 +1,4 @@
-"""What to build, with every decision made: a recipe, a target and this machine's GPUs become an Order, or a refusal."""
+"""Resolve a recipe, a target and this machine's GPUs to a BuildRequest, or refuse them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What to build, with every decision made and every impossible one already refused.
+    """A resolved build request: every decision is made, and impossible ones are refused.
 
     engine: what to compile from the graphs; None where the ONNX is what runs. cpu_runtimes: those a CPU's bundle may be
     for. auto: whether parts of the graph go back to fp32 until the limits hold. prefix: what stands before the model's
@@ -69,7 +69,7 @@ class BuildRequest:
 
     @property
     def runtime(self) -> Runtime:
-        """What will run the product."""
+        """The runtime that will run the bundle."""
         return self.chosen.runtime
 
     def graph_files(self, folder: Path) -> dict[Path, Graph]:
@@ -92,8 +92,8 @@ def build_request(
 ) -> BuildRequest:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
-    variant_or_path: None where `weights` and the files beside them make the recipe. target: the GPU that is here, else
-    the CPU, when it is None. engine_choices: what to change in the recipe's `[engine]`.
+    variant_or_path: None where `weights` and the files beside them make the recipe. target: None means this machine's
+    GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`.
     """
     settled = settle(
         None if variant_or_path is None else load(variant_or_path), weights, prefix=prefix, progress=progress

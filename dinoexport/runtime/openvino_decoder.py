@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinoexport.errors import BuildError
-from dinoexport.runtime import check_inputs, decoding
+from dinoexport.runtime import check_inputs, decoding, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Tensor
 
 _ROWS = "beam_idx"
@@ -18,7 +18,7 @@ _ROWS = "beam_idx"
 
 def make_stateful(model: Any, graph: Graph) -> None:
     """Turns the carried inputs and outputs of `model` into variables, empty at first."""
-    import openvino
+    openvino = telemetry.openvino()
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -54,7 +54,7 @@ def make_stateful(model: Any, graph: Graph) -> None:
 
 def _heads_by_broadcast(model: Any) -> None:
     """The front end repeats grouped heads by Tile, which the kernel's pattern does not know."""
-    import openvino
+    openvino = telemetry.openvino()
     from openvino import opset13 as ops
 
     for tile in [operator for operator in model.get_ops() if operator.get_type_name() == "Tile"]:
@@ -68,7 +68,7 @@ def _heads_by_broadcast(model: Any) -> None:
 
 def _as_parameter(model: Any, tensor: Tensor) -> None:
     """The front end takes an input with a default for a constant."""
-    import openvino
+    openvino = telemetry.openvino()
     from openvino import opset13 as ops
 
     constant = next(operator for operator in model.get_ops() if operator.get_friendly_name() == tensor.name)
@@ -140,7 +140,7 @@ class OpenVinoDecoder:
 
     def resume(self, carried: Arrays) -> None:
         """See `Decoder`."""
-        import openvino
+        openvino = telemetry.openvino()
 
         self.reset()
         for name, state in self._states.items():
@@ -149,7 +149,7 @@ class OpenVinoDecoder:
 
     def call(self, arrays: Arrays) -> dict[str, Array]:
         """One call with the carried values given and returned, as any runner's: they are put into the state first."""
-        import openvino
+        openvino = telemetry.openvino()
 
         check_inputs(self._graph, arrays)
         self.reset()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinoexport.errors import BuildError
-from dinoexport.runtime import decoding
+from dinoexport.runtime import decoding, telemetry
 from dinoexport.spec import Array, Arrays, Graph
 
 
@@ -27,7 +27,7 @@ class OrtDecoder:
 
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
-        import onnxruntime
+        onnxruntime = telemetry.onnxruntime()
 
         inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
         decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
@@ -62,7 +62,7 @@ class OrtDecoder:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """See `Decoder`."""
-        import onnxruntime
+        onnxruntime = telemetry.onnxruntime()
 
         chosen = list(rows)
         self._cache = {
@@ -76,7 +76,7 @@ class OrtDecoder:
 
     def resume(self, carried: Arrays) -> None:
         """See `Decoder`."""
-        import onnxruntime
+        onnxruntime = telemetry.onnxruntime()
 
         self._cache = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in carried.items()}
         self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)

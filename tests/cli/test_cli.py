@@ -143,7 +143,7 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     validated = told["report"]
     assert validated["passed"] and validated["determinism"]["alone"] < 1e-5
     shown = run("validate", str(bundle_folder)).stdout
-    assert "Steady: the same inputs again: equal to the last bit; alone" in shown
+    assert "Repeatability: same inputs again: bit-identical; alone" in shown
     assert (
         "\nProves: " in shown
         and "\nNot:    other inputs and sizes; that the weights are the authors' own; who" in shown
@@ -205,7 +205,7 @@ def test_failed_validation_exits_1(bundle_folder: Path, monkeypatch: pytest.Monk
 def test_what_a_verdict_leaves_open() -> None:
     report = judge.Report(candidate="c", reference="r", rows=(), not_covered=("wide", "tall"))
     proves, left_open = formatting.proven(report, own_images=True, not_run="no GPU here", verified=True)
-    assert "images of yours" in proves
+    assert "your images" in proves
     assert left_open[2:] == ["2 cases outside the engine's profiles", "the engine, which was not run"]
 
 

@@ -45,13 +45,13 @@ class Served(Frozen):
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Served | None:
         """The facts in a model's configuration (Triton's JSON form), None for a model dinoexport did not deploy."""
-        parameter = config.get("parameters", {}).get(PARAMETER)
-        if parameter is None:
+        parameters = config.get("parameters", {})
+        if not isinstance(parameters, dict) or PARAMETER not in parameters:
             return None
         try:
-            return cls.model_validate_json(parameter["string_value"])
-        except (ValidationError, KeyError, TypeError):
+            return cls.model_validate_json(parameters[PARAMETER]["string_value"])
+        except (ValidationError, KeyError, TypeError, ValueError):
             raise UsageError(
-                f"The served model {config.get('name')} was deployed by another version of dinoexport.",
+                f"The served model {config.get('name')!r} was deployed by another version of dinoexport.",
                 next_step="Deploy its bundle again with this one.",
             ) from None
