@@ -283,6 +283,15 @@ class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Servable, Re
     """One variant of a family, as a recipe describes it, in every role. Functions ask for the role they need."""
 
 
+@runtime_checkable
+class HasCompanionFiles(Protocol):
+    """A model whose graphs other people's tools load together with files of theirs."""
+
+    @property
+    def companion_files(self) -> Mapping[str, bytes]:
+        """Name -> content of what lies beside the graphs in a bundle."""
+
+
 class Family(Protocol):
     """A kind of model."""
 

@@ -54,9 +54,12 @@ class Dinov2:
                 f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {patch}.",
                 next_step=f"Patches are {patch} pixels a side; {patch}, {16 * patch} and {73 * patch} are legal.",
             )
-        return Dinov2Model(
-            recipe=recipe, arch=arch, choices=choices, preprocessing=_preprocessing(recipe, arch, choices)
-        )
+        kind = Dinov2Model
+        if choices.interface == "transformers":
+            from dinoexport.models.dinov2.transformers_interface import TransformersModel
+
+            kind = TransformersModel
+        return kind(recipe=recipe, arch=arch, choices=choices, preprocessing=_preprocessing(recipe, arch, choices))
 
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
