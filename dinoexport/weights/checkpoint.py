@@ -69,7 +69,9 @@ def open_checkpoint(
         with formats.readable(source):
             paths = formats.local(Path(source))
             digests = [_sha256(path, progress) for path in paths]
-    found, read = formats.opened(paths, prefix=prefix)
+    if len(set(digests)) < len(digests):
+        raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
+    found, read = formats.opened(paths, prefix=prefix, wanted=model.tensors)
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
     _check(model, wanted, shapes, shown)

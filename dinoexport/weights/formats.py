@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
-from dinoexport.weights import unusable
+from dinoexport.weights import gguf_file, shards, unusable
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +56,15 @@ def shapes_of(path: Path, *, prefix: str | None = None) -> Shapes:
         return opened(local(path), prefix=prefix)[0]
 
 
-def opened(paths: tuple[Path, ...], *, prefix: str | None = None) -> tuple[Shapes, Read]:
+def opened(
+    paths: tuple[Path, ...], *, prefix: str | None = None, wanted: Shapes = MappingProxyType({})
+) -> tuple[Shapes, Read]:
     """What tensors the files of one checkpoint hold, and what reads them as float32.
 
+    wanted: the shapes of tensors that may lie in parts in several files.
     prefix: only tensors whose names begin with it, and then go on after a dot, under the rest of their names.
     """
-    found, read = _merged({path: _open(path) for path in paths})
+    found, read = shards.merged({path: _open(path) for path in paths}, wanted)
     shown = ", ".join(map(str, paths)) if len(paths) < 3 else str(paths[0].parent)
     if not found:
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
@@ -82,10 +86,16 @@ def local(path: Path) -> tuple[Path, ...]:
     """The files of the checkpoint at `path`, a file or a folder of shards; a WeightsError when there are none."""
     if path.is_dir():
         unusable.check_folder(path)
-        for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt"):
-            shards = tuple(sorted(file for file in path.glob(pattern) if file.is_file()))
-            if shards:
-                return shards
+        for pattern in (
+            "model*.safetensors",
+            "*.safetensors",
+            "consolidated.*.pth",
+            "pytorch_model*.bin",
+            "*.pth",
+            "*.pt",
+        ):
+            if parts := tuple(sorted(file for file in path.glob(pattern) if file.is_file())):
+                return parts
         raise WeightsError(
             f"{path} holds no .safetensors file, nor another one of weights.", next_step="Give the weights file itself."
         )
@@ -101,6 +111,8 @@ def _open(path: Path) -> tuple[Shapes, Read]:
         start = file.read(len(_ZIP_START))
     if len(start) < len(_ZIP_START):
         raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
+    if start == gguf_file.START:
+        return gguf_file.open_gguf(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if start == _ZIP_START:
@@ -274,22 +286,6 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> 
         return array
 
     return read
-
-
-def _merged(opened: Mapping[Path, tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
-    """The shards of one checkpoint as one; a tensor that two of them hold is a WeightsError."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    holders: dict[str, Path] = {}
-    for path, (found, _) in opened.items():
-        if twice := shapes.keys() & found.keys():
-            name = min(twice)
-            raise WeightsError(
-                f"{path} and {holders[name]} both hold {name}: they are not parts of one checkpoint.",
-                next_step="Give the one file you want.",
-            )
-        shapes |= found
-        holders |= dict.fromkeys(found, path)
-    return shapes, lambda name: opened[holders[name]][1](name)
 
 
 def _reason(error: BaseException) -> str:

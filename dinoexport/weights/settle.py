@@ -45,6 +45,8 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
                 next_step="Name one of dinoexport list, or give your weights as --weights PATH.",
             )
         return Settled(recipe=recipe)
+    if recipe is not None and not isinstance(family.find(recipe.family), DescribesWeights):
+        return Settled(recipe=recipe)
     path = Path(source)
     found = formats.shapes_of(path, prefix=prefix)
     published = _published(checkpoint.digest_of(source, progress=progress))

@@ -18,6 +18,7 @@ import pytest
 
 from dinoexport import bundle, images
 from dinoexport.errors import UsageError
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Precision
