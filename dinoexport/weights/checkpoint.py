@@ -23,7 +23,7 @@ from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
 from dinoexport.family import Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
-from dinoexport.weights import download
+from dinoexport.weights import download, gguf_file, shards
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,9 @@ def open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, 
             raise WeightsError(
                 f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
             ) from None
-    found, read = _merged({path: _open(path) for path in paths})
+    if len(set(digests)) < len(digests):
+        raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
+    found, read = shards.merged({path: _open(path) for path in paths}, model.tensors)
     if not found:
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
     # Checked as the file has it, so that the error names the file's own tensor.
@@ -112,9 +114,9 @@ def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
 
 def _local(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
-        shards = tuple(sorted(path.glob("*.safetensors")))
-        if shards:
-            return shards
+        for pattern in ("*.safetensors", "consolidated.*.pth"):
+            if parts := tuple(sorted(path.glob(pattern))):
+                return parts
         raise WeightsError(f"{path} holds no .safetensors file.", next_step="Give the weights file itself.")
     if not path.is_file():
         raise WeightsError(
@@ -128,6 +130,8 @@ def _open(path: Path) -> tuple[Shapes, Read]:
         start = file.read(len(_ZIP_START))
     if len(start) < len(_ZIP_START):
         raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
+    if start == gguf_file.START:
+        return gguf_file.open_gguf(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if start == _ZIP_START:
@@ -246,22 +250,6 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> 
         return array
 
     return read
-
-
-def _merged(opened: Mapping[Path, tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
-    """The shards of one checkpoint as one; a tensor that two of them hold is a WeightsError."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    holders: dict[str, Path] = {}
-    for path, (found, _) in opened.items():
-        if twice := shapes.keys() & found.keys():
-            name = min(twice)
-            raise WeightsError(
-                f"{path} and {holders[name]} both hold {name}: they are not parts of one checkpoint.",
-                next_step="Give the one file you want.",
-            )
-        shapes |= found
-        holders |= dict.fromkeys(found, path)
-    return shapes, lambda name: opened[holders[name]][1](name)
 
 
 def _finite(read: Read, source: str) -> Read:
