@@ -20,9 +20,10 @@ from dinoexport import api, bundle, images
 from dinoexport.bundle import reference_file
 from dinoexport.config import resources
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
-from dinoexport.models.dinov2 import cases
+from dinoexport.images import Preprocessing
 from dinoexport.pipeline import build as pipeline
 from tests.conftest import DATA, as_if_chosen
+from tests.image_inputs import taken
 
 PHOTOGRAPH = resources.folder("validate") / "images" / "rocket.jpg"
 OTHER = resources.folder("validate") / "images" / "chelsea.png"
@@ -77,7 +78,7 @@ def test_arrays_are_the_graphs_inputs(folder: Path, loaded: dinoexport.Bundle) -
 
 def test_images_are_prepared_as_the_validation_does(loaded: dinoexport.Bundle) -> None:
     """A path, its bytes, a Pillow image and the pixels made by hand give the same tokens."""
-    pixels = cases.inputs_of(images.for_evaluation(images.load(PHOTOGRAPH))[None], as_bytes=True)
+    pixels = taken(as_bytes=True).of(Preprocessing().prepared(images.load(PHOTOGRAPH))[None])
     expected = loaded(pixels)
     with Image.open(PHOTOGRAPH) as picture:
         for way in (str(PHOTOGRAPH), PHOTOGRAPH, PHOTOGRAPH.read_bytes(), picture, [PHOTOGRAPH], (picture,)):
