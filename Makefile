@@ -47,7 +47,7 @@ check: $(READY)
 	$(BIN)/hadolint --failure-threshold info Dockerfile
 
 quick: check
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
 
 test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)

@@ -70,7 +70,9 @@ def build(
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = open_checkpoint(
+                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
+            )
             plain = export_graphs(work, request, checkpoint, traced)
         if request.engine:
             preflight.memory(request.engine, plain.folder)
@@ -121,7 +123,9 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = open_checkpoint(
+                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
+            )
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))
         made = {exported.name: exported} | text
@@ -162,7 +166,14 @@ def _manifest(
         target=request.chosen.name,
         verdict=verdict,
         recipe=request.recipe.model_dump(mode="json"),
-        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=request.recipe.licence),
+        checkpoint=CheckpointFacts(
+            source=checkpoint.source,
+            sha256=checkpoint.sha256,
+            licence=request.recipe.licence,
+            prefix=request.prefix,
+            assumed=dict(request.settled.assumed),
+            notes=request.settled.notes,
+        ),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,

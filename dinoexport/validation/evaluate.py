@@ -34,7 +34,7 @@ from dinoexport.spec import (
 from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import centred, distance, divergence
-from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
 
@@ -252,7 +252,9 @@ def same_weights(
     made_from = manifest.checkpoint
     published = any(file.sha256 == made_from.sha256 for file in recipe.weights)
     source = weights or (None if published else made_from.source)
-    checkpoint = open_checkpoint(model, recipe, source, progress=progress)
+    local = source is not None and not source.startswith(SYNTHETIC)
+    prefix = made_from.prefix if local else None
+    checkpoint = open_checkpoint(model, recipe, source, prefix=prefix, progress=progress)
     if checkpoint.sha256 != made_from.sha256:
         raise ValidationFailed(
             f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "

@@ -54,6 +54,7 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)
 
 
+@pytest.mark.slow("exports five ViT-S and compiles each with the real TensorRT-RTX compiler")
 @pytest.mark.parametrize(
     ("variant", "precision", "targets"),
     [
