@@ -157,6 +157,8 @@ def build(
         if request.auto:
             say(f"Precision: {formatting.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
+        if request.model.text is not None and "text" not in built.manifest.stage_keys:
+            say("Text:   no tokenizer lies beside the weights; generate and deploy need one in the bundle")
         say(f"Next:   dinoexport inspect {built.folder}")
         say(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
 

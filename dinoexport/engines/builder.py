@@ -210,8 +210,9 @@ def _scratch_in(log: Path) -> int | None:
 
 
 def _softmaxes(onnx: Path) -> int:
-    """How many nodes have the type Softmax: field 4 of a NodeProto. A box that serves has no onnx to read it with."""
-    return onnx.read_bytes().count(b"\x22\x07Softmax")
+    """How many nodes have the type Softmax or Attention, field 4 of a NodeProto: a box that serves has no onnx."""
+    content = onnx.read_bytes()
+    return content.count(b"\x22\x07Softmax") + content.count(b"\x22\x09Attention")
 
 
 def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:
