@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from dinoexport import bundle
 from dinoexport.embed import run, sources
 from dinoexport.embed.embedder import model_of
+from dinoexport.errors import UsageError
 from dinoexport.runtime import cpu, runners
 from dinoexport.spec import Way
 
@@ -49,16 +51,18 @@ def alone(folder: Path, images: Path, count: int) -> tuple[float, float]:
     prepared: list[Any] = []
     started = cpu_s(resource.RUSAGE_SELF)
     for _, read in source.readers(names):
-        prepared.append(model.prepare("images", {}, [read()]))
+        with suppress(UsageError):  # a broken image costs embed its decoding too
+            prepared.append(model.prepare("images", {}, [read()]))
     decoding = cpu_s(resource.RUSAGE_SELF) - started
+    batch = min(BATCH, next(dim.max for dim in model.graphs[0].dims if dim.name == "batch"))
     batches = [
-        {n: np.concatenate([item[n] for item in prepared[i : i + BATCH]]) for n in prepared[0]}
-        for i in range(0, len(prepared), BATCH)
+        {n: np.concatenate([item[n] for item in prepared[i : i + batch]]) for n in prepared[0]}
+        for i in range(0, len(prepared), batch)
     ]
     candidate(batches[0])
     started = cpu_s(resource.RUSAGE_SELF)
-    for batch in batches:
-        candidate(batch)
+    for inputs in batches:
+        candidate(inputs)
     return decoding / len(names), (cpu_s(resource.RUSAGE_SELF) - started) / len(names)
 
 

@@ -3,7 +3,8 @@
 For each variant, size and batch: PyTorch eager and compiled, ONNX Runtime, TensorRT and TensorRT-RTX where they are
 present, in fp16 on the GPU. Each is timed from host memory to host memory, as a server would be, and its tokens are
 judged against PyTorch fp32 on the CPU: a fast wrong answer is marked wrong. Without a GPU it runs the CPU's rows in
-fp32, and says what it left out. `--out FILE` writes the Markdown there as well.
+fp32, and says what it left out. `--out FILE` has each row as soon as it is known: what breaks later loses none. After
+`--minutes` nothing new is begun, and what is left is listed.
 """
 
 from __future__ import annotations
@@ -39,9 +40,14 @@ from dinoexport.validation.judge import judge
 from dinoexport.weights.checkpoint import open_checkpoint
 
 HEADER = (
-    "variant", "size", "batch", "runtime", "ms", "spread", "images/s", "share of peak", "relative L2", "tokens",
+    "variant", "size", "batch", "runtime", "ms", "spread", "images/s", "share of peak", "of memory speed",
+    "clock, power", "relative L2", "tokens",
 )  # fmt: skip
 WARM_UPS, SECONDS = 3, 2.0
+# What one runtime's failure may be; the others' rows are wanted all the same.
+FAILURES = (DinoexportError, RuntimeError, OSError, ValueError)
+DEVICE = "cuda"
+COPIED_ITEMS = 1 << 26
 JUDGED = 2  # images of each batch that PyTorch answers too
 Runs = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -73,23 +79,36 @@ def exported(name: str, precision: Precision, folder: Path, largest_batch: int) 
 
 
 def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]) -> Iterator[tuple[str, Runs]]:
-    """Each runtime that is present, opened only when it is its turn."""
-    device, dtype = ("cuda", torch.float16) if gpu else ("cpu", torch.float32)
-    yield "PyTorch eager", in_torch(variant, device, dtype, lambda function: function)
+    """Each runtime that is present, opened only when it is its turn; one that cannot be opened is noted."""
+    device, dtype = (DEVICE, torch.float16) if gpu else ("cpu", torch.float32)
+    openers: dict[str, Callable[[], Runs]] = {
+        "PyTorch eager": lambda: in_torch(variant, device, dtype, lambda function: function)
+    }
     if gpu:
-        yield "PyTorch compiled", in_torch(variant, device, dtype, torch.compile)
+        openers["PyTorch compiled"] = lambda: in_torch(variant, device, dtype, torch.compile)
     if gpu and not ort.has_cuda():
         notes.append(f"{variant.name}: ONNX Runtime CUDA, which is not installed")
     else:
-        yield f"ONNX Runtime {'CUDA' if gpu else 'CPU'}", ort.open_graph(variant.onnx, variant.graph, cuda=bool(gpu))
+        openers[f"ONNX Runtime {'CUDA' if gpu else 'CPU'}"] = lambda: ort.open_graph(
+            variant.onnx, variant.graph, cuda=bool(gpu)
+        )
     for runtime in (runtime for runtime in Runtime if runtime.has_engine):
         if gpu is None or TABLE[runtime].installed_version() is None:
             notes.append(f"{variant.name}: {runtime}, for {'it is not installed' if gpu else 'there is no GPU'}")
             continue
+        openers[runtime.value] = lambda runtime=runtime, gpu=gpu: built(variant, runtime, gpu, folder)  # type: ignore[misc]
+    for name, opened in openers.items():
         try:
-            yield runtime.value, built(variant, runtime, gpu, folder)
-        except DinoexportError as error:
-            notes.append(f"{variant.name}: {runtime}: {error.message}")
+            run = opened()
+        except FAILURES as error:
+            notes.append(f"{variant.name}: {name}: {first_line(error)}")
+            continue
+        yield name, run
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def in_torch(variant: Variant, device: str, dtype: torch.dtype, prepare: Callable[..., Any]) -> Runs:
@@ -142,15 +161,44 @@ def timed(run: Callable[[], Any]) -> list[float]:
 
 def peak_flops(gpu: Gpu | None) -> float:
     """What this machine reaches in a large matrix product, in the arithmetic that is timed."""
-    device, dtype, side = ("cuda", torch.float16, 8192) if gpu else ("cpu", torch.float32, 2048)
+    device, dtype, side = (DEVICE, torch.float16, 8192) if gpu else ("cpu", torch.float32, 2048)
     left = torch.randn(side, side).to(device, dtype)
 
     def product() -> None:
         left @ left
-        if gpu:
+        if device == "cuda":
             torch.cuda.synchronize()
 
     return 2 * side**3 / (min(timed(product)) / 1000)
+
+
+def peak_bytes_per_s(gpu: Gpu | None) -> float:
+    """How fast this machine copies memory, counting what is read and what is written."""
+    device = DEVICE if gpu else "cpu"
+    source = torch.ones(COPIED_ITEMS, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * source.nbytes / (min(timed(copy)) / 1000)
+
+
+def clock_and_power(gpu: Gpu | None) -> str:
+    """The GPU's clock and draw right now, just after it was kept busy."""
+    if gpu is None:
+        return ""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(gpu.index)
+        clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        return f"{clock} MHz, {pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.0f} W"
+    except pynvml.NVMLError:
+        return "not told"
 
 
 def flops_per_image(variant: Variant, size: int) -> float:
@@ -182,12 +230,17 @@ def judged(variant: Variant, answer: dict[str, Any], expected: dict[str, Any]) -
 
 def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> Iterator[tuple[str, ...]]:
     """The table, line by line as it grows."""
-    peak = peak_flops(gpu)
+    until = time.monotonic() + 60 * arguments.minutes
+    peak, memory_speed = peak_flops(gpu), peak_bytes_per_s(gpu)
     precision = Precision.FP16 if gpu else Precision.FP32
     rng = np.random.default_rng(0)
     for name in arguments.variants:
+        if time.monotonic() > until:
+            notes.append(f"{name}: {arguments.minutes} minutes were over")
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             variant = exported(name, precision, Path(temporary), max(arguments.batches))
+            weight_bytes = variant.onnx.with_name(f"{variant.onnx.name}.data").stat().st_size
             batches = {
                 (size, batch): rng.standard_normal((batch, 3, size, size), np.float32)
                 for size in arguments.sizes
@@ -197,22 +250,29 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
             expected = variant.request.model.reference(variant.read, asked, precision=Precision.FP32, progress=silent)
             for runtime, run in contenders(variant, gpu, Path(temporary), notes):
                 for ((size, batch), images), truth in zip(batches.items(), expected, strict=True):
+                    if time.monotonic() > until:
+                        notes.append(f"{name} {size} batch {batch}, {runtime}: {arguments.minutes} minutes were over")
+                        continue
                     try:
                         answer = run({"pixels": images})
                         samples_ms = timed(lambda run=run, images=images: run({"pixels": images}))  # type: ignore[misc]
-                    except (DinoexportError, RuntimeError) as error:
-                        notes.append(f"{name} {size} batch {batch}, {runtime}: {str(error).splitlines()[0]}")
+                    except FAILURES as error:
+                        notes.append(f"{name} {size} batch {batch}, {runtime}: {first_line(error)}")
                         continue
                     ms = statistics.median(samples_ms)
                     spread = f"{np.percentile(samples_ms, 10):.2f} to {np.percentile(samples_ms, 90):.2f}"
                     rate = 1000 * batch / ms
                     share = rate * flops_per_image(variant, size) / peak
+                    of_memory = weight_bytes / (ms / 1000) / memory_speed
                     yield (
                         name, str(size), str(batch), runtime, f"{ms:.2f}", spread, f"{rate:.1f}", f"{share:.0%}",
-                        *judged(variant, answer, truth),
+                        f"{of_memory:.0%}", clock_and_power(gpu), *judged(variant, answer, truth),
                     )  # fmt: skip
                 if hasattr(run, "close"):
-                    run.close()
+                    try:
+                        run.close()
+                    except FAILURES as error:
+                        notes.append(f"{name}, {runtime}: closing it: {first_line(error)}")
 
 
 def machine_line(gpu: Gpu | None) -> str:
@@ -234,21 +294,31 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32] if gpu else [1])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--minutes", type=float, default=9.0, help="nothing new is begun after that")
     arguments = parser.parse_args()
     notes: list[str] = (
         [] if gpu else ["everything that wants a GPU, batches above 1 and the larger variants, unless asked for"]
     )
-    lines = [machine_line(gpu), "", "| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    print("\n".join(lines), flush=True)
+    out = arguments.out.open("w", buffering=1) if arguments.out else None
+
+    def say(line: str) -> None:
+        """On the screen, and in the file at once."""
+        print(line, flush=True)
+        if out:
+            print(line, file=out, flush=True)
+
+    for line in (machine_line(gpu), "", "| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)):
+        say(line)
     wrong = False
-    for row in rows(arguments, gpu, notes):
-        wrong |= row[-1] == "WRONG"
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
-    left_out = ["", "Left out:", *(f"- {note}" for note in notes)] if notes else []
-    print("\n".join(left_out))
-    if arguments.out:
-        arguments.out.write_text("\n".join((*lines, *left_out)) + "\n")
+    try:
+        for row in rows(arguments, gpu, notes):
+            wrong |= row[-1] == "WRONG"
+            say("| " + " | ".join(row) + " |")
+    finally:
+        for line in ("", "Left out:", *(f"- {note}" for note in notes)) if notes else ():
+            say(line)
+        if out:
+            out.close()
     sys.exit(wrong)
 
 
