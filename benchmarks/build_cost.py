@@ -40,13 +40,14 @@ torch.onnx.export(Plain().eval(), (pixels,), sys.argv[2] + "/plain.onnx", dynamo
 """
 RUNS = """
 import sys
-from dinoexport import pipeline, proof
-from dinoexport.checkpoint import open_checkpoint
+from dinoexport.pipeline.request import build_request
 from dinoexport.spec import silent
-order = pipeline.order(sys.argv[1], weights="synthetic:0")
-checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
-proof.ask_pytorch(order.model, checkpoint, order.cases, order.limits,
-                  precision=order.recipe.precision, judge_code="plain")
+from dinoexport.validation import evaluate
+from dinoexport.weights.checkpoint import open_checkpoint
+request = build_request(sys.argv[1], weights="synthetic:0")
+checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+evaluate.compute_reference(request.model, checkpoint, request.cases, request.limits,
+                           precision=request.recipe.precision, judge_code="plain")
 """
 
 

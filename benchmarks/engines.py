@@ -22,20 +22,20 @@ HEADER = ("variant", "compile s", "peak MB", "engine MB", "weights MB", "scratch
 
 def row(variant: str) -> tuple[object, ...]:
     """One line of the table."""
-    order = pipeline.order(
+    request = pipeline.build_request(
         variant, weights="synthetic:0", precision=Precision.FP16, target="a100", runtime=Runtime.TENSORRT_RTX
     )
-    checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
+    checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
     with tempfile.TemporaryDirectory() as name:
-        folder, (graph,) = Path(name), order.model.graphs
-        onnx, _ = export(graph, order.model.calls(graph, checkpoint.read), folder, metadata={})
+        folder, (graph,) = Path(name), request.model.graphs
+        onnx, _ = export(graph, request.model.calls(graph, checkpoint.read), folder, metadata={})
         made = builder.build(
             onnx,
             graph,
             folder,
-            runtime=order.runtime,
-            profiles=order.profiles[graph.name],
-            compute_capabilities=order.chosen.target.compute_capabilities,
+            runtime=request.runtime,
+            profiles=request.profiles[graph.name],
+            compute_capabilities=request.chosen.target.compute_capabilities,
         )
     return (
         variant,

@@ -50,7 +50,7 @@ class Variant:
     """One variant, exported, with what PyTorch fp32 on the CPU is asked through."""
 
     name: str
-    order: pipeline.Order
+    request: pipeline.BuildRequest
     read: Callable[[str], Any]
     onnx: Path
     graph: Graph
@@ -58,17 +58,17 @@ class Variant:
 
 def exported(name: str, precision: Precision, folder: Path, largest_batch: int) -> Variant:
     """The variant's ONNX with made-up weights, for batches up to `largest_batch`."""
-    order = pipeline.order(name, weights="synthetic:0", precision=precision, target="cpu")
-    ranges = {**order.recipe.profile, "batch": Range(min=1, opt=min(8, largest_batch), max=largest_batch)}
-    model: Any = type(order.model)(
-        recipe=order.recipe.model_copy(update={"profile": ranges}),
-        arch=order.model.arch,  # type: ignore[attr-defined]
-        choices=order.model.choices,  # type: ignore[attr-defined]
+    request = pipeline.build_request(name, weights="synthetic:0", precision=precision, target="cpu")
+    ranges = {**request.recipe.profile, "batch": Range(min=1, opt=min(8, largest_batch), max=largest_batch)}
+    model: Any = type(request.model)(
+        recipe=request.recipe.model_copy(update={"profile": ranges}),
+        arch=request.model.arch,  # type: ignore[attr-defined]
+        choices=request.model.choices,  # type: ignore[attr-defined]
     )
-    checkpoint = open_checkpoint(model, order.recipe, order.weights, progress=silent)
+    checkpoint = open_checkpoint(model, request.recipe, request.weights, progress=silent)
     (graph,) = model.graphs
     onnx, _ = export(graph, model.calls(graph, checkpoint.read), folder, metadata={})
-    return Variant(name=name, order=order, read=checkpoint.read, onnx=onnx, graph=graph)
+    return Variant(name=name, request=request, read=checkpoint.read, onnx=onnx, graph=graph)
 
 
 def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]) -> Iterator[tuple[str, Runs]]:
@@ -93,7 +93,7 @@ def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]
 
 def in_torch(variant: Variant, device: str, dtype: torch.dtype, prepare: Callable[..., Any]) -> Runs:
     """The plain formulation, its weights on the device."""
-    arch: Any = variant.order.model.arch  # type: ignore[attr-defined]
+    arch: Any = variant.request.model.arch  # type: ignore[attr-defined]
     weights = {name: torch.from_numpy(variant.read(name)).to(device, dtype) for name in arch.tensors}
     last = arch.depth - 1
     tokens_of = reference.tokens_of.__wrapped__  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def peak_flops(gpu: Gpu | None) -> float:
 
 def flops_per_image(variant: Variant, size: int) -> float:
     """Twice the multiply-adds of one image: patch embedding, projections, attention, feed-forward."""
-    arch: Any = variant.order.model.arch  # type: ignore[attr-defined]
+    arch: Any = variant.request.model.arch  # type: ignore[attr-defined]
     patches = (size // PATCH) ** 2
     tokens = patches + 1 + arch.register_count
     feed_forward = (3 if arch.feed_forward == "swiglu" else 2) * arch.embed_dim * arch.hidden_dim
@@ -164,7 +164,7 @@ def flops_per_image(variant: Variant, size: int) -> float:
 
 def judged(variant: Variant, answer: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str]:
     """(relative L2 of the patch tokens, verdict) of the first images of a batch."""
-    limits = variant.order.limits.model_copy(update={"times_own_error_max": None})
+    limits = variant.request.limits.model_copy(update={"times_own_error_max": None})
     first = {name: array[:JUDGED] for name, array in answer.items()}
     case = Case(name="batch", why="the first images of the batch", inputs={})
     report = judge(
@@ -193,7 +193,7 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
                 for batch in arguments.batches
             }
             asked = [{"pixels": images[:JUDGED]} for images in batches.values()]
-            expected = variant.order.model.reference(variant.read, asked, precision=Precision.FP32, progress=silent)
+            expected = variant.request.model.reference(variant.read, asked, precision=Precision.FP32, progress=silent)
             for runtime, run in contenders(variant, gpu, Path(temporary), notes):
                 for ((size, batch), images), truth in zip(batches.items(), expected, strict=True):
                     try:

@@ -73,7 +73,7 @@ def main() -> None:
     stretch_s = given.seconds / len(LEVELS) / 3
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        built = pipeline.build(pipeline.order(given.variant, weights="synthetic:0", out=folder / "bundle"))
+        built = pipeline.build(pipeline.build_request(given.variant, weights="synthetic:0", out=folder / "bundle"))
         model_repository.deploy(built.folder, folder / "models", backend="python", triton="24.10")
         item = item_of(built.folder)
         run = ort.open_graph(built.folder / "model.onnx", built.manifest.graphs[0].graph())

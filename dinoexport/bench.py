@@ -15,7 +15,7 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
 from dinoexport.runtime import Arithmetic, Opened, cpu, runners
-from dinoexport.spec import Load, Precision, Progress, Way, silent
+from dinoexport.spec import Precision, Progress, Way, Workload, silent
 from dinoexport.system import timing
 from dinoexport.validation import evaluate
 from dinoexport.weights.checkpoint import SYNTHETIC
@@ -40,7 +40,7 @@ class Row:
     gflop: of products in one answer. peak: of the matrix product, which has no more of a busy machine than the rest.
     """
 
-    load: Load
+    workload: Workload
     gflop: float
     ours: timing.Latencies
     peak: timing.Latencies
@@ -80,11 +80,11 @@ class Bench:
         """A row for each load, for a terminal."""
         return [
             {
-                "load": row.load.name,
+                "load": row.workload.name,
                 "median ms": f"{row.ours.median_ms:.1f}",
                 "p90": f"{row.ours.percentile_ms(90):.1f}",
                 "p99": f"{row.ours.percentile_ms(99):.1f}",
-                f"{row.load.unit}/s": f"{row.load.items / row.ours.median_ms * 1e3:.2f}",
+                f"{row.workload.unit}/s": f"{row.workload.items / row.ours.median_ms * 1e3:.2f}",
                 "GFLOP/s": f"{row.gflop_per_s:.0f}",
                 "of fp32 peak": f"{row.share_of_peak:.0%}",
                 "of PyTorch's time": "" if row.pytorch is None else f"{row.ours.median_ms / row.pytorch.median_ms:.2f}",
@@ -100,16 +100,16 @@ class Bench:
             "usable_cpus": self.usable_cpus,
             "candidate": self.candidate,
             "peak_gflop_per_s": self.peak_gflop_per_s,
-            "loads": [
+            "workloads": [
                 {
-                    "load": row.load.name,
-                    "items": row.load.items,
-                    "unit": row.load.unit,
+                    "load": row.workload.name,
+                    "items": row.workload.items,
+                    "unit": row.workload.unit,
                     "gflop": row.gflop,
                     "median_ms": row.ours.median_ms,
                     "p90_ms": row.ours.percentile_ms(90),
                     "p99_ms": row.ours.percentile_ms(99),
-                    "items_per_s": row.load.items / row.ours.median_ms * 1e3,
+                    "items_per_s": row.workload.items / row.ours.median_ms * 1e3,
                     "gflop_per_s": row.gflop_per_s,
                     "share_of_fp32_peak": row.share_of_peak,
                     "times_pytorch": row.pytorch and row.ours.median_ms / row.pytorch.median_ms,
@@ -144,15 +144,15 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
         notes.append(f"the peak is NumPy's under {', '.join(told)}: the machine may do better without")
-    for done, load in enumerate(model.loads, start=1):
-        gflop = cpu.flops(model, graphs, opened, load.inputs) / 1e9
+    for done, workload in enumerate(model.workloads, start=1):
+        gflop = cpu.flops(model, graphs, opened, workload.inputs) / 1e9
         if gflop / peak > _LONGEST_S:
             notes.append(
-                f"{load.name} was left out: {gflop:.0f} GFLOP take {gflop / peak:.0f} s at this machine's peak"
+                f"{workload.name} was left out: {gflop:.0f} GFLOP take {gflop / peak:.0f} s at this machine's peak"
             )
         else:
-            rows.append(_row(model, opened, load, gflop, ask_pytorch))
-        progress("timing loads", done, len(model.loads))
+            rows.append(_row(model, opened, workload, gflop, ask_pytorch))
+        progress("timing workloads", done, len(model.workloads))
     if (others := neighbours.share()) > timing.NOISY_SHARE:
         notes.append(f"noisy: other processes had {others:.0%} of the CPUs' time; ratios hold better than times do")
     return Bench(
@@ -174,22 +174,26 @@ def _way(manifest: Manifest) -> Way:
 
 
 def _arithmetic(model: Model, opened: Mapping[str, Opened]) -> Arithmetic:
-    return cpu.arithmetic(model, opened, model.loads[0].inputs)
+    return cpu.arithmetic(model, opened, model.workloads[0].inputs)
 
 
 def _row(
-    model: Model, opened: Mapping[str, Opened], load: Load, gflop: float, ask_pytorch: Callable[[Load], object] | None
+    model: Model,
+    opened: Mapping[str, Opened],
+    workload: Workload,
+    gflop: float,
+    ask_pytorch: Callable[[Workload], object] | None,
 ) -> Row:
-    runs: dict[str, Callable[[], object]] = {"ours": lambda: model.drive(opened, load.inputs), "peak": gemm()}
+    runs: dict[str, Callable[[], object]] = {"ours": lambda: model.drive(opened, workload.inputs), "peak": gemm()}
     if ask_pytorch is not None:
-        runs["pytorch"] = lambda: ask_pytorch(load)
+        runs["pytorch"] = lambda: ask_pytorch(workload)
     taken = timing.in_turn(runs, rounds=_ROUNDS, budget_s=_BUDGET_S)
-    return Row(load=load, gflop=gflop, ours=taken["ours"], peak=taken["peak"], pytorch=taken.get("pytorch"))
+    return Row(workload=workload, gflop=gflop, ours=taken["ours"], peak=taken["peak"], pytorch=taken.get("pytorch"))
 
 
 def _pytorch(
     model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
-) -> tuple[Callable[[Load], object] | None, str]:
+) -> tuple[Callable[[Workload], object] | None, str]:
     """The plain formulation in eager PyTorch, its weights in memory; or None, and why. Nothing is downloaded."""
     if find_spec("torch") is None:
         return None, "PyTorch was not timed: torch is not installed"
@@ -202,8 +206,8 @@ def _pytorch(
     torch.set_num_threads(cpu.usable_cpus())
     tensors = {name: checkpoint.read(name) for name in model.tensors if name not in model.optional_tensors}
 
-    def ask(load: Load) -> object:
-        return model.reference(tensors.__getitem__, [load.inputs], precision=Precision.FP32, progress=silent)
+    def ask(workload: Workload) -> object:
+        return model.reference(tensors.__getitem__, [workload.inputs], precision=Precision.FP32, progress=silent)
 
     return ask, ""
 

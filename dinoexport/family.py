@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import dinoexport
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
-from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Weight, closest
+from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
 from dinoexport.system import files
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Model(Protocol):
         """A graph's inputs, an item for each of `encoded`; a UsageError that names the item which is no good."""
 
     @property
-    def loads(self) -> tuple[Load, ...]:
+    def workloads(self) -> tuple[Workload, ...]:
         """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
 
     @property

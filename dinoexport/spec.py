@@ -132,7 +132,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """One question whose answering is timed. It holds `items` of what a user counts, such as 8 `images`."""
 
     name: str

@@ -17,7 +17,7 @@ from dinoexport.config import recipe
 from dinoexport.models.dinov2 import Dinov2Model
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import cpu
-from dinoexport.spec import Load, Precision, silent
+from dinoexport.spec import Precision, Workload, silent
 from dinoexport.system import timing
 from tests.conftest import DATA
 
@@ -28,7 +28,7 @@ TINY = str(DATA / "tiny_swiglu.toml")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle. Unjudged is enough: only rejected ones are not timed."""
     out = tmp_path_factory.mktemp("bench") / "bundle"
-    pipeline.export_only(pipeline.order(TINY, weights="synthetic:0", out=out))
+    pipeline.export_only(pipeline.build_request(TINY, weights="synthetic:0", out=out))
     return out
 
 
@@ -37,13 +37,15 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_ROUNDS", 3)
     monkeypatch.setattr(bench, "_GEMM_SIDE", 256)
     monkeypatch.setattr(bench, "GEMM_GFLOP", 2 * 256**3 / 1e9)
-    monkeypatch.setattr(Dinov2Model, "loads", property(lambda self: LOADS))
+    monkeypatch.setattr(Dinov2Model, "workloads", property(lambda self: LOADS))
 
 
-def load(name: str, batch: int, side: int) -> Load:
+def load(name: str, batch: int, side: int) -> Workload:
     from dinoexport.models.dinov2 import synthetic
 
-    return Load(name=name, inputs={"pixels": synthetic.pixels(batch, side, side, seed=0)}, items=batch, unit="images")
+    return Workload(
+        name=name, inputs={"pixels": synthetic.pixels(batch, side, side, seed=0)}, items=batch, unit="images"
+    )
 
 
 LOADS = (load("1 x 56 x 56", 1, 56), load("3 x 98 x 98", 3, 98))
@@ -51,7 +53,7 @@ LOADS = (load("1 x 56 x 56", 1, 56), load("3 x 98 x 98", 3, 98))
 
 def test_work_is_counted_as_pytorch_counts_it(folder: Path) -> None:
     """Within the position table's resize, which is a matrix product only in ours: half a percent of ViT-S at 518."""
-    model = pipeline.order(TINY).model
+    model = pipeline.build_request(TINY).model
     graphs = {folder / "model.onnx": model.graphs[0]}
     opened = cpu.open_graphs(graphs, cpu.PLAIN)
     for asked in LOADS:
@@ -87,7 +89,7 @@ def test_figures_follow_from_the_samples(monkeypatch: pytest.MonkeyPatch) -> Non
         pytorch=timing.Latencies(samples_ms=(40.0,)),
     )
     found = bench.Bench(machine="m", usable_cpus=2, candidate="c", peak_gflop_per_s=500.0, rows=(row,), notes=("n",))
-    (told,) = found.to_json()["loads"]
+    (told,) = found.to_json()["workloads"]
     assert (told["median_ms"], told["items_per_s"], told["gflop_per_s"]) == (20.0, 150.0, 250.0)
     assert (told["share_of_fp32_peak"], told["times_pytorch"], told["noisy"]) == (0.5, 0.5, True)
     (shown,) = found.table()
@@ -122,7 +124,9 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     elsewhere = manifest.checkpoint.model_copy(update={"source": "https://example.org/weights.pth"})
     absent = manifest.model_copy(update={"checkpoint": elsewhere})
-    ask, why = bench._pytorch(pipeline.order(TINY).model, pipeline.order(TINY).recipe, absent, None, silent)
+    ask, why = bench._pytorch(
+        pipeline.build_request(TINY).model, pipeline.build_request(TINY).recipe, absent, None, silent
+    )
     assert ask is None and "--weights" in why
 
 
@@ -135,7 +139,7 @@ def test_the_verb(folder: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["bench", str(folder)])
     assert shown.exit_code == 0 and "3 x 98 x 98" in shown.stdout and "GFLOP/s" in shown.stdout
     told = json.loads(CliRunner().invoke(cli.app, ["bench", str(folder), "--json"]).stdout)
-    assert len(told["loads"]) == 2 and told["loads"][1]["items"] == 3
+    assert len(told["workloads"]) == 2 and told["workloads"][1]["items"] == 3
     assert CliRunner().invoke(cli.app, ["bench", "absent"]).exit_code == 2
 
 
@@ -153,8 +157,8 @@ def test_shipped_loads_fit_the_profile() -> None:
     from dinoexport.models.dinov2 import cases
 
     small: Any = {name: recipe.load(TINY).profile[name].model_copy(update={"max": 70}) for name in ("height", "width")}
-    names = [found.name for found in cases.loads(recipe.load(TINY).profile | small, as_bytes=False)]
+    names = [found.name for found in cases.workloads(recipe.load(TINY).profile | small, as_bytes=False)]
     assert names == ["1 x 70 x 70", "4 x 70 x 70"]
-    shipped = cases.loads(recipe.load("vits14").profile, as_bytes=True)
+    shipped = cases.workloads(recipe.load("vits14").profile, as_bytes=True)
     assert [found.name for found in shipped] == ["1 x 224 x 224", "1 x 518 x 518", "8 x 224 x 224", "8 x 518 x 518"]
     assert shipped[3].inputs["images"].shape == (8, 518, 518, 3)

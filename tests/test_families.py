@@ -27,13 +27,13 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("recipe", ["tiny_swiglu", "tiny_swiglu_reg"])
 def test_dinov2_conforms(recipe: str, tmp_path: Path) -> None:
-    order = pipeline.order(str(DATA / f"{recipe}.toml"))
-    conformance.check(order.model, order.cases, tmp_path)
+    request = pipeline.build_request(str(DATA / f"{recipe}.toml"))
+    conformance.check(request.model, request.cases, tmp_path)
 
 
 def test_toy_conforms(toy: Path, tmp_path: Path) -> None:
-    order = pipeline.order(str(toy))
-    conformance.check(order.model, order.cases, tmp_path)
+    request = pipeline.build_request(str(toy))
+    conformance.check(request.model, request.cases, tmp_path)
 
 
 def test_toy_is_built_and_validated(toy: Path, tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_toy_is_built_and_validated(toy: Path, tmp_path: Path) -> None:
 
 
 def test_toy_with_a_wrong_cache_is_rejected(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = pipeline.order(str(toy), weights="synthetic:3", out=tmp_path / "bundle")
-    right = type(order.model).drive
+    request = pipeline.build_request(str(toy), weights="synthetic:3", out=tmp_path / "bundle")
+    right = type(request.model).drive
 
     def forgetful(self, runners, inputs):
         def step(arrays):
@@ -56,9 +56,9 @@ def test_toy_with_a_wrong_cache_is_rejected(toy: Path, tmp_path: Path, monkeypat
 
         return right(self, {**runners, "step": step}, inputs)
 
-    monkeypatch.setattr(type(order.model), "drive", forgetful)
+    monkeypatch.setattr(type(request.model), "drive", forgetful)
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order)
+        pipeline.build(request)
     assert not (tmp_path / "bundle").exists()
 
 

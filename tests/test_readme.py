@@ -41,7 +41,7 @@ def test_commands_are_commands(command: str) -> None:
     _, verb, *args = shlex.split(command)
     context = verbs()[verb].make_context(verb, list(args))
     if "variant" in context.params:
-        pipeline.order(context.params["variant"], precision=build.precision_of(context.params.get("precision")))
+        pipeline.build_request(context.params["variant"], precision=build.precision_of(context.params.get("precision")))
 
 
 def test_every_verb_and_option_is_documented() -> None:
@@ -77,20 +77,22 @@ def test_make_demo_does_what_it_shows(tmp_path: Path) -> None:
 def test_recipe_example(tmp_path: Path) -> None:
     example, _ = [block for kind, block in BLOCKS if kind == "toml"]
     (tmp_path / "mine.toml").write_text(example)
-    order = pipeline.order(str(tmp_path / "mine.toml"))
-    assert order.recipe.name == "vitb14-dense" and order.recipe.precision == "fp16"
-    assert len(order.model.graphs[0].outputs) == 10
-    assert any(case.expect_refusal for case in order.cases)
+    request = pipeline.build_request(str(tmp_path / "mine.toml"))
+    assert request.recipe.name == "vitb14-dense" and request.recipe.precision == "fp16"
+    assert len(request.model.graphs[0].outputs) == 10
+    assert any(case.expect_refusal for case in request.cases)
 
 
 def test_engine_example(tmp_path: Path) -> None:
     _, example = [block for kind, block in BLOCKS if kind == "toml"]
     (tmp_path / "mine.toml").write_text(example)
     with pytest.raises(UsageError, match="tensorrt_rtx has no compatibility"):
-        pipeline.order(str(tmp_path / "mine.toml"), target="a100")  # read, and refused for what this machine lacks
+        pipeline.build_request(
+            str(tmp_path / "mine.toml"), target="a100"
+        )  # read, and refused for what this machine lacks
     (tmp_path / "mine.toml").write_text(example.replace('"same-cc"', '"this-gpu"'))
-    order = pipeline.order(str(tmp_path / "mine.toml"), target="a100")
-    assert [profile.name for profile in order.profiles["model"]] == ["document", "latency"]
+    request = pipeline.build_request(str(tmp_path / "mine.toml"), target="a100")
+    assert [profile.name for profile in request.profiles["model"]] == ["document", "latency"]
 
 
 def test_bundle_layout_is_the_documented_one() -> None:

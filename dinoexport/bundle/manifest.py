@@ -21,8 +21,8 @@ from dinoexport.system import files
 SCHEMA: Final = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
-REPORT = "report.json"
-PAGE = "report.html"
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
 SBOM = "sbom.cdx.json"
 SIGNATURE = "model.sig"
 ENGINES = "engines.json"
@@ -87,7 +87,7 @@ class GraphFacts(Frozen):
         )
 
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class EngineFacts(Frozen):
@@ -110,7 +110,7 @@ class EngineFacts(Frozen):
     version_compatible: bool = False
     stripped: bool = False
     precision: Precision
-    profiles: dict[str, dict[str, Shapes]] = Field(min_length=1)
+    profiles: dict[str, dict[str, ShapeRange]] = Field(min_length=1)
     size_bytes: int = Field(gt=0)
     weight_bytes: int | None
     scratch_bytes: int = Field(ge=0)

@@ -101,7 +101,7 @@ def build(
         from dinoexport.cli import formatting
         from dinoexport.pipeline import build as pipeline
 
-        order = pipeline.order(
+        request = pipeline.build_request(
             variant,
             weights=weights,
             precision=precision_of(precision),
@@ -115,7 +115,7 @@ def build(
         try:
             with progress_lines() as progress:
                 built = pipeline.build(
-                    order, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
+                    request, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
                 )
         except pipeline.Rejected as rejected:
             show_report(rejected.report, to_stderr=as_json)
@@ -134,7 +134,7 @@ def build(
         say(f"Report: {built.folder / 'report.html'}")
         for line in formatting.signature_lines(signer and signer.fingerprint, by_us=True):
             say(line)
-        if order.auto:
+        if request.auto:
             say(f"Precision: {formatting.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
         say(f"Next:   dinoexport inspect {built.folder}")
@@ -155,9 +155,11 @@ def export(
     with reporting(as_json):
         from dinoexport.pipeline import build as pipeline
 
-        order = pipeline.order(variant, weights=weights, precision=precision_of(precision), target=target, out=out)
+        request = pipeline.build_request(
+            variant, weights=weights, precision=precision_of(precision), target=target, out=out
+        )
         with progress_lines() as progress:
-            built = pipeline.export_only(order, progress=progress, force=force)
+            built = pipeline.export_only(request, progress=progress, force=force)
         if as_json:
             say_json(_built_facts(built))
             return

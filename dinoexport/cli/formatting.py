@@ -129,14 +129,14 @@ def of_path(path: Path) -> dict[str, Any]:
 def page_of(folder: Path) -> Path:
     """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
     manifest = bundle.read_manifest(folder)
-    pages = [file for file in manifest.files if file.name == bundle.PAGE]
+    pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
         raise UsageError(
-            f"{folder} has no {bundle.PAGE}: it was exported and never judged, or built by an older dinoexport.",
+            f"{folder} has no {bundle.REPORT_HTML}: it was exported and never judged, or built by an older dinoexport.",
             next_step="dinoexport build makes one.",
         )
     bundle.check_files(folder, pages)
-    return folder / bundle.PAGE
+    return folder / bundle.REPORT_HTML
 
 
 def precision(manifest: bundle.Manifest) -> str:

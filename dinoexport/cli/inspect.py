@@ -108,21 +108,21 @@ def validate(
 
 def _validated_facts(validated: Any, page: Path | None) -> dict[str, Any]:
     growth = {} if validated.growth is None else {"growth": validated.growth.to_json()}
-    together = {} if validated.together is None else validated.together.to_json() | {"page": page and str(page)}
+    aggregate = {} if validated.aggregate is None else validated.aggregate.to_json() | {"page": page and str(page)}
     return {
         "skipped": list(validated.skipped),
         "not_run": validated.not_run,
         "recorded": validated.recorded,
         "not_recorded": validated.not_recorded,
         **growth,
-        **together,
+        **aggregate,
     }
 
 
 def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: bool) -> None:
     if explain:
         _show_growth(validated, to_stderr=to_stderr)
-    if validated.together is not None:
+    if validated.aggregate is not None:
         _show_together(validated, page, to_stderr=to_stderr)
 
 
@@ -206,10 +206,10 @@ def bench(
 
 def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
     """What all of a user's files are good for together, and which of them could not be used."""
-    found = validated.together.agreement
+    found = validated.aggregate.agreement
     if found is not None and found.measures:
         say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
-    lines = [*validated.together.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
+    lines = [*validated.aggregate.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
     for line in lines:
         say(printable(line), to_stderr=to_stderr)
     if page is not None:

@@ -142,8 +142,8 @@ def show_report(report: Report, *, to_stderr: bool = False) -> None:
     verdict = "PASSED" if report.passed else "FAILED"
     title = f"{verdict}: {report.candidate}, against {report.reference}"
     say(table(title, formatting.report_rows(report)), to_stderr=to_stderr)
-    if report.steadiness is not None:
-        lines = [f"{words}: {found}" for words, found in report.steadiness.lines.items()]
+    if report.determinism is not None:
+        lines = [f"{words}: {found}" for words, found in report.determinism.lines.items()]
         say(f"Steady: {'; '.join(lines)}", to_stderr=to_stderr)
 
 

@@ -12,14 +12,14 @@ from dinoexport.bundle.signing import Signer
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.graph.onnx_writer import PACKAGES
 from dinoexport.pipeline import preflight, stages
-from dinoexport.pipeline.request import Order, order
+from dinoexport.pipeline.request import BuildRequest, build_request
 from dinoexport.pipeline.stages import Judged, NothingHolds
 from dinoexport.pipeline.workspace import Stage, Workspace, workspace
 from dinoexport.spec import Progress, silent
 from dinoexport.validation import error_analysis, evaluate, judge
 from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 
-__all__ = ["Built", "NothingHolds", "Order", "Rejected", "build", "export_only", "order"]
+__all__ = ["BuildRequest", "Built", "NothingHolds", "Rejected", "build", "build_request", "export_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Rejected(ValidationFailed):
 
 
 def build(
-    order: Order,
+    request: BuildRequest,
     *,
     force: bool = False,
     keep_rejected: bool = False,
@@ -54,60 +54,60 @@ def build(
     With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised. `signer` signs
     what passed, and nothing else.
     """
-    preflight.packages(order)
-    with workspace(order.out, force=force, progress=progress) as work:
-        preflight.disk(order)
-        with stages.tracing(order) as traced:
-            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-            plain = stages.export(work, order, checkpoint, traced)
-        preflight.memory(order, plain)
-        reference = stages.reference(work, order, checkpoint)
+    preflight.packages(request)
+    with workspace(request.out, force=force, progress=progress) as work:
+        preflight.disk(request)
+        with stages.tracing(request) as traced:
+            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            plain = stages.export(work, request, checkpoint, traced)
+        preflight.memory(request, plain)
+        reference = stages.reference(work, request, checkpoint)
         tried = {}
-        if order.auto:
-            tried["precision"], order = stages.precision(work, order, checkpoint, reference)
-            plain = stages.export(work, order, checkpoint, traced)
-        forms = stages.forms(work, order, plain)
-        facts = stages.tune(order, forms, plain, progress) if order.chosen.on_cpu else None
+        if request.auto:
+            tried["precision"], request = stages.precision(work, request, checkpoint, reference)
+            plain = stages.export(work, request, checkpoint, traced)
+        forms = stages.forms(work, request, plain)
+        facts = stages.tune(request, forms, plain, progress) if request.chosen.on_cpu else None
         exported = forms[facts.chosen.runtime] if facts else plain
-        judged = stages.judge_graph(work, order, checkpoint, exported, reference, facts)
+        judged = stages.judge_graph(work, request, checkpoint, exported, reference, facts)
         made = {stage.name: stage for stage in (exported, reference, *tried.values(), judged.stage)}
         passed = judged.report.passed and not _too_slow(facts)
         engines = evaluate.NO_ENGINE
-        if passed and order.runtime.has_engine:
-            made["engine"] = stages.engines(work, order, exported)
-            engines = stages.judge_engines(work, order, made, judged)
+        if passed and request.runtime.has_engine:
+            made["engine"] = stages.engines(work, request, exported)
+            engines = stages.judge_engines(work, request, made, judged)
             passed = engines.report is None or engines.report.passed
         if passed or keep_rejected:
-            manifest = _manifest(order, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
-            made["page"] = page = stages.report_page(work, order, manifest, reference, judged)
+            manifest = _manifest(request, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
+            made["page"] = page = stages.report_page(work, request, manifest, reference, judged)
             manifest = manifest.with_stage(page.name, page.key, page.files)
             manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
-        raise _rejected(order, judged, facts, engines, published=keep_rejected)
+        raise _rejected(request, judged, facts, engines, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(
         stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
     )
-    return Built(folder=order.out, manifest=manifest, reused=reused, report=judged.report, engines=engines)
+    return Built(folder=request.out, manifest=manifest, reused=reused, report=judged.report, engines=engines)
 
 
-def export_only(order: Order, *, force: bool = False, progress: Progress = silent) -> Built:
+def export_only(request: BuildRequest, *, force: bool = False, progress: Progress = silent) -> Built:
     """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
-    if order.auto:
+    if request.auto:
         raise UsageError(
             "--precision auto chooses by what it measures, and export measures nothing.",
             next_step="Use dinoexport build, or name the precision.",
         )
     require("export", *PACKAGES, *sbom.PACKAGES)
-    with workspace(order.out, force=force, progress=progress) as work:
-        preflight.disk(order)
-        with stages.tracing(order) as traced:
-            checkpoint = open_checkpoint(order.model, order.recipe, order.weights, progress=progress)
-            plain = stages.export(work, order, checkpoint, traced)
-        exported = stages.forms(work, order, plain)["onnxruntime"]
-        manifest = _manifest(order, checkpoint, {exported.name: exported}, "unjudged")
+    with workspace(request.out, force=force, progress=progress) as work:
+        preflight.disk(request)
+        with stages.tracing(request) as traced:
+            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            plain = stages.export(work, request, checkpoint, traced)
+        exported = stages.forms(work, request, plain)["onnxruntime"]
+        manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
         manifest = _publish(work, {exported.name: exported}, manifest)
-    return Built(folder=order.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
+    return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 
 def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
@@ -125,7 +125,7 @@ def _too_slow(facts: CpuFacts | None) -> bool:
 
 
 def _manifest(
-    order: Order,
+    request: BuildRequest,
     checkpoint: Checkpoint,
     made: Mapping[str, Stage],
     verdict: Verdict,
@@ -137,38 +137,38 @@ def _manifest(
     if "precision" in made:
         report |= {"precision": stages.tried(made["precision"])}
     return Manifest(
-        variant=order.recipe.name,
-        family=order.recipe.family,
-        precision=order.precision,
-        target=order.chosen.name,
+        variant=request.recipe.name,
+        family=request.recipe.family,
+        precision=request.precision,
+        target=request.chosen.name,
         verdict=verdict,
-        recipe=order.recipe.model_dump(mode="json"),
-        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=order.recipe.licence),
-        graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in order.model.graphs),
+        recipe=request.recipe.model_dump(mode="json"),
+        checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=request.recipe.licence),
+        graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,
         files=tuple(file for stage in made.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in made.items()},
-        versions=stages.versions_in(order),
-        card=dict(order.model.card),
+        versions=stages.versions_in(request),
+        card=dict(request.model.card),
         report=report,
         created=datetime.now(UTC),
     )
 
 
 def _rejected(
-    order: Order, judged: Judged, facts: CpuFacts | None, engines: evaluate.EngineVerdict, *, published: bool
+    request: BuildRequest, judged: Judged, facts: CpuFacts | None, engines: evaluate.EngineVerdict, *, published: bool
 ) -> Rejected:
     report = engines.report or judged.report
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
     problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
     problems += [] if report.passed else error_analysis.causes(report, None if engines.report else judged.growth)
     if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
-        problems.append(f"{order.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
+        problems.append(f"{request.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
     problem = "; ".join(problems)
     if published:
-        message = f"{order.out} was published, marked rejected: {problem}."
-        next_step = f"Do not deploy it. dinoexport inspect {order.out} shows what is in it."
+        message = f"{request.out} was published, marked rejected: {problem}."
+        next_step = f"Do not deploy it. dinoexport inspect {request.out} shows what is in it."
     else:
         message = f"Nothing was published: {problem}."
         next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."

@@ -35,7 +35,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair:
+class MixedPrecision:
     """What was found. fp32: the parts to keep in fp32; None when not even all of them suffice."""
 
     fp32: tuple[str, ...] | None
@@ -73,7 +73,7 @@ def promoted(recipe: Recipe, model: Model, parts: Sequence[str]) -> tuple[Recipe
     return changed, family.find(recipe.family).model(changed)
 
 
-def repair(
+def search(
     recipe: Recipe,
     model: Model,
     checkpoint: Checkpoint,
@@ -81,7 +81,7 @@ def repair(
     folder: Path,
     *,
     progress: Progress = silent,
-) -> Repair:
+) -> MixedPrecision:
     """Tries forms of the graph, the fastest first, until the smallest set of fp32 parts is found.
 
     The first form is put to every case, the others to those it failed: the build that follows judges the found form on
@@ -105,7 +105,7 @@ def repair(
     found: tuple[str, ...] | None = ()
     if not holds(()):
         found = smallest(model.promotable, holds) if model.promotable and holds(model.promotable) else None
-    return Repair(fp32=found, trials=tuple(trials.values()))
+    return MixedPrecision(fp32=found, trials=tuple(trials.values()))
 
 
 def _problems(

@@ -9,52 +9,52 @@ from dinoexport.bundle import sbom
 from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, require
 from dinoexport.graph.onnx_writer import PACKAGES
-from dinoexport.pipeline.request import Order
+from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage
 from dinoexport.report import html_report
 from dinoexport.runtime import autotune, engine_header, runners
 from dinoexport.spec import Precision
 
 
-def packages(order: Order) -> None:
+def packages(request: BuildRequest) -> None:
     """Everything a build will need, asked for before its first minute is spent."""
     require("export", *PACKAGES, *html_report.PACKAGES, *sbom.PACKAGES)
     require("cpu", "onnxruntime")
-    if order.chosen.on_cpu:
-        autotune.ways(order.precision, order.cpu_runtimes)
+    if request.chosen.on_cpu:
+        autotune.ways(request.precision, request.cpu_runtimes)
     else:
-        runtime = runners.graph_way(order.precision).runtime
+        runtime = runners.graph_way(request.precision).runtime
         require("openvino" if runtime == "openvino" else "cpu", runtime)
-    if order.runtime.has_engine:
-        require(engine_header.EXTRA[order.runtime], *builder.PACKAGES[order.runtime])
+    if request.runtime.has_engine:
+        require(engine_header.EXTRA[request.runtime], *builder.PACKAGES[request.runtime])
 
 
-def disk(order: Order) -> None:
+def disk(request: BuildRequest) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
-    width = 2 if order.chosen.traced in (Precision.FP16, Precision.BF16) else 4
-    weights = sum(math.prod(shape) for shape in order.model.tensors.values()) * width
-    needed = weights * (2 if order.runtime.has_engine else 1)  # an engine holds them once more
-    needed += 3 * sum(array.nbytes for case in order.cases for array in case.inputs.values())
-    free = shutil.disk_usage(order.out.absolute().parent).free
+    width = 2 if request.chosen.traced in (Precision.FP16, Precision.BF16) else 4
+    weights = sum(math.prod(shape) for shape in request.model.tensors.values()) * width
+    needed = weights * (2 if request.runtime.has_engine else 1)  # an engine holds them once more
+    needed += 3 * sum(array.nbytes for case in request.cases for array in case.inputs.values())
+    free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
         raise MissingRequirement(
-            f"The bundle needs about {needed / 1e9:.1f} GB; {order.out.parent} has {free / 1e9:.1f} GB free.",
+            f"The bundle needs about {needed / 1e9:.1f} GB; {request.out.parent} has {free / 1e9:.1f} GB free.",
             next_step="Free some space, or choose another --out.",
         )
 
 
-def memory(order: Order, exported: Stage) -> None:
+def memory(request: BuildRequest, exported: Stage) -> None:
     """Refuses an engine its card has no memory for, before the long stages are begun."""
-    memory_gb = order.chosen.target.memory_gb
-    if not order.runtime.has_engine or memory_gb is None:
+    memory_gb = request.chosen.target.memory_gb
+    if not request.runtime.has_engine or memory_gb is None:
         return
-    builder_gpu = order.builder_gpu
-    for graph in order.model.graphs:
+    builder_gpu = request.builder_gpu
+    for graph in request.model.graphs:
         onnx = exported.folder / f"{graph.name}.onnx"
         builder.check_memory(
             onnx,
             graph,
-            order.profiles[graph.name],
+            request.profiles[graph.name],
             memory_bytes=builder_gpu.memory_bytes if builder_gpu else memory_gb * 10**9,
-            where=builder_gpu.name if builder_gpu else f"the smallest {order.chosen.target.name}",
+            where=builder_gpu.name if builder_gpu else f"the smallest {request.chosen.target.name}",
         )

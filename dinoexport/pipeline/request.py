@@ -21,7 +21,7 @@ from dinoexport.validation import evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class BuildRequest:
     """What to build, with every decision made and every impossible one already refused.
 
     profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
@@ -57,7 +57,7 @@ class Order:
         return self.gpu if self.runtime is Runtime.TENSORRT else None
 
 
-def order(
+def build_request(
     variant_or_path: str,
     *,
     weights: str | None = None,
@@ -67,7 +67,7 @@ def order(
     engine_choices: Mapping[str, Any] = MappingProxyType({}),
     out: Path | None = None,
     judge_code: evaluate.Judge = "plain",
-) -> Order:
+) -> BuildRequest:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
     target: the GPU that is here, else the CPU, when it is None. engine_choices: what to change in the recipe's
@@ -82,7 +82,7 @@ def order(
     model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.validation, beside=beside)
-    return Order(
+    return BuildRequest(
         recipe=recipe,
         model=model,
         chosen=chosen,

@@ -21,7 +21,7 @@ from dinoexport.graph.onnx_writer import Traces
 from dinoexport.graph.onnx_writer import export as write_onnx
 from dinoexport.graph.onnx_writer import tracing as begin_tracing
 from dinoexport.pipeline import mixed_precision
-from dinoexport.pipeline.request import Order
+from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.report import html_report
 from dinoexport.runtime import autotune, engine_header, runners
@@ -48,42 +48,44 @@ class NothingHolds(ValidationFailed):
     """`--precision auto` found no form of the graph that holds the limits."""
 
 
-def tracing(order: Order) -> AbstractContextManager[Traced]:
+def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
     """The export stage's tracing, begun in a thread before the checkpoint is there."""
 
     def unread(name: str) -> Array:
         raise AssertionError(f"tracing read the weight {name}")
 
-    return begin_tracing(lambda: [call for graph in order.model.graphs for call in order.model.calls(graph, unread)])
+    return begin_tracing(
+        lambda: [call for graph in request.model.graphs for call in request.model.calls(graph, unread)]
+    )
 
 
-def export(work: Workspace, order: Order, checkpoint: Checkpoint, traced: Traced) -> Stage:
+def export(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, traced: Traced) -> Stage:
     """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
-    recipe = order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
+    recipe = request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
     versions = versions_of(TRACERS)
     metadata = {
-        "dinoexport.variant": order.recipe.name,
+        "dinoexport.variant": request.recipe.name,
         # The hash alone: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
-        "dinoexport.licence": order.recipe.licence,
+        "dinoexport.licence": request.recipe.licence,
         "dinoexport.recipe": json.dumps(recipe, sort_keys=True),
         "dinoexport.versions": json.dumps(versions, sort_keys=True),
     }
 
     def make(folder: Path) -> None:
-        for graph in order.model.graphs:
-            calls = order.model.calls(graph, checkpoint.read)
+        for graph in request.model.graphs:
+            calls = request.model.calls(graph, checkpoint.read)
             write_onnx(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
 
-    return work.stage("export", key_of(code=family.code_of(order.model), metadata=metadata), make)
+    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
 
 
-def forms(work: Workspace, order: Order, plain: Stage) -> Forms:
+def forms(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
     """What each runtime of a CPU takes the graphs as: the export itself, or in int8 a twin made for it."""
-    if order.precision is not Precision.INT8:
-        return dict.fromkeys(order.cpu_runtimes, plain)
+    if request.precision is not Precision.INT8:
+        return dict.fromkeys(request.cpu_runtimes, plain)
     integer = _quantised(work, plain, quantiser.to_int8)
-    if "openvino" not in autotune.runtimes(order.precision, order.cpu_runtimes):
+    if "openvino" not in autotune.runtimes(request.precision, request.cpu_runtimes):
         return {"onnxruntime": integer}
     return {"onnxruntime": integer, "openvino": _quantised(work, integer, quantiser.with_wide_products)}
 
@@ -98,71 +100,77 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
     return work.stage("quantise", key_of(source=source.key, versions=versions_of(_QUANTISERS)), make)
 
 
-def tune(order: Order, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
+def tune(request: BuildRequest, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
     """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
-    wanted = autotune.Candidate(
-        precision=order.precision, graphs={runtime: _graphs(order, stage) for runtime, stage in forms.items()}
+    wanted = autotune.GraphForms(
+        precision=request.precision, graphs={runtime: _graphs(request, stage) for runtime, stage in forms.items()}
     )
-    fp32 = autotune.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(order.cpu_runtimes, _graphs(order, plain)))
-    lowered = order.precision in (Precision.BF16, Precision.INT8)
-    return autotune.tune(order.model, wanted, fp32 if lowered else None, progress=progress)
+    fp32 = autotune.GraphForms(
+        precision=Precision.FP32, graphs=dict.fromkeys(request.cpu_runtimes, _graphs(request, plain))
+    )
+    lowered = request.precision in (Precision.BF16, Precision.INT8)
+    return autotune.tune(request.model, wanted, fp32 if lowered else None, progress=progress)
 
 
-def _graphs(order: Order, exported: Stage) -> dict[Path, Graph]:
-    return {exported.folder / f"{graph.name}.onnx": graph for graph in order.model.graphs}
+def _graphs(request: BuildRequest, exported: Stage) -> dict[Path, Graph]:
+    return {exported.folder / f"{graph.name}.onnx": graph for graph in request.model.graphs}
 
 
-def reference(work: Workspace, order: Order, checkpoint: Checkpoint) -> Stage:
+def reference(work: Workspace, request: BuildRequest, checkpoint: Checkpoint) -> Stage:
     """PyTorch's answers to every case."""
 
     def make(folder: Path) -> None:
-        reference = evaluate.ask_pytorch(
-            order.model,
+        reference = evaluate.compute_reference(
+            request.model,
             checkpoint,
-            order.cases,
-            order.limits,
-            precision=order.precision,
-            judge_code=order.judge_code,
+            request.cases,
+            request.limits,
+            precision=request.precision,
+            judge_code=request.judge_code,
             progress=work.progress,
         )
         reference_file.write(folder / bundle.REFERENCE, reference)
 
     key = key_of(
-        code=family.code_of(order.model),
+        code=family.code_of(request.model),
         checkpoint=checkpoint.sha256,
-        recipe=order.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
-        limits=order.limits.model_dump(mode="json"),
+        recipe=request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
+        limits=request.limits.model_dump(mode="json"),
         cases=[
             (case.name, case.why, case.expect_refusal, case.neighbours, case.shown, _digest(case.inputs))
-            for case in order.cases
+            for case in request.cases
         ],
-        judge_code=order.judge_code,
+        judge_code=request.judge_code,
         versions=versions_of(TRACERS),
     )
     return work.stage("reference", key, make)
 
 
-def precision(work: Workspace, order: Order, checkpoint: Checkpoint, reference: Stage) -> tuple[Stage, Order]:
-    """The order with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
+def precision(
+    work: Workspace, request: BuildRequest, checkpoint: Checkpoint, reference: Stage
+) -> tuple[Stage, BuildRequest]:
+    """The request with the smallest set of parts in fp32 that holds the limits; raises NothingHolds if none does."""
 
     def make(folder: Path) -> None:
         stored = reference_file.read(reference.folder / bundle.REFERENCE)
-        found = mixed_precision.repair(order.recipe, order.model, checkpoint, stored, folder, progress=work.progress)
+        found = mixed_precision.search(
+            request.recipe, request.model, checkpoint, stored, folder, progress=work.progress
+        )
         if found.fp32 is None:
             raise NothingHolds(
-                f"Nothing was published: {order.precision} misses its limits even with all of "
-                f"{', '.join(order.model.promotable)} in fp32 ({found.trials[-1].failed_by}).",
+                f"Nothing was published: {request.precision} misses its limits even with all of "
+                f"{', '.join(request.model.promotable)} in fp32 ({found.trials[-1].failed_by}).",
                 next_step="Build it with --precision fp32.",
             )
         (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
     stage = work.stage(
         "precision",
-        key_of(code=family.code_of(order.model), reference=reference.key, runtimes=versions_of(_RUNTIMES)),
+        key_of(code=family.code_of(request.model), reference=reference.key, runtimes=versions_of(_RUNTIMES)),
         make,
     )
-    recipe, model = mixed_precision.promoted(order.recipe, order.model, tried(stage)["fp32"])
-    return stage, replace(order, recipe=recipe, model=model)
+    recipe, model = mixed_precision.promoted(request.recipe, request.model, tried(stage)["fp32"])
+    return stage, replace(request, recipe=recipe, model=model)
 
 
 def tried(stage: Stage) -> dict[str, Any]:
@@ -186,7 +194,7 @@ class Judged:
 
 def judge_graph(
     work: Workspace,
-    order: Order,
+    request: BuildRequest,
     checkpoint: Checkpoint,
     exported: Stage,
     reference: Stage,
@@ -194,26 +202,26 @@ def judge_graph(
 ) -> Judged:
     """Judges what lies on the disk, the very files that will be published, run as they will be; and looks inside."""
     stored = reference_file.read(reference.folder / bundle.REFERENCE)
-    graphs = _graphs(order, exported)
-    way = facts.chosen if facts else runners.graph_way(order.precision)
+    graphs = _graphs(request, exported)
+    way = facts.chosen if facts else runners.graph_way(request.precision)
     kept = html_report.Kept()
-    candidate = runners.open_candidate(order.model, graphs, way)
-    name = runners.candidate_name(order.precision, way, facts.arithmetic if facts else {})
+    candidate = runners.open_candidate(request.model, graphs, way)
+    name = runners.candidate_name(request.precision, way, facts.arithmetic if facts else {})
     report = evaluate.judged(
         html_report.keeping(candidate, stored.expectations, kept), stored, name, progress=work.progress
     )
-    one_thread = runners.with_one_thread(order.model, graphs, way)
-    report = evaluate.with_steadiness(report, stored, candidate, one_thread)
-    report = evaluate.with_ranges(report, order.model, graphs, order.cases, progress=work.progress)
+    one_thread = runners.with_one_thread(request.model, graphs, way)
+    report = evaluate.with_determinism(report, stored, candidate, one_thread)
+    report = evaluate.with_ranges(report, request.model, graphs, request.cases, progress=work.progress)
     growth = evaluate.growth_of(
         report,
         [expectation.case for expectation in stored.expectations],
-        order.model,
+        request.model,
         graphs,
         checkpoint,
-        order.limits,
+        request.limits,
         way=way,
-        precision=order.precision,
+        precision=request.precision,
         progress=work.progress,
     )
     content = {
@@ -225,7 +233,7 @@ def judge_graph(
     }
 
     def make(folder: Path) -> None:
-        (folder / bundle.REPORT).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        (folder / bundle.REPORT_JSON).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     stage = work.stage("judge", key_of(report=content), make)
     return Judged(stage=stage, report=report, growth=growth, kept={name: kept})
@@ -233,7 +241,7 @@ def judge_graph(
 
 def report_page(
     work: Workspace,
-    order: Order,
+    request: BuildRequest,
     manifest: Manifest,
     reference: Stage,
     judged: Judged,
@@ -242,11 +250,11 @@ def report_page(
 
     def make(folder: Path) -> None:
         stored = reference_file.read(reference.folder / bundle.REFERENCE)
-        html = html_report.render(manifest, order.model, judged.report, judged.growth, stored, judged.kept)
-        (folder / bundle.PAGE).write_text(html, encoding="utf-8")
+        html = html_report.render(manifest, request.model, judged.report, judged.growth, stored, judged.kept)
+        (folder / bundle.REPORT_HTML).write_text(html, encoding="utf-8")
 
     key = key_of(
-        code=family.code_of(order.model),
+        code=family.code_of(request.model),
         template=files.sha256(html_report.TEMPLATE),
         manifest=manifest.model_dump(mode="json", exclude={"created"}),
         versions=versions_of((*html_report.PACKAGES, "pillow")),
@@ -264,37 +272,38 @@ def bill_of_materials(work: Workspace, manifest: Manifest) -> Stage:
     return work.stage("sbom", key_of(content=content), make)
 
 
-def engines(work: Workspace, order: Order, exported: Stage) -> Stage:
+def engines(work: Workspace, request: BuildRequest, exported: Stage) -> Stage:
     """An engine from each judged graph, and what is known of each before it is run."""
 
     def make(folder: Path) -> None:
         facts = [
-            _compile(work, order, exported.folder / f"{graph.name}.onnx", graph, folder) for graph in order.model.graphs
+            _compile(work, request, exported.folder / f"{graph.name}.onnx", graph, folder)
+            for graph in request.model.graphs
         ]
         content = [engine_facts.model_dump(mode="json") for engine_facts in facts]
         (folder / bundle.ENGINES).write_text(json.dumps(content, indent=1) + "\n")
 
     key = key_of(
-        code=family.code_of(order.model),
+        code=family.code_of(request.model),
         exported=[file.sha256 for file in exported.files],
-        target=order.chosen.target.model_dump(mode="json"),
-        runtime=order.runtime,
-        choices=order.recipe.engine.model_dump(mode="json"),
-        profiles={name: [asdict(profile) for profile in found] for name, found in order.profiles.items()},
-        gpu=order.builder_gpu,
-        versions=[engine_header.installed_version(order.runtime), versions_of(("polygraphy",))],
+        target=request.chosen.target.model_dump(mode="json"),
+        runtime=request.runtime,
+        choices=request.recipe.engine.model_dump(mode="json"),
+        profiles={name: [asdict(profile) for profile in found] for name, found in request.profiles.items()},
+        gpu=request.builder_gpu,
+        versions=[engine_header.installed_version(request.runtime), versions_of(("polygraphy",))],
     )
     return work.stage("engine", key, make)
 
 
-def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
-    target, choices, gpu = order.chosen.target, order.recipe.engine, order.builder_gpu
+def _compile(work: Workspace, request: BuildRequest, onnx: Path, graph: Graph, folder: Path) -> EngineFacts:
+    target, choices, gpu = request.chosen.target, request.recipe.engine, request.builder_gpu
     made = builder.build(
         onnx,
         graph,
         folder,
-        runtime=order.runtime,
-        profiles=order.profiles[graph.name],
+        runtime=request.runtime,
+        profiles=request.profiles[graph.name],
         compute_capabilities=target.compute_capabilities,
         choices=choices,
         gpu=gpu,
@@ -303,15 +312,15 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
     return EngineFacts(
         graph=graph.name,
         file=made.path.name,
-        runtime=order.runtime,
+        runtime=request.runtime,
         runtime_version=made.runtime_version,
         compute_capabilities=made.compute_capabilities,
         device=gpu.name if gpu else "",
         compatibility=choices.compatibility,
         version_compatible=choices.version_compatible,
         stripped=choices.strip_weights,
-        precision=order.precision,
-        profiles={profile.name: dict(profile.shapes) for profile in order.profiles[graph.name]},
+        precision=request.precision,
+        profiles={profile.name: dict(profile.shapes) for profile in request.profiles[graph.name]},
         size_bytes=made.size_bytes,
         weight_bytes=made.weight_bytes,
         scratch_bytes=made.scratch_bytes,
@@ -321,11 +330,13 @@ def _compile(work: Workspace, order: Order, onnx: Path, graph: Graph, folder: Pa
         peak_memory_bytes=made.peak_memory_bytes,
         log=made.log.name,
         log_sha256=files.sha256(made.log),
-        caution=target.cautions.get(order.runtime, ""),
+        caution=target.cautions.get(request.runtime, ""),
     )
 
 
-def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage], judged: Judged) -> evaluate.EngineVerdict:
+def judge_engines(
+    work: Workspace, request: BuildRequest, stages: Mapping[str, Stage], judged: Judged
+) -> evaluate.EngineVerdict:
     """The engines over every case, where this machine's GPU can run them; else the reason why it was not done.
 
     What of their answers is worth a picture joins `judged.kept`.
@@ -336,9 +347,9 @@ def judge_engines(work: Workspace, order: Order, stages: Mapping[str, Stage], ju
     stored = reference_file.read(stages["reference"].folder / bundle.REFERENCE)
     kept = html_report.Kept()
     verdict = evaluate.judge_engines(
-        order.model,
+        request.model,
         {folder / facts.file: facts for facts in engines},
-        {exported / f"{graph.name}.onnx": graph for graph in order.model.graphs},
+        {exported / f"{graph.name}.onnx": graph for graph in request.model.graphs},
         stored,
         watch=lambda candidate: html_report.keeping(candidate, stored.expectations, kept),
         progress=work.progress,
@@ -354,9 +365,9 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
     return {"dinoexport": dinoexport.__version__} | found
 
 
-def versions_in(order: Order) -> dict[str, str]:
+def versions_in(request: BuildRequest) -> dict[str, str]:
     """The versions of all that may have had a part in a bundle, as far as it is installed."""
-    compilers = (*engine_header.PACKAGES[order.runtime], "polygraphy") if order.runtime.has_engine else ()
+    compilers = (*engine_header.PACKAGES[request.runtime], "polygraphy") if request.runtime.has_engine else ()
     found = versions_of((*TRACERS, *_RUNTIMES, "safetensors", "pillow", *html_report.PACKAGES, *compilers)) | {
         "python": platform.python_version()
     }

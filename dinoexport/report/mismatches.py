@@ -36,7 +36,7 @@ def check(path: Path, images: Path | None) -> None:
 
 def write(path: Path, validated: Validated, images: Path, *, progress: Progress) -> None:
     """Writes the page by rename; the images it shows are read again from `images`."""
-    found = validated.together.agreement if validated.together else None
+    found = validated.aggregate.agreement if validated.aggregate else None
     pictures: dict[str, Picture] = {}
     if found is not None:
         recipe = parse(Recipe, validated.manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -69,7 +69,7 @@ def render(validated: Validated, found: Agreement | None, pictures: Mapping[str,
     return template.render(
         title=f"{validated.manifest.variant}, {validated.manifest.precision}",
         report=validated.report,
-        together=validated.together,
+        aggregate=validated.aggregate,
         agreement=found,
         skipped=validated.skipped,
         pictures=pictures,

@@ -13,7 +13,7 @@ from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import Arithmetic, cpu, openvino
-from dinoexport.spec import CpuRuntime, Graph, Load, Precision, Progress, Way, silent
+from dinoexport.spec import CpuRuntime, Graph, Precision, Progress, Way, Workload, silent
 from dinoexport.system import timing
 
 # Two visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's
@@ -67,37 +67,37 @@ def ways(precision: Precision, among: Collection[CpuRuntime]) -> tuple[Way, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class GraphForms:
     """Graphs of one precision, by their files, in the form each runtime takes that may run them."""
 
     precision: Precision
     graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
 
 
-def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, progress: Progress = silent) -> CpuFacts:
+def tune(model: Model, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent) -> CpuFacts:
     """The fastest way to run `wanted` here, on the load most users ask, and what was measured to find it.
 
     plain: the same model in fp32, to be timed beside a precision that is less.
     """
     own = ways(wanted.precision, wanted.graphs)
-    load = model.loads[0]
+    workload = model.workloads[0]
     if plain is None and len({way.runtime for way in own}) == 1:
-        return _without_choice(model, wanted, own[0], load)
+        return _without_choice(model, wanted, own[0], workload)
     candidates = [(way, wanted) for way in own]
     if plain is not None:
         candidates += [(way, plain) for way in ways(plain.precision, plain.graphs) if way.threads == own[0].threads]
     neighbours = timing.Neighbours()
-    measured, refused = _measured(model, candidates, load, progress)
+    measured, refused = _measured(model, candidates, workload, progress)
     best = min((timed for timed in measured if timed.way in own), key=lambda timed: timed.median_ms)
     beaten = [timed for timed in measured if timed.way not in own]
     fp32_ms = min((timed.median_ms for timed in beaten), default=None)
     return CpuFacts(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
-        load=load.name,
+        load=workload.name,
         chosen=best.way,
         runtime_version=cpu.version(best.way.runtime),
-        arithmetic=dict(_arithmetic(model, wanted, best.way, load)),
+        arithmetic=dict(_arithmetic(model, wanted, best.way, workload)),
         times_fp32=None if fp32_ms is None else best.median_ms / fp32_ms,
         measured=tuple(sorted(measured, key=lambda timed: timed.median_ms)),
         refused=refused,
@@ -105,15 +105,15 @@ def tune(model: Model, wanted: Candidate, plain: Candidate | None = None, *, pro
     )
 
 
-def _without_choice(model: Model, wanted: Candidate, way: Way, load: Load) -> CpuFacts:
+def _without_choice(model: Model, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
     """Where there is one runtime it takes every CPU it may, whatever the clock says: the same on each run."""
     return CpuFacts(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
-        load=load.name,
+        load=workload.name,
         chosen=way,
         runtime_version=cpu.version(way.runtime),
-        arithmetic=dict(_arithmetic(model, wanted, way, load)),
+        arithmetic=dict(_arithmetic(model, wanted, way, workload)),
         times_fp32=None,
         measured=(),
         others_share=0.0,
@@ -121,7 +121,7 @@ def _without_choice(model: Model, wanted: Candidate, way: Way, load: Load) -> Cp
 
 
 def _measured(
-    model: Model, candidates: Sequence[tuple[Way, Candidate]], load: Load, progress: Progress
+    model: Model, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
 ) -> tuple[list[Timed], dict[str, str]]:
     """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
 
@@ -135,7 +135,7 @@ def _measured(
         fastest = min((min(taken) for taken in samples.values()), default=0.0)
         if way.runtime not in refused and (way not in samples or min(samples[way]) <= _HOPELESS * fastest):
             try:
-                samples[way] = samples.get(way, ()) + _visit(model, way, candidate, load)
+                samples[way] = samples.get(way, ()) + _visit(model, way, candidate, workload)
             except BuildError as error:
                 refused[way.runtime] = error.message
                 samples = {other: taken for other, taken in samples.items() if other.runtime != way.runtime}
@@ -150,11 +150,11 @@ def _measured(
     return timed, refused
 
 
-def _visit(model: Model, way: Way, candidate: Candidate, load: Load) -> tuple[float, ...]:
+def _visit(model: Model, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
     opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
-    run = {"": lambda: model.drive(opened, load.inputs)}
+    run = {"": lambda: model.drive(opened, workload.inputs)}
     return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
 
 
-def _arithmetic(model: Model, candidate: Candidate, way: Way, load: Load) -> Arithmetic:
-    return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), load.inputs)
+def _arithmetic(model: Model, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:
+    return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), workload.inputs)

@@ -17,7 +17,7 @@ from dinoexport.validation.metrics import distance
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steadiness:
+class Determinism:
     """The largest relative L2 difference, over all outputs of `cases`, between two answers to the same question.
 
     again: asked twice. alone: an item by itself and among the others of its batch; None where no case has a batch.
@@ -47,7 +47,7 @@ def _apart(relative_l2: float) -> str:
     return f"{relative_l2:.1e} apart" if relative_l2 else "equal to the last bit"
 
 
-def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], Runner] | None) -> Steadiness | None:
+def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], Runner] | None) -> Determinism | None:
     """Asks `candidate` a few of `cases` otherwise; None when it could answer none of them.
 
     one_thread: opens the same candidate with one thread, where it has threads; closed again at the end, for it holds
@@ -68,7 +68,7 @@ def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], R
         asked.append(case.name)
     if not asked:
         return None
-    return Steadiness(cases=tuple(asked), again=_worst(again) or 0.0, alone=_worst(alone), one_thread=_worst(threads))
+    return Determinism(cases=tuple(asked), again=_worst(again) or 0.0, alone=_worst(alone), one_thread=_worst(threads))
 
 
 def chosen(cases: Sequence[Case]) -> tuple[Case, ...]:

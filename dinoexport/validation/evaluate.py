@@ -41,7 +41,7 @@ def limits_for(validation: Validation, precision: Precision) -> Limits:
     return validation.limits[precision]
 
 
-def ask_pytorch(
+def compute_reference(
     model: Model,
     checkpoint: Checkpoint,
     cases: Sequence[Case],
@@ -135,7 +135,7 @@ def judge_engines(
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
     report = judged(watch(candidate), reference, runners.engine_name(facts[0], device), progress=progress)
-    report = with_steadiness(report, reference, candidate)
+    report = with_determinism(report, reference, candidate)
     return EngineVerdict(facts=executed(facts, device, report), report=report)
 
 
@@ -160,7 +160,7 @@ def judged(candidate: Candidate, reference: Reference, name: str, *, progress: P
     )
 
 
-def with_steadiness(
+def with_determinism(
     report: judge.Report,
     reference: Reference,
     candidate: Candidate,
@@ -171,7 +171,7 @@ def with_steadiness(
     one_thread: opens it with one thread.
     """
     cases = [expectation.case for expectation in reference.expectations]
-    return replace(report, steadiness=determinism.measure(candidate, cases, one_thread))
+    return replace(report, determinism=determinism.measure(candidate, cases, one_thread))
 
 
 def with_ranges(

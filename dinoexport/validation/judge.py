@@ -14,7 +14,7 @@ from typing import Any
 from dinoexport.config.recipe import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
 from dinoexport.spec import Array, Candidate, Case, Expectation, Progress, silent
-from dinoexport.validation.determinism import Steadiness
+from dinoexport.validation.determinism import Determinism
 from dinoexport.validation.metrics import Distance, distance, neighbour_agreement
 
 
@@ -59,7 +59,7 @@ class Report:
     reference: str
     rows: tuple[Row, ...]
     not_covered: tuple[str, ...] = ()
-    steadiness: Steadiness | None = None
+    determinism: Determinism | None = None
 
     @property
     def passed(self) -> bool:
@@ -80,7 +80,7 @@ class Report:
             "reference": self.reference,
             "rows": rows,
             "not_covered": list(self.not_covered),
-            **({"steadiness": without_nan(asdict(self.steadiness))} if self.steadiness else {}),
+            **({"determinism": without_nan(asdict(self.determinism))} if self.determinism else {}),
         }
 
 

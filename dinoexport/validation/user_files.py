@@ -142,7 +142,7 @@ _STORED = TypeAdapter(_Stored)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
+class Aggregate:
     """The verdict on all of a user's cases. agreement: None where the family knows no uses. said: how the run went."""
 
     report: Report
@@ -190,7 +190,7 @@ def judge_own(
     identity: Sequence[str],
     at_once: int,
     progress: Progress = silent,
-) -> Together:
+) -> Aggregate:
     """Judges every case, `at_once` of them at a time, then what all of them together are good for.
 
     ask, exact: PyTorch's answers to cases, and to inputs alone. judged: the report on a candidate by such answers.
@@ -230,15 +230,15 @@ def judge_own(
         known += before
     if known:
         said.append(f"{known} of {len(items)} were taken over from a run that was interrupted")
-    together = downstream.agreement(uses, items, limits, progress=progress) if uses else None
+    aggregate = downstream.agreement(uses, items, limits, progress=progress) if uses else None
     report = Report(
         candidate=names[0],
         reference=names[1],
-        rows=(*rows, *(together.rows if together else ())),
+        rows=(*rows, *(aggregate.rows if aggregate else ())),
         not_covered=tuple(not_covered),
     )
     keep.clear()
-    return Together(report=report, agreement=together, said=tuple(said))
+    return Aggregate(report=report, agreement=aggregate, said=tuple(said))
 
 
 def _found(

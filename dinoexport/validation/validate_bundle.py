@@ -21,7 +21,7 @@ from dinoexport.spec import Candidate, Case, Graph, Progress, Runtime, silent
 from dinoexport.validation import evaluate, judge, user_files
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.evaluate import Judge
-from dinoexport.validation.user_files import Together
+from dinoexport.validation.user_files import Aggregate
 from dinoexport.weights.checkpoint import Checkpoint
 
 # How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
@@ -40,7 +40,7 @@ class Validated:
     manifest: Manifest
     report: judge.Report
     skipped: tuple[str, ...] = ()
-    together: Together | None = None
+    aggregate: Aggregate | None = None
     not_run: str = ""
     recorded: bool = False
     not_recorded: str = ""
@@ -92,12 +92,12 @@ def validate(
         cases = user_files.readable(model, images, skipped, progress)
         checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
         limits = _limits_of(folder, manifest, recipe)
-        together = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
+        aggregate = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
         validated = Validated(
             manifest=manifest,
-            report=together.report,
+            report=aggregate.report,
             skipped=tuple(skipped),
-            together=together,
+            aggregate=aggregate,
             not_run=opened.not_run,
         )
         if not explained:
@@ -122,7 +122,7 @@ def _by_reference(
 ) -> Validated:
     """The verdict by what the bundle carries; engines that pass are written down as executed on this machine."""
     report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
-    report = evaluate.with_steadiness(report, reference, opened.candidate, opened.one_thread)
+    report = evaluate.with_determinism(report, reference, opened.candidate, opened.one_thread)
     passed_on_gpu = bool(opened.device and report.passed)
     not_recorded = ""
     if passed_on_gpu:
@@ -177,7 +177,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
             not_run = missing.message
     way = runners.way_of(manifest)
     opened = cpu.open_graphs(graphs, way)
-    name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.loads[0].inputs))
+    name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.workloads[0].inputs))
     return _Opened(
         candidate=runners.driven(model, opened),
         name=name,
@@ -196,12 +196,12 @@ def _judge_own(
     limits: Limits,
     judge_code: Judge,
     progress: Progress,
-) -> Together:
+) -> Aggregate:
     """The verdict on a user's own cases, each by itself and all together; see `streamed`."""
     require("export", "torch")
 
     def ask(asked: Sequence[Case]) -> Reference:
-        return evaluate.ask_pytorch(
+        return evaluate.compute_reference(
             model, checkpoint, asked, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
         )
 

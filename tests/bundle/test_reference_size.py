@@ -12,7 +12,7 @@ from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.models.dinov2.config import PATCH
 from dinoexport.pipeline import build as pipeline
-from dinoexport.pipeline.request import Order
+from dinoexport.pipeline.request import BuildRequest
 from dinoexport.spec import Array, Case, Expectation, Precision
 
 # MB by width: a user copies a bundle to each machine it serves on, and the reference must not outweigh the model.
@@ -20,27 +20,27 @@ BOUNDS_MB = {384: 30, 768: 40, 1024: 50, 1536: 65}
 VARIANTS = [f"vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
 
 
-def answers(order: Order, case: Case) -> dict[str, Array]:
+def answers(request: BuildRequest, case: Case) -> dict[str, Array]:
     """Zeros of the shapes that the graph's signature gives for this case."""
     (pixels_B3HW,) = case.inputs.values()
     batch, _, height, width = pixels_B3HW.shape
     sizes = {"batch": batch, "patches": (height // PATCH) * (width // PATCH)}
     return {
         tensor.name: np.zeros([sizes[n] if isinstance(n, str) else n for n in tensor.shape], np.float32)
-        for tensor in order.model.graphs[0].outputs
+        for tensor in request.model.graphs[0].outputs
     }
 
 
-def size_bytes(order: Order, path: Path) -> int:
+def size_bytes(request: BuildRequest, path: Path) -> int:
     expectations = []
-    for case in order.cases:
-        outputs = answers(order, case)
+    for case in request.cases:
+        outputs = answers(request, case)
         own = {name: array.astype(np.float16) for name, array in outputs.items()} if case.shown else {}
         expectations.append(
             Expectation(case=case, outputs=outputs, own_outputs=own, own_error=dict.fromkeys(outputs, 1e-3))
         )
     reference_file.write(
-        path, Reference(name="x" * 80, limits=order.limits, expectations=tuple(expectations), refusals=())
+        path, Reference(name="x" * 80, limits=request.limits, expectations=tuple(expectations), refusals=())
     )
     return path.stat().st_size
 
@@ -48,16 +48,16 @@ def size_bytes(order: Order, path: Path) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_references_stay_compact(variant: str, tmp_path: Path) -> None:
     """In fp16, where PyTorch's own answers to the photographs are carried too."""
-    order = pipeline.order(variant, precision=Precision.FP16)
-    width = int(order.model.facts["width"])
-    assert size_bytes(order, tmp_path / "reference.npz") < BOUNDS_MB[width] * 1e6
+    request = pipeline.build_request(variant, precision=Precision.FP16)
+    width = int(request.model.facts["width"])
+    assert size_bytes(request, tmp_path / "reference.npz") < BOUNDS_MB[width] * 1e6
 
 
 def test_a_real_one_has_the_size_that_was_reckoned(tmp_path: Path) -> None:
     from tests.report.test_html_report import recipe_with_photographs
 
     recipe = recipe_with_photographs(tmp_path)
-    order = pipeline.order(recipe, weights="synthetic:0", precision=Precision.FP16, out=tmp_path / "bundle")
-    pipeline.build(order)
-    real = (order.out / bundle.REFERENCE).stat().st_size
-    assert size_bytes(order, tmp_path / "reckoned.npz") == pytest.approx(real, rel=1e-3)
+    request = pipeline.build_request(recipe, weights="synthetic:0", precision=Precision.FP16, out=tmp_path / "bundle")
+    pipeline.build(request)
+    real = (request.out / bundle.REFERENCE).stat().st_size
+    assert size_bytes(request, tmp_path / "reckoned.npz") == pytest.approx(real, rel=1e-3)

@@ -92,8 +92,8 @@ def test_the_same_bundle_has_the_same_bill() -> None:
 
 def test_a_build_carries_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "bundle"
-    order = pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out)
-    pipeline.export_only(order)
+    request = pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out)
+    pipeline.export_only(request)
     found: Manifest = bundle.verify(out)
     raw = (out / bundle.SBOM).read_bytes()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(raw.decode()) is None
@@ -105,8 +105,8 @@ def test_a_build_carries_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for package in ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"):
         assert components[f"package:{package}"]["version"] == version(package)
         assert components[f"package:{package}"]["licenses"], package
-    pipeline.export_only(order, force=True)
+    pipeline.export_only(request, force=True)
     assert (out / bundle.SBOM).read_bytes() == raw
     monkeypatch.setitem(__import__("sys").modules, "cyclonedx", None)
     with pytest.raises(MissingRequirement, match="cyclonedx is not installed"):
-        pipeline.export_only(order)
+        pipeline.export_only(request)

@@ -242,8 +242,8 @@ def test_build_signs_what_it_publishes(built: Path, keys: Path, tmp_path: Path) 
     assert "not verified here" in run("inspect", built).stdout
     copy = tmp_path / "bundle"
     shutil.copytree(built, copy)
-    order = pipeline.order(TINY, weights="synthetic:0", out=copy)
-    assert "export" in pipeline.build(order).reused, "a signed bundle is one that may be replaced"
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=copy)
+    assert "export" in pipeline.build(request).reused, "a signed bundle is one that may be replaced"
     assert signing.signed_by(copy) is None and run("inspect", copy, "--json").stdout.count('"signed": "no"') == 1
 
 

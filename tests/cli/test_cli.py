@@ -122,7 +122,7 @@ def test_recipe_based_on_a_shipped_one(tmp_path: Path) -> None:
     recipe.write_text('base = "vits14"\nname = "mine"\n[graph]\nlast_blocks = 2\ninput = "images"\n')
     from dinoexport.pipeline import build as pipeline
 
-    (graph,) = pipeline.order(str(recipe)).model.graphs
+    (graph,) = pipeline.build_request(str(recipe)).model.graphs
     assert [tensor.name for tensor in graph.inputs] == ["images"]
     assert [tensor.name for tensor in graph.outputs] == [
         "block_10_class_token", "block_10_patch_tokens",
@@ -135,13 +135,13 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bundle")
     built = json.loads(run("build", TINY, "--weights", "synthetic:0", "--out", out, "--json").stdout)
     assert built["verdict"] == "passed" and built["bundle"] == out and built["report"]["rows"]
-    assert built["report"]["steadiness"]["again"] == 0 and built["report"]["steadiness"]["cases"] == ["batch"]
+    assert built["report"]["determinism"]["again"] == 0 and built["report"]["determinism"]["cases"] == ["batch"]
     exported = json.loads(run("export", TINY, "--weights", "synthetic:1", "--out", out, "--json").stdout)
     assert exported["verdict"] == "unjudged"
     told = json.loads(run("validate", str(bundle_folder), "--json").stdout)
     assert "the 2 cases the bundle carries" in told["proves"] and "other inputs and sizes" in told["does_not_prove"]
     validated = told["report"]
-    assert validated["passed"] and validated["steadiness"]["alone"] < 1e-5
+    assert validated["passed"] and validated["determinism"]["alone"] < 1e-5
     shown = run("validate", str(bundle_folder)).stdout
     assert "Steady: the same inputs again: equal to the last bit; alone" in shown
     assert (

@@ -35,7 +35,7 @@ TINY = str(DATA / "tiny_swiglu_reg.toml")
 
 def exported(recipe: str, precision: Precision, folder: Path) -> tuple[Path, Graph]:
     """The ONNX of a recipe, and its signature."""
-    model: Any = pipeline.order(recipe, precision=precision).model
+    model: Any = pipeline.build_request(recipe, precision=precision).model
     conformance.export_to(folder, model, lambda name: model.synthetic(name, 0))
     return folder / "model.onnx", model.graphs[0]
 
@@ -83,41 +83,41 @@ def test_bytes_in_compile_too(tmp_path: Path) -> None:
 
 
 def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", target="a100", out=tmp_path / "bundle")
-    assert order.precision is Precision.FP16, "the target's first choice"
-    built = pipeline.build(order)
+    request = pipeline.build_request(TINY, weights="synthetic:0", target="a100", out=tmp_path / "bundle")
+    assert request.precision is Precision.FP16, "the target's first choice"
+    built = pipeline.build(request)
     assert built.reused == ()
-    manifest = bundle.verify(order.out)
+    manifest = bundle.verify(request.out)
     (facts,) = manifest.engines
     assert (facts.file, facts.compute_capabilities, facts.executed) == ("model.rtx", ("8.0",), "never")
     assert facts.profiles == {"whole": {"pixels": ((1, 3, 14, 14), (1, 3, 28, 28), (4, 3, 1022, 1022))}}
-    assert facts.log_sha256 == files.sha256(order.out / facts.log)
+    assert facts.log_sha256 == files.sha256(request.out / facts.log)
     assert built.engines.not_run == "model.rtx was not run: no GPU here."
-    assert engine_header.read_header(order.out / "model.rtx").version == facts.runtime_version
+    assert engine_header.read_header(request.out / "model.rtx").version == facts.runtime_version
     said = "\n".join(formatting.engine_lines(manifest))
     assert "executed: never" in said and "caution" in said
-    assert validate_bundle.validate(order.out).report.passed
-    assert pipeline.build(order).reused == ("export", "reference", "engine")
-    (order.out / "model.rtx").write_bytes(b"x" + (order.out / "model.rtx").read_bytes()[1:])
-    assert pipeline.build(order).reused == ("export", "reference")
+    assert validate_bundle.validate(request.out).report.passed
+    assert pipeline.build(request).reused == ("export", "reference", "engine")
+    (request.out / "model.rtx").write_bytes(b"x" + (request.out / "model.rtx").read_bytes()[1:])
+    assert pipeline.build(request).reused == ("export", "reference")
 
 
 def test_bf16_for_a_gpu(tmp_path: Path) -> None:
     """The graph's own tensors are bf16: attention is fused; on the CPU it is judged widened, and said so."""
-    order = pipeline.order(
+    request = pipeline.build_request(
         TINY, weights="synthetic:0", precision=Precision.BF16, target="a100", out=tmp_path / "bundle"
     )
-    built = pipeline.build(order)
+    built = pipeline.build(request)
     (facts,) = built.manifest.engines
     assert (facts.precision, facts.fused_attentions, facts.attentions) == (Precision.BF16, 3, 3)
     types = {
-        tensor.data_type for tensor in onnx.load(order.out / "model.onnx", load_external_data=False).graph.initializer
+        tensor.data_type for tensor in onnx.load(request.out / "model.onnx", load_external_data=False).graph.initializer
     }
     assert onnx.TensorProto.BFLOAT16 in types and onnx.TensorProto.FLOAT16 not in types
     assert built.report is not None and "bf16 widened to fp32" in built.report.candidate
     errors = [row.distance.relative_l2 for row in built.report.rows if row.distance]
     assert min(errors) > 1e-3 and max(errors) < 2e-2, "more than fp16 loses, within bf16's limits"
-    assert "bf16 widened to fp32" in validate_bundle.validate(order.out).report.candidate
+    assert "bf16 widened to fp32" in validate_bundle.validate(request.out).report.candidate
 
 
 def test_a_damaged_graph_is_one_error(tiny: tuple[Path, Graph], tmp_path: Path) -> None:

@@ -90,12 +90,12 @@ def test_the_recipe_chooses(tmp_path: Path) -> None:
         'base = "vits14"\n[profiles.odd]\nheight = { min = 14, opt = 225, max = 518 }\n[engine]\nprofiles = ["odd"]\n'
     )
     with pytest.raises(UsageError, match=r"\[profiles\.odd\]: height 225 is no multiple of 14"):
-        pipeline.order(str(mine), target="a100")
+        pipeline.build_request(str(mine), target="a100")
     mine.write_text('base = "vits14"\n[profiles.odd]\nheight = { min = 28, opt = 14, max = 518 }\n')
     with pytest.raises(UsageError, match="needs min <= opt <= max"):
-        pipeline.order(str(mine), target="a100")
-    order = pipeline.order("vits14", target="a100", engine_choices={"profiles": ("hires", "latency")})
-    assert [p.name for p in order.profiles["model"]] == ["hires", "latency"]
+        pipeline.build_request(str(mine), target="a100")
+    request = pipeline.build_request("vits14", target="a100", engine_choices={"profiles": ("hires", "latency")})
+    assert [p.name for p in request.profiles["model"]] == ["hires", "latency"]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_build_asks_before_the_long_work(tmp_path: Path, monkeypatch: pytest.M
     tiny = (DATA / "tiny_swiglu.toml").read_text()
     recipe_file.write_text(tiny.replace("max = 4 }", "max = 4096 }"))
     (tmp_path / "tiny_cases.toml").write_bytes((DATA / "tiny_cases.toml").read_bytes())
-    order = pipeline.order(str(recipe_file), weights="synthetic:0", target="l4", out=tmp_path / "b")
+    request = pipeline.build_request(str(recipe_file), weights="synthetic:0", target="l4", out=tmp_path / "b")
     with pytest.raises(MissingRequirement, match=r"Profile whole needs about .* the smallest l4 has 24\.0 GB"):
-        pipeline.build(order)
+        pipeline.build(request)
     assert not (tmp_path / "b").exists()

@@ -74,15 +74,15 @@ def test_a_build_takes_over_what_was_traced(tmp_path: Path, monkeypatch: pytest.
         threads.append((piece.name.partition(",")[0], threading.current_thread() is threading.main_thread()))
         return original(piece)
 
-    order = pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path / "bundle")
+    request = pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path / "bundle")
     alone = tmp_path / "alone"
     alone.mkdir()
-    export_to(alone, order.model, lambda name: order.model.synthetic(name, 0))
+    export_to(alone, request.model, lambda name: request.model.synthetic(name, 0))
     monkeypatch.setattr(onnx_writer, "_trace", trace)
-    pipeline.export_only(order)
+    pipeline.export_only(request)
     assert threads == [("stem", False), ("block", False), ("head", False)]
     data = "model.onnx.data"
-    assert files.sha256(order.out / data) == hashlib.sha256((alone / data).read_bytes()).hexdigest()
+    assert files.sha256(request.out / data) == hashlib.sha256((alone / data).read_bytes()).hexdigest()
 
 
 def test_a_large_file_is_hashed_at_its_pace_beside_a_thread_that_computes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ BLOCK = Counter(
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    model = pipeline.order(str(DATA / "tiny_swiglu.toml")).model
+    model = pipeline.build_request(str(DATA / "tiny_swiglu.toml")).model
     export_to(folder, model, lambda name: model.synthetic(name, 0))
     return folder / "model.onnx"
 
@@ -42,7 +42,7 @@ def test_operators_of_a_block(path: Path) -> None:
 
 def test_weights_are_stored_once(path: Path) -> None:
     """The checkpoint's numbers without LayerScale and mask token, and the position table with its border."""
-    model = pipeline.order(str(DATA / "tiny_swiglu.toml")).model
+    model = pipeline.build_request(str(DATA / "tiny_swiglu.toml")).model
     folded = ("gamma", "mask_token", "pos_embed")
     sizes = {name: 4 * shape[0] * (len(shape) < 2 or shape[1]) for name, shape in model.tensors.items()}
     del sizes["patch_embed.proj.weight"], sizes["cls_token"]

@@ -38,7 +38,7 @@ def build_command(out: Path) -> list[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle, built once."""
     out = tmp_path_factory.mktemp("built") / "bundle"
-    pipeline.build(pipeline.order(TINY, weights="synthetic:0", out=out))
+    pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=out))
     return out
 
 
@@ -58,7 +58,7 @@ def test_bundle_is_all_there(built: Path) -> None:
     assert manifest.verdict == "passed" and manifest.checkpoint.source == "synthetic:0"
     assert {"torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "python"} <= manifest.versions.keys()
     assert "bias" in manifest.card and "limits" in manifest.card and "intended_use" in manifest.card
-    report = json.loads((built / bundle.REPORT).read_text())
+    report = json.loads((built / bundle.REPORT_JSON).read_text())
     assert report["passed"] and len(report["rows"]) == 3 * 2
     assert manifest.report["rows"] == report["rows"]
     assert leftovers(built.parent) == []
@@ -85,7 +85,7 @@ def test_onnx_says_where_it_came_from(built: Path) -> None:
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:
     """In fp16, for which there is one runtime: nothing is chosen by the clock."""
     built = tmp_path / "bundle"
-    pipeline.build(pipeline.order(TINY, weights="synthetic:0", precision=Precision.FP16, out=built))
+    pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", precision=Precision.FP16, out=built))
     environment = {**os.environ, "PYTHONHASHSEED": "1234"}
     again = [*build_command(tmp_path / "again"), "--precision", "fp16"]
     subprocess.run(again, check=True, capture_output=True, env=environment)
@@ -96,13 +96,13 @@ def test_same_bytes_in_another_process(tmp_path: Path) -> None:
 def test_same_weights_at_another_path_are_the_same_graph(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    order = pipeline.order(TINY)
-    tensors = {name: order.model.synthetic(name, 0) for name in order.model.tensors}
+    request = pipeline.build_request(TINY)
+    tensors = {name: request.model.synthetic(name, 0) for name in request.model.tensors}
     graphs = set()
     for name in ("here", "there"):
         safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
         weights = str(tmp_path / f"{name}.safetensors")
-        built = pipeline.export_only(pipeline.order(TINY, weights=weights, out=tmp_path / "bundle"))
+        built = pipeline.export_only(pipeline.build_request(TINY, weights=weights, out=tmp_path / "bundle"))
         graphs.add((built.folder / "model.onnx").read_bytes())
         assert built.manifest.checkpoint.source == weights
     assert len(graphs) == 1 and built.reused == ("export",)
@@ -115,7 +115,7 @@ def test_reuse_follows_the_key(built: Path, tmp_path: Path) -> None:
     def reused(**changes: Any) -> tuple[str, ...]:
         force = changes.pop("force", False)
         return pipeline.build(
-            pipeline.order(TINY, **{"weights": "synthetic:0", "out": out, **changes}), force=force
+            pipeline.build_request(TINY, **{"weights": "synthetic:0", "out": out, **changes}), force=force
         ).reused
 
     assert reused() == ()
@@ -126,11 +126,11 @@ def test_reuse_follows_the_key(built: Path, tmp_path: Path) -> None:
 
 
 def test_tampered_stage_is_not_reused(tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle")
-    pipeline.build(order)
-    data = order.out / "model.onnx.data"
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle")
+    pipeline.build(request)
+    data = request.out / "model.onnx.data"
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
-    assert pipeline.build(order).reused == ("reference",)
+    assert pipeline.build(request).reused == ("reference",)
 
 
 def test_validate_needs_no_torch_and_no_network(built: Path) -> None:
@@ -174,34 +174,34 @@ def test_wrong_tokens_publish_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         return right(fold.Folded(arch=self.arch, read=read), i)
 
     monkeypatch.setattr(fold.Folded, "block", without_layer_scale)
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle")
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle")
     with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(order)
+        pipeline.build(request)
     assert rejected.value.exit_code == 1 and rejected.value.report.failures
-    assert not order.out.exists()
+    assert not request.out.exists()
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order, keep_rejected=True)
-    assert bundle.verify(order.out).verdict == "rejected"
-    assert not validate_bundle.validate(order.out).report.passed
+        pipeline.build(request, keep_rejected=True)
+    assert bundle.verify(request.out).verdict == "rejected"
+    assert not validate_bundle.validate(request.out).report.passed
 
 
 def test_rejected_build_leaves_the_old_bundle(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle")
-    pipeline.build(order)
-    before = (order.out / bundle.MANIFEST).read_bytes()
-    monkeypatch.setattr(type(order.model), "drive", lambda self, runners, inputs: {})
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle")
+    pipeline.build(request)
+    before = (request.out / bundle.MANIFEST).read_bytes()
+    monkeypatch.setattr(type(request.model), "drive", lambda self, runners, inputs: {})
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order)
-    assert (order.out / bundle.MANIFEST).read_bytes() == before
+        pipeline.build(request)
+    assert (request.out / bundle.MANIFEST).read_bytes() == before
 
 
 def test_export_is_marked_unjudged(tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle")
-    exported = pipeline.export_only(order)
-    assert exported.manifest.verdict == "unjudged" and not (order.out / bundle.REFERENCE).exists()
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle")
+    exported = pipeline.export_only(request)
+    assert exported.manifest.verdict == "unjudged" and not (request.out / bundle.REFERENCE).exists()
     with pytest.raises(UsageError, match="without a reference"):
-        validate_bundle.validate(order.out)
-    assert pipeline.build(order).reused == ("export",)
+        validate_bundle.validate(request.out)
+    assert pipeline.build(request).reused == ("export",)
 
 
 def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monk
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(validate_bundle, "_IMAGES_AT_ONCE", 3)
     asked: list[int] = []
-    ask = evaluate.ask_pytorch
+    ask = evaluate.compute_reference
     monkeypatch.setattr(
         evaluate, "ask_pytorch", lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k)
     )
@@ -290,32 +290,32 @@ def test_too_little_disk_is_seen_before_work(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(MissingRequirement, match="needs about"):
-        pipeline.build(pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle"))
+        pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle"))
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MissingRequirement, match="cannot be written"):
-        pipeline.build(pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
+        pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("somebody's")
     with pytest.raises(UsageError, match="is no bundle"):
-        pipeline.build(pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "data"))
+        pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "data"))
     assert (tmp_path / "data" / "precious").read_text() == "somebody's"
 
 
 def test_nan_in_the_weights_publishes_nothing(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    order = pipeline.order(TINY, weights=str(tmp_path / "nan.safetensors"), out=tmp_path / "bundle")
-    tensors = {name: order.model.synthetic(name, 0) for name in order.model.tensors}
+    request = pipeline.build_request(TINY, weights=str(tmp_path / "nan.safetensors"), out=tmp_path / "bundle")
+    tensors = {name: request.model.synthetic(name, 0) for name in request.model.tensors}
     tensors["blocks.2.mlp.w3.weight"][5, 5] = np.nan
     safetensors.numpy.save_file(tensors, tmp_path / "nan.safetensors")
     with pytest.raises(WeightsError, match=r"blocks\.2\.mlp\.w3\.weight .* NaN"):
-        pipeline.build(order)
-    assert not order.out.exists() and leftovers(tmp_path) == []
+        pipeline.build(request)
+    assert not request.out.exists() and leftovers(tmp_path) == []
 
 
 def test_impossible_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no target"):
-        pipeline.order(TINY, target="cpux")
+        pipeline.build_request(TINY, target="cpux")

@@ -87,12 +87,14 @@ def test_only_what_must_is_fp32_in_the_graph(repaired: Path) -> None:
 
 
 def test_trials_are_reused(repaired: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic-stress:0:100000", precision="auto", out=repaired)
-    assert "precision" in pipeline.build(order).reused
+    request = pipeline.build_request(TINY, weights="synthetic-stress:0:100000", precision="auto", out=repaired)
+    assert "precision" in pipeline.build(request).reused
 
 
 def test_what_holds_is_left_alone(tmp_path: Path) -> None:
-    built = pipeline.build(pipeline.order(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "bundle"))
+    built = pipeline.build(
+        pipeline.build_request(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "bundle")
+    )
     assert built.manifest.report["precision"] == {
         "fp32": [], "trials": [{"fp32": [], "passed": True, "failed_by": ""}],
     }  # fmt: skip
@@ -106,12 +108,12 @@ def test_nothing_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     problems = mixed_precision._problems
     monkeypatch.setattr(mixed_precision, "_problems", lambda *args: asked.append(args) or problems(*args))
-    order = pipeline.order(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "bundle")
+    request = pipeline.build_request(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "bundle")
     with pytest.raises(
         pipeline.NothingHolds, match=r"even with all of residual, norms, softmax, blocks\.0.*relative_l2"
     ):
-        pipeline.build(order)
-    assert len(asked) == 2 and not order.out.exists()
+        pipeline.build(request)
+    assert len(asked) == 2 and not request.out.exists()
 
 
 @pytest.mark.parametrize("part", ["norms", "softmax", "blocks.2"])
@@ -119,8 +121,8 @@ def test_each_part_is_in_the_graph(part: str) -> None:
     """A promoted part changes the traced pieces' arithmetic to fp32 and nothing else's."""
     import torch
 
-    order = pipeline.order(TINY, weights="synthetic:0", precision=Precision.FP16)
-    _, form = mixed_precision.promoted(order.recipe, order.model, (part,))
+    request = pipeline.build_request(TINY, weights="synthetic:0", precision=Precision.FP16)
+    _, form = mixed_precision.promoted(request.recipe, request.model, (part,))
     (graph,) = form.graphs
     blocks = [call.piece.module for call in form.calls(graph, lambda name: np.zeros(())) if "block" in call.scope]
     seen = [(block.body, block.norms, block.scores) for block in blocks]
@@ -139,9 +141,9 @@ def test_parts_in_a_recipe_are_checked(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('base = "vits14"\nname = "mine"\nprecision = "fp16"\n[graph]\nfp32 = ["block.3"]\n')
     with pytest.raises(UsageError, match=r"no part 'block\.3'\. Did you mean 'blocks\.3'"):
-        pipeline.order(str(recipe))
+        pipeline.build_request(str(recipe))
 
 
 def test_export_refuses_auto(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="export measures nothing"):
-        pipeline.export_only(pipeline.order(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "b"))
+        pipeline.export_only(pipeline.build_request(TINY, weights="synthetic:0", precision="auto", out=tmp_path / "b"))

@@ -54,30 +54,30 @@ def recipe_with_photographs(folder: Path) -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp16 bundle with photographs."""
     folder = tmp_path_factory.mktemp("page")
-    order = pipeline.order(
+    request = pipeline.build_request(
         recipe_with_photographs(folder), weights="synthetic-stress:0", precision=Precision.FP16, out=folder / "bundle"
     )
-    pipeline.build(order)
-    return order.out
+    pipeline.build(request)
+    return request.out
 
 
 @pytest.fixture(scope="module")
 def rejected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with weights that overflow fp16."""
     folder = tmp_path_factory.mktemp("rejected")
-    order = pipeline.order(
+    request = pipeline.build_request(
         recipe_with_photographs(folder),
         weights="synthetic-stress:0:100000",
         precision=Precision.FP16,
         out=folder / "bundle",
     )
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order, keep_rejected=True)
-    return order.out
+        pipeline.build(request, keep_rejected=True)
+    return request.out
 
 
 def test_page_says_everything(built: Path) -> None:
-    html = unescape((built / bundle.PAGE).read_text())
+    html = unescape((built / bundle.REPORT_HTML).read_text())
     manifest = bundle.verify(built)
     assert "PASSED" in html and manifest.checkpoint.sha256 in html
     for row in manifest.report["rows"]:
@@ -99,13 +99,13 @@ def test_page_says_everything(built: Path) -> None:
 
 
 def test_rejected_page_names_the_overflow(rejected: Path) -> None:
-    html = (rejected / bundle.PAGE).read_text()
+    html = (rejected / bundle.REPORT_HTML).read_text()
     assert "FAILED" in html and "PASSED" not in html
     assert "fp16 overflows in blocks.1/matmul_5 (MatMul)" in html
 
 
 def test_nothing_leaves_the_page_and_nothing_in_it_is_markup(built: Path) -> None:
-    html = (built / bundle.PAGE).read_text()
+    html = (built / bundle.REPORT_HTML).read_text()
     assert "<script" not in html and "&lt;script&gt;" in html
     assert "default-src 'none'" in html
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", html)
@@ -114,7 +114,7 @@ def test_nothing_leaves_the_page_and_nothing_in_it_is_markup(built: Path) -> Non
 
 def test_the_pictures_are_of_every_photograph(built: Path) -> None:
     """Six a photograph: itself, PyTorch, its own fp16 and the candidate with the error of each."""
-    html = (built / bundle.PAGE).read_text()
+    html = (built / bundle.REPORT_HTML).read_text()
     titles = re.findall(r'<img alt="([^"]+)"', html)
     candidate = bundle.read_manifest(built).report["candidate"]
     own = "PyTorch's own fp16"
@@ -224,19 +224,19 @@ def test_report_verb(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     shown = CliRunner().invoke(cli.app, ["report", str(built)])
-    assert shown.exit_code == 0 and str(built / bundle.PAGE) in shown.stdout and not opened
+    assert shown.exit_code == 0 and str(built / bundle.REPORT_HTML) in shown.stdout and not opened
     assert CliRunner().invoke(cli.app, ["report", str(built), "--open"]).exit_code == 0
-    assert opened == [(built / bundle.PAGE).as_uri()]
+    assert opened == [(built / bundle.REPORT_HTML).as_uri()]
     copy = tmp_path / "copy"
     shutil.copytree(built, copy)
-    (copy / bundle.PAGE).write_text("<script>stolen</script>")
+    (copy / bundle.REPORT_HTML).write_text("<script>stolen</script>")
     damaged = CliRunner().invoke(cli.app, ["report", str(copy), "--open"])
     assert damaged.exit_code == 1 and "damaged" in damaged.stderr and len(opened) == 1
 
 
 def test_report_of_a_bundle_without_one(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    pipeline.export_only(pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
+    pipeline.export_only(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
     result = CliRunner().invoke(cli.app, ["report", str(out)])
     assert result.exit_code == 2 and "never judged" in result.stderr
 
@@ -271,7 +271,7 @@ def browser() -> Any:
 def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRequest, browser: Any) -> None:
     """No error, no request, no missing image, nothing cut off; dark is dark."""
     path = request.getfixturevalue(which)
-    path = path / bundle.PAGE if path.is_dir() else path
+    path = path / bundle.REPORT_HTML if path.is_dir() else path
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     tab.on("console", lambda message: problems.append(message.text))
@@ -303,7 +303,7 @@ def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, 
     shown: Any = SimpleNamespace(
         manifest=SimpleNamespace(variant="v", precision="fp32"),
         report=report,
-        together=user_files.Together(report=report, agreement=found, said=()),
+        aggregate=user_files.Aggregate(report=report, agreement=found, said=()),
         skipped=(),
     )
     (tmp_path / "differ.html").write_text(mismatches.render(shown, found, {name: photograph}))

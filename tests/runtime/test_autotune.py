@@ -54,32 +54,32 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def build(out: Path, precision: Precision = Precision.FP32, **options: Any) -> pipeline.Built:
-    return pipeline.build(pipeline.order(TINY, weights="synthetic:0", precision=precision, out=out), **options)
+    return pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", precision=precision, out=out), **options)
 
 
 FP32 = {(runtime, "fp32", threads): 9.0 for runtime in BOTH for threads in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> autotune.Candidate:
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path_factory.mktemp("tuning") / "bundle")
-    pipeline.export_only(order)
-    graphs = {order.out / "model.onnx": order.model.graphs[0]}
-    return autotune.Candidate(precision=Precision.FP32, graphs=dict.fromkeys(BOTH, graphs))
+def exported(tmp_path_factory: pytest.TempPathFactory) -> autotune.GraphForms:
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path_factory.mktemp("tuning") / "bundle")
+    pipeline.export_only(request)
+    graphs = {request.out / "model.onnx": request.model.graphs[0]}
+    return autotune.GraphForms(precision=Precision.FP32, graphs=dict.fromkeys(BOTH, graphs))
 
 
 @pytest.mark.parametrize("fastest", [*FP32])
-def test_the_fastest_way_is_chosen(fastest: tuple[Any, str, int], slow: Any, exported: autotune.Candidate) -> None:
+def test_the_fastest_way_is_chosen(fastest: tuple[Any, str, int], slow: Any, exported: autotune.GraphForms) -> None:
     slow(FP32 | {fastest: 7.0})
-    facts = autotune.tune(pipeline.order(TINY).model, exported)
+    facts = autotune.tune(pipeline.build_request(TINY).model, exported)
     assert facts.chosen == Way(runtime=fastest[0], precision=Precision.FP32, threads=fastest[2])
     assert facts.measured_ms == 7.0 and len(facts.measured) == 4 and facts.times_fp32 is None
     assert set(facts.arithmetic) == {"f32"} and facts.load == "1 x 224 x 224"
 
 
-def test_a_hopeless_way_is_not_visited_again(slow: Any, exported: autotune.Candidate) -> None:
+def test_a_hopeless_way_is_not_visited_again(slow: Any, exported: autotune.GraphForms) -> None:
     visited = slow(FP32 | {("onnxruntime", "fp32", 2): 1.0, ("openvino", "fp32", 2): 1.4})
-    autotune.tune(pipeline.order(TINY).model, exported)
+    autotune.tune(pipeline.build_request(TINY).model, exported)
     seen = [(way.runtime, way.threads) for way in visited]
     # There and back, then once more for what it computes in.
     assert seen[:4] == [("onnxruntime", 2), ("onnxruntime", 1), ("openvino", 2), ("openvino", 1)]
@@ -87,7 +87,7 @@ def test_a_hopeless_way_is_not_visited_again(slow: Any, exported: autotune.Candi
 
 
 def test_a_runtime_that_refuses_the_graph_is_left_out_and_named(
-    slow: Any, exported: autotune.Candidate, monkeypatch: pytest.MonkeyPatch
+    slow: Any, exported: autotune.GraphForms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(FP32 | {("openvino", "fp32", 2): 1.0})
     opened = cpu.open_graphs
@@ -98,12 +98,12 @@ def test_a_runtime_that_refuses_the_graph_is_left_out_and_named(
         return opened(graphs, way)
 
     monkeypatch.setattr(cpu, "open_graphs", refuse)
-    facts = autotune.tune(pipeline.order(TINY).model, exported)
+    facts = autotune.tune(pipeline.build_request(TINY).model, exported)
     assert facts.chosen.runtime == "onnxruntime" and {timed.way.runtime for timed in facts.measured} == {"onnxruntime"}
     assert facts.refused == {"openvino": "OpenVINO refuses model.onnx: no such operator"}
     monkeypatch.setattr(cpu, "open_graphs", lambda *_: (_ for _ in ()).throw(BuildError("no", next_step="")))
     with pytest.raises(BuildError):
-        autotune.tune(pipeline.order(TINY).model, exported)
+        autotune.tune(pipeline.build_request(TINY).model, exported)
 
 
 def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
@@ -115,7 +115,7 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     assert facts is not None and built.report is not None
     assert built.report.candidate.startswith("OpenVINO")
     assert bundle.verify(built.folder).cpu == facts
-    assert json.loads((built.folder / bundle.REPORT).read_text())["cpu"] == facts.model_dump(mode="json")
+    assert json.loads((built.folder / bundle.REPORT_JSON).read_text())["cpu"] == facts.model_dump(mode="json")
     lines = "\n".join(formatting.cpu_lines(built.manifest))
     assert f"openvino {facts.runtime_version}, 2 threads, fp32 (" in lines
     assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
@@ -127,15 +127,17 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     assert validate_bundle.validate(built.folder).report.candidate.startswith("ONNX Runtime")
 
 
-def test_one_runtime_leaves_nothing_to_the_clock(exported: autotune.Candidate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_runtime_leaves_nothing_to_the_clock(
+    exported: autotune.GraphForms, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "in_turn", lambda *_: pytest.fail("nothing is to be timed"))
-    facts = autotune.tune(pipeline.order(TINY).model, exported)
+    facts = autotune.tune(pipeline.build_request(TINY).model, exported)
     assert facts.measured == () and facts.measured_ms is None
     assert facts.chosen == Way(runtime="onnxruntime", precision=Precision.FP32, threads=cpu.usable_cpus())
 
 
 def test_int8_is_published_where_it_is_faster_and_only_there(
-    slow: Any, exported: autotune.Candidate, tmp_path: Path
+    slow: Any, exported: autotune.GraphForms, tmp_path: Path
 ) -> None:
     slow(FP32 | {("onnxruntime", "int8", 2): 9.9, ("onnxruntime", "int8", 1): 12.0})
     with pytest.raises(pipeline.Rejected, match=r"int8 takes 1\.10 times as long as fp32 on this machine") as caught:
@@ -183,19 +185,21 @@ def test_a_runtime_that_is_asked_for_is_the_only_one(
     slow({(r, p, n): 9.0 if r == "onnxruntime" else 1.0 for r in BOTH for p in ("fp32", "int8") for n in (1, 2)}
          | {("onnxruntime", "int8", 2): 4.5})  # fmt: skip
 
-    def order(precision: Precision) -> pipeline.Order:
+    def build_request(precision: Precision) -> pipeline.BuildRequest:
         out = tmp_path / precision
-        return pipeline.order(TINY, weights="synthetic:0", precision=precision, runtime=Runtime.ONNXRUNTIME, out=out)
+        return pipeline.build_request(
+            TINY, weights="synthetic:0", precision=precision, runtime=Runtime.ONNXRUNTIME, out=out
+        )
 
-    facts = pipeline.build(order(Precision.INT8)).manifest.cpu
+    facts = pipeline.build(build_request(Precision.INT8)).manifest.cpu
     assert facts is not None and facts.chosen.runtime == "onnxruntime" and facts.times_fp32 == 0.5
     assert {timed.way.runtime for timed in facts.measured} == {"onnxruntime"}
     with pytest.raises(UsageError, match="onnxruntime has no bf16 on a CPU; openvino has"):
-        pipeline.build(order(Precision.BF16))
+        pipeline.build(build_request(Precision.BF16))
 
 
 @needs_bf16
-def test_bf16_runs_in_openvino_from_the_fp32_file(slow: Any, exported: autotune.Candidate, tmp_path: Path) -> None:
+def test_bf16_runs_in_openvino_from_the_fp32_file(slow: Any, exported: autotune.GraphForms, tmp_path: Path) -> None:
     slow(FP32 | {("openvino", "bf16", 2): 4.5, ("openvino", "bf16", 1): 8.0})
     built = build(tmp_path / "bundle", Precision.BF16)
     assert built.manifest.cpu is not None and set(built.manifest.cpu.arithmetic) == {"bf16"}
@@ -208,23 +212,23 @@ def test_bf16_runs_in_openvino_from_the_fp32_file(slow: Any, exported: autotune.
 
 
 def test_bf16_without_bf16_is_refused_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", precision=Precision.BF16, out=tmp_path / "bundle")
+    request = pipeline.build_request(TINY, weights="synthetic:0", precision=Precision.BF16, out=tmp_path / "bundle")
     monkeypatch.setattr(openvino, "computes", lambda precision: False)
     with pytest.raises(MissingRequirement, match="no bf16"):
-        pipeline.build(order)
+        pipeline.build(request)
     monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "openvino", None)
         with pytest.raises(MissingRequirement) as caught:
-            pipeline.build(order)
+            pipeline.build(request)
     assert "dinoexport[openvino]" in caught.value.next_step
-    assert list(tmp_path.iterdir()) == [] or not order.out.exists()
+    assert list(tmp_path.iterdir()) == [] or not request.out.exists()
 
 
 def test_int8_has_no_own_error_of_pytorch_to_be_held_to() -> None:
-    order = pipeline.order(TINY, precision=Precision.INT8)
+    request = pipeline.build_request(TINY, precision=Precision.INT8)
     with pytest.raises(UsageError, match="no int8"):
-        order.model.reference(pytest.fail, [], precision=Precision.INT8, progress=lambda *_: None)
+        request.model.reference(pytest.fail, [], precision=Precision.INT8, progress=lambda *_: None)
 
 
 @pytest.mark.parametrize(

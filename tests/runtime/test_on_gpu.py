@@ -19,16 +19,16 @@ TINY = str(DATA / "tiny_swiglu_reg.toml")
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_plan_is_built_run_and_judged(precision: str, tmp_path: Path) -> None:
-    order = pipeline.order(
+    request = pipeline.build_request(
         TINY, weights="synthetic:0", precision=precision, runtime=Runtime.TENSORRT, out=tmp_path / "bundle"
     )
-    built = pipeline.build(order)
+    built = pipeline.build(request)
     assert built.engines.report is not None and built.engines.report.passed
-    (facts,) = bundle.verify(order.out).engines
+    (facts,) = bundle.verify(request.out).engines
     assert facts.executed.startswith(f"on {facts.device} at ")
     assert facts.fused_attentions == (facts.attentions if precision == "fp16" else 0)
     assert facts.weight_bytes is None or facts.weight_bytes > 0
-    assert validate_bundle.validate(order.out).recorded
+    assert validate_bundle.validate(request.out).recorded
 
 
 @pytest.mark.gpu
@@ -42,13 +42,15 @@ def test_several_profiles_and_a_stripped_plan(tmp_path: Path) -> None:
         + '[engine]\nprofiles = ["one", "many"]\nstrip_weights = true\ncompatibility = "same-cc"\n'
     )
     (tmp_path / "tiny_cases.toml").write_bytes((DATA / "tiny_cases.toml").read_bytes())
-    order = pipeline.order(str(recipe), weights="synthetic:0", runtime=Runtime.TENSORRT, out=tmp_path / "bundle")
-    built = pipeline.build(order)
+    request = pipeline.build_request(
+        str(recipe), weights="synthetic:0", runtime=Runtime.TENSORRT, out=tmp_path / "bundle"
+    )
+    built = pipeline.build(request)
     assert built.engines.report is not None and built.engines.report.passed and not built.engines.report.not_covered
 
 
 @pytest.mark.gpu
 def test_an_rtx_engine_is_built_run_and_judged(tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic:0", runtime=Runtime.TENSORRT_RTX, out=tmp_path / "bundle")
-    built = pipeline.build(order)
+    request = pipeline.build_request(TINY, weights="synthetic:0", runtime=Runtime.TENSORRT_RTX, out=tmp_path / "bundle")
+    built = pipeline.build(request)
     assert built.engines.report is not None and built.engines.report.passed

@@ -39,7 +39,7 @@ class Exported:
     """A tiny variant's file, and what PyTorch says to images of any size."""
 
     def __init__(self, recipe: str, folder: Path) -> None:
-        self.model = pipeline.order(str(DATA / f"{recipe}.toml")).model
+        self.model = pipeline.build_request(str(DATA / f"{recipe}.toml")).model
         (self.graph,) = self.model.graphs
         self.path = folder / "model.onnx"
         export_to(folder, self.model, self.read)
@@ -226,5 +226,5 @@ def test_both_runtimes_behind_one_function(exported: Exported, runtime: Any) -> 
     way = Way(runtime=runtime, precision=Precision.FP32, threads=1)
     opened = cpu.open_graphs({exported.path: exported.graph}, way)
     assert exported.error(opened["model"], (1, 98, 126)) < 1e-5
-    seen = cpu.arithmetic(exported.model, opened, exported.model.loads[0].inputs)
+    seen = cpu.arithmetic(exported.model, opened, exported.model.workloads[0].inputs)
     assert set(seen) == {"f32"} and sum(seen.values()) > 10

@@ -48,7 +48,9 @@ SMALL = {
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny recipe with an fp32 graph."""
     out = tmp_path_factory.mktemp("published") / "bundle"
-    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out))
+    pipeline.build(
+        pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out)
+    )
     return out
 
 
@@ -197,7 +199,7 @@ def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Pa
     (facts,) = bundle.verify(folder).engines
     assert facts.executed.startswith("on NVIDIA A100-SXM4-40GB at 20") and facts.report["passed"]
     assert "replay" in device.calls, "what was asked again was answered by the graph that was captured"
-    assert validated.report.steadiness is not None and validated.report.steadiness.one_thread is None
+    assert validated.report.determinism is not None and validated.report.determinism.one_thread is None
     assert validate_bundle.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(
         ("ONNX Runtime", "OpenVINO")
     )
@@ -265,31 +267,31 @@ def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
     monkeypatch.setattr(preflight, "require", lambda *_: None)
     header = engine_header.Header(runtime=Runtime.TENSORRT, version="11.4.0.106")
     monkeypatch.setattr(engine_header, "read_header", lambda _: header)
-    order = pipeline.order(
+    request = pipeline.build_request(
         str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", precision=Precision.FP32, out=tmp_path / "bundle"
     )
-    assert (order.chosen.name, order.runtime) == ("a100", Runtime.TENSORRT), "the GPU that is here"
+    assert (request.chosen.name, request.runtime) == ("a100", Runtime.TENSORRT), "the GPU that is here"
     drawn: list[dict[str, html_report.Kept]] = []
     render = html_report.render
     monkeypatch.setattr(html_report, "render", lambda *args: drawn.append(args[-1]) or render(*args))
-    built = pipeline.build(order)
+    built = pipeline.build(request)
     assert built.engines.report is not None and built.engines.report.passed
     assert built.report is not None
     assert list(drawn[0]) == [built.report.candidate, built.engines.report.candidate], "the page is given both answers"
-    assert drawn[0][built.engines.report.candidate].errors and built.engines.report.steadiness is not None
-    manifest = bundle.verify(order.out)
+    assert drawn[0][built.engines.report.candidate].errors and built.engines.report.determinism is not None
+    manifest = bundle.verify(request.out)
     assert manifest.engines[0].executed.startswith("on NVIDIA A100") and manifest.engines[0].scratch_bytes == 5
 
     right = gpu.Context._outputs
     monkeypatch.setattr(gpu.Context, "_outputs", lambda self: {n: a * 1.001 for n, a in right(self).items()})
-    before: Manifest = bundle.read_manifest(order.out)
+    before: Manifest = bundle.read_manifest(request.out)
     with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(order)
+        pipeline.build(request)
     assert rejected.value.report.candidate.startswith("tensorrt")
-    assert bundle.read_manifest(order.out) == before, "the good one stays"
+    assert bundle.read_manifest(request.out) == before, "the good one stays"
     with pytest.raises(pipeline.Rejected):
-        pipeline.build(order, keep_rejected=True)
-    rejected_manifest = bundle.read_manifest(order.out)
+        pipeline.build(request, keep_rejected=True)
+    rejected_manifest = bundle.read_manifest(request.out)
     assert rejected_manifest.verdict == "rejected"
     (facts,) = rejected_manifest.engines
     assert facts.executed == "never" and not facts.report["passed"]

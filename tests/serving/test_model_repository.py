@@ -38,7 +38,7 @@ IMAGES = DATA.parent.parent / "validate" / "images"
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle, built once."""
     out = tmp_path_factory.mktemp("built") / "bundle"
-    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
+    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
     return out
 
 
@@ -172,7 +172,7 @@ def test_what_is_refused_leaves_nothing(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.onnx.data").write_bytes(b"other")
     unjudged = pipeline.export_only(
-        pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path / "unjudged")
+        pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path / "unjudged")
     ).folder
     with pytest.raises(ValidationFailed, match="unjudged"):
         model_repository.deploy(unjudged, repository)

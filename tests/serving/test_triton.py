@@ -56,7 +56,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two tiny bundles, by the name they are served under."""
     folder = tmp_path_factory.mktemp("bundles")
     for name, recipe in (("bytes", "tiny_served"), ("floats", "tiny_swiglu")):
-        pipeline.build(pipeline.order(str(DATA / f"{recipe}.toml"), weights="synthetic:0", out=folder / name))
+        pipeline.build(pipeline.build_request(str(DATA / f"{recipe}.toml"), weights="synthetic:0", out=folder / name))
     return {name: folder / name for name in ("bytes", "floats")}
 
 
@@ -511,7 +511,7 @@ def test_check_says_what_is_wrong(server: Server, bundles: dict[str, Path], tmp_
 def test_check_sees_other_weights(server: Server, tmp_path: Path) -> None:
     """The same architecture from another checkpoint answers, but not what this bundle's PyTorch answered."""
     out = tmp_path / "other"
-    pipeline.build(pipeline.order(str(DATA / "tiny_swiglu.toml"), weights="synthetic:1", out=out))
+    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:1", out=out))
     shown = _check(server.http, str(out), "--model", "floats", "--json")
     assert shown.exit_code == 1 and not json.loads(shown.stdout)["report"]["passed"]
 
@@ -666,7 +666,7 @@ def test_a_second_family_is_served_as_it_is(server: Server, tmp_path: Path, monk
     """A decoder of two graphs, which nothing here knows of: deployed, driven over the network, judged."""
     monkeypatch.syspath_prepend(str(DATA.parent / "toy_family"))
     toy = str(DATA.parent / "toy_family" / "toy.toml")
-    pipeline.build(pipeline.order(toy, weights="synthetic:3", out=tmp_path / "toy"))
+    pipeline.build(pipeline.build_request(toy, weights="synthetic:3", out=tmp_path / "toy"))
     deployed = model_repository.deploy(tmp_path / "toy", server.repository, backend="python")
     assert deployed.models == ("toy_prefill", "toy_step")
     try:

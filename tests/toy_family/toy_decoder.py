@@ -11,7 +11,7 @@ import numpy as np
 
 from dinoexport.config.recipe import Recipe
 from dinoexport.family import Call, Piece
-from dinoexport.spec import Case, Dim, Graph, Load, Tensor, Weight
+from dinoexport.spec import Case, Dim, Graph, Tensor, Weight, Workload
 
 VOCABULARY, WIDTH, STEPS = 11, 8, 3
 TOKENS = Tensor(name="token_ids", dtype="int64", shape=("batch", "length"), meaning="token numbers")
@@ -39,9 +39,9 @@ class Toy:
     card = {"intended_use": "a test"}  # noqa: RUF012
 
     @property
-    def loads(self):
+    def workloads(self):
         inputs = {"prompt": np.arange(8).reshape(2, 4)}
-        return (Load(name="2 prompts", inputs=inputs, items=2 * (STEPS + 1), unit="tokens"),)
+        return (Workload(name="2 prompts", inputs=inputs, items=2 * (STEPS + 1), unit="tokens"),)
 
     def adapt(self, found, read):
         return found, read

@@ -25,9 +25,9 @@ TINY = DATA / "tiny_swiglu.toml"
 
 
 def build(folder: Path, name: str, **changes: Any) -> Path:
-    order = pipeline.order(str(TINY), **{"weights": "synthetic:0", "out": folder / name, **changes})
-    pipeline.build(order)
-    return order.out
+    request = pipeline.build_request(str(TINY), **{"weights": "synthetic:0", "out": folder / name, **changes})
+    pipeline.build(request)
+    return request.out
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_other_weights_and_outputs_are_named(bundles: tuple[Path, Path], tmp_pat
     recipe = tmp_path / "more.toml"
     recipe.write_text(TINY.read_text() + "\n[graph]\nlast_blocks = 1\n")
     (tmp_path / "tiny_cases.toml").write_text((DATA / "tiny_cases.toml").read_text())
-    order = pipeline.order(str(recipe), weights="synthetic:1", out=tmp_path / "more")
-    pipeline.build(order)
-    found = bundle_diff.compare(bundles[0], order.out)
+    request = pipeline.build_request(str(recipe), weights="synthetic:1", out=tmp_path / "more")
+    pipeline.build(request)
+    found = bundle_diff.compare(bundles[0], request.out)
     differing = {row["what"] for row in found["What differs"]}
     assert {"weights", "weights' SHA-256", "recipe.graph.last_blocks"} <= differing
     rows = {(row["case"], row["output"]): row for row in found["Outputs"]}
@@ -113,12 +113,12 @@ def test_what_cannot_be_compared(bundles: tuple[Path, Path], tmp_path: Path) -> 
     recipe = tmp_path / "bytes.toml"
     recipe.write_text(TINY.read_text() + '\n[graph]\ninput = "images"\n')
     (tmp_path / "tiny_cases.toml").write_text((DATA / "tiny_cases.toml").read_text())
-    order = pipeline.order(str(recipe), weights="synthetic:0", out=tmp_path / "bytes")
-    pipeline.export_only(order)
+    request = pipeline.build_request(str(recipe), weights="synthetic:0", out=tmp_path / "bytes")
+    pipeline.export_only(request)
     with pytest.raises(UsageError, match="same inputs"):
-        bundle_diff.compare(bundles[0], order.out)
+        bundle_diff.compare(bundles[0], request.out)
     with pytest.raises(UsageError, match="without a reference"):
-        bundle_diff.compare(order.out, order.out)
+        bundle_diff.compare(request.out, request.out)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for path in bundles[1].iterdir():

@@ -12,7 +12,7 @@ import pytest
 from dinoexport.errors import BuildError, OutsideProfile
 from dinoexport.spec import Array, Arrays, Case
 from dinoexport.validation import judge
-from dinoexport.validation.determinism import Steadiness, chosen, measure
+from dinoexport.validation.determinism import Determinism, chosen, measure
 
 Answer = Callable[[Arrays], dict[str, Array]]
 
@@ -29,14 +29,14 @@ def doubled(inputs: Arrays) -> dict[str, Array]:
     return {"out": 2 * inputs["x"], "sum": inputs["x"].sum(axis=1)}
 
 
-def found(candidate: Answer, one_thread: Answer | None = None, cases: tuple[Case, ...] = CASES) -> Steadiness:
+def found(candidate: Answer, one_thread: Answer | None = None, cases: tuple[Case, ...] = CASES) -> Determinism:
     measured = measure(candidate, cases, None if one_thread is None else lambda: one_thread)
     assert measured is not None
     return measured
 
 
 def test_a_steady_candidate_is_equal_to_the_last_bit() -> None:
-    assert found(doubled, doubled) == Steadiness(cases=("crowd", "pair"), again=0, alone=0, one_thread=0)
+    assert found(doubled, doubled) == Determinism(cases=("crowd", "pair"), again=0, alone=0, one_thread=0)
     assert set(found(doubled).lines.values()) == {"equal to the last bit"} and found(doubled).one_thread is None
 
 
@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_no_equality() -> None:
     assert np.isnan(measured.again) and "not finite" in measured.lines["the same inputs again"]
     one_of_two = lambda inputs: {"fine": inputs["x"], "broken": np.full_like(inputs["x"], np.nan)}  # noqa: E731
     assert np.isnan(found(one_of_two).again), "what is fine does not hide what is not"
-    told = judge.Report(candidate="c", reference="r", rows=(), steadiness=measured).to_json()["steadiness"]
+    told = judge.Report(candidate="c", reference="r", rows=(), determinism=measured).to_json()["determinism"]
     assert json.loads(json.dumps(told, allow_nan=False))["again"] is None
     shrinking = lambda inputs: {"out": inputs["x"][:, : len(inputs["x"])]}  # noqa: E731
     assert np.isnan(found(shrinking).alone or 0)

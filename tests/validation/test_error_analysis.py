@@ -26,11 +26,11 @@ OVERFLOW = "synthetic-stress:0:100000"
 
 def streams(recipe: str, weights: str) -> list[Any]:
     """PyTorch's residual streams after the stem and each block, on a batch of noise."""
-    order = pipeline.order(recipe)
-    checkpoint = pipeline.open_checkpoint(order.model, order.recipe, weights, progress=silent)
+    request = pipeline.build_request(recipe)
+    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, weights, progress=silent)
     arrays = {"pixels": np.random.RandomState(0).standard_normal((2, 3, 112, 126)).astype(np.float32)}
-    answers = order.model.reference(checkpoint.read, [arrays], precision=Precision.FP32, progress=silent, inside=True)
-    return [answers[0][name] for name in order.model.probes["model"]]
+    answers = request.model.reference(checkpoint.read, [arrays], precision=Precision.FP32, progress=silent, inside=True)
+    return [answers[0][name] for name in request.model.probes["model"]]
 
 
 @pytest.mark.parametrize("recipe", ["vits14", TINY, str(DATA / "tiny_swiglu.toml")])
@@ -60,66 +60,70 @@ def test_a_higher_peak_overflows_fp16() -> None:
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An fp16 build that overflows: (order, what was raised)."""
     out = tmp_path_factory.mktemp("overflow") / "bundle"
-    order = pipeline.order(TINY, weights=OVERFLOW, precision=Precision.FP16, out=out)
+    request = pipeline.build_request(TINY, weights=OVERFLOW, precision=Precision.FP16, out=out)
     with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(order)
-    return order, rejected.value
+        pipeline.build(request)
+    return request, rejected.value
 
 
 def test_overflow_is_named_and_never_published(overflowing: Any) -> None:
     """ONNX Runtime's CPU hides it: every output of the tokens passes. The tensor, the block and the value are named."""
-    order, rejected = overflowing
-    assert not order.out.exists()
+    request, rejected = overflowing
+    assert not request.out.exists()
     rows = rejected.report.rows
     assert all(row.passed for row in rows if row.output != error_analysis.RANGE)
     assert not any(row.passed for row in rows if row.output == error_analysis.RANGE)
-    largest = np.abs(streams_of_case(order, "batch")[2]).max()
+    largest = np.abs(streams_of_case(request, "batch")[2]).max()
     for word in ("blocks.1/", "(MatMul)", "blocks.1_tokens", f"{largest:,.0f}"):
         assert word in rejected.message, word
 
 
-def streams_of_case(order: pipeline.Order, name: str) -> list[Any]:
-    checkpoint = pipeline.open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
-    inputs = [case.inputs for case in order.cases if case.name == name]
-    (answer,) = order.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
-    return [answer[name] for name in order.model.probes["model"]]
+def streams_of_case(request: pipeline.BuildRequest, name: str) -> list[Any]:
+    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+    inputs = [case.inputs for case in request.cases if case.name == name]
+    (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
+    return [answer[name] for name in request.model.probes["model"]]
 
 
 def test_the_first_value_that_overflows_in_torch_is_the_named_one(overflowing: Any) -> None:
     """PyTorch's own fp16, run beside, overflows in the same block and in none before."""
-    order, rejected = overflowing
-    checkpoint = pipeline.open_checkpoint(order.model, order.recipe, order.weights, progress=silent)
-    inputs = [case.inputs for case in order.cases if case.name == "batch"]
-    (answer,) = order.model.reference(checkpoint.read, inputs, precision=Precision.FP16, progress=silent, inside=True)
-    first = next(name for name in order.model.probes["model"] if not np.isfinite(answer[name]).all())
+    request, rejected = overflowing
+    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+    inputs = [case.inputs for case in request.cases if case.name == "batch"]
+    (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP16, progress=silent, inside=True)
+    first = next(name for name in request.model.probes["model"] if not np.isfinite(answer[name]).all())
     assert first == "blocks.1_tokens" and "blocks.1/" in rejected.message
 
 
 def test_a_weight_that_fp16_cannot_hold_is_named(tmp_path: Path) -> None:
-    order = pipeline.order(
+    request = pipeline.build_request(
         TINY, weights="synthetic-stress:0:9000000", precision=Precision.FP16, out=tmp_path / "bundle"
     )
     with pytest.raises(ValidationFailed, match=r"blocks\.1\.last_weight_IO reaches [\d,]+, more than float16"):
-        pipeline.build(order)
-    assert not order.out.exists()
+        pipeline.build(request)
+    assert not request.out.exists()
 
 
 def test_fp16_within_range_says_how_far(tmp_path: Path) -> None:
-    order = pipeline.order(TINY, weights="synthetic-stress:0", precision=Precision.FP16, out=tmp_path / "bundle")
-    report = pipeline.build(order).report
+    request = pipeline.build_request(
+        TINY, weights="synthetic-stress:0", precision=Precision.FP16, out=tmp_path / "bundle"
+    )
+    report = pipeline.build(request).report
     assert report is not None
     rows = [row for row in report.rows if row.output == error_analysis.RANGE]
-    assert [row.case for row in rows] == [case.name for case in order.cases]
+    assert [row.case for row in rows] == [case.name for case in request.cases]
     for row in rows:
         # The largest fp16 value is the residual stream's own, which PyTorch has in fp32.
-        largest = max(np.abs(stream).max() for stream in streams_of_case(order, row.case))
+        largest = max(np.abs(stream).max() for stream in streams_of_case(request, row.case))
         assert row.bounds[0].value == pytest.approx(largest, rel=2e-3)
-    content = json.loads((order.out / bundle.REPORT).read_text())
-    assert [step["name"] for step in content["growth"]["steps"]] == list(order.model.probes["model"])
+    content = json.loads((request.out / bundle.REPORT_JSON).read_text())
+    assert [step["name"] for step in content["growth"]["steps"]] == list(request.model.probes["model"])
 
 
 def test_an_fp32_graph_has_no_fp16_rows(tmp_path: Path) -> None:
-    report = pipeline.build(pipeline.order(TINY, weights=OVERFLOW.replace("100000", "30"), out=tmp_path / "b")).report
+    report = pipeline.build(
+        pipeline.build_request(TINY, weights=OVERFLOW.replace("100000", "30"), out=tmp_path / "b")
+    ).report
     assert report is not None and not any(row.output == error_analysis.RANGE for row in report.rows)
 
 
@@ -135,12 +139,12 @@ def test_explain_names_the_block_with_the_wrong_fold(
         return right(fold.Folded(arch=self.arch, read=read), i)
 
     monkeypatch.setattr(fold.Folded, "block", without_layer_scale)
-    order = pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle")
+    request = pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle")
     with pytest.raises(pipeline.Rejected, match=rf"leaves the expected growth at blocks\.{block}_tokens"):
-        pipeline.build(order, keep_rejected=True)
-    shown = CliRunner().invoke(cli.app, ["validate", str(order.out), "--explain"])
+        pipeline.build(request, keep_rejected=True)
+    shown = CliRunner().invoke(cli.app, ["validate", str(request.out), "--explain"])
     assert shown.exit_code == 1 and f"leaves the expected growth at blocks.{block}_tokens" in shown.stdout
-    told = json.loads(CliRunner().invoke(cli.app, ["validate", str(order.out), "--explain", "--json"]).stdout)
+    told = json.loads(CliRunner().invoke(cli.app, ["validate", str(request.out), "--explain", "--json"]).stdout)
     holds = [step["holds"] for step in told["growth"]["steps"]]
     assert holds.index(False) == block + 1
 
@@ -150,12 +154,12 @@ def test_an_error_after_the_last_block_is_told_from_one_inside(tmp_path: Path, m
     wrong = lambda self: right(fold.Folded(arch=self.arch, read=lambda name: 1.01 * self.read(name)))  # noqa: E731
     monkeypatch.setattr(fold.Folded, "head", wrong)
     with pytest.raises(pipeline.Rejected, match=r"as expected up to blocks\.2_tokens: it arises after that"):
-        pipeline.build(pipeline.order(TINY, weights="synthetic:0", out=tmp_path / "bundle"))
+        pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "bundle"))
 
 
 def test_explain_of_a_bundle_that_passes(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    pipeline.build(pipeline.order(TINY, weights="synthetic:0", precision=Precision.FP16, out=out))
+    pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", precision=Precision.FP16, out=out))
     validated = validate_bundle.validate(out, explained=True)
     assert validated.report.passed and validated.growth is not None and validated.growth.leaves is None
     shown = CliRunner().invoke(cli.app, ["validate", str(out), "--explain"]).stdout
@@ -209,11 +213,11 @@ def test_nan_inside_the_graph_is_an_overflow_that_stays(monkeypatch: pytest.Monk
 
 def test_the_streams_are_the_tokens_before_the_norm() -> None:
     """The probes' last value through torch's own layer norm is the model's answer."""
-    order = pipeline.order(TINY, weights="synthetic:0")
-    checkpoint = pipeline.open_checkpoint(order.model, order.recipe, "synthetic:0", progress=silent)
-    inputs = [order.cases[0].inputs]
-    (answer,) = order.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
-    last = torch.from_numpy(answer[order.model.probes["model"][-1]])
+    request = pipeline.build_request(TINY, weights="synthetic:0")
+    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, "synthetic:0", progress=silent)
+    inputs = [request.cases[0].inputs]
+    (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
+    last = torch.from_numpy(answer[request.model.probes["model"][-1]])
     weight, bias = (torch.from_numpy(checkpoint.read(f"norm.{name}")) for name in ("weight", "bias"))
     normed = torch.nn.functional.layer_norm(last, (last.shape[-1],), weight, bias, 1e-6)
     assert torch.equal(normed[:, 0], torch.from_numpy(answer["class_token"]))

@@ -126,8 +126,8 @@ def test_cosine_knows_no_scale_and_relative_l2_no_common_one(pair: tuple[Any, An
     scaled = distance(candidate * 2.0**one, reference * 2.0**two)
     for figure in ("cosine_mean", "cosine_p01", "cosine_worst"):
         assert getattr(scaled, figure) == pytest.approx(getattr(found, figure), abs=1e-12)
-    together = distance(candidate * 2.0**one, reference * 2.0**one)
-    assert together.relative_l2 == pytest.approx(found.relative_l2, rel=1e-12)
+    aggregate = distance(candidate * 2.0**one, reference * 2.0**one)
+    assert aggregate.relative_l2 == pytest.approx(found.relative_l2, rel=1e-12)
 
 
 @settings(max_examples=200, deadline=None)

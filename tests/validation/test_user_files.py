@@ -28,7 +28,7 @@ from dinoexport.pipeline import build as pipeline
 from dinoexport.report import mismatches
 from dinoexport.spec import Arrays, Case, Expectation, Precision, silent
 from dinoexport.validation import downstream, evaluate, judge, user_files, validate_bundle
-from dinoexport.validation.user_files import Together
+from dinoexport.validation.user_files import Aggregate
 from dinoexport.weights import download
 from tests.conftest import DATA, HEARING_SIGINT
 
@@ -82,7 +82,7 @@ class Run:
             candidate, reference.expectations, (), self.held_to, candidate_name="ours", reference_name="exact"
         )
 
-    def __call__(self, some: Any, *, at_once: int = 4, identity: Sequence[str] = ("a bundle",)) -> Together:
+    def __call__(self, some: Any, *, at_once: int = 4, identity: Sequence[str] = ("a bundle",)) -> Aggregate:
         return user_files.judge_own(
             Numbers(),
             some,
@@ -106,12 +106,12 @@ def kept_files() -> list[Path]:
 
 def test_all_are_judged_one_by_one_and_together() -> None:
     run = Run()
-    together = run(numbered(30))
+    aggregate = run(numbered(30))
     assert run.asked == [case.name for case in numbered(30)]
-    assert together.report.passed and together.said == ()
-    assert [row.case for row in together.report.rows[:30]] == run.asked
-    assert together.agreement is not None
-    found = {measure.figure: (measure.value, measure.items) for measure in together.agreement.measures}
+    assert aggregate.report.passed and aggregate.said == ()
+    assert [row.case for row in aggregate.report.rows[:30]] == run.asked
+    assert aggregate.agreement is not None
+    found = {measure.figure: (measure.value, measure.items) for measure in aggregate.agreement.measures}
     assert found == dict.fromkeys(("recall", "knn_agreement", "probe_agreement", "correspondence"), (1.0, 30))
     assert kept_files() == [], "a verdict is made anew the next time"
 
@@ -121,11 +121,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
         Run(stop_at=13)(numbered(30))
     assert len(kept_files()) == 12, "three whole steps of four"
     run = Run()
-    together = run(numbered(30))
+    aggregate = run(numbered(30))
     assert run.asked == [case.name for case in numbered(30)][12:]
-    assert together.said == ("12 of 30 were taken over from a run that was interrupted",)
+    assert aggregate.said == ("12 of 30 were taken over from a run that was interrupted",)
     at_one_go = Run()(numbered(30))
-    assert together.report.to_json() == at_one_go.report.to_json() and together.agreement == at_one_go.agreement
+    assert aggregate.report.to_json() == at_one_go.report.to_json() and aggregate.agreement == at_one_go.agreement
     assert kept_files() == []
 
 
@@ -134,9 +134,9 @@ def test_what_is_kept_is_found_by_content_and_called_as_today() -> None:
         Run(stop_at=8)(numbered(12))
     renamed = [Case(name=f"new/{i}", why="renamed", inputs={"number": np.array([float(i)])}) for i in (3, 50, 7)]
     run = Run()
-    together = run(renamed)
+    aggregate = run(renamed)
     assert run.asked == ["new/50"]
-    assert [row.case for row in together.report.rows if row.output == "tokens"] == ["new/3", "new/50", "new/7"]
+    assert [row.case for row in aggregate.report.rows if row.output == "tokens"] == ["new/3", "new/50", "new/7"]
 
 
 @pytest.mark.parametrize("changed", ["bundle", "limits"])
@@ -145,8 +145,8 @@ def test_of_anything_else_nothing_is_taken_over(changed: str) -> None:
         Run(stop_at=8)(numbered(12))
     stricter = LIMITS.model_copy(update={"recall_min": None, "times_own_error_max": LIMITS.relative_l2_max})
     run = Run(held_to=stricter if changed == "limits" else LIMITS)
-    together = run(numbered(12), identity=("another bundle" if changed == "bundle" else "a bundle",))
-    assert len(run.asked) == 12 and together.said == ()
+    aggregate = run(numbered(12), identity=("another bundle" if changed == "bundle" else "a bundle",))
+    assert len(run.asked) == 12 and aggregate.said == ()
 
 
 def test_what_is_damaged_is_asked_again_and_no_pickle_is_loaded(tmp_path: Path) -> None:
@@ -163,9 +163,9 @@ def test_what_is_damaged_is_asked_again_and_no_pickle_is_loaded(tmp_path: Path) 
     empty.write_bytes(b"")
     np.savez(foreign, **{"facts.json": np.frombuffer(b'{"rows": 3}', np.uint8)})
     run = Run()
-    together = run(numbered(16))
-    assert len(run.asked) == 4 + 4 and together.report.passed
-    assert together.said == ("8 of 16 were taken over from a run that was interrupted",)
+    aggregate = run(numbered(16))
+    assert len(run.asked) == 4 + 4 and aggregate.report.passed
+    assert aggregate.said == ("8 of 16 were taken over from a run that was interrupted",)
     assert not (tmp_path / "was here").exists()
 
 
@@ -175,11 +175,11 @@ def test_figures_that_are_not_finite_are_kept_as_they_are() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Run(stop_at=4, candidate=broken)(numbered(24))
-    together = Run(candidate=broken)(numbered(24))
-    assert together.said[0].startswith("4 of 24")
-    assert [row.case for row in together.report.failures] == ["class0/2"]
-    assert together.agreement is not None
-    assert "1 of 24 have no usable answer and are left out here" in together.agreement.said
+    aggregate = Run(candidate=broken)(numbered(24))
+    assert aggregate.said[0].startswith("4 of 24")
+    assert [row.case for row in aggregate.report.failures] == ["class0/2"]
+    assert aggregate.agreement is not None
+    assert "1 of 24 have no usable answer and are left out here" in aggregate.agreement.said
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
@@ -187,8 +187,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "file"))
-    together = Run()(numbered(24))
-    assert together.report.passed and "cannot be written" in together.said[0]
+    aggregate = Run()(numbered(24))
+    assert aggregate.report.passed and "cannot be written" in aggregate.said[0]
 
 
 def test_two_runs_at_once_do_not_harm_each_other() -> None:
@@ -242,7 +242,7 @@ def test_ten_thousand_are_streamed() -> None:
         )
         return judge.Report(candidate="ours", reference="exact", rows=tuple(rows))
 
-    together = user_files.judge_own(
+    aggregate = user_files.judge_own(
         Numbers(),
         inputs(),
         candidate,
@@ -254,11 +254,11 @@ def test_ten_thousand_are_streamed() -> None:
         identity=(),
         at_once=50,
     )
-    assert together.agreement is not None and together.agreement.measures[0].items == 10_000
-    assert len(together.report.rows) >= 10_000
+    assert aggregate.agreement is not None and aggregate.agreement.measures[0].items == 10_000
+    assert len(aggregate.report.rows) >= 10_000
     # Of each step: inputs, both sides' answers, views' answers; and those of the step before that are not gone yet.
     assert most < 10 * 50
-    shown = formatting.report_rows(together.report)
+    shown = formatting.report_rows(aggregate.report)
     assert len(shown) < 200 and "--json has them all" in shown[-1]["case"]
 
 
@@ -273,9 +273,9 @@ def test_a_candidate_that_breaks_on_the_second_view_has_no_correspondence() -> N
             raise OutsideProfile("too large")
         return answer(inputs)
 
-    together = Run(candidate=breaking)(numbered(24))
-    assert together.agreement is not None
-    (measure,) = [m for m in together.agreement.measures if m.figure == "correspondence"]
+    aggregate = Run(candidate=breaking)(numbered(24))
+    assert aggregate.agreement is not None
+    (measure,) = [m for m in aggregate.agreement.measures if m.figure == "correspondence"]
     assert measure.items == 23 and [d.item for d in measure.differs] == ["class0/2"]
     assert measure.value == pytest.approx(22 / 23)
 
@@ -286,17 +286,17 @@ def test_what_the_profiles_leave_out_is_not_covered_and_has_no_features() -> Non
             raise OutsideProfile("too large")
         return answer(inputs)
 
-    together = Run(candidate=narrow)(numbered(24))
-    assert together.report.not_covered == ("class1/3",)
-    assert together.agreement is not None and together.agreement.measures[0].items == 23
+    aggregate = Run(candidate=narrow)(numbered(24))
+    assert aggregate.report.not_covered == ("class1/3",)
+    assert aggregate.agreement is not None and aggregate.agreement.measures[0].items == 23
 
 
 def test_a_candidate_of_another_shape_or_name_is_left_out() -> None:
     for wrong in (lambda i: {"tokens": answer(i, tokens=5)["tokens"]}, lambda i: {"token": answer(i)["tokens"]}):
-        together = Run(candidate=wrong)(numbered(24))
-        assert not together.report.passed
-        assert together.agreement is not None and together.agreement.measures == ()
-        assert together.agreement.said == ("24 of 24 have no usable answer and are left out here",)
+        aggregate = Run(candidate=wrong)(numbered(24))
+        assert not aggregate.report.passed
+        assert aggregate.agreement is not None and aggregate.agreement.measures == ()
+        assert aggregate.agreement.said == ("24 of 24 have no usable answer and are left out here",)
 
 
 # The whole of it, on files
@@ -312,9 +312,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streamed")
     tiny = (DATA / "tiny_swiglu.toml").read_text().replace('"tiny_cases"', '"dinov2"')
     (folder / "tiny.toml").write_text(tiny)
-    order = pipeline.order(str(folder / "tiny.toml"), weights="synthetic:0", out=folder / "bundle")
-    pipeline.export_only(order)
-    return order.out
+    request = pipeline.build_request(str(folder / "tiny.toml"), weights="synthetic:0", out=folder / "bundle")
+    pipeline.export_only(request)
+    return request.out
 
 
 @pytest.fixture(scope="module")
@@ -334,8 +334,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_validate_reports_all_measures(built: Path, pictures: Path) -> None:
     validated = validate_bundle.validate(built, images=pictures)
-    assert validated.together is not None and validated.together.agreement is not None
-    found = {m.figure: m for m in validated.together.agreement.measures}
+    assert validated.aggregate is not None and validated.aggregate.agreement is not None
+    found = {m.figure: m for m in validated.aggregate.agreement.measures}
     assert {name: m.items for name, m in found.items()} == {
         "recall": 26, "knn_agreement": 24, "probe_agreement": 24, "correspondence": 26,
     }  # fmt: skip
@@ -343,7 +343,7 @@ def test_validate_reports_all_measures(built: Path, pictures: Path) -> None:
     assert (
         found["knn_agreement"].of == "class_token" and found["probe_agreement"].of == "class_token + mean_patch_token"
     )
-    said = "\n".join(validated.together.agreement.said)
+    said = "\n".join(validated.aggregate.agreement.said)
     assert "remains to learn from: owls" in said and "1 of no class" in said
     assert [row.output for row in validated.report.rows[-4:]] == list(found)
     assert len(validated.skipped) == 1
@@ -409,9 +409,9 @@ def test_without_scikit_learn_it_says_so_before_anything_is_asked(
 def test_one_image_is_judged_and_what_it_cannot_show_is_said(built: Path, tmp_path: Path) -> None:
     noise(1).save(tmp_path / "one.png")
     validated = validate_bundle.validate(built, images=tmp_path)
-    assert validated.report.passed and validated.together is not None and validated.together.agreement is not None
-    assert [m.figure for m in validated.together.agreement.measures] == ["correspondence"]
-    assert len(validated.together.agreement.said) == 2
+    assert validated.report.passed and validated.aggregate is not None and validated.aggregate.agreement is not None
+    assert [m.figure for m in validated.aggregate.agreement.measures] == ["correspondence"]
+    assert len(validated.aggregate.agreement.said) == 2
 
 
 @pytest.mark.parametrize("content", ["nothing", "hidden", "links", "text"])
@@ -484,7 +484,7 @@ def test_names_in_the_page_are_no_markup() -> None:
     shown = SimpleNamespace(
         manifest=SimpleNamespace(variant="v", precision="fp32"),
         report=report,
-        together=Together(report=report, agreement=found, said=()),
+        aggregate=Aggregate(report=report, agreement=found, said=()),
         skipped=(hostile,),
     )
     html = mismatches.render(shown, found, {})  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
 from dinoexport.models.dinov2.uses import ImageUses
-from dinoexport.spec import Array, Arrays, Case, Graph, Load, Picture, Precision, Progress, Runner, Tensor
+from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -303,9 +303,9 @@ class Dinov2Model:
         return serving.prepare(front_end, settings, encoded, as_bytes=self.choices.input == "images")
 
     @property
-    def loads(self) -> tuple[Load, ...]:
+    def workloads(self) -> tuple[Workload, ...]:
         """Noise images at upstream's evaluation size and at the native one, alone and eight at a time."""
-        return cases.loads(self.recipe.profile, as_bytes=self.choices.input == "images")
+        return cases.workloads(self.recipe.profile, as_bytes=self.choices.input == "images")
 
     @property
     def facts(self) -> Mapping[str, int | str]:

@@ -14,7 +14,7 @@ from dinoexport.config.recipe import Frozen, Range, parse
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH
-from dinoexport.spec import Array, Case, Load, Progress
+from dinoexport.spec import Array, Case, Progress, Workload
 
 _EVALUATION_SIDE = 224  # pixels, upstream's make_classification_eval_transform
 _BATCH = 8
@@ -71,7 +71,7 @@ def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict:
     return Case(name=entry.name, why=entry.why, inputs=noise, expect_refusal=refused)
 
 
-def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
+def workloads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Workload, ...]:
     """Noise images to time: 224 and 518 a side, alone and eight at a time, or what the profile has closest to that."""
 
     def within(dimension: str, size: int) -> int:
@@ -83,7 +83,7 @@ def loads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Load, ...]:
         for side in (_EVALUATION_SIDE, GRID * PATCH)
     }
     return tuple(
-        Load(
+        Workload(
             name=f"{batch} x {height} x {width}",
             inputs=_noise(batch, height, width, 0, as_bytes),
             items=batch,

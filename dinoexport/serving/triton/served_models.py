@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dinoexport import bundle
-from dinoexport.bundle import GraphFacts, Manifest, Shapes
+from dinoexport.bundle import GraphFacts, Manifest, ShapeRange
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError
 from dinoexport.family import FrontEnd
@@ -72,7 +72,7 @@ def plans_of(manifest: Manifest) -> tuple[Plan, ...]:
     )
 
 
-def _batches(profile: Mapping[str, Shapes]) -> tuple[int, int]:
+def _batches(profile: Mapping[str, ShapeRange]) -> tuple[int, int]:
     """(most likely, largest) batch of a profile: the first dimension of every input."""
     _, likely, largest = next(iter(profile.values()))
     return likely[0], largest[0]
