@@ -75,6 +75,30 @@ class FrontEnd:
     settings: Mapping[str, Any]
 
 
+class HeadWeights(Protocol):
+    """What turns a backbone's outputs into answers, where its weights come in a file of its own.
+
+    Its tensors are among the model's `tensors`, under the same names.
+    """
+
+    @property
+    def name(self) -> str:
+        """Which head it is."""
+
+    @property
+    def tensors(self) -> Shapes:
+        """Every tensor of the file, under the model's names."""
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """A head's file in any layout the family knows, under the model's names."""
+
+    def recognised(self, shapes: Shapes) -> str:
+        """Which other head tensors of these shapes are, in words; empty when they are none that is known."""
+
+    def synthetic(self, name: str, seed: int) -> Array:
+        """The tensor `name` of synthetic head `seed`."""
+
+
 class Uses(Protocol):
     """What a model's outputs are used for besides being looked at one by one, on cases of one item each."""
 
@@ -113,6 +137,10 @@ class Model(Protocol):
     @property
     def optional_tensors(self) -> frozenset[str]:
         """Tensors a checkpoint may hold though inference does not use them."""
+
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """The part whose weights come in a file of its own; None where all are in the checkpoint."""
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""

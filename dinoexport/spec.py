@@ -68,14 +68,24 @@ class Dim:
     step: int = 1
 
 
+# What the numbers of an output are, and so what makes two answers the same: vectors of features or logits;
+# probabilities, which sum to one over the last axis; depth, one number a pixel; labels, the index of the best class.
+OutputKind = Literal["vectors", "probabilities", "depth", "labels"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A named input or output of a graph; `meaning` gives its unit or normalisation in words."""
+    """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
+
+    kind: of an output. decided_by: of labels, the output that holds the scores whose best one they name.
+    """
 
     name: str
     dtype: str
     shape: Shape
     meaning: str
+    kind: OutputKind = "vectors"
+    decided_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,11 @@ class WeightFile(Frozen):
     """One published file of weights."""
 
     url: str = Field(pattern=r"^https?://", description="Where the file is published.")
-    sha256: Sha256 = Field(description="The hash the file must have.")
+    sha256: Sha256 | None = Field(
+        default=None,
+        description="The hash the file must have. Default: nobody recorded it; that of the first download is kept, and "
+        "every later one must have it.",
+    )
     size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
 
 
@@ -102,6 +106,10 @@ class Recipe(Frozen):
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
+    head: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What turns the backbone's outputs into answers, in the family's terms. Default: nothing does.",
+    )
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
     profiles: dict[Name, dict[str, Range]] = Field(
         default_factory=dict,
@@ -109,6 +117,12 @@ class Recipe(Frozen):
     )
     engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
+    heads: dict[Name, WeightFile] = Field(
+        default_factory=dict, description="Heads that are published for this variant, and where their weights are."
+    )
+    head_validation: Name | None = Field(
+        default=None, description="The validation of the variant with one of those heads. Default: `validation`."
+    )
 
 
 class Target(Frozen):

@@ -18,6 +18,8 @@ from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
+from dinoexport.models.dinov2.heads.kinds import HeadTable
+from dinoexport.models.dinov2.heads.model import HeadedModel, backbone_graph, joined
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
 
@@ -31,10 +33,10 @@ _BYTES = "RGB bytes 0..255; the graph normalises them with ImageNet's mean and d
 class Dinov2:
     """The family `dinov2`."""
 
-    def model(self, recipe: Recipe) -> Dinov2Model:
-        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
+    def model(self, recipe: Recipe) -> Dinov2Model | HeadedModel:
+        """The variant a recipe describes; a UsageError that names what is wrong in `[model]`, `[graph]` or `[head]`."""
         arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
-        choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
+        choices = parse(GraphChoices, backbone_graph(recipe), where=f"recipe {recipe.name}, [graph]")
         try:
             choices.chosen_blocks(arch.depth)
             choices.fp32_parts(arch.depth)
@@ -54,11 +56,12 @@ class Dinov2:
                 f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {PATCH}.",
                 next_step=f"Patches are {PATCH} pixels a side; 14, 224, 518 and 1022 are legal.",
             )
-        return Dinov2Model(recipe=recipe, arch=arch, choices=choices)
+        backbone = Dinov2Model(recipe=recipe, arch=arch, choices=choices)
+        return joined(recipe, backbone) if recipe.head else backbone
 
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
-        return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema()}
+        return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema(), "head": HeadTable.model_json_schema()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class Dinov2Model:
         else:
             image = Tensor(name="images", dtype="uint8", shape=("batch", "height", "width", 3), meaning=_BYTES)
         outputs = []
-        for block, prefix in self._heads:
+        for block, prefix in self.token_outputs:
             last = not prefix
             where = "the last block" if last else f"block {block}"
             outputs.append(_tokens(f"{prefix}class_token", ("batch", dim), f"class token of {where}"))
@@ -95,7 +98,7 @@ class Dinov2Model:
         return (Graph(name="model", inputs=(image,), outputs=tuple(outputs), dims=dims),)
 
     @cached_property
-    def _heads(self) -> tuple[tuple[int, str], ...]:
+    def token_outputs(self) -> tuple[tuple[int, str], ...]:
         """(block, prefix of its outputs' names): the chosen blocks, then the last one as the model's own answer."""
         chosen = self.choices.chosen_blocks(self.arch.depth)
         return (*((i, f"block_{i}_") for i in chosen), (self.arch.depth - 1, ""))
@@ -109,6 +112,11 @@ class Dinov2Model:
     def optional_tensors(self) -> frozenset[str]:
         """`mask_token` serves training only; timm's files have none."""
         return frozenset({"mask_token"})
+
+    @property
+    def head_weights(self) -> None:
+        """None: tokens need no head."""
+        return None
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
@@ -176,7 +184,7 @@ class Dinov2Model:
                     weights=folded.block(i),
                 )
                 value = f"blocks.{i}_tokens"
-                for head_block, prefix in self._heads:
+                for head_block, prefix in self.token_outputs:
                     if head_block == i:
                         names = tuple(t.name for t in graph.outputs if _belongs(t.name, prefix))
                         yield Call(
@@ -215,7 +223,7 @@ class Dinov2Model:
 
         from dinoexport.models.dinov2 import reference
 
-        dtype = _dtype(precision)
+        dtype = self.dtype(precision)
         streams: list[dict[str, Array]] = [{} for _ in inputs]
 
         def keep(j: int, blocks_done: int, stream: torch.Tensor) -> None:
@@ -224,13 +232,13 @@ class Dinov2Model:
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
-            [torch.from_numpy(self._normalised(arrays)) for arrays in inputs],
-            blocks=[block for block, _ in self._heads],
+            [torch.from_numpy(self.normalised(arrays)) for arrays in inputs],
+            blocks=[block for block, _ in self.token_outputs],
             block_done=lambda done: progress(f"PyTorch {precision}", done, self.arch.depth),
             keep_stream=keep if inside else None,
         )
         return [
-            self._named({i: t.float().numpy() for i, t in tokens.items()}) | stream
+            self.named({i: t.float().numpy() for i, t in tokens.items()}) | stream
             for tokens, stream in zip(answers, streams, strict=True)
         ]
 
@@ -238,23 +246,27 @@ class Dinov2Model:
         """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
         from dinoexport.models.dinov2 import hub
 
-        blocks = [block for block, _ in self._heads]
+        blocks = [block for block, _ in self.token_outputs]
         answers = hub.tokens_of(
-            self.recipe.name, self.arch, read, [self._normalised(arrays) for arrays in inputs], blocks, progress
+            self.recipe.name, self.arch, read, [self.normalised(arrays) for arrays in inputs], blocks, progress
         )
-        return [self._named(tokens) for tokens in answers]
+        return [self.named(tokens) for tokens in answers]
 
-    def _normalised(self, arrays: Arrays) -> Array:
+    def dtype(self, precision: Precision) -> torch.dtype:
+        """What PyTorch computes `precision` in; a UsageError for int8, which it has not."""
+        return _dtype(precision)
+
+    def normalised(self, arrays: Arrays) -> Array:
         """The case's image as normalised pixels (B, 3, H, W), whichever input the graph takes."""
         if "pixels" in arrays:
             return arrays["pixels"]
         return cases.normalised(arrays["images"])
 
-    def _named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
+    def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """Normalised tokens by block, under the graph's output names."""
         prefix_count = 1 + self.arch.register_count
         outputs: dict[str, Array] = {}
-        for block, prefix in self._heads:
+        for block, prefix in self.token_outputs:
             tokens = tokens_BND[block]
             outputs[f"{prefix}class_token"] = np.ascontiguousarray(tokens[:, 0])
             if not prefix and self.arch.register_count:
@@ -288,7 +300,7 @@ class Dinov2Model:
         expected = reference["patch_tokens"]
         tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
         drawable = {name: ours for name, ours in tokens.items() if ours.shape == expected.shape}
-        return pictures.of_case(self._normalised(case.inputs), expected, drawable)
+        return pictures.of_case(self.normalised(case.inputs), expected, drawable)
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
