@@ -19,7 +19,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import dinoexport
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
-from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Graph,
+    HeadFacts,
+    Picture,
+    Precision,
+    Progress,
+    Runner,
+    Weight,
+    Workload,
+    closest,
+)
 from dinoexport.system import files
 
 if TYPE_CHECKING:
@@ -142,6 +155,10 @@ class Model(Protocol):
     def head_weights(self) -> HeadWeights | None:
         """The part whose weights come in a file of its own; None where all are in the checkpoint."""
 
+    @property
+    def head_facts(self) -> HeadFacts | None:
+        """What the answers mean, where the model has a head; None where it gives plain features."""
+
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
@@ -173,7 +190,8 @@ class Model(Protocol):
     ) -> list[dict[str, Array]]:
         """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch.
 
-        inside: the values at `probes` as well, by their names.
+        inside: the values at `probes` as well, by their names. For an output that is labels, `NAME/lead` too: how far
+        each label's best score is ahead of the second.
         """
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:

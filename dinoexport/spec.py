@@ -68,9 +68,25 @@ class Dim:
     step: int = 1
 
 
-# What the numbers of an output are, and so what makes two answers the same: vectors of features or logits;
-# probabilities, which sum to one over the last axis; depth, one number a pixel; labels, the index of the best class.
-OutputKind = Literal["vectors", "probabilities", "depth", "labels"]
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What a model's answers mean, where they are no plain features. kind: the head's name.
+
+    dataset, terms: what it was trained on, and that data's conditions. value_range: of numbers that have one, in the
+    unit their output names. classes: their names, in the order of the outputs.
+    """
+
+    kind: str
+    dataset: str
+    terms: str
+    value_range: tuple[float, float] | None = None
+    classes: tuple[str, ...] = ()
+
+
+# What the numbers of an output are, and so what makes two answers the same: vectors (..., D) of features or logits;
+# maps of such vectors, (B, D, h, w); probabilities, which sum to one over the last axis; depth, one number a pixel;
+# labels, the index of the best class.
+OutputKind = Literal["vectors", "maps", "probabilities", "depth", "labels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +196,13 @@ class Expectation:
 
     outputs: float32 arrays by output name. own_error: output name -> the relative L2 error PyTorch itself
     makes on this case in the candidate's precision (empty for fp32). own_outputs: what it answered in that precision,
-    as float16, where a person shall see it.
+    as float16, where a person shall see it. leads: of outputs that are labels, how far each label's best score is ahead
+    of the second.
     """
 
     case: Case
     outputs: Arrays
+    leads: Arrays = field(default_factory=dict)
     own_error: Mapping[str, float] = field(default_factory=dict)
     own_outputs: Arrays = field(default_factory=dict)
 

@@ -51,6 +51,23 @@ class CheckpointFacts(Frozen):
     licence: str
 
 
+class HeadManifest(Frozen):
+    """What turns the model's outputs into answers; see `spec.HeadFacts`.
+
+    source, sha256: of the head's own file; empty where the checkpoint holds it too. file: its copy in the bundle, of a
+    head that was fitted here and is published nowhere.
+    """
+
+    kind: str
+    dataset: str
+    terms: str
+    value_range: tuple[float, float] | None = None
+    classes: tuple[str, ...] = ()
+    source: str = ""
+    sha256: Sha256 | None = None
+    file: FileName | None = None
+
+
 class GraphFacts(Frozen):
     """A graph's signature as data."""
 
@@ -170,6 +187,7 @@ class Manifest(Frozen):
     verdict: Verdict
     recipe: dict[str, Any]
     checkpoint: CheckpointFacts
+    head: HeadManifest | None = None
     graphs: tuple[GraphFacts, ...]
     engines: tuple[EngineFacts, ...] = ()
     cpu: CpuFacts | None = None

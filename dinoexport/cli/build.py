@@ -32,6 +32,14 @@ Weights = Annotated[
         help="A local checkpoint, or made-up weights. Default: the published ones.",
     ),
 ]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="What turns tokens into answers: depth, labels, classes; see `list`."),
+]
+HeadWeights = Annotated[
+    str | None,
+    typer.Option(metavar="PATH|synthetic:SEED", help="The head's own weights. Default: the published ones."),
+]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
@@ -77,6 +85,8 @@ def list_(as_json: Json = False) -> None:
 def build(
     variant: Variant,
     weights: Weights = None,
+    head: HeadOption = None,
+    head_weights: HeadWeights = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
     runtime: RuntimeOption = None,
@@ -104,6 +114,8 @@ def build(
         request = pipeline.build_request(
             variant,
             weights=weights,
+            head=head,
+            head_weights=head_weights,
             precision=precision_of(precision),
             target=target,
             runtime=runtime_of(runtime),
@@ -145,6 +157,8 @@ def build(
 def export(
     variant: Variant,
     weights: Weights = None,
+    head: HeadOption = None,
+    head_weights: HeadWeights = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
     out: Out = None,
@@ -156,7 +170,13 @@ def export(
         from dinoexport.pipeline import build as pipeline
 
         request = pipeline.build_request(
-            variant, weights=weights, precision=precision_of(precision), target=target, out=out
+            variant,
+            weights=weights,
+            head=head,
+            head_weights=head_weights,
+            precision=precision_of(precision),
+            target=target,
+            out=out,
         )
         with progress_lines() as progress:
             built = pipeline.export_only(request, progress=progress, force=force)

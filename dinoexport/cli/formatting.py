@@ -57,6 +57,7 @@ def _variant(loaded: Recipe) -> dict[str, Any]:
         "parameters": parameters,
         **model.facts,
         "published_bytes": sum(known) if known and len(known) == len(sizes) else None,
+        "heads": ", ".join(loaded.heads) or loaded.head.get("kind", ""),
         "licence": loaded.licence,
     }
 
@@ -68,8 +69,10 @@ def recipe_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A shipped recipe to start from; this file then holds only what differs.",
     }
-    for table in ("model", "graph"):
-        options = [family.find(name).table_schemas()[table] for name in family.installed()]
+    for table in ("model", "graph", "head"):
+        options = [
+            schemas[table] for name in family.installed() if table in (schemas := family.find(name).table_schemas())
+        ]
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
     # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
     required = schema.pop("required")
@@ -98,6 +101,7 @@ def of_path(path: Path) -> dict[str, Any]:
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
             "licence": manifest.checkpoint.licence,
+            **_head(manifest),
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
             "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
@@ -123,6 +127,19 @@ def of_path(path: Path) -> dict[str, Any]:
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
+    }
+
+
+def _head(manifest: bundle.Manifest) -> dict[str, str]:
+    """What a bundle's head is, where its weights are from, and how many classes it names."""
+    head = manifest.head
+    if head is None:
+        return {}
+    classes = f"{len(head.classes)}: {', '.join(head.classes[:6])}{', …' if len(head.classes) > 6 else ''}"
+    return {
+        "head's weights": head.source or "in the checkpoint",
+        **({"head's SHA-256": head.sha256} if head.sha256 else {}),
+        **({"classes": classes} if head.classes else {}),
     }
 
 

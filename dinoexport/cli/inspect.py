@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.build import ReferenceOption, Weights
+from dinoexport.cli.build import HeadWeights, ReferenceOption, Weights
 from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
@@ -39,6 +39,7 @@ def validate(
         Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
     ] = None,
     weights: Weights = None,
+    head_weights: HeadWeights = None,
     runtime: Annotated[
         str | None,
         typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
@@ -70,6 +71,7 @@ def validate(
                 bundle,
                 images=images,
                 weights=weights,
+                head_weights=head_weights,
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
@@ -187,6 +189,7 @@ def diff(
 def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
+    head_weights: HeadWeights = None,
     as_json: Json = False,
 ) -> None:
     """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
@@ -194,7 +197,7 @@ def bench(
         from dinoexport import bench as stopwatch
 
         with progress_lines() as progress:
-            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+            timed = stopwatch.bench(bundle, weights=weights, head_weights=head_weights, progress=progress)
         if as_json:
             say_json(timed.to_json())
             return

@@ -124,6 +124,20 @@ class Recipe(Frozen):
         default=None, description="The validation of the variant with one of those heads. Default: `validation`."
     )
 
+    @property
+    def judged_by(self) -> str:
+        """The validation's name: of the model as it is, with its head or without one."""
+        return self.head_validation if self.head and self.head_validation else self.validation
+
+    @property
+    def title(self) -> str:
+        """The variant's name, with its head's where it has the choice of several."""
+        return f"{self.name}-{self.head['kind']}" if self.heads and "kind" in self.head else self.name
+
+    def with_head(self, kind: str) -> Recipe:
+        """This recipe with the head `kind`; what its own `[head]` says of that kind stays."""
+        return self.model_copy(update={"head": {**self.head, "kind": kind}})
+
 
 class Target(Frozen):
     """A kind of machine the bundle is meant for.
@@ -157,6 +171,9 @@ class Limits(Frozen):
 
     neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
     knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
+    probability_difference_max: of any one probability, instead of the figures of vectors. depth_within_min: the share
+    of depths within 1.25 times PyTorch's. label_agreement_min: the share of all pixels that have PyTorch's label; where
+    it is decided they all must.
     """
 
     relative_l2_max: Limit
@@ -170,6 +187,9 @@ class Limits(Frozen):
     recall_min: Limit | None = None
     probe_agreement_min: Limit | None = None
     correspondence_min: Limit | None = None
+    probability_difference_max: Limit | None = None
+    depth_within_min: Limit | None = None
+    label_agreement_min: Limit | None = None
 
 
 class Validation(Frozen):

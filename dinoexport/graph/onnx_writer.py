@@ -231,7 +231,12 @@ def _assemble(
 def _value(tensor: Tensor) -> ir.Value:
     import onnx_ir as ir
 
-    dtypes = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8, "int32": ir.DataType.INT32, "int64": ir.DataType.INT64}
+    dtypes = {
+        "float32": ir.DataType.FLOAT,
+        "uint8": ir.DataType.UINT8,
+        "int32": ir.DataType.INT32,
+        "int64": ir.DataType.INT64,
+    }
     return ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtypes[tensor.dtype]))
 
 

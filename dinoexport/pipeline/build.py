@@ -17,7 +17,7 @@ from dinoexport.pipeline.stages import Judged, NothingHolds
 from dinoexport.pipeline.workspace import Stage, Workspace, workspace
 from dinoexport.spec import Progress, silent
 from dinoexport.validation import error_analysis, evaluate, judge
-from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights.checkpoint import Checkpoint
 
 __all__ = ["BuildRequest", "Built", "NothingHolds", "Rejected", "build", "build_request", "export_only"]
 
@@ -58,7 +58,7 @@ def build(
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         with stages.tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = stages.open_weights(request, progress)
             plain = stages.export(work, request, checkpoint, traced)
         preflight.memory(request, plain)
         reference = stages.reference(work, request, checkpoint)
@@ -102,7 +102,7 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         with stages.tracing(request) as traced:
-            checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=progress)
+            checkpoint = stages.open_weights(request, progress)
             plain = stages.export(work, request, checkpoint, traced)
         exported = stages.forms(work, request, plain)["onnxruntime"]
         manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
@@ -144,6 +144,7 @@ def _manifest(
         verdict=verdict,
         recipe=request.recipe.model_dump(mode="json"),
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=request.recipe.licence),
+        head=stages.head_of(request, checkpoint),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,

@@ -36,6 +36,7 @@ class BuildRequest:
     limits: Limits
     cases: tuple[Case, ...]
     weights: str | None
+    head_weights: str | None
     judge_code: evaluate.Judge
     out: Path
     cpu_runtimes: tuple[CpuRuntime, ...]
@@ -61,6 +62,8 @@ def build_request(
     variant_or_path: str,
     *,
     weights: str | None = None,
+    head: str | None = None,
+    head_weights: str | None = None,
     precision: Precision | Literal["auto"] | None = None,
     target: str | None = None,
     runtime: Runtime | None = None,
@@ -71,9 +74,11 @@ def build_request(
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
     target: the GPU that is here, else the CPU, when it is None. engine_choices: what to change in the recipe's
-    `[engine]`.
+    `[engine]`. head: what turns the model's outputs into answers; head_weights: its file, where it is not the published
+    one.
     """
     recipe, gpus = load(variant_or_path), hardware.gpus()
+    recipe = recipe if head is None else recipe.with_head(head)
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
     auto = precision == "auto"
     wanted = Precision.FP16 if precision == "auto" else precision
@@ -81,7 +86,7 @@ def build_request(
     recipe = recipe.model_copy(update={"precision": chosen.precision})
     model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
-    validation, folder = load_validation(recipe.validation, beside=beside)
+    validation, folder = load_validation(recipe.judged_by, beside=beside)
     return BuildRequest(
         recipe=recipe,
         model=model,
@@ -91,8 +96,9 @@ def build_request(
         limits=evaluate.limits_for(validation, chosen.precision),
         cases=evaluate.cases_of(model, validation, folder),
         weights=weights,
+        head_weights=head_weights,
         judge_code=judge_code,
         cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else CPU_RUNTIMES,
-        out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
+        out=out or Path("bundles") / f"{recipe.title}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         auto=auto,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import dinoexport
 from dinoexport import bundle, family
-from dinoexport.bundle import CpuFacts, EngineFacts, Manifest, reference_file, sbom
+from dinoexport.bundle import CpuFacts, EngineFacts, HeadManifest, Manifest, reference_file, sbom
 from dinoexport.engines import builder
 from dinoexport.errors import ValidationFailed
 from dinoexport.graph import quantise as quantiser
@@ -29,7 +29,7 @@ from dinoexport.spec import Array, CpuRuntime, Graph, Precision, Progress
 from dinoexport.system import files, hardware
 from dinoexport.validation import evaluate, judge
 from dinoexport.validation.error_analysis import Growth
-from dinoexport.weights.checkpoint import Checkpoint
+from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 
 # What decides a stage's bytes besides our own code.
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -46,6 +46,33 @@ _ENGINE_ONLY = {"engine", "profiles"}
 
 class NothingHolds(ValidationFailed):
     """`--precision auto` found no form of the graph that holds the limits."""
+
+
+def open_weights(request: BuildRequest, progress: Progress) -> Checkpoint:
+    """The checkpoint, and the head's own file where the model has one."""
+    return open_checkpoint(
+        request.model, request.recipe, request.weights, head_source=request.head_weights, progress=progress
+    )
+
+
+def head_of(request: BuildRequest, checkpoint: Checkpoint) -> HeadManifest | None:
+    """What the manifest says of the model's head."""
+    facts = request.model.head_facts
+    if facts is None:
+        return None
+    found = checkpoint.head
+    return HeadManifest(**asdict(facts), source=found.source if found else "", sha256=found.sha256 if found else None)
+
+
+def _head_metadata(request: BuildRequest, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the ONNX file itself says of its head: whose weights, and what its classes are called."""
+    facts = request.model.head_facts
+    if facts is None:
+        return {}
+    found = {"dinoexport.head": facts.kind}
+    if checkpoint.head is not None:
+        found["dinoexport.head_sha256"] = checkpoint.head.sha256
+    return found | ({"dinoexport.classes": json.dumps(facts.classes)} if facts.classes else {})
 
 
 def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
@@ -67,6 +94,7 @@ def export(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, trace
         "dinoexport.variant": request.recipe.name,
         # The hash alone: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
+        **_head_metadata(request, checkpoint),
         "dinoexport.licence": request.recipe.licence,
         "dinoexport.recipe": json.dumps(recipe, sort_keys=True),
         "dinoexport.versions": json.dumps(versions, sort_keys=True),
@@ -133,7 +161,7 @@ def reference(work: Workspace, request: BuildRequest, checkpoint: Checkpoint) ->
 
     key = key_of(
         code=family.code_of(request.model),
-        checkpoint=checkpoint.sha256,
+        checkpoint=checkpoint.identity,
         recipe=request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY),
         limits=request.limits.model_dump(mode="json"),
         cases=[

@@ -18,13 +18,28 @@ from dinoexport.config.recipe import Limits, Recipe, Validation
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Graph, Precision, Progress, Way, silent
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Candidate,
+    Case,
+    Expectation,
+    Graph,
+    OutputKind,
+    Precision,
+    Progress,
+    Way,
+    silent,
+)
 from dinoexport.validation import determinism, error_analysis, judge
+from dinoexport.validation.answers import as_vectors
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import distance
 from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
+# Ends the name under which a model's reference gives how far each label's best score is ahead: `labels/lead`.
+LEAD = "/lead"
 
 
 def cases_of(model: Model, validation: Validation, folder: Path) -> tuple[Case, ...]:
@@ -55,18 +70,27 @@ def compute_reference(
     require("export", "torch")
     asked = [case for case in cases if not case.expect_refusal]
     inputs = [case.inputs for case in asked]
+    kinds = kinds_of(model)
     answers = exact(model, checkpoint, inputs, judge_code, progress)
     own_errors: list[Mapping[str, float]] = [{} for _ in asked]
     seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
-        own_errors = [_own_error(ours, exact) for ours, exact in zip(lossy, answers, strict=True)]
+        own_errors = [_own_error(ours, exact, kinds) for ours, exact in zip(lossy, answers, strict=True)]
+        lossy = [{name: array for name, array in ours.items() if "/" not in name} for ours in lossy]
         seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
+        kinds=kinds,
         name=reference_name(judge_code),
         limits=limits,
         expectations=tuple(
-            Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
+            Expectation(
+                case=case,
+                outputs={name: array for name, array in outputs.items() if "/" not in name},
+                own_error=own,
+                own_outputs=half,
+                leads={name.removesuffix(LEAD): array for name, array in outputs.items() if name.endswith(LEAD)},
+            )
             for case, outputs, own, half in zip(asked, answers, own_errors, seen, strict=True)
         ),
         refusals=tuple(case for case in cases if case.expect_refusal),
@@ -78,7 +102,8 @@ def _halved(answers: Arrays) -> dict[str, Array]:
     import numpy as np
 
     with np.errstate(over="ignore"):
-        return {name: array.astype(np.float16) for name, array in answers.items()}
+        # Labels are whole numbers, and fp16 holds those up to 2048 only.
+        return {name: array.astype(np.float16) if array.dtype.kind == "f" else array for name, array in answers.items()}
 
 
 def reference_name(judge_code: Judge) -> str:
@@ -98,9 +123,19 @@ def exact(
     return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
 
 
-def _own_error(ours: Arrays, exact: Arrays) -> dict[str, float]:
+def kinds_of(model: Model) -> dict[str, tuple[OutputKind, str]]:
+    """What the numbers of the model's outputs are, of those that are not vectors."""
+    outputs = (tensor for graph in model.graphs for tensor in graph.outputs)
+    return {tensor.name: (tensor.kind, tensor.decided_by) for tensor in outputs if tensor.kind != "vectors"}
+
+
+def _own_error(ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> dict[str, float]:
     """Relative L2 per output. Where PyTorch's own precision overflows it says nothing about a candidate: left out."""
-    errors = {name: distance(ours[name], exact[name]).relative_l2 for name in exact}
+    errors = {
+        name: distance(as_vectors(kind, ours[name]), as_vectors(kind, array)).relative_l2
+        for name, array in exact.items()
+        if "/" not in name and (kind := kinds.get(name, ("vectors", ""))[0]) not in ("labels", "probabilities")
+    }
     return {name: error for name, error in errors.items() if isfinite(error)}
 
 
@@ -156,6 +191,7 @@ def judged(candidate: Candidate, reference: Reference, name: str, *, progress: P
         reference.limits,
         candidate_name=name,
         reference_name=reference.name,
+        kinds=reference.kinds,
         progress=progress,
     )
 
@@ -224,13 +260,33 @@ def growth_of(
 
 
 def same_weights(
-    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+    model: Model,
+    recipe: Recipe,
+    manifest: Manifest,
+    weights: str | None,
+    progress: Progress,
+    *,
+    head_weights: str | None = None,
+    folder: Path | None = None,
 ) -> Checkpoint:
-    """The very weights the bundle was made from; comparing with others would blame the bundle for the difference."""
-    made_from = manifest.checkpoint
-    published = any(file.sha256 == made_from.sha256 for file in recipe.weights)
+    """The very weights the bundle was made from; comparing with others would blame the bundle for the difference.
+
+    folder: the bundle's, which may hold its head's own file.
+    """
+    made_from, head = manifest.checkpoint, manifest.head
+    published = any(file.sha256 == made_from.sha256 or file.url == made_from.source for file in recipe.weights)
     source = weights or (None if published else made_from.source)
-    checkpoint = open_checkpoint(model, recipe, source, progress=progress)
+    head_source = head_weights
+    if head is not None and head.sha256 is not None and head_weights is None:
+        of_recipe = recipe.heads.get(head.kind)
+        inside = str(folder / head.file) if folder is not None and head.file else head.source
+        head_source = None if of_recipe is not None and of_recipe.url == head.source else inside
+    checkpoint = open_checkpoint(model, recipe, source, head_source=head_source, progress=progress)
+    if head is not None and checkpoint.head is not None and checkpoint.head.sha256 != head.sha256:
+        raise ValidationFailed(
+            f"{checkpoint.head.source} is not the head the bundle was made from: {head.source}, SHA-256 {head.sha256}.",
+            next_step="Give that file as --head-weights PATH.",
+        )
     if checkpoint.sha256 != made_from.sha256:
         raise ValidationFailed(
             f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "

@@ -6,32 +6,31 @@ one figure. NaN never holds a limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 from dinoexport.config.recipe import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
-from dinoexport.spec import Array, Candidate, Case, Expectation, Progress, silent
+from dinoexport.spec import Array, Candidate, Case, Expectation, OutputKind, Progress, silent
+from dinoexport.validation import answers as comparison
+from dinoexport.validation.answers import Bound, at_least
 from dinoexport.validation.determinism import Determinism
 from dinoexport.validation.metrics import Distance, distance, neighbour_agreement
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """One limit as it was applied. holds: whether `value` is on the right side; false for NaN."""
-
-    figure: str
-    value: float
-    limit: float
-    reason: str
-    holds: bool
+# Output name -> what its numbers are, and of labels the output that holds their scores.
+Kinds = Mapping[str, tuple[OutputKind, str]]
+__all__ = ["Bound", "Kinds", "Report", "Row", "judge", "without_nan"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One output of one case. `problem` is set instead of figures when there was nothing to measure."""
+    """One output of one case. `problem` is set instead of figures when there was nothing to measure.
+
+    figures: what people know the difference by, without a limit.
+    """
 
     case: str
     why: str
@@ -40,6 +39,7 @@ class Row:
     distance: Distance | None
     bounds: tuple[Bound, ...]
     problem: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -92,15 +92,19 @@ def judge(
     *,
     candidate_name: str,
     reference_name: str,
+    kinds: Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Report:
-    """Puts every case to the candidate and measures every output against the expectation."""
+    """Puts every case to the candidate and measures every output against the expectation.
+
+    kinds: what the numbers of an output are; of one that is not named, vectors.
+    """
     rows: list[Row] = []
     not_covered: list[str] = []
     total = len(expectations) + len(refusals)
     for done, expectation in enumerate(expectations, start=1):
         try:
-            rows += _judge_case(candidate, expectation, limits)
+            rows += _judge_case(candidate, expectation, limits, kinds)
         except OutsideProfile:
             not_covered.append(expectation.case.name)
         progress(f"judging {candidate_name}", done, total)
@@ -110,7 +114,7 @@ def judge(
     return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows), not_covered=tuple(not_covered))
 
 
-def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) -> list[Row]:
+def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, kinds: Kinds) -> list[Row]:
     answers: dict[str, Array] = {}
     failure = "the candidate does not have this output"
     try:
@@ -124,8 +128,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
     names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
     for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
-        measured: Distance | None = None
-        agreement: tuple[Bound, ...] = ()
+        compared = comparison.Compared(distance=None, bounds=())
         problem = ""
         if not name:
             problem = "the reference has no answer to this case"
@@ -137,9 +140,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
             problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
         else:
             try:
-                measured = distance(answer, expected)
-                if expectation.case.neighbours and limits.neighbour_agreement_min:
-                    agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
+                compared = _compared(name, answers, expectation, limits, kinds)
             except ValueError as error:
                 problem = str(error)
         rows.append(
@@ -148,47 +149,37 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
                 why=expectation.case.why,
                 output=name,
                 shape=() if expected is None else expected.shape,
-                distance=measured,
-                bounds=_bounds(measured, limits, expectation.own_error.get(name)) + agreement if measured else (),
+                distance=compared.distance,
+                bounds=compared.bounds,
                 problem=problem,
+                figures=compared.figures,
             )
         )
     return rows
 
 
-def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
-    def at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
-        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
-
-    def at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
-        return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
-
-    bounds = [
-        at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
-        at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
-        at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min.value, limits.cosine_mean_min.reason),
-        at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min.value, limits.cosine_p01_min.reason),
-        at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min.value, limits.cosine_worst_min.reason),
-    ]
-    times = limits.times_own_error_max
-    if times is not None and own_error is not None:
-        bounds.append(at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
-    return tuple(bounds)
+def _compared(
+    name: str, answers: Mapping[str, Array], expectation: Expectation, limits: Limits, kinds: Kinds
+) -> comparison.Compared:
+    """One output that both sides have, by its kind; a ValueError says why it cannot be compared."""
+    answer, expected = answers[name], expectation.outputs[name]
+    kind, decided_by = kinds.get(name, ("vectors", ""))
+    if kind == "labels":
+        ours, theirs = answers.get(decided_by), expectation.outputs.get(decided_by)
+        if ours is None or theirs is None or name not in expectation.leads:
+            raise ValueError(f"labels cannot be compared without the scores {decided_by!r}")
+        error = distance(ours, theirs).max_abs
+        return comparison.compare_labels(answer, expected, expectation.leads[name], error, limits)
+    compared = comparison.compare(kind, answer, expected, limits, expectation.own_error.get(name))
+    if kind == "vectors" and expectation.case.neighbours and limits.neighbour_agreement_min:
+        agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
+        compared = replace(compared, bounds=compared.bounds + agreement)
+    return compared
 
 
 def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:
     value = neighbour_agreement(answer, expected)
-    if value is None:
-        return ()
-    return (
-        Bound(
-            figure="neighbour_agreement",
-            value=value,
-            limit=limit.value,
-            reason=limit.reason,
-            holds=value >= limit.value,
-        ),
-    )
+    return () if value is None else (at_least("neighbour_agreement", value, limit),)
 
 
 def _judge_refusal(candidate: Candidate, case: Case) -> Row:

@@ -52,6 +52,7 @@ def validate(
     *,
     images: Path | None = None,
     weights: str | None = None,
+    head_weights: str | None = None,
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     explained: bool = False,
@@ -83,14 +84,18 @@ def validate(
         validated = _by_reference(folder, manifest, opened, reference, signs, progress)
         if not explained:
             return validated
-        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        checkpoint = evaluate.same_weights(
+            model, recipe, manifest, weights, progress, head_weights=head_weights, folder=folder
+        )
         cases, limits = [expectation.case for expectation in reference.expectations], reference.limits
         report = evaluate.with_ranges(validated.report, model, graphs, cases, progress=progress)
         validated = replace(validated, report=report)
     else:
         skipped: list[str] = []
         cases = user_files.readable(model, images, skipped, progress)
-        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        checkpoint = evaluate.same_weights(
+            model, recipe, manifest, weights, progress, head_weights=head_weights, folder=folder
+        )
         limits = _limits_of(folder, manifest, recipe)
         aggregate = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
         validated = Validated(
@@ -218,7 +223,7 @@ def _judge_own(
         exact=lambda inputs: evaluate.exact(model, checkpoint, inputs, judge_code, progress),
         judged=judge_them,
         names=(opened.name, evaluate.reference_name(judge_code)),
-        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.sha256, family.code_of(model)),
+        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.identity, family.code_of(model)),
         at_once=_IMAGES_AT_ONCE,
         progress=progress,
     )
@@ -226,6 +231,6 @@ def _judge_own(
 
 def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
     if manifest.verdict == "unjudged":
-        validation, _ = load_validation(recipe.validation, beside=None)
+        validation, _ = load_validation(recipe.judged_by, beside=None)
         return evaluate.limits_for(validation, manifest.precision)
     return reference_file.read(folder / bundle.REFERENCE).limits

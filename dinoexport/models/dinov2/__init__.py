@@ -61,7 +61,11 @@ class Dinov2:
 
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
-        return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema(), "head": HeadTable.model_json_schema()}
+        return {
+            "model": Architecture.model_json_schema(),
+            "graph": GraphChoices.model_json_schema(),
+            "head": HeadTable.model_json_schema(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,11 @@ class Dinov2Model:
     @property
     def head_weights(self) -> None:
         """None: tokens need no head."""
+        return None
+
+    @property
+    def head_facts(self) -> None:
+        """None: tokens are features."""
         return None
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:

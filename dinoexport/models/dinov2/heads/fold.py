@@ -27,7 +27,7 @@ class FoldedHead:
     def weights(self) -> Mapping[str, Weight]:
         """All of the head's, with the backbone's final norm where the head reads behind it."""
         dim = self.head.arch.embed_dim
-        norm = {}
+        norm: dict[str, Weight] = {}
         if self.head.after_norm:
             norm = {"norm_weight_D": self._as_is("norm.weight", dim), "norm_bias_D": self._as_is("norm.bias", dim)}
         match self.head.form:
@@ -53,14 +53,14 @@ class FoldedHead:
     def _as_is(self, name: str, *shape: int) -> Weight:
         return Weight(shape=shape, read=lambda: self.read(name))
 
-    def _linear(self, name: str) -> Mapping[str, Weight]:
+    def _linear(self, name: str) -> dict[str, Weight]:
         count, width = self.head.class_count, self.head.width
         return {
             "weight_KC": self._as_is(f"{name}.weight", count, width),
             "bias_K": self._as_is(f"{name}.bias", count),
         }
 
-    def _bins(self) -> Mapping[str, Weight]:
+    def _bins(self) -> dict[str, Weight]:
         """The one layer's columns apart: of patch tokens and of class tokens; then bins and ones."""
         layers, dim = len(self.head.blocks), self.head.arch.embed_dim
 
@@ -80,7 +80,7 @@ class FoldedHead:
             "weigh_2K11": Weight(shape=(2, BINS, 1, 1), read=weigh),
         }
 
-    def _segmentation(self) -> Mapping[str, Weight]:
+    def _segmentation(self) -> dict[str, Weight]:
         count, width = self.head.class_count, self.head.width
 
         def scale_and_shift() -> tuple[Array, Array]:
@@ -104,7 +104,7 @@ class FoldedHead:
             "bias_K": Weight(shape=(count,), read=shifted),
         }
 
-    def _dpt(self) -> Mapping[str, Weight]:
+    def _dpt(self) -> dict[str, Weight]:
         dim, at, channels = self.head.arch.embed_dim, "decode_head.", DPT_CHANNELS
         names: dict[str, str] = {"project": "project.conv"}
         for i in range(4):
@@ -141,7 +141,7 @@ class FoldedHead:
 
         return read
 
-    def _depth_anything(self) -> Mapping[str, Weight]:
+    def _depth_anything(self) -> dict[str, Weight]:
         names: dict[str, str] = {}
         for i in range(4):
             net = 4 - i  # refinenet4 is the coarsest
@@ -155,7 +155,10 @@ class FoldedHead:
                     for conv, ours in ((1, "first"), (2, "second")):
                         names[f"{place}.{ours}"] = f"scratch.refinenet{net}.resConfUnit{unit}.conv{conv}"
         names |= {f"resizes.{i}": f"resize_layers.{i}" for i in RESIZES}
-        names |= {f"last.{i}": f"scratch.{name}" for i, name in enumerate(("output_conv1", "output_conv2.0", "output_conv2.2"))}
+        names |= {
+            f"last.{i}": f"scratch.{name}"
+            for i, name in enumerate(("output_conv1", "output_conv2.0", "output_conv2.2"))
+        }
         return self._convolutions(names, "depth_head.")
 
     def _convolutions(self, names: Mapping[str, str], prefix: str) -> dict[str, Weight]:

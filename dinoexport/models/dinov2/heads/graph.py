@@ -21,7 +21,7 @@ def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 def _over(side: int) -> int:
-    """What is lacking to the next multiple of a patch; no remainder of a negative number, which runtimes disagree on."""
+    """What is lacking to the next multiple of a patch; of negative numbers runtimes disagree on the remainder."""
     return (side + PATCH - 1) // PATCH * PATCH - side
 
 
@@ -223,13 +223,14 @@ class _Residual(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The unit."""
-        return x_BCHW + self.second(F.relu(self.first(F.relu(x_BCHW))))
+        added: Tensor = self.second(F.relu(self.first(F.relu(x_BCHW))))
+        return x_BCHW + added
 
 
 class _Pyramid(_Traced):
     """What both DPT heads share: four maps of halving size, brought to one width, and joined from the coarsest on.
 
-    The 1x1 convolution behind each upsampling is applied before it: they commute, and there are a quarter of the pixels.
+    The 1x1 convolution behind each upsampling is applied before it: they commute, and a quarter of the pixels are there.
     body: the dtype of its convolutions. What reads tokens, and the last layer, stay float32.
     """
 
@@ -256,16 +257,21 @@ class _Pyramid(_Traced):
         x = self.projects[i](map_BDhw).to(self.body)
         if i in RESIZES:
             x = self.resizes[str(i)](x)
-        return self.levels[i](x)
+        level: Tensor = self.levels[i](x)
+        return level
 
 
 class DptDepth(_Pyramid):
     """The released DPT heads: class token read into every patch, no BatchNorm."""
 
     def __init__(self, head: Head, *, from_bytes: bool, body: torch.dtype) -> None:
-        super().__init__(head, dpt_widths(head.arch.embed_dim), DPT_CHANNELS, bias=False, from_bytes=from_bytes, body=body)
+        super().__init__(
+            head, dpt_widths(head.arch.embed_dim), DPT_CHANNELS, bias=False, from_bytes=from_bytes, body=body
+        )
         self.range = head.depth_range
-        self.readouts = nn.ModuleList(_Convolution(self.dim, self.dim, 1, bias=False, dtype=torch.float32) for _ in range(4))
+        self.readouts = nn.ModuleList(
+            _Convolution(self.dim, self.dim, 1, bias=False, dtype=torch.float32) for _ in range(4)
+        )
         for i in range(4):
             self.register_parameter(f"class_weight_{i}", _parameter(self.dim, self.dim))
             self.register_parameter(f"class_bias_{i}", _parameter(self.dim))

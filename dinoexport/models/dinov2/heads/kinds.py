@@ -17,7 +17,9 @@ from dinoexport.config.recipe import Frozen
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.spec import closest
 
-Form = Literal["classifier", "linear_depth", "dpt_depth", "segmentation", "depth_anything", "fitted_linear", "fitted_knn"]
+Form = Literal[
+    "classifier", "linear_depth", "dpt_depth", "segmentation", "depth_anything", "fitted_linear", "fitted_knn"
+]
 BINS = 256  # of the linear depth heads
 DPT_CHANNELS = 256  # of the released DPT heads, for every backbone
 _LAYERS = 4
@@ -26,65 +28,71 @@ _SPREAD = {24: (4, 11, 17, 23)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One released head. layers: how many blocks it reads. classes: 0 for depth. depth_range: metres.
+class Dataset:
+    """What heads are trained on. terms: its own; the weights have the upstream repository's licence.
 
-    dataset: what it was trained on. terms: of that dataset; the weights have the upstream repository's licence.
+    classes: how many; 0 for depth. class_names: the list in recipes/classes. depth_range: metres.
     """
 
-    form: Form
-    layers: int = 1
+    name: str
+    terms: str
     classes: int = 0
     class_names: str = ""
     depth_range: tuple[float, float] | None = None
-    dataset: str
-    terms: str
 
 
-_IMAGENET = {
-    "dataset": "ImageNet-1k",
-    "terms": "ImageNet's own: non-commercial research and education (image-net.org)",
-    "class_names": "imagenet1k",
-}
-_NYU = {
-    "dataset": "NYU Depth V2",
-    "terms": "the dataset's page states no licence; its authors ask to be cited (Silberman et al. 2012)",
-    "depth_range": (0.001, 10.0),
-}
-_KITTI = {
-    "dataset": "KITTI",
-    "terms": "CC BY-NC-SA 3.0 (cvlibs.net/datasets/kitti)",
-    "depth_range": (0.001, 80.0),
-}
-_ADE20K = {"dataset": "ADE20K", "terms": "ADE20K's own: non-commercial research and education", "class_names": "ade20k"}
-_VOC = {
-    "dataset": "Pascal VOC 2012",
-    "terms": "images under Flickr's terms of use (host.robots.ox.ac.uk/pascal/VOC)",
-    "class_names": "voc2012",
-}
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One head. layers: how many blocks it reads."""
+
+    form: Form
+    dataset: Dataset
+    layers: int = 1
+
+
+_IMAGENET = Dataset(
+    name="ImageNet-1k",
+    terms="ImageNet's own: non-commercial research and education (image-net.org)",
+    classes=1000,
+    class_names="imagenet1k",
+)
+_NYU = Dataset(
+    name="NYU Depth V2",
+    terms="the dataset's page states no licence; its authors ask to be cited (Silberman et al. 2012)",
+    depth_range=(0.001, 10.0),
+)
+_KITTI = Dataset(name="KITTI", terms="CC BY-NC-SA 3.0 (cvlibs.net/datasets/kitti)", depth_range=(0.001, 80.0))
+_ADE20K = Dataset(
+    name="ADE20K", terms="ADE20K's own: non-commercial research and education", classes=150, class_names="ade20k"
+)
+_VOC = Dataset(
+    name="Pascal VOC 2012",
+    terms="images under Flickr's terms of use (host.robots.ox.ac.uk/pascal/VOC)",
+    classes=21,
+    class_names="voc2012",
+)
+_DEPTH_ANYTHING = Dataset(
+    name="Depth Anything V2's synthetic and pseudo-labelled images", terms="see the licence of the weights"
+)
+_OWN = Dataset(name="the user's own images", terms="the user's own")
 
 KINDS: Mapping[str, Kind] = {
-    "linear": Kind(form="classifier", classes=1000, **_IMAGENET),
-    "linear4": Kind(form="classifier", layers=_LAYERS, classes=1000, **_IMAGENET),
-    "nyu_linear": Kind(form="linear_depth", **_NYU),
-    "nyu_linear4": Kind(form="linear_depth", layers=_LAYERS, **_NYU),
-    "nyu_dpt": Kind(form="dpt_depth", layers=_LAYERS, **_NYU),
-    "kitti_linear": Kind(form="linear_depth", **_KITTI),
-    "kitti_linear4": Kind(form="linear_depth", layers=_LAYERS, **_KITTI),
-    "kitti_dpt": Kind(form="dpt_depth", layers=_LAYERS, **_KITTI),
-    "ade20k_linear": Kind(form="segmentation", classes=150, **_ADE20K),
-    "ade20k_ms": Kind(form="segmentation", layers=_LAYERS, classes=150, **_ADE20K),
-    "voc2012_linear": Kind(form="segmentation", classes=21, **_VOC),
-    "voc2012_ms": Kind(form="segmentation", layers=_LAYERS, classes=21, **_VOC),
-    "depth_anything": Kind(
-        form="depth_anything",
-        layers=_LAYERS,
-        dataset="Depth Anything V2's synthetic and pseudo-labelled images",
-        terms="see the licence of the weights",
-    ),
-    "logreg": Kind(form="fitted_linear", dataset="the user's own images", terms="the user's own"),
-    "probe": Kind(form="fitted_linear", dataset="the user's own images", terms="the user's own"),
-    "knn": Kind(form="fitted_knn", dataset="the user's own images", terms="the user's own"),
+    "linear": Kind(form="classifier", dataset=_IMAGENET),
+    "linear4": Kind(form="classifier", dataset=_IMAGENET, layers=_LAYERS),
+    "nyu_linear": Kind(form="linear_depth", dataset=_NYU),
+    "nyu_linear4": Kind(form="linear_depth", dataset=_NYU, layers=_LAYERS),
+    "nyu_dpt": Kind(form="dpt_depth", dataset=_NYU, layers=_LAYERS),
+    "kitti_linear": Kind(form="linear_depth", dataset=_KITTI),
+    "kitti_linear4": Kind(form="linear_depth", dataset=_KITTI, layers=_LAYERS),
+    "kitti_dpt": Kind(form="dpt_depth", dataset=_KITTI, layers=_LAYERS),
+    "ade20k_linear": Kind(form="segmentation", dataset=_ADE20K),
+    "ade20k_ms": Kind(form="segmentation", dataset=_ADE20K, layers=_LAYERS),
+    "voc2012_linear": Kind(form="segmentation", dataset=_VOC),
+    "voc2012_ms": Kind(form="segmentation", dataset=_VOC, layers=_LAYERS),
+    "depth_anything": Kind(form="depth_anything", dataset=_DEPTH_ANYTHING, layers=_LAYERS),
+    "logreg": Kind(form="fitted_linear", dataset=_OWN),
+    "probe": Kind(form="fitted_linear", dataset=_OWN),
+    "knn": Kind(form="fitted_knn", dataset=_OWN),
 }
 
 
@@ -183,7 +191,7 @@ class Head:
     @property
     def depth_range(self) -> tuple[float, float]:
         """Least and greatest depth, metres."""
-        chosen = self.table.depth_range or self.kind.depth_range
+        chosen = self.table.depth_range or self.kind.dataset.depth_range
         assert chosen is not None, self.table.kind
         return chosen
 
@@ -202,14 +210,14 @@ class Head:
     @property
     def class_count(self) -> int:
         """How many classes it tells apart; 0 for depth."""
-        return self.kind.classes or len(self.table.classes)
+        return self.kind.dataset.classes or len(self.table.classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes' names, in the order of the outputs."""
-        if not self.kind.class_names:
+        if not self.kind.dataset.class_names:
             return self.table.classes
-        path = resources.folder("recipes") / "classes" / f"{self.kind.class_names}.txt"
+        path = resources.folder("recipes") / "classes" / f"{self.kind.dataset.class_names}.txt"
         return tuple(path.read_text(encoding="utf-8").split("\n")[:-1])
 
     @property

@@ -23,7 +23,9 @@ _BACKBONE = "pretrained."
 
 _HF_LEVELS = r"neck\.reassemble_stage\.layers\.(\d)\.(projection|resize)\.(weight|bias)$"
 _HF_CONVS = r"neck\.convs\.(\d)\.weight$"
-_HF_FUSION = r"neck\.fusion_stage\.layers\.(\d)\.(?:(projection)|residual_layer([12])\.convolution([12]))\.(weight|bias)$"
+_HF_FUSION = (
+    r"neck\.fusion_stage\.layers\.(\d)\.(?:(projection)|residual_layer([12])\.convolution([12]))\.(weight|bias)$"
+)
 _HF_ENDS = {"head.conv1.": "output_conv1.", "head.conv2.": "output_conv2.0.", "head.conv3.": "output_conv2.2."}
 
 
@@ -48,7 +50,7 @@ def adapt(found: Shapes, read: Read) -> tuple[Shapes, Read]:
 
 
 def adapt_whole(
-    head: Head, backbone: Callable[[Shapes, Read], tuple[Shapes, Read]], found: Shapes, read: Read
+    backbone: Callable[[Shapes, Read], tuple[Shapes, Read]], found: Shapes, read: Read
 ) -> tuple[Shapes, Read]:
     """The same of a file that holds backbone and head, in Depth Anything's own layout or Hugging Face's.
 
@@ -91,7 +93,11 @@ def _from_hugging_face(name: str) -> str | None:
         inside = "out_conv" if fusion[2] else f"resConfUnit{fusion[3]}.conv{fusion[4]}"
         return f"{net}.{inside}.{fusion[5]}"
     return next(
-        (f"depth_head.scratch.{ours}{name.removeprefix(theirs)}" for theirs, ours in _HF_ENDS.items() if name.startswith(theirs)),
+        (
+            f"depth_head.scratch.{ours}{name.removeprefix(theirs)}"
+            for theirs, ours in _HF_ENDS.items()
+            if name.startswith(theirs)
+        ),
         None,
     )
 

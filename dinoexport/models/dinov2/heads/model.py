@@ -14,7 +14,19 @@ from dinoexport.family import Call, FrontEnd, HeadWeights, Piece, Read, Shapes
 from dinoexport.models.dinov2.config import PATCH
 from dinoexport.models.dinov2.heads import layouts, pictures, serving, synthetic
 from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
-from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Graph,
+    HeadFacts,
+    Picture,
+    Precision,
+    Progress,
+    Runner,
+    Tensor,
+    Workload,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +71,26 @@ class HeadedModel:
         """The head's own file; None where one file holds both."""
         return _OwnFile(head=self.head) if self.head.own_file else None
 
+    @property
+    def head_facts(self) -> HeadFacts:
+        """Dataset, its terms, range and classes."""
+        head = self.head
+        ranges = {"linear_depth": head.table.depth_range or head.kind.dataset.depth_range}
+        ranges |= {"dpt_depth": ranges["linear_depth"]}
+        greatest = head.table.max_depth
+        return HeadFacts(
+            kind=head.table.kind,
+            dataset=head.kind.dataset.name,
+            terms=head.kind.dataset.terms,
+            value_range=ranges.get(head.form) or (None if greatest is None else (0.0, greatest)),
+            classes=head.class_names,
+        )
+
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """The backbone's layouts; of Depth Anything's file both parts."""
         if self.head.own_file:
             return self.backbone.adapt(found, read)
-        return layouts.adapt_whole(self.head, self.backbone.adapt, found, read)
+        return layouts.adapt_whole(self.backbone.adapt, found, read)
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
         """See `synthetic` of the backbone and of heads; a peak concerns the backbone."""
@@ -101,8 +128,10 @@ class HeadedModel:
             )
             calls.append(Call(piece=pad, scope="pad", inputs=(image.name,), outputs=(_PADDED,), weights={}))
             body[0] = replace(body[0], inputs=(_PADDED,))
-        residual = next(call.piece.example_inputs["tokens"].dtype for call in body if "tokens" in call.piece.example_inputs)
-        dtype = self._body(torch)
+        residual = next(
+            call.piece.example_inputs["tokens"].dtype for call in body if "tokens" in call.piece.example_inputs
+        )
+        dtype = self._body()
         taps = tuple(f"blocks.{i}_tokens" for i in head.blocks)
         grid = (17, 19)
         tokens = torch.zeros(2, 1 + head.arch.register_count + grid[0] * grid[1], head.arch.embed_dim, dtype=residual)
@@ -114,9 +143,7 @@ class HeadedModel:
             name=f"{head.table.kind}, {dtype} of {residual} and {image.name}",
             module=_module(head, from_bytes, dtype),
             example_inputs=inputs,
-            dynamic={
-                name: dynamic if name == image.name else {0: "batch", 1: "tokens"} for name in inputs
-            },
+            dynamic={name: dynamic if name == image.name else {0: "batch", 1: "tokens"} for name in inputs},
             least_sizes={} if head.pads else {"height": PATCH, "width": PATCH},
         )
         calls += body
@@ -131,8 +158,10 @@ class HeadedModel:
         )
         return tuple(calls)
 
-    def _body(self, torch: Any) -> torch.dtype:
+    def _body(self) -> torch.dtype:
         """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
+        import torch
+
         halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
         dpt = self.head.form in ("dpt_depth", "depth_anything")
         return torch.float16 if halved and dpt else torch.float32
@@ -204,7 +233,13 @@ class HeadedModel:
             streams[j].clear()
         return answers
 
-    def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
+    def upstream(
+        self,
+        read: Read,  # noqa: ARG002 (the interface's)
+        inputs: Sequence[Arrays],  # noqa: ARG002
+        *,
+        progress: Progress,  # noqa: ARG002
+    ) -> list[dict[str, Array]]:
         """Not offered: the hub's linear depth heads ignore their range, and its segmentation needs mmcv."""
         raise UsageError(
             "torch.hub's code is no reference for heads: it gives linear NYU depths eight times too large.",
@@ -219,7 +254,7 @@ class HeadedModel:
         self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
     ) -> Iterator[Case | str]:
         """A case for each readable image, prepared as the head's own evaluation does."""
-        return serving.cases_from(self.head, self.backbone, self.graphs[0], folder, progress=progress, only=only)
+        return self.backbone.cases_from(folder, progress=progress, only=only)
 
     @property
     def uses(self) -> None:
@@ -356,7 +391,7 @@ def _module(head: Head, from_bytes: bool, body: torch.dtype) -> torch.nn.Module:
 
 def _outputs(head: Head) -> tuple[Tensor, ...]:
     """What the head gives, with units."""
-    count, names = head.class_count, head.kind.dataset
+    count, names = head.class_count, head.kind.dataset.name
     probabilities = Tensor(
         name="probabilities",
         dtype="float32",
@@ -394,6 +429,7 @@ def _outputs(head: Head) -> tuple[Tensor, ...]:
                 dtype="float32",
                 shape=("batch", count, "patch_rows", "patch_columns"),
                 meaning="logits of each class for each patch of the padded image, before they are resized to pixels",
+                kind="maps",
             )
             return labels, logits
         case "linear_depth" | "dpt_depth":
@@ -406,15 +442,13 @@ def _outputs(head: Head) -> tuple[Tensor, ...]:
                 if greatest is None
                 else f"depth of each pixel, metres, 0 to {greatest:g}"
             )
-    return (
-        Tensor(name="depth", dtype="float32", shape=("batch", "height", "width"), meaning=meaning, kind="depth"),
-    )
+    return (Tensor(name="depth", dtype="float32", shape=("batch", "height", "width"), meaning=meaning, kind="depth"),)
 
 
 def _card(head: Head) -> dict[str, str]:
     said = {
-        "head": f"{head.table.kind}, trained on {head.kind.dataset}",
-        "head_terms": head.kind.terms,
+        "head": f"{head.table.kind}, trained on {head.kind.dataset.name}",
+        "head_terms": head.kind.dataset.terms,
     }
     if head.form in ("linear_depth", "dpt_depth"):
         low, high = head.depth_range
@@ -422,8 +456,6 @@ def _card(head: Head) -> dict[str, str]:
         said["depth_range"] = f"{low:g} to {high:g} m ({chosen})"
     if head.table.max_depth is not None:
         said["depth_range"] = f"0 to {head.table.max_depth:g} m"
-    if names := head.class_names:
-        said["classes"] = "\n".join(names)
     return said
 
 

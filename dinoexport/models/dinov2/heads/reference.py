@@ -1,8 +1,9 @@
 """The plain formulations of DINOv2's heads and of Depth Anything V2's in PyTorch: what judges.
 
-Written after dinov2/hub/{classifiers,depthers}.py, dinov2/eval/{depth,segmentation}, dinov2/hub/depth and Depth Anything
-V2's depth_anything_v2/dpt.py, with their tensor names. It shares no code with `graph.py`; the official
-implementations' numbers pin it in the tests. h and w count patches of the padded image, H and W pixels of the given one.
+Written after dinov2/hub/{classifiers,depthers}.py, dinov2/eval/{depth,segmentation}, dinov2/hub/depth and Depth
+Anything V2's depth_anything_v2/dpt.py, with their tensor names. It shares no code with `graph.py`; the official
+implementations' numbers pin it in the tests. h and w count patches of the padded image, H and W pixels of the given
+one.
 """
 
 from __future__ import annotations
@@ -96,11 +97,16 @@ def _neighbours(head: Head, load: Load, class_BD: Tensor) -> Tensor:
 def _binned(head: Head, load: Load, maps: list[Tensor], classes: list[Tensor]) -> Tensor:
     """dinov2/hub/depth/decode_heads.py BNHead: uniform bins, the "linear" norm, class token after patch token."""
     low, high = head.depth_range
-    pairs = [torch.cat((grid, token[:, :, None, None].expand_as(grid)), dim=1) for grid, token in zip(maps, classes, strict=True)]
+    pairs = [
+        torch.cat((grid, token[:, :, None, None].expand_as(grid)), dim=1)
+        for grid, token in zip(maps, classes, strict=True)
+    ]
     features = torch.cat(pairs, dim=1)
     h, w = features.shape[-2:]
     features = F.interpolate(features, size=(4 * h, 4 * w), mode="bilinear")
-    logits = F.relu(F.conv2d(features, load("decode_head.conv_depth.weight"), load("decode_head.conv_depth.bias"))) + 0.1
+    logits = (
+        F.relu(F.conv2d(features, load("decode_head.conv_depth.weight"), load("decode_head.conv_depth.bias"))) + 0.1
+    )
     share = logits / logits.sum(dim=1, keepdim=True)
     bins = torch.linspace(low, high, BINS, dtype=share.dtype)
     return torch.einsum("bkhw,k->bhw", share, bins).unsqueeze(1)
@@ -108,8 +114,10 @@ def _binned(head: Head, load: Load, maps: list[Tensor], classes: list[Tensor]) -
 
 def _segmented(load: Load, maps: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
     """dinov2/eval/segmentation/models/decode_heads/linear_head.py, whole image at once."""
-    bn = {name: load(f"decode_head.bn.{name}") for name in ("running_mean", "running_var", "weight", "bias")}
-    features = F.batch_norm(torch.cat(maps, dim=1), **bn, eps=_BATCH_NORM_EPSILON)
+    mean, variance, weight, bias = (
+        load(f"decode_head.bn.{name}") for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    features = F.batch_norm(torch.cat(maps, dim=1), mean, variance, weight, bias, eps=_BATCH_NORM_EPSILON)
     patch_logits = F.conv2d(features, load("decode_head.conv_seg.weight"), load("decode_head.conv_seg.bias"))
     logits = F.interpolate(patch_logits, size=size, mode="bilinear")
     best = logits.topk(2, dim=1).values

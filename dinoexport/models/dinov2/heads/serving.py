@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinoexport.family import FrontEnd
 from dinoexport.models.dinov2 import serving as of_backbone
 from dinoexport.models.dinov2.heads.kinds import Head

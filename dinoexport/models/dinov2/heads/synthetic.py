@@ -33,7 +33,8 @@ def tensor(head: Head, name: str, seed: int) -> Array:
 
 
 def _noise(key: str, shape: tuple[int, ...]) -> Array:
-    return np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    noise: Array = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    return noise
 
 
 def _released(head: Head, name: str, shape: tuple[int, ...], noise: Array, key: str) -> Array:
@@ -48,11 +49,13 @@ def _released(head: Head, name: str, shape: tuple[int, ...], noise: Array, key: 
     if name.endswith("conv_depth.weight"):
         coarse = _noise(f"{key}:groups", (BINS // _BINS_ALIKE, fan_in))
         alike = np.repeat(coarse, _BINS_ALIKE, axis=0).reshape(shape)
-        return (alike + 0.5 * noise) / np.sqrt(fan_in)
+        bins: Array = (alike + 0.5 * noise) / np.sqrt(fan_in)
+        return bins
     if "conv_depth.head.4" in name:  # metres
-        assert head.kind.depth_range is not None
-        scale = head.kind.depth_range[1] / 10
-        return scale * (1.5 * noise if last == "weight" else np.full(shape, 6.0))
+        assert head.kind.dataset.depth_range is not None
+        scale = head.kind.dataset.depth_range[1] / 10
+        metres: Array = scale * (1.5 * noise if last == "weight" else np.full(shape, 6.0))
+        return metres
     return _layer(name, last, shape, noise)
 
 
@@ -64,18 +67,22 @@ def _depth_anything(name: str, shape: tuple[int, ...], noise: Array) -> Array:
 
 def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
     """A layer that keeps the size of what it is given; a transposed convolution sums over its first axis alone."""
+    fan_in = float(np.prod(shape[1:]))
     if last != "weight":
-        return 0.1 * noise
-    fan_in = int(np.prod(shape[1:]))
-    if "res_conv_unit" in name or "resConfUnit" in name:
-        return 0.5 * noise * np.sqrt(2 / fan_in)
-    if "resize_layers.0" in name or "resize_layers.1" in name:
-        return noise / np.sqrt(shape[0])
-    return noise / np.sqrt(fan_in)
+        scale = 0.1
+    elif "res_conv_unit" in name or "resConfUnit" in name:
+        scale = 0.5 * np.sqrt(2 / fan_in)
+    elif "resize_layers.0" in name or "resize_layers.1" in name:
+        scale = 1 / np.sqrt(shape[0])
+    else:
+        scale = 1 / np.sqrt(fan_in)
+    values: Array = scale * noise
+    return values
 
 
 def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array) -> Array:
     if name.endswith("votes"):
-        return np.eye(shape[1])[np.arange(shape[0]) % shape[1]]
-    unit = noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        of_class: Array = np.eye(shape[1])[np.arange(shape[0]) % shape[1]]
+        return of_class
+    unit: Array = noise / np.linalg.norm(noise, axis=1, keepdims=True)
     return unit.astype(np.float16)
