@@ -1,5 +1,10 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
 # make test      everything CI runs: format, lint, types, import contracts, tests
+# make check     format, lint, types, import contracts: seconds
+# make quick     the tests that need no whole build: less than a minute on two cores
+# make docs      the website of docs/ in build/site, with search
+# make reference the pages of docs/ that are generated from the code: command line, variants and targets
+# make pictures  the pictures in docs/images, from real builds; needs a Chromium
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
@@ -17,18 +22,32 @@ TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
 TEXT := .text
 
-.PHONY: demo test bench engines gpu soak clean
+.PHONY: demo check quick test docs reference pictures bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
 
-test: $(READY) $(TRITON_READY) $(TEXT)/.ready
+check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint --failure-threshold info Dockerfile
+
+quick: check
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
+
+test: check $(TRITON_READY) $(TEXT)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
+
+docs: reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(READY)
+	$(BIN)/python -m scripts.reference_pages
+
+pictures: $(READY)
+	$(BIN)/python -m scripts.pictures
 
 bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/run.py

@@ -34,7 +34,7 @@ def row(variant: str) -> tuple[object, ...]:
             graph,
             folder,
             runtime=request.runtime,
-            profiles=request.profiles[graph.name],
+            profiles=request.engine.profiles[graph.name],
             compute_capabilities=request.chosen.target.compute_capabilities,
         )
     return (

@@ -30,7 +30,8 @@ from dinoexport.errors import DinoexportError
 from dinoexport.graph.onnx_writer import export
 from dinoexport.models.dinov2 import PATCH, reference
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import engine_header, ort, trt
+from dinoexport.runtime import ort, trt
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Case, Expectation, Graph, Precision, Runtime, silent
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -82,7 +83,7 @@ def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]
     else:
         yield f"ONNX Runtime {'CUDA' if gpu else 'CPU'}", ort.open_graph(variant.onnx, variant.graph, cuda=bool(gpu))
     for runtime in (runtime for runtime in Runtime if runtime.has_engine):
-        if gpu is None or engine_header.installed_version(runtime) is None:
+        if gpu is None or TABLE[runtime].installed_version() is None:
             notes.append(f"{variant.name}: {runtime}, for {'it is not installed' if gpu else 'there is no GPU'}")
             continue
         try:
@@ -217,7 +218,7 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
 def machine_line(gpu: Gpu | None) -> str:
     """What this was measured on."""
     versions = [f"torch {torch.__version__}", f"ONNX Runtime {ort.version()}"]
-    engines = {runtime: engine_header.installed_version(runtime) for runtime in Runtime if runtime.has_engine}
+    engines = {runtime: TABLE[runtime].installed_version() for runtime in Runtime if runtime.has_engine}
     versions += [f"{runtime} {version}" for runtime, version in engines.items() if version]
     where = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, no GPU"
     if gpu:

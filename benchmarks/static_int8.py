@@ -24,14 +24,14 @@ from dinoexport.config import recipe
 from dinoexport.graph import quantise
 from dinoexport.models.dinov2.cases import normalised
 from dinoexport.runtime import cpu
-from dinoexport.spec import CpuRuntime, Precision, Way
+from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation.metrics import distance
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "validate" / "images"
 SIDES, CALIBRATED_SIDE, CROPS_EACH = (224, 518), 224, 8
 ROUNDS, BUDGET_S = 15, 60.0
-RUNTIMES: tuple[CpuRuntime, ...] = ("onnxruntime", "openvino")
+RUNTIMES = (Runtime.ONNXRUNTIME, Runtime.OPENVINO)
 
 
 def pixels(image: Image.Image, side: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import ValidationFailed
-from dinoexport.family import Model
+from dinoexport.family import Model, Runnable
 from dinoexport.runtime import Arithmetic, Opened, cpu, runners
 from dinoexport.spec import Precision, Progress, Way, Workload, silent
 from dinoexport.system import timing
@@ -175,12 +175,12 @@ def _way(manifest: Manifest) -> Way:
     return Way(runtime=way.runtime, precision=way.precision, threads=threads)
 
 
-def _arithmetic(model: Model, opened: Mapping[str, Opened]) -> Arithmetic:
+def _arithmetic(model: Runnable, opened: Mapping[str, Opened]) -> Arithmetic:
     return cpu.arithmetic(model, opened, model.workloads[0].inputs)
 
 
 def _row(
-    model: Model,
+    model: Runnable,
     opened: Mapping[str, Opened],
     workload: Workload,
     gflop: float,

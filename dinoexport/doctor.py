@@ -16,7 +16,7 @@ from dinoexport.config import resources
 from dinoexport.config.recipe import EngineChoices, Target, load_target
 from dinoexport.config.target import can_build
 from dinoexport.errors import DinoexportError
-from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -46,7 +46,7 @@ def findings() -> tuple[Finding, ...]:
         Finding(subject="dinoexport", found=f"{dinoexport.__version__} on Python {platform.python_version()}"),
         _package("torch", "torch", "export", "exports and judges"),
         _onnxruntime(gpus),
-        *(_engine_runtime(runtime) for runtime in Runtime if runtime.has_engine),
+        *(_runtime(runtime) for runtime in Runtime if runtime is not Runtime.ONNXRUNTIME),
         *_gpus(gpus),
         *_cuda_mix(),
         *(_target(load_target(name), gpus) for name in resources.names("recipes/targets")),
@@ -86,13 +86,13 @@ def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
     return Finding(subject="ONNX Runtime", found=found)
 
 
-def _engine_runtime(runtime: Runtime) -> Finding:
-    version = engine_header.installed_version(runtime)
-    does = "builds and runs plans" if runtime is Runtime.TENSORRT else "compiles engines, without a GPU too"
+def _runtime(runtime: Runtime) -> Finding:
+    facts = TABLE[runtime]
+    version = facts.installed_version()
     if version is None:
-        fix = f"pip install 'dinoexport[{engine_header.EXTRA[runtime]}]'"
-        return Finding(subject=runtime.value, found=f"not installed; {does}", state="missing", fix=fix)
-    return Finding(subject=runtime.value, found=version)
+        fix = f"pip install 'dinoexport[{facts.extra}]'"
+        return Finding(subject=facts.title, found=f"not installed; {facts.does}", state="missing", fix=fix)
+    return Finding(subject=facts.title, found=version)
 
 
 def _gpus(gpus: Sequence[Gpu]) -> list[Finding]:
@@ -161,8 +161,8 @@ def _target(target: Target, gpus: Sequence[Gpu]) -> Finding:
     for runtime in target.runtimes:
         if not can_build(target, runtime, EngineChoices(), gpus):
             blocked.append(f"{runtime}: only on that card")
-        elif runtime.has_engine and engine_header.installed_version(runtime) is None:
-            blocked.append(f"{runtime}: pip install 'dinoexport[{engine_header.EXTRA[runtime]}]'")
+        elif runtime.has_engine and TABLE[runtime].installed_version() is None:
+            blocked.append(f"{runtime}: pip install 'dinoexport[{TABLE[runtime].extra}]'")
         else:
             here = any(gpu.compute_capability in target.compute_capabilities for gpu in gpus[:1])
             how = "" if not runtime.has_engine else " (built and run)" if here else " (compiled ahead, not run)"

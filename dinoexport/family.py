@@ -1,9 +1,9 @@
-"""What a model family brings, and how one is found.
+"""The interface of a model family, and the registry that finds one.
 
 A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of
 dinoexport knows families only through the protocols below, so a decoder with a cache is added as files, without an edit
 here.
-Nothing but `pieces` and `reference` may import torch: a bundle is validated on machines that do not have it.
+Nothing but `calls`, `reference` and `upstream` may import torch: a bundle is validated on machines without it.
 """
 
 from __future__ import annotations
@@ -136,12 +136,8 @@ class Uses(Protocol):
         """A small picture of the item, to be recognised by."""
 
 
-class Model(Protocol):
-    """One variant of a family, as a recipe describes it."""
-
-    @property
-    def graphs(self) -> tuple[Graph, ...]:
-        """The signatures of the model's ONNX graphs."""
+class WeightLayout(Protocol):
+    """What a checkpoint must hold, and how one in another layout is read."""
 
     @property
     def tensors(self) -> Shapes:
@@ -168,6 +164,14 @@ class Model(Protocol):
         peak: how many times the median the largest activations shall be, as trained models have them. None: as it is.
         """
 
+
+class Exportable(Protocol):
+    """A model as graphs made of traced modules."""
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The signatures of the model's ONNX graphs."""
+
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The graph as calls of traced pieces, first to last. Imports torch; `read` waits until a weight is written."""
 
@@ -178,12 +182,24 @@ class Model(Protocol):
     def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
         """The recipe's `[graph]` table with `parts` of `promotable` in fp32."""
 
-    @property
-    def probes(self) -> Mapping[str, tuple[str, ...]]:
-        """Graph name -> values inside it, first to last, at which the growth of an error is followed.
 
-        Where a runner answers with them too, `drive` passes them on.
-        """
+class Runnable(Protocol):
+    """A model whose graphs answer cases, whatever runtime runs them."""
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The signatures of the model's ONNX graphs."""
+
+    def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
+        """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
+
+
+class Oracle(Protocol):
+    """PyTorch's outputs, by code that shares nothing with what is traced."""
 
     def reference(
         self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
@@ -196,6 +212,17 @@ class Model(Protocol):
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
         """The same questions answered by the authors' own code, where this machine has it. Imports torch."""
+
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """Graph name -> values inside it, first to last, at which the growth of an error is followed.
+
+        Where a runner answers with them too, `drive` passes them on.
+        """
+
+
+class CaseSource(Protocol):
+    """Validation cases: shipped ones and a user's own files."""
 
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
         """The validation case that `table` describes; files it names lie in `folder`."""
@@ -212,13 +239,9 @@ class Model(Protocol):
     def uses(self) -> Uses | None:
         """How to see whether answers to `cases_from` serve as PyTorch's do; None: there is no such way."""
 
-    def pictures(
-        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
-    ) -> tuple[tuple[Picture, ...], ...]:
-        """Rows of drawings of a case that is `shown`: what a person sees in the answers of PyTorch and candidates."""
 
-    def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
-        """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+class Servable(Protocol):
+    """Ways into a served model for files as users have them."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """What is served in front of the graphs; `samples` is a folder of files like those it will be asked about."""
@@ -226,9 +249,18 @@ class Model(Protocol):
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """A graph's inputs, an item for each of `encoded`; a UsageError that names the item which is no good."""
 
+
+class Reported(Protocol):
+    """What people read and see of a model."""
+
     @property
-    def workloads(self) -> tuple[Workload, ...]:
-        """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
+    def graphs(self) -> tuple[Graph, ...]:
+        """The signatures of the model's ONNX graphs."""
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Rows of drawings of a case that is `shown`: what a person sees in the answers of PyTorch and candidates."""
 
     @property
     def facts(self) -> Mapping[str, int | str]:
@@ -237,6 +269,10 @@ class Model(Protocol):
     @property
     def card(self) -> Mapping[str, str]:
         """Intended use, limits and bias, as the authors' model card states them."""
+
+
+class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Servable, Reported, Protocol):
+    """One variant of a family, as a recipe describes it, in every role. Functions ask for the role they need."""
 
 
 class Family(Protocol):
@@ -265,7 +301,7 @@ def find(name: str) -> Family:
     )
 
 
-def code_of(model: Model) -> str:
+def code_of(model: object) -> str:
     """The hash of our own code and the family's: what other code has made is something else."""
     own = Path(dinoexport.__file__)
     brought = Path(sys.modules[type(model).__module__].__file__ or own)

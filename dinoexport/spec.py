@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +44,14 @@ class Runtime(enum.StrEnum):
     """What runs the product of a build: the ONNX itself, or an engine made from it."""
 
     ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
 
     @property
     def has_engine(self) -> bool:
         """Whether an engine is built from the ONNX for this runtime."""
-        return self is not Runtime.ONNXRUNTIME
+        return self in (Runtime.TENSORRT, Runtime.TENSORRT_RTX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +168,15 @@ class Workload:
     unit: str
 
 
-CpuRuntime = Literal["onnxruntime", "openvino"]
-CPU_RUNTIMES: tuple[CpuRuntime, ...] = get_args(CpuRuntime)
+# Those that run an ONNX graph itself, on a CPU too.
+CPU_RUNTIMES = tuple(runtime for runtime in Runtime if not runtime.has_engine)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """A way to run a model's graphs on a CPU. threads: 0 leaves their number to the runtime."""
 
-    runtime: CpuRuntime
+    runtime: Runtime
     precision: Precision
     threads: int = 0
 

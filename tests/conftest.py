@@ -37,12 +37,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def chromium() -> str | None:
+    """The machine's own Chromium, where it has one."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
 def _missing(marker: str) -> str:
     """Why tests with this marker cannot run on this machine; empty when they can."""
     if marker in ("gpu", "tensorrt") and not hardware.gpus():
         return "no NVIDIA GPU here"
     if marker == "tensorrt" and hardware.installed("tensorrt") is None:
         return "tensorrt is not installed"
+    if marker == "browser" and chromium() is None:
+        return "no Chromium on this machine"
     if marker == "triton":
         return triton_server.missing()
     if marker == "vocabulary" and not vocabulary.ARCHIVE.is_file():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dinoexport import cli, doctor
 from dinoexport.config import resources
-from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import RuntimeFacts
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 
@@ -95,6 +95,6 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_brackets_survive_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """`dinoexport[tensorrt]` is an extra, not markup."""
-    monkeypatch.setattr(engine_header, "installed_version", lambda _: None)
+    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _: None)
     shown = CliRunner().invoke(cli.app, ["doctor"])
     assert shown.exit_code == 0 and "dinoexport[tensorrt]" in shown.stdout

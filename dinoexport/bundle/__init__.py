@@ -16,6 +16,7 @@ Reading one trusts nothing in it: names are plain, sizes and hashes must be the 
 from dinoexport.bundle.manifest import (
     ENGINES,
     MANIFEST,
+    MANIFEST_MAX_BYTES,
     PRECISION,
     REFERENCE,
     REPORT_HTML,
@@ -38,13 +39,16 @@ from dinoexport.bundle.manifest import (
     damaged,
     describe,
     read_manifest,
+    rewrite,
     rewrite_manifest,
+    unreadable,
     verify,
 )
 
 __all__ = [
     "ENGINES",
     "MANIFEST",
+    "MANIFEST_MAX_BYTES",
     "PRECISION",
     "REFERENCE",
     "REPORT_HTML",
@@ -67,6 +71,8 @@ __all__ = [
     "damaged",
     "describe",
     "read_manifest",
+    "rewrite",
     "rewrite_manifest",
+    "unreadable",
     "verify",
 ]

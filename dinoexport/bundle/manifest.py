@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from dinoexport.config.recipe import Frozen, Sha256
-from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
-from dinoexport.system import files
+from dinoexport.system import changes, files, untrusted
+from dinoexport.system.untrusted import Unreadable
 
 SCHEMA: Final = 1
 MANIFEST = "manifest.json"
@@ -30,7 +32,7 @@ PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 # A thousand times what a real manifest takes; what is larger is none, and is not read.
-_MANIFEST_MAX_BYTES = 1 << 26
+MANIFEST_MAX_BYTES = 1 << 24
 Verdict = Literal["passed", "rejected", "unjudged"]
 
 
@@ -209,7 +211,7 @@ class Manifest(Frozen):
 
     def with_stage(self, name: str, key: str, files: tuple[BundleFile, ...]) -> Manifest:
         """This manifest with the files of one more stage."""
-        return self.model_copy(update={"files": (*self.files, *files), "stage_keys": {**self.stage_keys, name: key}})
+        return self.changed(files=(*self.files, *files), stage_keys={**self.stage_keys, name: key})
 
     def to_bytes(self) -> bytes:
         """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
@@ -271,33 +273,62 @@ def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progre
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle in `folder`; its files are not looked at."""
-    path = folder / MANIFEST
     try:
-        if not path.is_file():
+        raw = untrusted.read_bytes(folder / MANIFEST, max_bytes=MANIFEST_MAX_BYTES, links=False)
+    except Unreadable as error:
+        if error.is_link:
+            raise _linked(MANIFEST, folder) from None
+        if error.absent or not untrusted.is_regular(folder / MANIFEST):
             raise UsageError(
                 f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
-            )
-        if path.stat().st_size > _MANIFEST_MAX_BYTES:
-            raise damaged(f"{MANIFEST} has {path.stat().st_size} bytes, more than any manifest")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
+            ) from None
+        if "bytes" in error.problem:
+            raise damaged(f"{MANIFEST} is not readable: {error.problem}") from None
+        raise
     return Manifest.from_bytes(raw)
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
-    """Puts `manifest` in the place of the bundle's own, by rename; False where the folder cannot be written to.
+    """Puts `manifest` in the place of the bundle's own; False where the folder cannot be written to.
 
-    A signature goes first: better a bundle that is not signed than one that is not what was signed.
+    A signature goes with the old one: better a bundle that is not signed than one that is not what was signed.
     """
-    partial = folder / f"{MANIFEST}.partial"
     try:
-        partial.write_bytes(manifest.to_bytes())
-        (folder / SIGNATURE).unlink(missing_ok=True)
-        os.replace(partial, folder / MANIFEST)
-    except OSError:
+        rewrite(folder, before=read_manifest(folder), after=manifest)
+    except MissingRequirement:
         return False
     return True
+
+
+def rewrite(
+    folder: Path, *, before: Manifest, after: Manifest, sign: Callable[[Manifest, str], bytes] | None = None
+) -> None:
+    """Puts the manifest `after` in the place of `before`, and its signature in that of the old one, at once.
+
+    sign: gives the signature of the files in a manifest, as those of a folder of the given name; without it a signature
+    that is there goes. Raises ValidationFailed when the bundle's manifest is not `before` any more, UsageError when a
+    bundle that is to be signed holds what no build put there, MissingRequirement when it cannot be written to.
+    """
+    with files.disk_errors(folder), changes.changing(folder, doing=f"changing {folder}") as change:
+        if read_manifest(folder).to_bytes() != before.to_bytes():
+            raise ValidationFailed(f"{folder} was changed by another process meanwhile.", next_step="Run it again.")
+        steps = []
+        if after != before:
+            (change.new / MANIFEST).write_bytes(after.to_bytes())
+            steps.append(changes.move(change.new / MANIFEST, change.place / MANIFEST))
+        if sign is not None:
+            known = {file.name for file in after.files} | {MANIFEST, SIGNATURE}
+            if added := sorted({path.name for path in folder.iterdir()} - known):
+                raise UsageError(
+                    f"{folder} holds what no build put there: {', '.join(added)}.",
+                    next_step="Move that away first: a signature speaks for everything in the folder.",
+                )
+            (change.new / SIGNATURE).write_bytes(sign(after, change.place.name))
+            steps.append(changes.move(change.new / SIGNATURE, change.place / SIGNATURE))
+        elif after != before:
+            steps.append(changes.remove(change.place / SIGNATURE))
+        what = "signed" if after == before else "recorded in its manifest, which is signed" if sign else "recorded"
+        change.commit(steps, done=f"{folder}: the verdict is {what}.")
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
@@ -312,11 +343,27 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
     for file in wanted:
         path = folder / file.name
         try:
-            if path.is_symlink() or not path.is_file():
-                raise damaged(f"{file.name} is missing or no regular file")
-            if path.stat().st_size != file.size_bytes:
-                raise damaged(f"{file.name} has {path.stat().st_size} bytes, not {file.size_bytes}")
-            if files.sha256(path, progress=progress) != file.sha256:
+            with untrusted.opened(path, links=False) as opened:
+                size = os.fstat(opened.fileno()).st_size
+            if size != file.size_bytes:
+                raise damaged(f"{file.name} has {size} bytes, not {file.size_bytes}")
+            if files.sha256(path, links=False, progress=progress) != file.sha256:
                 raise damaged(f"{file.name} does not have the SHA-256 in the manifest")
-        except OSError as error:
-            raise damaged(f"{file.name} cannot be read: {error.strerror}") from None
+        except Unreadable as error:
+            raise unreadable(folder, file.name, error) from None
+
+
+def unreadable(folder: Path, name: str, error: Unreadable) -> DinoexportError:
+    """What is said of a file of the bundle in `folder` that cannot or must not be opened."""
+    if error.is_link:
+        return _linked(name, folder)
+    problem = "is missing or no regular file" if not untrusted.is_regular(folder / name, links=False) else ""
+    return damaged(f"{name} {problem or f'cannot be read: {error.problem}'}")
+
+
+def _linked(name: str, folder: Path) -> ValidationFailed:
+    """A cache, as Hugging Face's, keeps links; what they lead to is nobody's promise, and ONNX opens none."""
+    return ValidationFailed(
+        f"{name} in {folder} is a link, and a bundle holds plain files.",
+        next_step=f"Copy what the links lead to, then use the copy: cp -rL {shlex.quote(str(folder))} COPY",
+    )

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
+import tempfile
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import bundle
+from dinoexport.bundle import Manifest
 from dinoexport.errors import UsageError, ValidationFailed, require
-from dinoexport.system import files
+from dinoexport.system import changes, files, untrusted
+from dinoexport.system.untrusted import Unreadable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-    from model_signing import hashing
 
 # model-signing 1.1 imports the second and does not ask for it.
 PACKAGES = ("model_signing", "OpenSSL")
@@ -32,6 +36,15 @@ _MAKE_A_KEY = (
 )
 # A statement of a bundle's dozen files takes 3 kB; what is larger is none, and is not read.
 _SIGNATURE_MAX_BYTES = 1 << 20
+_KEY_MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a signature was found to speak for. fingerprint: of the key; manifest: the very one that was signed."""
+
+    fingerprint: str
+    manifest: Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,34 +56,59 @@ class Signer:
     fingerprint: str
 
     def sign(self, folder: Path) -> None:
-        """Signs every file of the bundle in `folder`; the signature appears by rename.
+        """Signs the bundle in `folder`, after every byte was found to be the manifest's; the signature appears at once.
 
-        Raises UsageError when it did not pass, or holds what no build put there: that would be signed too.
+        Raises UsageError when it did not pass, or holds what no build put there: a signature speaks for the folder.
+        """
+        with changes.reading(folder):
+            manifest = bundle.verify(folder)
+        bundle.rewrite(folder, before=manifest, after=manifest, sign=self.signature)
+
+    def signature(self, manifest: Manifest, name: str) -> bytes:
+        """The signature of a folder called `name` that holds the files of `manifest`, and it.
+
+        Nothing is read: the hashes are the manifest's, so that what is signed is what was verified.
         """
         from model_signing import signing
 
-        manifest = bundle.read_manifest(folder)
         if manifest.verdict != "passed":
             raise UsageError(
-                f"{folder} is {manifest.verdict}, and only what passed is signed.",
+                f"{name} is {manifest.verdict}, and only what passed is signed.",
                 next_step="dinoexport build makes a judged bundle.",
-            )
-        known = {file.name for file in manifest.files} | {bundle.MANIFEST, bundle.SIGNATURE}
-        if added := sorted({path.name for path in folder.iterdir()} - known):
-            raise UsageError(
-                f"{folder} holds what no build put there: {', '.join(added)}.",
-                next_step="Move that away first: a signature speaks for everything in the folder.",
             )
         # The annotation of `password` says str, but it is handed on to what takes bytes alone.
         passphrase: Any = self.passphrase
         config = signing.Config().use_elliptic_key_signer(private_key=self.path, password=passphrase)
-        partial = folder / f"{bundle.SIGNATURE}.partial"
-        with files.disk_errors(folder):
-            try:
-                config.set_hashing_config(_all_files()).sign(folder, partial)
-                partial.replace(folder / bundle.SIGNATURE)
-            finally:
-                partial.unlink(missing_ok=True)
+        hashes: Any = _Hashes(name=name, sha256={f.name: f.sha256 for f in manifest.files} | _of_manifest(manifest))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / bundle.SIGNATURE
+            config.set_hashing_config(hashes).sign(name, path)
+            return path.read_bytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hashes:
+    """What model-signing takes for its hashing of a folder: hashes that are known already, by the files' names."""
+
+    name: str
+    sha256: Mapping[str, str]
+
+    def hash(self, _folder: Any, **_: Any) -> Any:
+        """The folder's manifest in model-signing's sense."""
+        from model_signing import manifest
+        from model_signing._hashing.hashing import Digest
+
+        kind = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [bundle.SIGNATURE]}
+        stated = manifest.SerializationType.from_args(kind)
+        items = [stated.new_item(name, Digest("sha256", bytes.fromhex(found))) for name, found in self.sha256.items()]
+        return manifest.Manifest(self.name, items, stated)
+
+    def add_ignored_paths(self, **_: Any) -> None:
+        """A statement cannot make us ignore a file."""
+
+
+def _of_manifest(manifest: Manifest) -> dict[str, str]:
+    return {bundle.MANIFEST: hashlib.sha256(manifest.to_bytes()).hexdigest()}
 
 
 def open_signer(path: Path, *, ask: Callable[[], str]) -> Signer:
@@ -103,8 +141,8 @@ def open_signer(path: Path, *, ask: Callable[[], str]) -> Signer:
     return Signer(path=path, passphrase=passphrase, fingerprint=_fingerprint(key.public_key()))
 
 
-def verify(folder: Path, public_key: Path) -> str:
-    """The fingerprint of `public_key`, after every file of the bundle in `folder` was found to be what it signed.
+def verify(folder: Path, public_key: Path) -> Verified:
+    """What `public_key` signed, after every file of the bundle in `folder` was found to be that.
 
     Nothing else of the bundle is looked at before. Raises ValidationFailed for a bundle that is unsigned, signed by
     another key or changed, UsageError for what is no public key.
@@ -114,33 +152,52 @@ def verify(folder: Path, public_key: Path) -> str:
     from model_signing import verifying
 
     fingerprint = _fingerprint(_open_public(public_key))
-    if not (folder / bundle.MANIFEST).is_file():
-        raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}.", next_step="Check the path.")
-    signer = signed_by(folder)
-    if signer is None:
-        raise ValidationFailed(
-            f"{folder} is not signed.", next_step="dinoexport validate BUNDLE --sign KEY signs it, if you trust it."
-        )
-    if signer != fingerprint:
-        raise _not_theirs(folder, f"it was signed by another key ({signer[:16]}, not {fingerprint[:16]})")
-    config = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(_all_files())
+    with changes.reading(folder):
+        if not untrusted.is_regular(folder / bundle.MANIFEST):
+            raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}.", next_step="Check the path.")
+        raw = _raw_signature(folder)
+        signer = None if raw is None else _hint(folder, raw)
+        if raw is None or signer is None:
+            raise ValidationFailed(
+                f"{folder} is not signed.", next_step="dinoexport validate BUNDLE --sign KEY signs it, if you trust it."
+            )
+        if signer != fingerprint:
+            raise _not_theirs(folder, f"it was signed by another key ({signer[:16]}, not {fingerprint[:16]})")
+        found = _hashes_of(folder)
+        hashes: Any = _Hashes(name=folder.name, sha256=found)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(hashes)
+        try:
+            with tempfile.TemporaryDirectory() as private:
+                (Path(private) / bundle.SIGNATURE).write_bytes(raw)
+                config.verify(folder, Path(private) / bundle.SIGNATURE)
+            manifest = bundle.read_manifest(folder)
+            if _of_manifest(manifest)[bundle.MANIFEST] != found[bundle.MANIFEST]:
+                raise _not_theirs(folder, f"{bundle.MANIFEST} was changed while it was read")
+        except ValidationFailed:
+            raise
+        except InvalidSignature:
+            raise _not_theirs(folder, f"{bundle.SIGNATURE} was changed after it was signed") from None
+        except ValueError as error:
+            problem = _differences(raw, found) if "Signature mismatch" in str(error) else str(error)
+            raise _not_theirs(folder, problem) from None
+        except Exception as error:  # a signature lacks its parts in a dozen ways
+            raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error!r}") from None
+    return Verified(fingerprint=fingerprint, manifest=manifest)
+
+
+def _hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in the folder but the signature; a ValidationFailed for anything that is no file."""
     try:
-        config.verify(folder, folder / bundle.SIGNATURE)
-    except InvalidSignature:
-        raise _not_theirs(folder, f"{bundle.SIGNATURE} was changed after it was signed") from None
-    except ValueError as error:
-        raise _not_theirs(folder, _differences(folder) if "Signature mismatch" in str(error) else str(error)) from None
-    except Exception as error:  # a signature lacks its parts in a dozen ways
-        raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error!r}") from None
-    return fingerprint
+        names = sorted(path.name for path in folder.iterdir())
+        return {name: files.sha256(folder / name, links=False) for name in names if name != bundle.SIGNATURE}
+    except Unreadable as error:
+        raise _not_theirs(folder, error.message) from None
 
 
-def _differences(folder: Path) -> str:
+def _differences(raw: bytes, found: Mapping[str, str]) -> str:
     """Which files are not those of the statement, whose own signature is right."""
-    envelope = json.loads((folder / bundle.SIGNATURE).read_bytes())["dsseEnvelope"]
-    resources = json.loads(b64decode(envelope["payload"]))["predicate"]["resources"]
+    resources = json.loads(b64decode(json.loads(raw)["dsseEnvelope"]["payload"]))["predicate"]["resources"]
     signed = {resource["name"]: resource["digest"] for resource in resources}
-    found = {item.identifier: item.digest.digest_hex for item in _all_files().hash(folder).resource_descriptors()}
     lines = [f"{name} was added" for name in sorted(found.keys() - signed.keys())]
     lines += [f"{name} is missing" for name in sorted(signed.keys() - found.keys())]
     lines += [f"{name} was changed" for name in sorted(signed.keys() & found.keys()) if signed[name] != found[name]]
@@ -149,22 +206,27 @@ def _differences(folder: Path) -> str:
 
 def signed_by(folder: Path) -> str | None:
     """The fingerprint that the signature of the bundle in `folder` bears, unverified; None when it has no signature."""
-    path = folder / bundle.SIGNATURE
+    raw = _raw_signature(folder)
+    return None if raw is None else _hint(folder, raw)
+
+
+def _raw_signature(folder: Path) -> bytes | None:
     try:
-        if path.is_symlink() or path.stat().st_size > _SIGNATURE_MAX_BYTES:
-            raise ValueError("it is a link, or too large")
-        return str(json.loads(path.read_bytes())["verificationMaterial"]["publicKey"]["hint"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return untrusted.read_bytes(folder / bundle.SIGNATURE, max_bytes=_SIGNATURE_MAX_BYTES, links=False)
+    except Unreadable as error:
+        if error.absent:
+            return None
+        raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error.problem}") from None
+
+
+def _hint(folder: Path, raw: bytes) -> str:
+    try:
+        hint = json.loads(raw)["verificationMaterial"]["publicKey"]["hint"]
+        if not isinstance(hint, str) or not re.fullmatch(r"[0-9a-f]{64}", hint):
+            raise ValueError("it names no key")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error!r}") from None
-
-
-def _all_files() -> hashing.Config:
-    """Every file but the signature; by default the scheme would pass over those it takes for git's."""
-    from model_signing import hashing
-
-    return hashing.Config().set_ignored_paths(paths=[bundle.SIGNATURE], ignore_git_paths=False)
+    return hint
 
 
 def _open_public(path: Path) -> EllipticCurvePublicKey:
@@ -175,7 +237,7 @@ def _open_public(path: Path) -> EllipticCurvePublicKey:
     if b"PRIVATE KEY" in raw:
         raise UsageError(
             f"{path} is a private key, and verifying takes the public one.",
-            next_step=f"openssl ec -in {path} -pubout -out verify.pem writes it; keep the private one where you sign.",
+            next_step=f"openssl ec -in {shlex.quote(str(path))} -pubout -out verify.pem writes it.",
         )
     try:
         key = load_pem_public_key(raw)
@@ -188,9 +250,9 @@ def _open_public(path: Path) -> EllipticCurvePublicKey:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"The key {path} cannot be read: {error.strerror}.", next_step=_MAKE_A_KEY) from None
+        return untrusted.read_bytes(path, max_bytes=_KEY_MAX_BYTES)
+    except Unreadable as error:
+        raise UsageError(f"The key {path} cannot be read: {error.problem}.", next_step=_MAKE_A_KEY) from None
 
 
 def _fingerprint(key: EllipticCurvePublicKey) -> str:

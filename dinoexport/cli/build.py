@@ -56,8 +56,8 @@ TargetOption = Annotated[
 RuntimeOption = Annotated[
     str | None,
     typer.Option(
-        metavar="tensorrt|tensorrt_rtx|onnxruntime",
-        help="Default: the first of the target's that can be. On a CPU: the faster of its two, or onnxruntime alone.",
+        metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
+        help="Default: the first of the target's that can be. On a CPU: the faster of onnxruntime and openvino.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]

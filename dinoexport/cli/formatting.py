@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +16,9 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.spec import Way
+from dinoexport.runtime import runners
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import error_analysis
 
@@ -276,7 +279,8 @@ def _way(way: Way, version: str = "") -> str:
 
 def deployed_facts(deployed: Deployed) -> dict[str, Any]:
     """What a repository serves now, ready for json.dumps."""
-    return {**asdict(deployed), "repository": str(deployed.repository), "models": list(deployed.models)}
+    plain = {"repository": str(deployed.repository), "models": list(deployed.models), "retired": list(deployed.retired)}
+    return {**asdict(deployed), **plain}
 
 
 def deployed_lines(deployed: Deployed) -> list[str]:
@@ -287,8 +291,9 @@ def deployed_lines(deployed: Deployed) -> list[str]:
         f"Models:  {', '.join(deployed.models)}",
         *([f"Note:    {deployed.note}"] if deployed.note else []),
         "Next, so that a running server takes it over:",
+        *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
-        f"         dinoexport check http://HOST:8000 {deployed.repository} --model {deployed.name}",
+        f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
     ]
 
 
@@ -375,10 +380,18 @@ def growth_rows(growth: Growth) -> Rows:
     ]
 
 
-def explained(report: Report, growth: Growth | None) -> list[str]:
-    """The explanation in words."""
+def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
+    """The explanation in words; without `growth`, the reason why the error was not followed."""
     if growth is None:
-        return ["The family names no values inside its graphs, so there is nothing to follow the error by."]
+        way = runners.way_of(manifest)
+        if way.runtime is not Runtime.ONNXRUNTIME:
+            return [
+                (
+                    f"The error was not followed: this bundle runs in {TABLE[way.runtime].title}; only ONNX Runtime "
+                    "shows the values inside a graph."
+                )
+            ]
+        return ["The error was not followed: nothing measured here has an error, or this family names no inner values."]
     return error_analysis.causes(report, growth) or [
         "The error stays within its expected growth everywhere."
         if growth.leaves is None

@@ -33,7 +33,7 @@ from dinoexport.cli.terminal import (
 def validate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Judge on these images too; needs torch and the weights.")
+        Path | None, typer.Option(metavar="DIR", help="Judge on these images instead; needs torch and the weights.")
     ] = None,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
@@ -42,7 +42,9 @@ def validate(
     head_weights: HeadWeights = None,
     runtime: Annotated[
         str | None,
-        typer.Option(metavar="tensorrt|tensorrt_rtx|onnxruntime", help="Default: the engine if it can run here."),
+        typer.Option(
+            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino", help="Default: the engine if it can run here."
+        ),
     ] = None,
     reference: ReferenceOption = "plain",
     explain: Annotated[
@@ -62,7 +64,7 @@ def validate(
         from dinoexport.validation import validate_bundle
 
         signer = signer_of(sign)
-        verified = verify and signing.verify(bundle, verify)
+        verified = signing.verify(bundle, verify) if verify is not None else None
         signed = signing.signed_by(bundle)
         if page is not None:
             mismatches.check(page, images)
@@ -75,13 +77,13 @@ def validate(
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
-                signs=signer is not None,
+                signer=signer,
+                signed=None if verified is None else verified.manifest,
                 progress=progress,
             )
             if page is not None and images is not None:
                 mismatches.write(page, validated, images, progress=progress)
         if signer is not None and validated.report.passed:
-            signer.sign(bundle)
             signed = signer.fingerprint
         checked_key = verified is not None
         proves, leaves_open = formatting.proven(
@@ -225,5 +227,5 @@ def _show_growth(validated: Any, *, to_stderr: bool) -> None:
     if validated.growth is not None:
         title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
         say(table(title, formatting.growth_rows(validated.growth)), to_stderr=to_stderr)
-    for line in formatting.explained(validated.report, validated.growth):
+    for line in formatting.explained(validated.report, validated.growth, validated.manifest):
         say(line, to_stderr=to_stderr)

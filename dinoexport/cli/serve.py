@@ -38,14 +38,10 @@ def deploy(
     with reporting(as_json):
         from dinoexport.serving.triton import model_repository, served_models
 
-        if verify is not None:
-            from dinoexport.bundle import signing
-
-            signing.verify(bundle, verify)
         chosen = None if backend is None else choice("backend", backend, served_models.BACKENDS)
         with progress_lines() as progress:
             deployed = model_repository.deploy(
-                bundle, to, name=name, backend=chosen, triton=triton, samples=samples, progress=progress
+                bundle, to, name=name, backend=chosen, triton=triton, samples=samples, verify=verify, progress=progress
             )
         _show_deployed(deployed, as_json)
 

@@ -23,7 +23,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "not recorded"
+        return "-"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -28,6 +28,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
+    def changed(self, **fields: Any) -> Self:
+        """A copy with `fields` changed, validated like the original; pydantic's own `model_copy` validates nothing."""
+        return self.model_validate({**dict(self), **fields})
+
 
 class WeightFile(Frozen):
     """One published file of weights."""
@@ -136,7 +140,7 @@ class Recipe(Frozen):
 
     def with_head(self, kind: str) -> Recipe:
         """This recipe with the head `kind`; what its own `[head]` says of that kind stays."""
-        return self.model_copy(update={"head": {**self.head, "kind": kind}})
+        return self.changed(head={**self.head, "kind": kind})
 
 
 class Target(Frozen):

@@ -18,12 +18,12 @@ from dinoexport.config.recipe import EngineChoices
 from dinoexport.engines import profiles
 from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Profile, Progress, Runtime, silent
 from dinoexport.system import subprocess_job
 from dinoexport.system.hardware import Gpu
 from dinoexport.weights.download import cache_folder
 
-PACKAGES = {Runtime.TENSORRT: ("tensorrt", "polygraphy"), Runtime.TENSORRT_RTX: ("tensorrt_rtx", "polygraphy")}
 TIMEOUT_S = 3 * 3600
 DEFAULT = EngineChoices()
 # An engine's weights are the graph's plus constants it folds: 0.14 % measured. A silent upcast would double them.
@@ -70,11 +70,11 @@ def build(
     or the memory, BuildError with the log's useful lines when the compiler fails, dies or takes too long, or when the
     engine is not the one asked for.
     """
-    require(engine_header.EXTRA[runtime], *PACKAGES[runtime])
-    path = folder / f"{graph.name}{engine_header.SUFFIX[runtime]}"
+    require(TABLE[runtime].extra, *TABLE[runtime].build_modules)
+    path = folder / f"{graph.name}{TABLE[runtime].engine_suffix}"
     log = path.with_name(f"{path.name}.log")
     wanted = tuple(sorted(compute_capabilities, key=float))
-    timing_cache = None if gpu is None else _timing_cache(gpu, engine_header.installed_version(runtime))
+    timing_cache = None if gpu is None else _timing_cache(gpu, TABLE[runtime].installed_version())
     job = {
         "onnx": str(onnx),
         "engine": str(path),

@@ -1,12 +1,18 @@
 """An fp32 graph made int8 by ONNX Runtime's quantiser: weights per output channel, activations as they come.
 
 Dynamic, so no calibration images decide what the graph is good at. Products of two activations, in attention, are left
-as they are, and so are convolutions. The same int8 weights come in two forms, for the two runtimes ask differently for
-the same thing: ONNX Runtime multiplies integers where the graph says so, a scale per tensor of activations; OpenVINO
-where weights are int8 in a graph of floating-point products, a scale per token and group of channels, which is more
-exact, and what is left in bf16. ViT-S and ViT-B at 224 and 518 on a CPU with avx512_vnni and avx512_bf16: 0.39 to 0.64
-of ONNX Runtime's fp32 time in ONNX Runtime, 0.40 to 0.50 in OpenVINO, off by 1.7e-2 to 1.8e-2 and 1.6e-2. Deeper
-models show what the finer scale is for: ViT-g is off by 6e-2 to 7e-2 and 3e-2.
+as they are, and so are convolutions. The weights come in two forms, because the two runtimes take int8 differently:
+ONNX Runtime multiplies integers where the graph says so, a scale per tensor of activations; OpenVINO where weights are
+int8 in a graph of floating-point products, a scale per token and group of channels, which is more exact, and what is
+left in bf16.
+
+ONNX Runtime's weights are unsigned. A CPU with AVX2 but without VNNI adds pairs of products in 16 bits, which overflow
+where unsigned activations meet signed weights ("When and why do I need to try U8U8", onnxruntime.ai/docs/performance):
+a small model's class token was off by 14 % there, and by 5 % with unsigned weights. OpenVINO's int8 needs VNNI anyway.
+
+Measured with signed weights in both forms, ViT-S and ViT-B at 224 and 518 on a CPU with avx512_vnni and avx512_bf16:
+0.39 to 0.64 of ONNX Runtime's fp32 time in ONNX Runtime, 0.40 to 0.50 in OpenVINO, off by 1.7e-2 to 1.8e-2 and 1.6e-2.
+ViT-g shows the value of the finer scale: off by 6e-2 to 7e-2 and by 3e-2.
 
 Static ranges, calibrated on crops of the very photographs they were then judged on, were
 measured and left out (`benchmarks/static_int8.py`, ViT-S with made-up weights at 224 and 518): off by 5.3 to 10 %,
@@ -20,14 +26,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dinoexport.errors import BuildError, require
 
 
-def to_int8(onnx: Path, folder: Path) -> tuple[Path, Path]:
+def to_int8(onnx: Path, folder: Path, *, signed: bool = False) -> tuple[Path, Path]:
     """Writes the int8 twin of the file at `onnx` into `folder`, under the same name; returns its paths.
 
-    The same file gives the same bytes. Raises BuildError when the quantiser refuses the graph.
+    signed: whether weights are -128 to 127, or else 0 to 255 with a zero point. The same file gives the same bytes.
+    Raises BuildError when the quantiser refuses the graph.
     """
     require("export", "onnx")
     require("cpu", "onnxruntime")
@@ -41,7 +49,7 @@ def to_int8(onnx: Path, folder: Path) -> tuple[Path, Path]:
                 path,
                 op_types_to_quantize=["MatMul"],
                 per_channel=True,
-                weight_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8 if signed else QuantType.QUInt8,
                 use_external_data_format=True,
             )
     except (ValueError, RuntimeError) as error:
@@ -49,6 +57,13 @@ def to_int8(onnx: Path, folder: Path) -> tuple[Path, Path]:
     data = path.with_name(f"{path.name}.data")
     data.chmod(path.stat().st_mode)  # the quantiser writes for its own user alone
     return path, data
+
+
+def to_wide_int8(onnx: Path, folder: Path) -> tuple[Path, Path]:
+    """Writes the int8 twin of the file at `onnx` into `folder` as OpenVINO takes it; returns its paths."""
+    with TemporaryDirectory(dir=folder) as place:
+        integer, _ = to_int8(onnx, Path(place), signed=True)
+        return with_wide_products(integer, folder)
 
 
 def with_wide_products(int8: Path, folder: Path) -> tuple[Path, Path]:

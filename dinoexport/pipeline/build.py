@@ -11,12 +11,23 @@ from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, V
 from dinoexport.bundle.signing import Signer
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.graph.onnx_writer import PACKAGES
-from dinoexport.pipeline import preflight, stages
+from dinoexport.pipeline import preflight
 from dinoexport.pipeline.request import BuildRequest, build_request
-from dinoexport.pipeline.stages import Judged, NothingHolds
+from dinoexport.pipeline.stages.engine import compile_engines, judge_engines
+from dinoexport.pipeline.stages.export import export_graphs, tracing
+from dinoexport.pipeline.stages.judge import follow_error, judge_graph, record_verdict
+from dinoexport.pipeline.stages.precision import NothingHolds, search_precision, tried
+from dinoexport.pipeline.stages.quantise import forms_of
+from dinoexport.pipeline.stages.reference import compute_reference
+from dinoexport.pipeline.stages.report import list_materials, render_report
+from dinoexport.pipeline.stages.tune import choose_runtime
+from dinoexport.pipeline.stages.weights import head_of, open_weights
+from dinoexport.pipeline.versions import versions_in
 from dinoexport.pipeline.workspace import Stage, Workspace, workspace
 from dinoexport.spec import Progress, silent
-from dinoexport.validation import error_analysis, evaluate, judge
+from dinoexport.validation import error_analysis, evaluate
+from dinoexport.validation.error_analysis import Growth
+from dinoexport.validation.judge import Report
 from dinoexport.weights.checkpoint import Checkpoint
 
 __all__ = ["BuildRequest", "Built", "NothingHolds", "Rejected", "build", "build_request", "export_only"]
@@ -29,14 +40,14 @@ class Built:
     folder: Path
     manifest: Manifest
     reused: tuple[str, ...]
-    report: judge.Report | None = None
+    report: Report | None = None
     engines: evaluate.EngineVerdict = evaluate.NO_ENGINE
 
 
 class Rejected(ValidationFailed):
     """The build's outputs are not PyTorch's. `report` says where."""
 
-    def __init__(self, message: str, *, next_step: str, report: judge.Report) -> None:
+    def __init__(self, message: str, *, next_step: str, report: Report) -> None:
         super().__init__(message, next_step=next_step)
         self.report = report
 
@@ -57,33 +68,39 @@ def build(
     preflight.packages(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
-        with stages.tracing(request) as traced:
-            checkpoint = stages.open_weights(request, progress)
-            plain = stages.export(work, request, checkpoint, traced)
-        preflight.memory(request, plain)
-        reference = stages.reference(work, request, checkpoint)
-        tried = {}
+        with tracing(request) as traced:
+            checkpoint = open_weights(request, progress)
+            plain = export_graphs(work, request, checkpoint, traced)
+        if request.engine:
+            preflight.memory(request.engine, plain.folder)
+        reference = compute_reference(work, request, checkpoint)
+        made = {"reference": reference.stage}
         if request.auto:
-            tried["precision"], request = stages.precision(work, request, checkpoint, reference)
-            plain = stages.export(work, request, checkpoint, traced)
-        forms = stages.forms(work, request, plain)
-        facts = stages.tune(request, forms, plain, progress) if request.chosen.on_cpu else None
+            made["precision"], request = search_precision(work, request, checkpoint, reference)
+            plain = export_graphs(work, request, checkpoint, traced)
+        forms = forms_of(work, request, plain)
+        facts = choose_runtime(request, forms, plain, progress) if request.chosen.on_cpu else None
         exported = forms[facts.chosen.runtime] if facts else plain
-        judged = stages.judge_graph(work, request, checkpoint, exported, reference, facts)
-        made = {stage.name: stage for stage in (exported, reference, *tried.values(), judged.stage)}
+        judged = judge_graph(request, exported.folder, reference.stored, facts, progress)
+        growth = follow_error(request, exported.folder, checkpoint, judged.report, facts, progress)
+        verdict = record_verdict(work, judged.report, growth, facts)
+        made = {exported.name: exported, **made, verdict.name: verdict}
         passed = judged.report.passed and not _too_slow(facts)
         engines = evaluate.NO_ENGINE
-        if passed and request.runtime.has_engine:
-            made["engine"] = stages.engines(work, request, exported)
-            engines = stages.judge_engines(work, request, made, judged)
+        if passed and request.engine:
+            made["engine"] = compile_engines(work, request.engine, exported.folder, exported.files)
+            engines = judge_engines(
+                request.model, made["engine"].folder, exported.folder, reference.stored, judged.kept, progress=progress
+            )
             passed = engines.report is None or engines.report.passed
         if passed or keep_rejected:
-            manifest = _manifest(request, checkpoint, made, "passed" if passed else "rejected", judged, facts, engines)
-            made["page"] = page = stages.report_page(work, request, manifest, reference, judged)
+            said: Verdict = "passed" if passed else "rejected"
+            manifest = _manifest(request, checkpoint, made, said, judged.report, facts, engines)
+            made["page"] = page = render_report(work, request, manifest, reference.stored, judged, growth)
             manifest = manifest.with_stage(page.name, page.key, page.files)
             manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
-        raise _rejected(request, judged, facts, engines, published=keep_rejected)
+        raise _rejected(request, judged.report, growth, facts, engines, published=keep_rejected)
     # A verdict is never reused: this machine has just judged, even if every figure came out as before.
     reused = tuple(
         stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
@@ -101,10 +118,10 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
-        with stages.tracing(request) as traced:
-            checkpoint = stages.open_weights(request, progress)
-            plain = stages.export(work, request, checkpoint, traced)
-        exported = stages.forms(work, request, plain)["onnxruntime"]
+        with tracing(request) as traced:
+            checkpoint = open_weights(request, progress)
+            plain = export_graphs(work, request, checkpoint, traced)
+        exported = next(iter(forms_of(work, request, plain).values()))
         manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
         manifest = _publish(work, {exported.name: exported}, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
@@ -112,10 +129,9 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
 
 def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
     """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
-    bill = stages.bill_of_materials(work, manifest)
+    bill = list_materials(work, manifest)
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
-    finish = {} if signer is None else {"sign": signer.sign}
-    work.publish({**made, bill.name: bill}, manifest, **finish)
+    work.publish({**made, bill.name: bill}, manifest, sign=None if signer is None else signer.signature)
     return manifest
 
 
@@ -129,13 +145,13 @@ def _manifest(
     checkpoint: Checkpoint,
     made: Mapping[str, Stage],
     verdict: Verdict,
-    judged: Judged | None = None,
+    report: Report | None = None,
     facts: CpuFacts | None = None,
     engines: evaluate.EngineVerdict = evaluate.NO_ENGINE,
 ) -> Manifest:
-    report = judged.report.to_json() if judged else {}
+    content = report.to_json() if report else {}
     if "precision" in made:
-        report |= {"precision": stages.tried(made["precision"])}
+        content |= {"precision": tried(made["precision"])}
     return Manifest(
         variant=request.recipe.name,
         family=request.recipe.family,
@@ -144,26 +160,32 @@ def _manifest(
         verdict=verdict,
         recipe=request.recipe.model_dump(mode="json"),
         checkpoint=CheckpointFacts(source=checkpoint.source, sha256=checkpoint.sha256, licence=request.recipe.licence),
-        head=stages.head_of(request, checkpoint),
+        head=head_of(request, checkpoint),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,
         files=tuple(file for stage in made.values() for file in stage.files),
         stage_keys={name: stage.key for name, stage in made.items()},
-        versions=stages.versions_in(request),
+        versions=versions_in(request),
         card=dict(request.model.card),
-        report=report,
+        report=content,
         created=datetime.now(UTC),
     )
 
 
 def _rejected(
-    request: BuildRequest, judged: Judged, facts: CpuFacts | None, engines: evaluate.EngineVerdict, *, published: bool
+    request: BuildRequest,
+    of_graph: Report,
+    growth: Growth | None,
+    facts: CpuFacts | None,
+    engines: evaluate.EngineVerdict,
+    *,
+    published: bool,
 ) -> Rejected:
-    report = engines.report or judged.report
+    report = engines.report or of_graph
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
     problems = [f"its outputs are not PyTorch's ({worst})"] if worst or not report.rows else []
-    problems += [] if report.passed else error_analysis.causes(report, None if engines.report else judged.growth)
+    problems += [] if report.passed else error_analysis.causes(report, None if engines.report else growth)
     if facts is not None and facts.times_fp32 is not None and _too_slow(facts):
         problems.append(f"{request.precision} takes {facts.times_fp32:.2f} times as long as fp32 on this machine")
     problem = "; ".join(problems)

@@ -69,7 +69,7 @@ def smallest(parts: Sequence[str], holds: Callable[[tuple[str, ...]], bool]) -> 
 
 def promoted(recipe: Recipe, model: Model, parts: Sequence[str]) -> tuple[Recipe, Model]:
     """The recipe and its model with `parts` in fp32."""
-    changed = recipe.model_copy(update={"graph": dict(model.promoted(parts))})
+    changed = recipe.changed(graph=dict(model.promoted(parts)))
     return changed, family.find(recipe.family).model(changed)
 
 

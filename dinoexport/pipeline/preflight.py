@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+from pathlib import Path
 
 from dinoexport.bundle import sbom
 from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, require
 from dinoexport.graph.onnx_writer import PACKAGES
-from dinoexport.pipeline.request import BuildRequest
-from dinoexport.pipeline.workspace import Stage
+from dinoexport.pipeline.request import BuildRequest, EngineRequest
 from dinoexport.report import html_report
-from dinoexport.runtime import autotune, engine_header, runners
+from dinoexport.runtime import autotune, runners
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Precision
 
 
@@ -23,17 +24,17 @@ def packages(request: BuildRequest) -> None:
     if request.chosen.on_cpu:
         autotune.ways(request.precision, request.cpu_runtimes)
     else:
-        runtime = runners.graph_way(request.precision).runtime
-        require("openvino" if runtime == "openvino" else "cpu", runtime)
-    if request.runtime.has_engine:
-        require(engine_header.EXTRA[request.runtime], *builder.PACKAGES[request.runtime])
+        facts = TABLE[runners.graph_way(request.precision).runtime]
+        require(facts.extra, *facts.modules)
+    if request.engine:
+        require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
 
 
 def disk(request: BuildRequest) -> None:
     """Refuses a build the disk cannot hold, before it is begun."""
     width = 2 if request.chosen.traced in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in request.model.tensors.values()) * width
-    needed = weights * (2 if request.runtime.has_engine else 1)  # an engine holds them once more
+    needed = weights * (2 if request.engine else 1)  # an engine holds them once more
     needed += 3 * sum(array.nbytes for case in request.cases for array in case.inputs.values())
     free = shutil.disk_usage(request.out.absolute().parent).free
     if free < needed:
@@ -43,18 +44,15 @@ def disk(request: BuildRequest) -> None:
         )
 
 
-def memory(request: BuildRequest, exported: Stage) -> None:
+def memory(request: EngineRequest, onnx_folder: Path) -> None:
     """Refuses an engine its card has no memory for, before the long stages are begun."""
-    memory_gb = request.chosen.target.memory_gb
-    if not request.runtime.has_engine or memory_gb is None:
+    if request.target.memory_gb is None:
         return
-    builder_gpu = request.builder_gpu
-    for graph in request.model.graphs:
-        onnx = exported.folder / f"{graph.name}.onnx"
+    for graph in request.graphs:
         builder.check_memory(
-            onnx,
+            onnx_folder / f"{graph.name}.onnx",
             graph,
             request.profiles[graph.name],
-            memory_bytes=builder_gpu.memory_bytes if builder_gpu else memory_gb * 10**9,
-            where=builder_gpu.name if builder_gpu else f"the smallest {request.chosen.target.name}",
+            memory_bytes=request.gpu.memory_bytes if request.gpu else request.target.memory_gb * 10**9,
+            where=request.gpu.name if request.gpu else f"the smallest {request.target.name}",
         )

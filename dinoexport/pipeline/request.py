@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -10,37 +10,54 @@ from typing import Any, Literal
 
 from dinoexport import family
 from dinoexport.config import target as targets
-from dinoexport.config.recipe import Limits, Recipe, load, load_validation
+from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load, load_validation, parse
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
 from dinoexport.family import Model
-from dinoexport.spec import CPU_RUNTIMES, Case, CpuRuntime, Precision, Profile, Runtime
+from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """What engines are compiled for, and how.
+
+    code: hash of the code that made the graphs and will compile them. profiles: graph name -> its engine's profiles.
+    gpu: the one whose kernels are measured; None where the runtime compiles without looking at a GPU.
+    """
+
+    graphs: tuple[Graph, ...]
+    code: str
+    target: Target
+    runtime: Runtime
+    precision: Precision
+    choices: EngineChoices
+    profiles: Mapping[str, tuple[Profile, ...]]
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildRequest:
     """What to build, with every decision made and every impossible one already refused.
 
-    profiles: graph name -> its engine's profiles. gpu: the one an engine is built or run on, where there is one.
-    cpu_runtimes: those a CPU's bundle may be for.
+    engine: what to compile from the graphs; None where the ONNX is what runs. cpu_runtimes: those a CPU's bundle may be
+    for. auto: whether parts of the graph go back to fp32 until the limits hold.
     """
 
     recipe: Recipe
     model: Model
     chosen: Chosen
-    profiles: Mapping[str, tuple[Profile, ...]]
-    gpu: Gpu | None
+    engine: EngineRequest | None
     limits: Limits
     cases: tuple[Case, ...]
     weights: str | None
     head_weights: str | None
     judge_code: evaluate.Judge
     out: Path
-    cpu_runtimes: tuple[CpuRuntime, ...]
-    auto: bool = False  # parts of the graph go back to fp32 until the limits hold
+    cpu_runtimes: tuple[Runtime, ...]
+    auto: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -52,10 +69,9 @@ class BuildRequest:
         """What will run the product."""
         return self.chosen.runtime
 
-    @property
-    def builder_gpu(self) -> Gpu | None:
-        """A classic plan is made of kernels measured on this GPU; TensorRT-RTX compiles without looking at it."""
-        return self.gpu if self.runtime is Runtime.TENSORRT else None
+    def graph_files(self, folder: Path) -> dict[Path, Graph]:
+        """The model's graphs by their files in `folder`."""
+        return {folder / f"{graph.name}.onnx": graph for graph in self.model.graphs}
 
 
 def build_request(
@@ -79,26 +95,46 @@ def build_request(
     """
     recipe, gpus = load(variant_or_path), hardware.gpus()
     recipe = recipe if head is None else recipe.with_head(head)
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine_choices)})
+    recipe = recipe.changed(
+        engine=parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
+    )
     auto = precision == "auto"
     wanted = Precision.FP16 if precision == "auto" else precision
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
-    recipe = recipe.model_copy(update={"precision": chosen.precision})
-    model = family.find(recipe.family).model(recipe.model_copy(update={"precision": chosen.traced}))
+    recipe = recipe.changed(precision=chosen.precision)
+    model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
     beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
     validation, folder = load_validation(recipe.judged_by, beside=beside)
     return BuildRequest(
         recipe=recipe,
         model=model,
         chosen=chosen,
-        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs if chosen.runtime.has_engine},
-        gpu=gpus[0] if gpus else None,
+        engine=engine_request(recipe, model, chosen, gpus),
         limits=evaluate.limits_for(validation, chosen.precision),
         cases=evaluate.cases_of(model, validation, folder),
         weights=weights,
         head_weights=head_weights,
         judge_code=judge_code,
-        cpu_runtimes=("onnxruntime",) if runtime is Runtime.ONNXRUNTIME else CPU_RUNTIMES,
+        cpu_runtimes=(runtime,) if runtime in CPU_RUNTIMES else CPU_RUNTIMES,
         out=out or Path("bundles") / f"{recipe.title}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         auto=auto,
+    )
+
+
+def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[Gpu]) -> EngineRequest | None:
+    """The engines of `recipe` for the chosen target; None where its runtime takes the ONNX itself.
+
+    A classic plan is made of kernels measured on the first of `gpus`; TensorRT-RTX compiles without looking at it.
+    """
+    if not chosen.runtime.has_engine:
+        return None
+    return EngineRequest(
+        graphs=model.graphs,
+        code=family.code_of(model),
+        target=chosen.target,
+        runtime=chosen.runtime,
+        precision=chosen.precision,
+        choices=recipe.engine,
+        profiles={graph.name: profiles.of(recipe, graph) for graph in model.graphs},
+        gpu=gpus[0] if gpus and chosen.runtime is Runtime.TENSORRT else None,
     )

@@ -1,7 +1,7 @@
 """A build's stages: each made once, kept beside the bundle until it is published, reused only if its key matches.
 
-A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears the same
-way.
+A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears as one
+change (`system.changes`): its files are moved out of their stages, then its folder takes the place of the one before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dinoexport.bundle import BundleFile, Manifest
 from dinoexport.config.recipe import Frozen
 from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.spec import Progress
-from dinoexport.system import files
+from dinoexport.system import changes, files, untrusted
+from dinoexport.system.changes import Change
 
 _INDEX = "stage.json"
 
@@ -55,18 +56,28 @@ class Stage:
 class Workspace:
     """Where one bundle is being built. `out` is the bundle's place, `folder` the hidden one beside it."""
 
-    out: Path
-    folder: Path
+    change: Change
     force: bool
     progress: Progress
+
+    @property
+    def out(self) -> Path:
+        """The bundle's place."""
+        return self.change.place
+
+    @property
+    def folder(self) -> Path:
+        """The hidden folder beside it."""
+        return self.change.folder
 
     def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Stage:
         """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
         folder = self.folder / f"{name}-{key[:16]}"
         if not self.force:
-            found = self._kept(key, folder) or self._from_previous(name, key, folder)
-            if found is not None:
+            if (found := self._kept(key, folder)) is not None:
                 return Stage(name=name, key=key, folder=folder, files=found, reused=True)
+            if (found := self._from_previous(name, key)) is not None:
+                return Stage(name=name, key=key, folder=self.out, files=found, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
         partial = self._empty(f"{name}.partial")
         make(partial)
@@ -75,18 +86,28 @@ class Workspace:
         return Stage(name=name, key=key, folder=folder, files=made, reused=False)
 
     def publish(
-        self, stages: Mapping[str, Stage], manifest: Manifest, *, sign: Callable[[Path], None] = lambda _folder: None
+        self, stages: Mapping[str, Stage], manifest: Manifest, *, sign: Callable[[Manifest, str], bytes] | None = None
     ) -> None:
-        """Puts all stages' files and the manifest at `out`, at once and signed by `sign`, and clears the workspace."""
-        ready = self._empty("publish.partial") / self.out.name  # a signature holds the folder's name
+        """Puts all stages' files and the manifest at `out`, at once, and clears the workspace.
+
+        sign: what gives the signature of the files in a manifest, as those of a folder of the given name.
+        """
+        ready = self.change.new / "bundle"
         ready.mkdir()
-        for stage in stages.values():
-            for file in stage.files:
-                files.link_or_copy(stage.folder / file.name, ready / file.name)
         (ready / bundle.MANIFEST).write_bytes(manifest.to_bytes())
-        sign(ready)
-        files.replace_folder(ready, self.out)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if sign is not None:
+            (ready / bundle.SIGNATURE).write_bytes(sign(manifest, self.out.name))
+        steps = []
+        for stage in stages.values():
+            # What the bundle that is replaced had already stays there too until it goes: it is whole to the end.
+            put = changes.link if stage.folder == self.out else changes.move
+            steps += [put(stage.folder / file.name, ready / file.name) for file in stage.files]
+        steps.append(changes.move(ready, self.out))
+        steps += [changes.remove(path) for path in self._stage_folders()]
+        self.change.commit(steps, done=f"The bundle {self.out} is published.")
+
+    def _stage_folders(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.is_dir() and path != self.change.new]
 
     def _empty(self, name: str) -> Path:
         folder = self.folder / name
@@ -107,8 +128,8 @@ class Workspace:
             return None
         return index.files if index.key == key else None
 
-    def _from_previous(self, name: str, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
-        """The same stage of the bundle that stands at `out`, linked, if its key and bytes are right."""
+    def _from_previous(self, name: str, key: str) -> tuple[BundleFile, ...] | None:
+        """The files of the same stage in the bundle that stands at `out`, if their key and bytes are right."""
         try:
             manifest = bundle.read_manifest(self.out)
             if manifest.stage_keys.get(name) != key:
@@ -117,11 +138,6 @@ class Workspace:
             bundle.check_files(self.out, made, progress=self.progress)
         except DinoexportError:
             return None
-        partial = self._empty(f"{name}.partial")
-        for file in made:
-            files.link_or_copy(self.out / file.name, partial / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        self._finish(partial, key, folder, made)
         return made
 
 
@@ -131,23 +147,20 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
     Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
     """
-    out = Path(os.path.realpath(out))  # a link stays a link, and its target has one lock under every name
-    folder = out.with_name(f".{out.name}.work")
-    with files.disk_errors(out), files.lock(folder / "lock", doing=f"building {out}"):
+    doing = f"building {os.path.realpath(out)}"
+    with files.disk_errors(out), changes.changing(out, doing=doing, progress=progress) as change:
+        work = Workspace(change=change, force=force, progress=progress)
         try:
-            files.recover(out)
-            _check_place(out)
+            _check_place(change.place)
             if force:
-                _remove(folder, "*")
-            yield Workspace(out=out, folder=folder, force=force, progress=progress)
+                _remove(change.folder, "*-*")
+            yield work
         finally:
-            _remove(folder, "*.partial")
-            if not any(path.is_dir() for path in folder.glob("*")):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove(change.folder, "*.partial")
 
 
 def _remove(folder: Path, pattern: str) -> None:
-    """Removes the stages in `folder` whose names fit, and leaves the lock."""
+    """Removes the stages in `folder` whose names fit."""
     for stage in folder.glob(pattern):
         if stage.is_dir():
             shutil.rmtree(stage, ignore_errors=True)
@@ -159,7 +172,9 @@ def _check_place(out: Path) -> None:
         return
     manifest = out / bundle.MANIFEST
     # Web apps and others have a file of this name too; only ours carries a hash of itself.
-    content = manifest.read_bytes() if manifest.is_file() else b""
+    content = b""
+    if untrusted.is_regular(manifest, links=False):
+        content = untrusted.read_bytes(manifest, max_bytes=bundle.MANIFEST_MAX_BYTES, links=False)
     if b'"manifest_sha256"' not in content:
         raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
     listed = {bundle.MANIFEST, bundle.SIGNATURE} | {

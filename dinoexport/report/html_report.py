@@ -17,7 +17,7 @@ from dinoexport.bundle import Manifest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import variants
 from dinoexport.errors import require
-from dinoexport.family import Model
+from dinoexport.family import Reported
 from dinoexport.spec import Array, Arrays, Candidate, Expectation, Graph
 from dinoexport.validation.error_analysis import RANGE, Growth
 from dinoexport.validation.judge import Bound, Report, Row
@@ -59,7 +59,7 @@ def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kep
 
 def render(
     manifest: Manifest,
-    model: Model,
+    model: Reported,
     report: Report,
     growth: Growth | None,
     reference: Reference,
@@ -86,7 +86,7 @@ def render(
         repeat=_repeat(manifest),
         tried=manifest.report.get("precision", {}).get("trials", ()),
         report=report,
-        rests_on=_rests_on(report),
+        based_on=_based_on(report),
         closest=_closest(report),
         rows=report.rows,
         range_rows=[row for row in report.rows if row.output == RANGE],
@@ -129,10 +129,10 @@ def _repeat(manifest: Manifest) -> list[str]:
     ]
 
 
-def _rests_on(report: Report) -> str:
+def _based_on(report: Report) -> str:
     cases = {row.case for row in report.rows}
     bounds = sum(len(row.bounds) for row in report.rows)
-    return f"{len(report.rows)} checks of {len(cases)} cases, {bounds} limits held against them"
+    return f"{len(report.rows)} checks of {len(cases)} cases against {bounds} limits"
 
 
 def _closest(report: Report) -> tuple[Row, Bound] | None:
@@ -217,7 +217,7 @@ def _histogram(name: str, parts: Sequence[Array]) -> _Histogram:
 
 
 def _pictures(
-    manifest: Manifest, model: Model, reference: Reference, kept: Mapping[str, Kept]
+    manifest: Manifest, model: Reported, reference: Reference, kept: Mapping[str, Kept]
 ) -> list[tuple[str, str, Any]]:
     """(case, why, rows of the family's pictures) of every case a person shall see.
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
-from dinoexport.family import Model
-from dinoexport.runtime import Arithmetic, cpu, openvino
-from dinoexport.spec import CpuRuntime, Graph, Precision, Progress, Way, Workload, silent
+from dinoexport.family import Runnable
+from dinoexport.runtime import Arithmetic, cpu, table
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Graph, Precision, Progress, Runtime, Way, Workload, silent
 from dinoexport.system import timing
 
 # Two visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's
@@ -22,25 +23,20 @@ _VISIT_S = 0.6
 _ROUNDS = 10
 # Half as slow again as the best on the first visit: not worth a second one.
 _HOPELESS = 1.5
-# The runtimes that compute in a precision, int8 each from a form of its own. bf16 is a choice of OpenVINO's arithmetic
-# over the fp32 graph; fp16 on a CPU is a check of the graph.
-RUNTIMES: dict[Precision, tuple[CpuRuntime, ...]] = {
-    Precision.FP32: ("onnxruntime", "openvino"),
-    Precision.FP16: ("onnxruntime",),
-    Precision.BF16: ("openvino",),
-    Precision.INT8: ("onnxruntime", "openvino"),
+# The runtimes that may compute in a precision on a CPU, int8 each from a form of its own.
+RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
+    precision: tuple(runtime for runtime, facts in TABLE.items() if precision in facts.cpu_precisions)
+    for precision in Precision
 }
 
 
-def runtimes(precision: Precision, among: Collection[CpuRuntime]) -> tuple[CpuRuntime, ...]:
-    """Those `among` the runtimes this machine has that compute in `precision`, the most likely one first."""
-    found = tuple(runtime for runtime in cpu.installed() if runtime in RUNTIMES[precision] and runtime in among)
-    if precision is Precision.INT8 and "openvino" in found and not openvino.computes(precision):
-        return tuple(runtime for runtime in found if runtime != "openvino")
-    return found
+def runtimes(precision: Precision, among: Collection[Runtime]) -> tuple[Runtime, ...]:
+    """Those `among` the runtimes this machine has that compute in `precision` here, the most likely one first."""
+    found = [runtime for runtime in table.installed(among) if runtime in RUNTIMES[precision]]
+    return tuple(runtime for runtime in found if TABLE[runtime].computes(precision))
 
 
-def ways(precision: Precision, among: Collection[CpuRuntime]) -> tuple[Way, ...]:
+def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
     """Every way to run in `precision` with a runtime of `among` that this machine has, the most likely one first.
 
     Raises UsageError when none of them computes in it anywhere, MissingRequirement when this machine has no way: no
@@ -58,10 +54,13 @@ def ways(precision: Precision, among: Collection[CpuRuntime]) -> tuple[Way, ...]
         for count in threads
     )
     if not found:
-        require("openvino" if precision is Precision.BF16 else "cpu", *RUNTIMES[precision])
-    if precision is Precision.BF16 and not openvino.computes(precision):
+        for runtime in RUNTIMES[precision]:
+            if runtime in among:
+                require(TABLE[runtime].extra, *TABLE[runtime].modules)
         raise MissingRequirement(
-            "This CPU has no bf16 arithmetic that OpenVINO would use.", next_step="Use --precision fp32 or int8."
+            f"This CPU has no {precision} arithmetic that {' or '.join(TABLE[r].title for r in RUNTIMES[precision])} "
+            "would use.",
+            next_step="Use --precision fp32.",
         )
     return found
 
@@ -71,10 +70,12 @@ class GraphForms:
     """Graphs of one precision, by their files, in the form each runtime takes that may run them."""
 
     precision: Precision
-    graphs: Mapping[CpuRuntime, Mapping[Path, Graph]]
+    graphs: Mapping[Runtime, Mapping[Path, Graph]]
 
 
-def tune(model: Model, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent) -> CpuFacts:
+def tune(
+    model: Runnable, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent
+) -> CpuFacts:
     """The fastest way to run `wanted` here, on the load most users ask, and what was measured to find it.
 
     plain: the same model in fp32, to be timed beside a precision that is less.
@@ -105,7 +106,7 @@ def tune(model: Model, wanted: GraphForms, plain: GraphForms | None = None, *, p
     )
 
 
-def _without_choice(model: Model, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
+def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
     """Where there is one runtime it takes every CPU it may, whatever the clock says: the same on each run."""
     return CpuFacts(
         machine=cpu.machine(),
@@ -121,7 +122,7 @@ def _without_choice(model: Model, wanted: GraphForms, way: Way, workload: Worklo
 
 
 def _measured(
-    model: Model, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
+    model: Runnable, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
 ) -> tuple[list[Timed], dict[str, str]]:
     """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
 
@@ -150,11 +151,11 @@ def _measured(
     return timed, refused
 
 
-def _visit(model: Model, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
+def _visit(model: Runnable, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
     opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
     run = {"": lambda: model.drive(opened, workload.inputs)}
     return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
 
 
-def _arithmetic(model: Model, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:
+def _arithmetic(model: Runnable, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:
     return cpu.arithmetic(model, cpu.open_graphs(candidate.graphs[way.runtime], way), workload.inputs)

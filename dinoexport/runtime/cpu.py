@@ -6,27 +6,14 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
-from dinoexport.family import Model
-from dinoexport.runtime import Arithmetic, Opened, openvino, ort
-from dinoexport.spec import CPU_RUNTIMES, Array, Arrays, CpuRuntime, Graph, Precision, Runner, Way
+from dinoexport.family import Runnable
+from dinoexport.runtime import Arithmetic, Opened, ort, table
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Array, Arrays, Graph, Precision, Runner, Runtime, Way
 
-PLAIN = Way(runtime="onnxruntime", precision=Precision.FP32)
-_TITLES: Mapping[CpuRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-
-
-def installed() -> tuple[CpuRuntime, ...]:
-    """The runtimes this machine has, the one that needs no extra choice first."""
-    return tuple(runtime for runtime in CPU_RUNTIMES if _is_installed(runtime))
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # what find_spec says of a module that was put out of action
-        return False
+PLAIN = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32)
 
 
 def way_here(built: Way) -> Way:
@@ -34,7 +21,7 @@ def way_here(built: Way) -> Way:
 
     Where only ONNX Runtime is installed it takes an fp32 graph just as well.
     """
-    if built.precision is Precision.FP32 and built.runtime not in installed():
+    if built.precision is Precision.FP32 and not table.installed((built.runtime,)):
         return PLAIN
     return Way(runtime=built.runtime, precision=built.precision)
 
@@ -44,15 +31,12 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
 
     Raises MissingRequirement without the runtime or without the precision on this CPU.
     """
-    if way.runtime == "openvino":
-        return {
-            graph.name: openvino.open_graph(path, graph, precision=way.precision, threads=way.threads)
-            for path, graph in graphs.items()
-        }
-    return {graph.name: ort.open_graph(path, graph, threads=way.threads) for path, graph in graphs.items()}
+    open_graph = TABLE[way.runtime].open_graph
+    assert open_graph is not None, f"{way.runtime} opens no graph on a CPU"
+    return {graph.name: open_graph(path, graph, way) for path, graph in graphs.items()}
 
 
-def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
+def arithmetic(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
     """What the graphs really computed in to answer `inputs`, all graphs together."""
     first_calls = dict(reversed(_calls(model, opened, inputs)))
     total: Counter[str] = Counter()
@@ -61,7 +45,7 @@ def arithmetic(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> Ar
     return dict(total)
 
 
-def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
+def flops(model: Runnable, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
     """Multiplications and additions in the graphs' products to answer `inputs`, counted as ONNX Runtime runs them."""
     paths = {graph.name: path for path, graph in graphs.items()}
     return sum(
@@ -71,7 +55,7 @@ def flops(model: Model, graphs: Mapping[Path, Graph], opened: Mapping[str, Opene
     )
 
 
-def _calls(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
+def _calls(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
     """The graphs that are run to answer `inputs`, in their order, each with its own inputs."""
     calls: list[tuple[str, Arrays]] = []
 
@@ -86,14 +70,14 @@ def _calls(model: Model, opened: Mapping[str, Opened], inputs: Arrays) -> list[t
     return calls
 
 
-def title(runtime: CpuRuntime) -> str:
+def title(runtime: Runtime) -> str:
     """The runtime's name and version, as people write it."""
-    return f"{_TITLES[runtime]} {version(runtime)}"
+    return f"{TABLE[runtime].title} {version(runtime)}"
 
 
-def version(runtime: CpuRuntime) -> str:
-    """The installed version of a runtime."""
-    return ort.version() if runtime == "onnxruntime" else openvino.version()
+def version(runtime: Runtime) -> str:
+    """The installed version of a runtime; empty when it is not installed."""
+    return TABLE[runtime].installed_version() or ""
 
 
 def usable_cpus() -> int:

@@ -9,17 +9,10 @@ from pathlib import Path
 
 from dinoexport.bundle import EngineFacts
 from dinoexport.errors import BuildError, MissingRequirement
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
-from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 
-SUFFIX = {Runtime.TENSORRT: ".plan", Runtime.TENSORRT_RTX: ".rtx"}
-# The package that loads each kind of engine, by its names on PyPI, and the extra that brings it.
-PACKAGES = {
-    Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
-    Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
-}
-EXTRA = {Runtime.TENSORRT: "tensorrt", Runtime.TENSORRT_RTX: "rtx"}
 # Compute capabilities in the order of the bits of an RTX engine's target mask, as read off engines built for each.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -70,11 +63,6 @@ def read_header(path: Path) -> Header:
     )
 
 
-def installed_version(runtime: Runtime) -> str | None:
-    """The installed version of the engine's runtime; None when it is not there."""
-    return next(filter(None, map(hardware.installed, PACKAGES[runtime])), None)
-
-
 def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
     """The GPU that can run `engine`; a MissingRequirement says what is wrong, before TensorRT crashes on it."""
     capabilities = ", ".join(engine.compute_capabilities)
@@ -103,8 +91,8 @@ def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
 
 def _check_version(engine: EngineFacts) -> None:
     """A plan loads only in the version that built it; a version-compatible one in that and newer ones."""
-    extra = EXTRA[engine.runtime]
-    found = installed_version(engine.runtime)
+    extra = TABLE[engine.runtime].extra
+    found = TABLE[engine.runtime].installed_version()
     if found is None:
         raise MissingRequirement(
             f"{engine.file} needs {engine.runtime} {engine.runtime_version}, which is not installed.",

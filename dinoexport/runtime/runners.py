@@ -7,25 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinoexport.bundle import EngineFacts, Manifest
-from dinoexport.family import Model
+from dinoexport.errors import UsageError
+from dinoexport.family import Runnable
 from dinoexport.runtime import Arithmetic, cpu, engine_header, trt
-from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Way
+from dinoexport.runtime.table import TABLE
+from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Runtime, Way
 from dinoexport.system import hardware
 
 
-def open_candidate(model: Model, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> Candidate:
+def open_candidate(model: Runnable, graphs: Mapping[Path, Graph], way: Way = cpu.PLAIN) -> Candidate:
     """The exported graphs opened in `way`, as the function from a case's inputs to its outputs."""
     return driven(model, cpu.open_graphs(graphs, way))
 
 
-def with_one_thread(model: Model, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
+def with_one_thread(model: Runnable, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
     """What opens the graphs as `way` runs them but with one thread; None where there are no more."""
     if way.threads == 1 or cpu.usable_cpus() == 1:
         return None
     return lambda: open_candidate(model, graphs, replace(way, threads=1))
 
 
-def driven(model: Model, runners: Mapping[str, Runner]) -> Candidate:
+def driven(model: Runnable, runners: Mapping[str, Runner]) -> Candidate:
     """The graphs' or engines' runners, driven by the model."""
 
     def answer(inputs: Arrays) -> dict[str, Array]:
@@ -44,8 +46,8 @@ def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> st
 def graph_way(precision: Precision) -> Way:
     """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
     if precision is Precision.BF16:
-        return Way(runtime="openvino", precision=Precision.FP32)
-    return Way(runtime="onnxruntime", precision=precision)
+        return Way(runtime=Runtime.OPENVINO, precision=Precision.FP32)
+    return Way(runtime=Runtime.ONNXRUNTIME, precision=precision)
 
 
 def built_way(manifest: Manifest) -> Way:
@@ -53,13 +55,24 @@ def built_way(manifest: Manifest) -> Way:
     return manifest.cpu.chosen if manifest.cpu else graph_way(manifest.precision)
 
 
-def way_of(manifest: Manifest) -> Way:
-    """How this machine runs a bundle's graphs: as the building one did, if it can."""
-    return cpu.way_here(built_way(manifest))
+def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
+    """How this machine runs a bundle's graphs: as the building one did, if it can.
+
+    runtime: runs them in this one instead, in the same precision; a UsageError when it does not compute in it.
+    """
+    built = built_way(manifest)
+    if runtime is None or runtime is built.runtime:
+        return cpu.way_here(built)
+    if built.precision not in TABLE[runtime].cpu_precisions or built.precision is Precision.INT8:
+        raise UsageError(
+            f"{TABLE[runtime].title} does not run this bundle's {built.precision} graph.",
+            next_step=f"It was built for {TABLE[built.runtime].title}: --runtime {built.runtime}.",
+        )
+    return Way(runtime=runtime, precision=built.precision)
 
 
 def open_engines(
-    model: Model, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
+    model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
 ) -> tuple[Candidate, str]:
     """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
 

@@ -16,12 +16,8 @@ from typing import Any
 
 from dinoexport.errors import BuildError, OutsideProfile, require
 from dinoexport.runtime import check_inputs
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Profile, Runtime
-
-PACKAGES = {
-    Runtime.TENSORRT: ("tensorrt", ("tensorrt", "cuda.bindings")),
-    Runtime.TENSORRT_RTX: ("rtx", ("tensorrt_rtx", "cuda.bindings")),
-}
 
 
 def open_engine(
@@ -33,8 +29,7 @@ def open_engine(
     BuildError when the engine cannot be opened, InputRefused from the runner for inputs outside the signature and
     OutsideProfile for those that no profile covers.
     """
-    extra, packages = PACKAGES[runtime]
-    require(extra, *packages)
+    require(TABLE[runtime].extra, *TABLE[runtime].modules)
     # CUDA counts the fastest GPU first, the driver by the PCI bus; the GPU that was checked is the one that shall run.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     trt: Any = importlib.import_module(runtime.value)

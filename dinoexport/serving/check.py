@@ -18,6 +18,7 @@ from dinoexport.serving.client import open_graphs
 from dinoexport.serving.triton.model_repository import deployed_as
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import Array, Arrays, Progress, silent
+from dinoexport.system import changes, untrusted
 from dinoexport.validation import evaluate
 from dinoexport.validation.judge import Report
 
@@ -46,7 +47,8 @@ def check(
     """
     clients = open_graphs(url, model=model, timeout_s=timeout_s)
     served = next(iter(clients.values())).served
-    reference = reference_file.read(_reference_of(folder, served))
+    with changes.reading(folder, progress=progress):
+        reference = reference_file.read(_reference_of(folder, served))
     if quick:
         reference = smallest(reference)
     recipe = parse(Recipe, served.recipe, where="the recipe of the served model")
@@ -73,7 +75,7 @@ def smallest(reference: Reference) -> Reference:
 
 def _reference_of(folder: Path, served: Served) -> Path:
     """The reference in a bundle; or in a repository, that of the version the server says it serves."""
-    if (folder / bundle.MANIFEST).is_file():
+    if untrusted.is_regular(folder / bundle.MANIFEST):
         if bundle.read_manifest(folder).variant != served.variant:
             raise UsageError(
                 f"{folder} is a {bundle.read_manifest(folder).variant}; the server has a {served.variant}.",

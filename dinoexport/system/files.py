@@ -1,96 +1,126 @@
-"""Files that are complete or absent: hashing, renaming, locking. Standard library only."""
+"""Files that are complete or absent: hashing, copying, outputs, and what a full disk says. Standard library only."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from dinoexport.errors import BuildError, DinoexportError, MissingRequirement
+from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.spec import Progress, silent
+from dinoexport.system import untrusted
 
 # Between two pieces the interpreter's lock is asked for, which a thread that traces gives up after 5 ms: as long as it
 # takes to hash the 4 MB that were one piece once.
 _HASHED_BYTES = 1 << 25
+# How far into a file is looked for what tells that it is ours.
+_LOOKED_AT_BYTES = 1 << 16
 
 
-def sha256(path: Path, *, progress: Progress = silent) -> str:
-    """The file's SHA-256 in hex, read in pieces."""
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+def sha256(path: Path, *, links: bool = True, progress: Progress = silent) -> str:
+    """The SHA-256 in hex of a regular file, read in pieces; an `untrusted.Unreadable` for anything else."""
+    with untrusted.opened(path, links=links) as file:
+        try:
+            return _hashed(file, None, f"hashing {path.name}", progress)
+        except OSError as error:
+            raise untrusted.Unreadable(path, error.strerror or str(error)) from None
+
+
+def _hashed(file: BinaryIO, copy_to: BinaryIO | None, doing: str, progress: Progress) -> str:
+    """The SHA-256 of what is left of `file`, which is written to `copy_to` as it is read."""
+    digest, done, total = hashlib.sha256(), 0, os.fstat(file.fileno()).st_size
     chunk = memoryview(bytearray(min(_HASHED_BYTES, max(1, total))))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(chunk):
-            digest.update(chunk[:size])
-            done += size
-            progress(f"hashing {path.name}", done, total)
+    while size := file.readinto(chunk):  # type: ignore[attr-defined]  # unbuffered files have it
+        digest.update(chunk[:size])
+        if copy_to is not None:
+            copy_to.write(chunk[:size])
+        done += size
+        progress(doing, done, total)
     return digest.hexdigest()
 
 
-@contextmanager
-def lock(path: Path, *, doing: str) -> Iterator[None]:
-    """Holds `path` against other processes; a BuildError at once when another one is `doing` it.
+def copy(source: Path, destination: Path, *, sha256: str = "", progress: Progress = silent) -> str:
+    """Copies a regular file to the new file `destination`; returns the SHA-256 of what `destination` now holds.
 
-    The holder may remove the file when it is done: who then holds a file that is no longer there tries again.
+    The two may share their bytes where the file system can do that, but are never one file under two names: changing
+    one would change the other. With `sha256` a ValueError for a copy that has another one; that copy is removed.
     """
-    import fcntl
-
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held, suppress(FileNotFoundError):
-            file = held.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BuildError(
-                    f"Another process is {doing}.", next_step="Wait for it, or choose another place."
-                ) from None
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                kept = held.pop_all()
-                break
-    with kept:
-        yield
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts the folder `new` at `old`; what was there is gone afterwards, and back if the exchange fails.
-
-    POSIX renames no folder onto a full one, so the old one steps aside first; `recover` undoes a crash in between.
-    """
-    aside = _aside(old)
-    if old.exists():
-        os.rename(old, aside)
-    try:
-        os.rename(new, old)
-    except OSError:
-        recover(old)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """Brings back what `replace_folder` had moved aside when it was killed between its two renames."""
-    aside = _aside(folder)
-    if aside.exists():
-        if folder.exists():
-            shutil.rmtree(aside)
+    doing = f"copying {source.name}"
+    with untrusted.opened(source, links=False) as found, destination.open("xb+", buffering=0) as made:
+        if _copied_by_kernel(found, made):
+            made.seek(0)
+            digest = _hashed(made, None, doing, progress)
         else:
-            os.rename(aside, folder)
+            digest = _hashed(found, made, doing, progress)
+    if sha256 and digest != sha256:
+        destination.unlink()
+        raise ValueError(f"{source.name} does not have the SHA-256 {sha256}")
+    return digest
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
-
-
-def link_or_copy(source: Path, destination: Path) -> None:
-    """The same content at `destination`, without a second copy where the file system allows it."""
+def _copied_by_kernel(found: BinaryIO, made: BinaryIO) -> bool:
+    """Copies all of it by copy_file_range, which shares blocks on XFS and Btrfs; False where it cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return False
     try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)
+        while os.copy_file_range(found.fileno(), made.fileno(), 1 << 30):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise
+        found.seek(0)
+        made.seek(0)
+        made.truncate()
+        return False
+    return True
+
+
+def check_output(path: Path, *, ours: bytes) -> None:
+    """Raises UsageError unless a file may appear at `path`: nothing is there, or a regular file that holds `ours`."""
+    elsewhere = "Give a file's name in a folder that exists."
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be a file: its folder is not there.", next_step=elsewhere) from None
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be a file: {error}.", next_step=elsewhere) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UsageError(f"{path} is there already and is no regular file.", next_step=elsewhere)
+    with untrusted.opened(path, links=False) as file:
+        if ours not in file.read(_LOOKED_AT_BYTES):
+            raise UsageError(
+                f"{path} is there already and was not written by dinoexport.",
+                next_step="Choose another name, or move it away.",
+            )
+
+
+def write_output(path: Path, content: bytes, *, ours: bytes) -> None:
+    """Writes a file the user named, by rename; what is there already is held to `check_output` once more."""
+    check_output(path, ours=ours)
+    with disk_errors(path.parent):
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.chmod(partial, 0o666 & ~_umask())  # noqa: PTH101 (a name, not a Path)
+            os.replace(partial, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)  # noqa: PTH108
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

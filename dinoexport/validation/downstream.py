@@ -310,7 +310,7 @@ def _granting(limit: Limit | None, decisions: int, figure: str, said: list[str])
     if limit is None or limit.value == 1 or limit.value <= 1 - 1 / decisions:
         return limit
     said.append(f"{figure}: one of {decisions} decisions may differ, though the limit is {limit.value:g}")
-    return limit.model_copy(update={"value": 1 - 1 / decisions})
+    return limit.changed(value=1 - 1 / decisions)
 
 
 def _measure(

@@ -15,7 +15,7 @@ from typing import Any
 
 from dinoexport.config.recipe import Limits
 from dinoexport.errors import DinoexportError, require
-from dinoexport.family import Model
+from dinoexport.family import Model, Runnable
 from dinoexport.runtime import ort
 from dinoexport.spec import Array, Arrays, Case, Graph, Progress, Runner, silent
 from dinoexport.validation.judge import Bound, Report, Row, without_nan
@@ -164,7 +164,7 @@ def values_inside(model: Model, graphs: Mapping[Path, Graph], inputs: Arrays) ->
 
 
 def range_rows(
-    model: Model, graphs: Mapping[Path, Graph], cases: Sequence[Case], *, progress: Progress = silent
+    model: Runnable, graphs: Mapping[Path, Graph], cases: Sequence[Case], *, progress: Progress = silent
 ) -> tuple[Row, ...]:
     """A row for each case: whether every fp16 value of the graphs stays finite. None where they have no such value."""
     require("export", "onnx")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limits, Recipe, Validation
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
-from dinoexport.family import Model
+from dinoexport.family import CaseSource, Model, Oracle, Runnable, WeightLayout
 from dinoexport.runtime import runners
 from dinoexport.spec import (
     Array,
@@ -28,6 +29,7 @@ from dinoexport.spec import (
     OutputKind,
     Precision,
     Progress,
+    Runtime,
     Way,
     silent,
 )
@@ -42,7 +44,7 @@ Judge = Literal["plain", "hub"]
 LEAD = "/lead"
 
 
-def cases_of(model: Model, validation: Validation, folder: Path) -> tuple[Case, ...]:
+def cases_of(model: CaseSource, validation: Validation, folder: Path) -> tuple[Case, ...]:
     """All cases of a validation; files they name lie in `folder`."""
     return tuple(model.case(table, folder) for table in validation.cases)
 
@@ -57,20 +59,23 @@ def limits_for(validation: Validation, precision: Precision) -> Limits:
 
 
 def compute_reference(
-    model: Model,
+    model: Oracle,
     checkpoint: Checkpoint,
     cases: Sequence[Case],
     limits: Limits,
     *,
     precision: Precision,
     judge_code: Judge,
+    kinds: judge.Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Reference:
-    """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too."""
+    """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too.
+
+    kinds: see `kinds_of`.
+    """
     require("export", "torch")
     asked = [case for case in cases if not case.expect_refusal]
     inputs = [case.inputs for case in asked]
-    kinds = kinds_of(model)
     answers = exact(model, checkpoint, inputs, judge_code, progress)
     own_errors: list[Mapping[str, float]] = [{} for _ in asked]
     seen: list[Arrays] = [{} for _ in asked]
@@ -115,7 +120,7 @@ def reference_name(judge_code: Judge) -> str:
 
 
 def exact(
-    model: Model, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
+    model: Oracle, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
 ) -> list[dict[str, Array]]:
     """PyTorch's fp32 answers to `inputs`."""
     if judge_code == "hub":
@@ -123,9 +128,9 @@ def exact(
     return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
 
 
-def kinds_of(model: Model) -> dict[str, tuple[OutputKind, str]]:
-    """What the numbers of the model's outputs are, of those that are not vectors."""
-    outputs = (tensor for graph in model.graphs for tensor in graph.outputs)
+def kinds_of(graphs: Sequence[Graph]) -> dict[str, tuple[OutputKind, str]]:
+    """What the numbers of the graphs' outputs are, of those that are not vectors."""
+    outputs = (tensor for graph in graphs for tensor in graph.outputs)
     return {tensor.name: (tensor.kind, tensor.decided_by) for tensor in outputs if tensor.kind != "vectors"}
 
 
@@ -152,7 +157,7 @@ NO_ENGINE = EngineVerdict(facts=())
 
 
 def judge_engines(
-    model: Model,
+    model: Runnable,
     engines: Mapping[Path, EngineFacts],
     graphs: Mapping[Path, Graph],
     reference: Reference,
@@ -179,7 +184,7 @@ def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) 
     found: dict[str, Any] = {"report": report.to_json()}
     if report.passed:
         found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return tuple(f.model_copy(update=found) for f in facts)
+    return tuple(f.changed(**found) for f in facts)
 
 
 def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
@@ -212,7 +217,7 @@ def with_determinism(
 
 def with_ranges(
     report: judge.Report,
-    model: Model,
+    model: Runnable,
     graphs: Mapping[Path, Graph],
     cases: Sequence[Case],
     *,
@@ -243,7 +248,7 @@ def growth_of(
     Runtime ran the graphs, which alone shows what is inside.
     """
     told = error_analysis.telling_case(report)
-    if told is None or not model.probes or way.runtime != "onnxruntime":
+    if told is None or not model.probes or way.runtime is not Runtime.ONNXRUNTIME:
         return None
     require("export", "torch", "onnx")
     case = next(case for case in cases if case.name == told)
@@ -260,7 +265,7 @@ def growth_of(
 
 
 def same_weights(
-    model: Model,
+    model: WeightLayout,
     recipe: Recipe,
     manifest: Manifest,
     weights: str | None,

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limits
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
-from dinoexport.family import Model, Uses
+from dinoexport.family import CaseSource, Uses
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
 from dinoexport.validation import downstream
 from dinoexport.validation.downstream import Agreement, Item
@@ -155,7 +155,7 @@ class Aggregate:
 
 
 def usable(
-    model: Model, folder: Path, skipped: list[str], progress: Progress, *, only: Collection[str] | None = None
+    model: CaseSource, folder: Path, skipped: list[str], progress: Progress, *, only: Collection[str] | None = None
 ) -> Iterator[Case]:
     """The user's cases, or `only` those so named, and into `skipped` a line for each file that is none."""
     for found in model.cases_from(folder, progress=progress, only=only):
@@ -165,7 +165,7 @@ def usable(
             yield found
 
 
-def readable(model: Model, folder: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
+def readable(model: CaseSource, folder: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
     """The same; a UsageError at once when there is no folder, or when not one file of it can be used."""
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}.", next_step="Give a folder of images as --images.")

@@ -6,6 +6,7 @@ Nothing here builds. Judging by the carried reference needs neither torch nor th
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from pathlib import Path
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, reference_file
 from dinoexport.bundle.reference_file import Reference
+from dinoexport.bundle.signing import Signer
 from dinoexport.config.recipe import Limits, Recipe, load_validation, parse
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import cpu, runners
-from dinoexport.spec import Candidate, Case, Graph, Progress, Runtime, silent
+from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, silent
+from dinoexport.system import changes
 from dinoexport.validation import evaluate, judge, user_files
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.evaluate import Judge
@@ -56,19 +59,45 @@ def validate(
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     explained: bool = False,
-    signs: bool = False,
+    signer: Signer | None = None,
+    signed: Manifest | None = None,
     progress: Progress = silent,
 ) -> Validated:
     """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first. A signed manifest is rewritten only for a caller who `signs` it again. `images` and `explained` need
-    torch and the weights the bundle was made from: `weights`, or where the manifest says they came from.
+    checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
+    need torch and the weights the bundle was made from: `weights`, or where the manifest says they came from. A bundle
+    that passed is signed by `signer`; what its engines did here is recorded, in a signed bundle only with a `signer`.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
     """
-    manifest = bundle.verify(folder, progress=progress)
+    with changes.reading(folder, progress=progress):
+        before = signed or bundle.read_manifest(folder)
+        bundle.check_files(folder, before.files, progress=progress)
+        validated = _judged(folder, before, images, (weights, head_weights), runtime, judge_code, explained, progress)
+    passed = validated.report.passed
+    records = validated.manifest != before
+    if passed and signer is not None:
+        bundle.rewrite(folder, before=before, after=validated.manifest, sign=signer.signature)
+    elif records:
+        not_recorded = _record(folder, before, validated.manifest)
+        return replace(validated, recorded=not not_recorded, not_recorded=not_recorded)
+    return replace(validated, recorded=records)
+
+
+def _judged(
+    folder: Path,
+    manifest: Manifest,
+    images: Path | None,
+    given: tuple[str | None, str | None],
+    runtime: Runtime | None,
+    judge_code: Judge,
+    explained: bool,
+    progress: Progress,
+) -> Validated:
+    """The verdict; in its manifest, what the engines did here. given: weights of the model and of its head."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     if images is None and manifest.verdict == "unjudged":
@@ -81,11 +110,11 @@ def validate(
     cases: Iterable[Case]
     if images is None:
         reference = reference_file.read(folder / bundle.REFERENCE)
-        validated = _by_reference(folder, manifest, opened, reference, signs, progress)
+        validated = _by_reference(manifest, opened, reference, progress)
         if not explained:
             return validated
         checkpoint = evaluate.same_weights(
-            model, recipe, manifest, weights, progress, head_weights=head_weights, folder=folder
+            model, recipe, manifest, given[0], progress, head_weights=given[1], folder=folder
         )
         cases, limits = [expectation.case for expectation in reference.expectations], reference.limits
         report = evaluate.with_ranges(validated.report, model, graphs, cases, progress=progress)
@@ -94,7 +123,7 @@ def validate(
         skipped: list[str] = []
         cases = user_files.readable(model, images, skipped, progress)
         checkpoint = evaluate.same_weights(
-            model, recipe, manifest, weights, progress, head_weights=head_weights, folder=folder
+            model, recipe, manifest, given[0], progress, head_weights=given[1], folder=folder
         )
         limits = _limits_of(folder, manifest, recipe)
         aggregate = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
@@ -122,33 +151,26 @@ def validate(
     return replace(validated, growth=growth)
 
 
-def _by_reference(
-    folder: Path, manifest: Manifest, opened: _Opened, reference: Reference, signs: bool, progress: Progress
-) -> Validated:
-    """The verdict by what the bundle carries; engines that pass are written down as executed on this machine."""
+def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, progress: Progress) -> Validated:
+    """The verdict by what the bundle carries; engines that pass are called executed on this machine."""
     report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
     report = evaluate.with_determinism(report, reference, opened.candidate, opened.one_thread)
-    passed_on_gpu = bool(opened.device and report.passed)
-    not_recorded = ""
-    if passed_on_gpu:
-        manifest = manifest.model_copy(update={"engines": evaluate.executed(manifest.engines, opened.device, report)})
-        not_recorded = _record(folder, manifest, signs)
-    return Validated(
-        manifest=manifest,
-        report=report,
-        not_run=opened.not_run,
-        recorded=passed_on_gpu and not not_recorded,
-        not_recorded=not_recorded,
-    )
+    if opened.device and report.passed:
+        manifest = manifest.changed(engines=evaluate.executed(manifest.engines, opened.device, report))
+    return Validated(manifest=manifest, report=report, not_run=opened.not_run)
 
 
-def _record(folder: Path, manifest: Manifest, signs: bool) -> str:
+def _record(folder: Path, before: Manifest, after: Manifest) -> str:
     """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
-    if (folder / bundle.SIGNATURE).exists() and not signs:
+    if os.path.lexists(folder / bundle.SIGNATURE):
         return (
             "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
         )
-    return "" if bundle.rewrite_manifest(folder, manifest) else f"Not recorded: {folder} cannot be written."
+    try:
+        bundle.rewrite(folder, before=before, after=after)
+    except MissingRequirement:
+        return f"Not recorded: {folder} cannot be written."
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +188,12 @@ class _Opened:
 
 
 def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
-    has = {engine.runtime for engine in manifest.engines} | {Runtime.ONNXRUNTIME}
+    has = {engine.runtime for engine in manifest.engines} | set(CPU_RUNTIMES)
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     not_run = ""
-    if manifest.engines and runtime is not Runtime.ONNXRUNTIME:
+    if manifest.engines and runtime not in CPU_RUNTIMES:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
             candidate, device = runners.open_engines(model, engines, graphs)
@@ -180,7 +202,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
             if runtime is not None:
                 raise
             not_run = missing.message
-    way = runners.way_of(manifest)
+    way = runners.way_of(manifest, runtime)
     opened = cpu.open_graphs(graphs, way)
     name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.workloads[0].inputs))
     return _Opened(
@@ -207,7 +229,14 @@ def _judge_own(
 
     def ask(asked: Sequence[Case]) -> Reference:
         return evaluate.compute_reference(
-            model, checkpoint, asked, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+            model,
+            checkpoint,
+            asked,
+            limits,
+            precision=manifest.precision,
+            judge_code=judge_code,
+            kinds=evaluate.kinds_of(model.graphs),
+            progress=progress,
         )
 
     def judge_them(candidate: Candidate, reference: Reference) -> judge.Report:

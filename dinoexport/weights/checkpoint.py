@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dinoexport.config import recipe
 from dinoexport.config.recipe import Recipe, WeightFile
 from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
-from dinoexport.family import HeadWeights, Model, Read, Shapes, find
+from dinoexport.family import HeadWeights, Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
 from dinoexport.weights import download, pins
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: Model, wanted: Recipe, source: str | None, *, head_source: str | None = None, progress: Progress
+    model: WeightLayout, wanted: Recipe, source: str | None, *, head_source: str | None = None, progress: Progress
 ) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
 
@@ -137,7 +137,7 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
     return Checkpoint(source=shown, sha256=digest, read=adapted)
 
 
-def _open_checkpoint(model: Model, wanted: Recipe, source: str | None, *, progress: Progress) -> Checkpoint:
+def _open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, progress: Progress) -> Checkpoint:
     if source is not None and source.startswith(SYNTHETIC):
         return _synthetic(model, source)
     if source is None and not wanted.weights:
@@ -178,7 +178,7 @@ def _files_at(source: str | None, published: Sequence[WeightFile], progress: Pro
     return shown, digest, found, read
 
 
-def _synthetic(model: Model, source: str) -> Checkpoint:
+def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
     found = _SYNTHETIC.fullmatch(source)
     if found is None:
         raise UsageError(
@@ -366,7 +366,7 @@ def _finite(read: Read, source: str) -> Read:
     return checked
 
 
-def _problems(model: Model, shapes: Shapes) -> list[str]:
+def _problems(model: WeightLayout, shapes: Shapes) -> list[str]:
     head = model.head_weights
     apart = head.tensors if head is not None else {}
     needed = {name: shape for name, shape in model.tensors.items() if name not in apart}
@@ -383,7 +383,7 @@ def _compared(needed: Shapes, optional: frozenset[str], shapes: Shapes) -> list[
     return missing + misshaped + [f"unexpected: {name} {shapes[name]}" for name in shapes if name not in needed]
 
 
-def _check(model: Model, wanted: Recipe, shapes: Shapes, source: str) -> None:
+def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> None:
     problems = _problems(model, shapes)
     if not problems:
         return

@@ -15,9 +15,11 @@ from pathlib import Path
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import WeightsError
 from dinoexport.spec import Progress
-from dinoexport.system import files
+from dinoexport.system import files, locks
 
 _TIMEOUT_S = 30
+# How long a build waits for another one that downloads the same file.
+_OTHERS_S = 6 * 3600.0
 _ELSEWHERE = "set DINOEXPORT_CACHE to a folder with room that you may write to"
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
@@ -50,7 +52,8 @@ def fetch(file: WeightFile, *, progress: Progress) -> Path:
         # Without the lock: the file came by rename, and two builds at once may read it.
         if _is_intact(file, path, progress):
             return path
-        with files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"):
+        lock = path.with_name(".lock")
+        with locks.exclusive(lock, doing=f"downloading {path.name}", wait_s=_OTHERS_S, progress=progress):
             if _is_intact(file, path, progress):  # another process was faster
                 return path
             path.unlink(missing_ok=True)  # damaged on disk: get it again
@@ -73,7 +76,7 @@ def fetch_unknown(file: WeightFile, *, progress: Progress) -> Path:
     part = path.with_name(path.name + ".part")
     with (
         files.disk_errors(path.parent, elsewhere=_ELSEWHERE),
-        files.lock(path.with_name(".lock"), doing=f"downloading {path.name}"),
+        locks.exclusive(path.with_name(".lock"), doing=f"downloading {path.name}", wait_s=_OTHERS_S, progress=progress),
     ):
         _download(file, part, path, progress)
         os.replace(part, path)

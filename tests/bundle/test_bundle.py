@@ -233,7 +233,7 @@ def test_what_json_reads_but_nobody_writes_is_refused(report: dict[str, Any]) ->
 def test_a_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / bundle.MANIFEST).open("wb") as file:
         file.truncate(1 << 40)  # takes no room on the disk, and would take all of the memory
-    with pytest.raises(ValidationFailed, match="more than any manifest"):
+    with pytest.raises(ValidationFailed, match="1,099,511,627,776 bytes or more"):
         bundle.read_manifest(tmp_path)
 
 
@@ -347,9 +347,10 @@ def a_pipe(path: Path) -> None:
 @pytest.mark.parametrize("damage", [changed, truncated, longer, Path.unlink, link_to_a_copy, a_folder, a_pipe])
 def test_a_damaged_file_is_noticed_by_name(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(folder / name)
-    with pytest.raises(ValidationFailed, match=f"damaged: {name} ") as caught:
+    words = f"{name} in .* is a link" if damage is link_to_a_copy else f"damaged: {name} "
+    with pytest.raises(ValidationFailed, match=words) as caught:
         bundle.verify(folder)
-    assert "Copy it again" in caught.value.next_step
+    assert ("cp -rL" if damage is link_to_a_copy else "Copy it again") in caught.value.next_step
     # The size is looked at first: nobody hashes gigabytes to learn that a copy ended early.
     assert (damage in (truncated, longer)) == (" bytes, not " in caught.value.message)
 
@@ -364,11 +365,12 @@ def test_a_file_that_cannot_be_read_is_said_so(folder: Path, monkeypatch: pytest
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("dinoexport.system.files.sha256", denied)
-        with pytest.raises(ValidationFailed, match=r"model\.onnx cannot be read: Permission denied"):
-            bundle.verify(folder)
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    real = os.open
+    only = ["model.onnx"]
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: denied() if Path(path).name in only else real(path, *a, **k))
+    with pytest.raises(ValidationFailed, match=r"model\.onnx cannot be read: Permission denied"):
+        bundle.verify(folder)
+    only.append(bundle.MANIFEST)
     with pytest.raises(UsageError, match=r"manifest\.json cannot be read: Permission denied"):
         bundle.read_manifest(folder)
 

@@ -80,7 +80,7 @@ def test_openssf_own_tool_takes_it(signed: Path, keys: Path) -> None:
     assert subprocess.run([*tool, str(keys / "other.pub")], check=False, capture_output=True).returncode != 0
     envelope = json.loads((signed / bundle.SIGNATURE).read_text())["dsseEnvelope"]
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
-    fingerprint = signing.verify(signed, keys / "sign.pub")
+    fingerprint = signing.verify(signed, keys / "sign.pub").fingerprint
     assert fingerprint == signing.signed_by(signed) != signing.open_signer(keys / "other.pem", ask=never).fingerprint
 
 
@@ -96,7 +96,7 @@ def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> No
     [
         ("absent.pem", "cannot be read: No such file"), ("sign.pub", "is a public key"),
         ("rsa.pem", "no private key in PEM"), ("text.pem", "no private key in PEM"),
-        ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: Is a directory"),
+        ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: it is a folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_sign(keys: Path, key: str, words: str) -> None:

@@ -11,6 +11,7 @@ from dinoexport.config import resources, target
 from dinoexport.config.recipe import EngineChoices, Recipe, load, load_target
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.runtime import engine_header
+from dinoexport.runtime.table import RuntimeFacts
 from dinoexport.spec import Precision, Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -209,7 +210,7 @@ def facts(**changes: Any) -> EngineFacts:
 def test_a_plan_that_cannot_run_here_is_refused_before_tensorrt_sees_it(
     changes: dict[str, Any], here: list[Gpu], installed: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_header, "installed_version", lambda _: installed)
+    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _: installed)
     with pytest.raises(MissingRequirement, match=words) as caught:
         engine_header.check_runs_here(facts(**changes), here)
     assert caught.value.next_step
@@ -229,7 +230,7 @@ def test_a_plan_that_cannot_run_here_is_refused_before_tensorrt_sees_it(
 def test_a_plan_that_can_run_here(
     changes: dict[str, Any], here: Gpu, installed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_header, "installed_version", lambda _: installed)
+    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _: installed)
     assert engine_header.check_runs_here(facts(**changes), [here]) is here
 
 

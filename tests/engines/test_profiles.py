@@ -95,7 +95,7 @@ def test_the_recipe_chooses(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs min <= opt <= max"):
         pipeline.build_request(str(mine), target="a100")
     request = pipeline.build_request("vits14", target="a100", engine_choices={"profiles": ("hires", "latency")})
-    assert [p.name for p in request.profiles["model"]] == ["hires", "latency"]
+    assert [p.name for p in request.engine.profiles["model"]] == ["hires", "latency"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_an_engine_too_large_for_its_card_is_refused_with_what_would_fit(vits14:
 def test_a_build_asks_before_the_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinoexport.validation import evaluate
 
-    monkeypatch.setattr(evaluate, "ask_pytorch", lambda *_, **__: pytest.fail("PyTorch was asked first"))
+    monkeypatch.setattr(evaluate, "compute_reference", lambda *_, **__: pytest.fail("PyTorch was asked first"))
     recipe_file = tmp_path / "huge.toml"
     tiny = (DATA / "tiny_swiglu.toml").read_text()
     recipe_file.write_text(tiny.replace("max = 4 }", "max = 4096 }"))

@@ -41,7 +41,7 @@ Answer = Mapping[str, Any]
 def model_of(variant: str, kind: str | None = None, **choices: Any) -> Any:
     loaded = recipe.load(variant if variant in recipe.variants() else str(DATA / f"{variant}.toml"))
     changed = loaded if kind is None else loaded.with_head(kind)
-    return family.find("dinov2").model(changed.model_copy(update=choices))
+    return family.find("dinov2").model(changed.changed(**choices))
 
 
 _READ: dict[tuple[str, str, str], Any] = {}

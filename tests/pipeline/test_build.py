@@ -229,7 +229,9 @@ def test_many_images_are_asked_a_few_at_a_time(built: Path, tmp_path: Path, monk
     asked: list[int] = []
     ask = evaluate.compute_reference
     monkeypatch.setattr(
-        evaluate, "ask_pytorch", lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k)
+        evaluate,
+        "compute_reference",
+        lambda m, c, cases, *a, **k: asked.append(len(cases)) or ask(m, c, cases, *a, **k),
     )
     validated = validate_bundle.validate(built, images=tmp_path, explained=True)
     assert asked == [3, 3, 1] and validated.report.passed

@@ -21,7 +21,8 @@ from dinoexport.bundle import CheckpointFacts, Manifest
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.spec import Precision, silent
-from dinoexport.system import files
+from dinoexport.system import changes, locks
+from tests.kills import every_moment
 
 KEY = key_of(weights="a")
 
@@ -247,70 +248,77 @@ def test_a_build_that_breaks_leaves_the_previous_bundle(place: Path) -> None:
 # Publishing
 
 
-class Killed(BaseException):
-    """What a power failure would be: nothing catches it."""
-
-
-def killed_at_rename(monkeypatch: pytest.MonkeyPatch, fatal: Path, error: BaseException) -> None:
-    """Lets renames to anything but `fatal` happen, and ends at the first one to it."""
-    rename = os.rename
-    armed = [True]
-
-    def renamed(old: Any, new: Any) -> None:
-        if Path(new) == fatal and armed:
-            armed.clear()
-            raise error
-        rename(old, new)
-
-    monkeypatch.setattr(os, "rename", renamed)
-
-
-def test_a_crash_between_the_two_renames_is_recovered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_exchanging")
+def test_killed_at_every_file_operation(place: Path) -> None:
+    """With a stage of the bundle that is there: there always is a whole bundle, and building again ends it."""
     out = place / "out"
-    build(out, Maker(content=b"old"))
-    with monkeypatch.context() as patch:
-        killed_at_rename(patch, out, Killed())
-        with pytest.raises(Killed):
-            build(out, Maker(content=b"new"), key=key_of(weights="b"))
-    assert not out.exists()  # the moment the next run must mend
-    with workspace(out, force=False, progress=silent):
-        assert bundle.verify(out).stage_keys == {"export": KEY}
-        assert (out / "model.onnx").read_bytes() == b"old"
-    assert build(out, Maker(content=b"new"), key=key_of(weights="b")).reused  # the stage had been finished
-    assert (out / "model.onnx").read_bytes() == b"new"
-    assert everything_below(place) == ["out", "out/manifest.json", "out/model.onnx"]
+
+    def again() -> None:
+        with workspace(out, force=False, progress=silent) as work:
+            stages = [work.stage("export", KEY, Maker()), work.stage("page", key_of(b="new"), Maker("page", b"new"))]
+            work.publish({stage.name: stage for stage in stages}, manifest_of(*stages))
+
+    build(out, Maker())
+    before = files_in(out)
+    again()
+    after = files_in(out)
+    shutil.rmtree(out)
+    build(out, Maker())
+    for number in every_moment(again):
+        changes.settle(out)
+        bundle.verify(out)
+        assert files_in(out) in (before, after), f"neither at operation {number}"
+        again()
+        assert files_in(out) == after and everything_below(place) == ["out", *(f"out/{name}" for name in sorted(after))]
+        assert all(path.stat().st_nlink == 1 for path in out.iterdir()), "ONNX opens no weights that have two names"
+        shutil.rmtree(out)
+        build(out, Maker())
 
 
-def test_a_crash_after_the_second_rename_leaves_the_new_bundle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = place / "out"
-    build(out, Maker(content=b"old"))
-    rmtree = shutil.rmtree
+@pytest.fixture(params=["one system call", "two renames"])
+def _exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(changes, "_renameat2", lambda: None)
 
-    def killed(path: Any, **options: Any) -> None:
-        if Path(path).name == ".out.previous":
-            raise Killed
-        rmtree(path, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(Killed):
-            build(out, Maker(content=b"new"), key=key_of(weights="b"))
-    assert (place / ".out.previous").exists()
-    with workspace(out, force=True, progress=silent):
-        pass
-    bundle.verify(out)
-    assert (out / "model.onnx").read_bytes() == b"new"
-    assert everything_below(place) == ["out", "out/manifest.json", "out/model.onnx"]
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_second_rename_that_fails_brings_the_old_bundle_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = place / "out"
     build(out, Maker(content=b"old"))
-    killed_at_rename(monkeypatch, out, OSError(errno.EIO, "Input/output error"))
-    with pytest.raises(BuildError, match="Input/output error"):
-        build(out, Maker(content=b"new"), key=key_of(weights="b"))
+    rename = os.rename
+
+    def failing(old: Any, new: Any) -> None:
+        if Path(new) == out and "new" in str(old):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(changes, "_renameat2", lambda: None)
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(BuildError, match="Input/output error"):
+            build(out, Maker(content=b"new"), key=key_of(weights="b"))
     bundle.verify(out)
     assert (out / "model.onnx").read_bytes() == b"old"
+    changes.settle(out)
+    assert (out / "model.onnx").read_bytes() == b"new" and everything_below(place) == [
+        "out", "out/manifest.json", "out/model.onnx",
+    ]  # fmt: skip
+
+
+def test_a_users_own_hidden_folders_are_left_alone(place: Path) -> None:
+    out = place / "out"
+    (place / ".out.previous").mkdir()
+    (place / ".out.previous" / "thesis").write_text("five years")
+    build(out, Maker())
+    build(out, Maker(content=b"new"), key=key_of(weights="b"))
+    (place / ".out.work").mkdir()
+    (place / ".out.work" / "thesis").write_text("five years")
+    with pytest.raises(UsageError, match="did not put there: thesis"):
+        build(out, Maker(), force=True)
+    assert (place / ".out.previous" / "thesis").exists() and (place / ".out.work" / "thesis").exists()
 
 
 def test_an_old_bundle_is_replaced_whole(place: Path) -> None:
@@ -473,12 +481,15 @@ def test_a_full_disk_leaves_nothing_half_made(place: Path, number: int) -> None:
 def test_a_disk_that_fills_while_publishing_keeps_the_old_bundle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = place / "out"
     build(out, Maker(content=b"old"))
+    write_bytes = Path.write_bytes
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, content: bytes) -> int:
+        if path.name == bundle.MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dinoexport.system.files.link_or_copy", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(MissingRequirement):
             build(out, Maker(content=b"new"), key=key_of(weights="b"))
     assert not list(place.rglob("*.partial"))
@@ -530,12 +541,12 @@ def test_no_cache_is_needed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_lock_whose_file_was_removed_is_taken_anew(place: Path) -> None:
     """Two builds in turn: the first one removes the lock's file as it ends, and the second must not hold a ghost."""
-    first = files.lock(place / "lock", doing="building")
+    first = locks.exclusive(place / "lock", doing="building")
     with first:
         (place / "lock").unlink()
-        with files.lock(place / "lock", doing="building"):
+        with locks.exclusive(place / "lock", doing="building"):
             assert (place / "lock").exists()
-            with pytest.raises(BuildError, match="Another process"), files.lock(place / "lock", doing="building"):
+            with pytest.raises(BuildError, match="Another process"), locks.exclusive(place / "lock", doing="building"):
                 pass
 
 

@@ -27,10 +27,9 @@ from dinoexport.report import html_report, mismatches
 from dinoexport.spec import Precision, silent
 from dinoexport.validation import downstream, error_analysis, judge, user_files
 from dinoexport.weights import checkpoint
-from tests.conftest import DATA
+from tests.conftest import DATA, chromium
 
 HOSTILE = "<script>alert(1)</script> & 'quotes'"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 def recipe_with_photographs(folder: Path) -> str:
@@ -96,6 +95,19 @@ def test_page_says_everything(built: Path) -> None:
     assert all(version in html for version in manifest.versions.values())
     assert "--weights synthetic-stress:0:300 --target cpu --precision fp16" in html
     assert all(text in html for text in manifest.card.values())
+
+
+def test_what_people_look_at_first_comes_first(built: Path) -> None:
+    """The verdict, the pictures and the error by block; the table of all rows comes after them."""
+    html = (built / bundle.PAGE).read_text()
+    parts = [
+        '<div class="verdict',
+        "<h2>Pictures</h2>",
+        "<h2>Error by block</h2>",
+        "<h2>Every output of every case</h2>",
+    ]
+    places = [html.index(part) for part in parts]
+    assert places == sorted(places)
 
 
 def test_rejected_page_names_the_overflow(rejected: Path) -> None:
@@ -253,18 +265,17 @@ MISSING = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth
 @pytest.fixture(scope="module")
 def browser() -> Any:
     """A headless Chromium of the machine's own."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # Chromium's own sandbox refuses to run as root, as containers do.
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        started = playwright.chromium.launch(executable_path=chromium(), args=sandbox)
         yield started
         started.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("which", ["built", "rejected", "with_engine"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
@@ -289,6 +300,7 @@ def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRe
     tab.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, browser: Any) -> None:
     """A long name without a space, more neighbours than are shown, a picture for each: nothing cut off or missing."""

@@ -22,6 +22,7 @@ from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline import preflight
 from dinoexport.report import html_report
 from dinoexport.runtime import engine_header, ort, trt
+from dinoexport.runtime.table import RuntimeFacts
 from dinoexport.spec import Graph, Precision, Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -188,7 +189,7 @@ def with_engine(published: Path, folder: Path, **changes: Any) -> Path:
 @pytest.fixture
 def a100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: (A100,))
-    monkeypatch.setattr(engine_header, "installed_version", lambda _: "11.4.0.106")
+    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _: "11.4.0.106")
 
 
 def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Path, device: Device, a100: None) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,9 @@ from dinoexport.serving.triton import batching, model_repository, served_models
 from dinoexport.serving.triton.config import Entry, Word, to_text
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import Dim, Precision, Runtime, Way
-from dinoexport.system import files
+from dinoexport.system import changes, files, locks
 from tests.conftest import DATA, as_if_chosen
+from tests.kills import every_moment
 
 IMAGES = DATA.parent.parent / "validate" / "images"
 
@@ -98,7 +100,7 @@ def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path
 def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
     deployed = model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)
     assert (deployed.version, deployed.previous, deployed.backend) == (1, None, backend)
-    assert {path.name for path in (tmp_path / "models").iterdir()} == set(deployed.models)
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {*deployed.models, "tiny.releases.json"}
     assert set(deployed.models) == {"tiny", "tiny_images", "tiny_images_prepare"}
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
     folder = tmp_path / "models" / "tiny"
@@ -225,18 +227,18 @@ def test_a_full_disk_leaves_what_was_served(
     model_repository.deploy(built, repository, backend="python")
     before = snapshot(repository)
     calls = iter(range(100))
-    real = files.link_or_copy
+    real = files.copy
 
     def full(*args: Any) -> None:
         if next(calls) == fail_at:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def link(source: Path, destination: Path) -> None:
+    def copy(source: Path, destination: Path, **how: Any) -> str:
         full()
-        real(source, destination)
+        return real(source, destination, **how)
 
     write_text = Path.write_text
-    monkeypatch.setattr(files, "link_or_copy", link)
+    monkeypatch.setattr(files, "copy", copy)
     monkeypatch.setattr(Path, "write_text", lambda path, *a, **k: (full(), write_text(path, *a, **k))[1])
     with pytest.raises(MissingRequirement, match="No room left"):
         model_repository.deploy(built, repository, backend="python")
@@ -244,40 +246,247 @@ def test_a_full_disk_leaves_what_was_served(
     assert snapshot(repository) == before and [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-def test_killed_at_any_moment_leaves_what_was_served(built: Path, tmp_path: Path) -> None:
-    """Killed at every rename in turn: the configuration that stands always names complete versions."""
-    repository = tmp_path / "models"
-    model_repository.deploy(built, repository, backend="python")
-    script = (
-        "import os, sys\nfrom pathlib import Path\nfrom dinoexport.serving.triton import model_repository\n"
-        "left = int(sys.argv[3])\n"
-        "def dying(real):\n"
-        "    def call(*args):\n"
-        "        global left\n"
-        "        if left == 0: os._exit(9)\n"
-        "        left -= 1\n"
-        "        return real(*args)\n"
-        "    return call\n"
-        "os.rename, os.replace = dying(os.rename), dying(os.replace)\n"
-        "model_repository.deploy(Path(sys.argv[1]), Path(sys.argv[2]), backend='python')\n"
+def served_by(repository: Path) -> dict[str, Any]:
+    """What a server would answer from: each model's version, and what each ensemble asks; no version is incomplete."""
+    found: dict[str, Any] = {}
+    for config in repository.glob("*/config.pbtxt"):
+        parsed_config = parsed(config)
+        (version,) = parsed_config.version_policy.specific.versions
+        assert (config.parent / str(version) / "config.pbtxt").read_bytes() == config.read_bytes()
+        found[config.parent.name] = version
+        for step in parsed_config.ensemble_scheduling.step:
+            assert step.model_version == version, f"{config} asks another release"
+    return found
+
+
+def plain(repository: Path) -> dict[str, bytes]:
+    """Every file, without what the clock writes."""
+    found = snapshot(repository)
+    for name, content in found.items():
+        if name.endswith(".releases.json"):
+            record = json.loads(content)
+            found[name] = json.dumps(record["served"]).encode()
+    return found
+
+
+VERBS = {
+    "first": lambda built, models: model_repository.deploy(built, models, name="tiny"),
+    "second": lambda built, models: model_repository.deploy(built, models, name="tiny", backend="python"),
+    "with another front end": lambda built, models: model_repository.deploy(built, models, name="tiny", samples=IMAGES),
+    "rollback": lambda _, models: model_repository.rollback(models, "tiny"),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "verb"),
+    [
+        ((), "first"), (("first",), "second"), (("first",), "with another front end"),
+        (("first", "second"), "rollback"), (("first", "second", "second"), "rollback"),
+        (("first", "with another front end"), "rollback"),
+        (("first", "with another front end", "rollback"), "with another front end"),
+    ],
+)  # fmt: skip
+def test_killed_at_every_file_operation(built: Path, tmp_path: Path, before: tuple[str, ...], verb: str) -> None:
+    """The same verb again gives what an undisturbed run gives; no server ever sees two releases."""
+    start, undisturbed, models = tmp_path / "start", tmp_path / "undisturbed", tmp_path / "place" / "models"
+    start.mkdir()
+    for step in before:
+        VERBS[step](built, start)
+    shutil.copytree(start, undisturbed)
+    VERBS[verb](built, undisturbed)
+    shutil.copytree(start, models)
+    done = 0
+    for number in every_moment(lambda: VERBS[verb](built, models), stride=5):
+        changes.settle(models)
+        now = plain(models)
+        assert now in (plain(start), plain(undisturbed)), f"half switched at operation {number}"
+        assert len(set(served_by(models).values())) <= 1
+        if now == plain(start):  # else it is done, and doing it again is another release
+            VERBS[verb](built, models)
+            assert plain(models) == plain(undisturbed), f"another state after operation {number}"
+        else:
+            done += 1
+            if verb != "rollback":
+                model_repository.rollback(models, "tiny") if before else None
+                assert served_by(models).items() >= served_by(start).items()
+        assert [path.name for path in models.parent.iterdir()] == ["models"] or now == plain(undisturbed)
+        shutil.rmtree(models.parent)
+        shutil.copytree(start, models)
+    assert done > 0
+
+
+def test_rollback_goes_to_what_was_really_served(built: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for _ in range(3):
+        model_repository.deploy(built, models, name="tiny")
+    (models / "tiny" / "9").mkdir()  # no release ever had it
+    assert model_repository.rollback(models, "tiny").version == 2
+    assert model_repository.deploy(built, models, name="tiny").version == 10
+    back = model_repository.rollback(models, "tiny")
+    assert (back.version, back.previous) == (2, 10), "not 3, which was left"
+    assert model_repository.rollback(models, "tiny").version == 1
+    with pytest.raises(UsageError, match="no version before 1"):
+        model_repository.rollback(models, "tiny")
+
+
+def test_a_version_that_was_removed_is_passed_over(built: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for _ in range(3):
+        model_repository.deploy(built, models, name="tiny")
+    shutil.rmtree(models / "tiny_images" / "2")
+    assert model_repository.rollback(models, "tiny").version == 1
+
+
+def test_models_that_a_release_did_not_have_are_set_aside(built: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    model_repository.deploy(built, models, name="tiny")
+    model_repository.deploy(built, models, name="tiny", samples=IMAGES)
+    back = model_repository.rollback(models, "tiny")
+    retired = ("tiny_sized_images", "tiny_sized_images_prepare")
+    assert set(back.retired) == set(retired) and set(served_by(models)) == {
+        "tiny",
+        "tiny_images",
+        "tiny_images_prepare",
+    }
+    assert all(f"/v2/repository/models/{name}/unload" in "\n".join(formatting.deployed_lines(back)) for name in retired)
+    again = model_repository.deploy(built, models, name="tiny", samples=IMAGES)
+    assert again.version == 3 and set(served_by(models).values()) == {3} and set(served_by(models)) >= set(retired)
+    assert (models / "tiny_sized_images" / "2").is_dir()
+
+
+def test_a_repository_of_an_older_dinoexport(built: Path, tmp_path: Path) -> None:
+    """It has no record: the folders tell."""
+    models = tmp_path / "models"
+    for _ in range(3):
+        model_repository.deploy(built, models, name="tiny")
+    (models / "tiny.releases.json").unlink()
+    assert model_repository.rollback(models, "tiny").version == 2
+    (models / "tiny.releases.json").unlink()
+    config = models / "tiny_images" / "config.pbtxt"
+    config.write_bytes((models / "tiny_images" / "3" / "config.pbtxt").read_bytes())
+    with pytest.raises(UsageError, match="several versions of tiny at once"):
+        model_repository.rollback(models, "tiny")
+    assert model_repository.deploy(built, models, name="tiny").version == 4
+    assert set(served_by(models).values()) == {4}
+
+
+@pytest.mark.parametrize("verb", ["second", "rollback"])
+def test_interrupted_at_every_file_operation(built: Path, tmp_path: Path, verb: str) -> None:
+    models, start = tmp_path / "models", tmp_path / "start"
+    for _ in range(2):
+        model_repository.deploy(built, start, name="tiny")
+    shutil.copytree(start, models)
+    for number in every_moment(lambda: VERBS[verb](built, models), by=signal.SIGTERM, stride=5):
+        assert len(set(served_by(models).values())) == 1, f"half switched at operation {number}"
+        assert not (tmp_path / ".models.work" / "change.json").exists()
+        shutil.rmtree(models)
+        shutil.copytree(start, models)
+
+
+def hostile(models: Path, kind: str, secret: Path) -> None:
+    """A repository somebody else could write to."""
+    if kind == "a version's configuration is a link":
+        (models / "tiny" / "1" / "config.pbtxt").unlink()
+        (models / "tiny" / "1" / "config.pbtxt").symlink_to(secret)
+    elif kind == "a version is a link":
+        shutil.rmtree(models / "tiny" / "1")
+        (models / "tiny" / "1").symlink_to(secret.parent)
+    elif kind == "a pipe":
+        (models / "tiny" / "1" / "config.pbtxt").unlink()
+        os.mkfifo(models / "tiny" / "1" / "config.pbtxt")
+    elif kind == "a neighbour with a pipe":
+        (models / "tiny_other").mkdir()
+        os.mkfifo(models / "tiny_other" / "config.pbtxt")
+    elif kind == "a neighbour with a device":
+        (models / "tiny_other").mkdir()
+        (models / "tiny_other" / "config.pbtxt").symlink_to("/dev/zero")
+    elif kind == "the record is a link":
+        (models / "tiny.releases.json").unlink()
+        (models / "tiny.releases.json").symlink_to(secret)
+    elif kind == "the record is huge":
+        (models / "tiny.releases.json").write_bytes(b" " * (2 << 20))
+    elif kind == "another record":
+        (models / "tiny.releases.json").write_text('{"name": "tiny", "served": [7]}')
+    else:
+        (models / "tiny" / "config.pbtxt").write_text("version_policy {\n" * 50_000)
+
+
+HOSTILE = [
+    "a version's configuration is a link", "a version is a link", "a pipe", "a neighbour with a pipe",
+    "a neighbour with a device", "the record is a link", "the record is huge", "another record", "a quadratic policy",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_repository_is_refused_or_harmless(built: Path, tmp_path: Path, kind: str) -> None:
+    models, secret = tmp_path / "models", tmp_path / "elsewhere" / "config.pbtxt"
+    secret.parent.mkdir()
+    secret.write_text("# dinoexport deployed this as tiny\nthe secret\n")
+    for _ in range(2):
+        model_repository.deploy(built, models, name="tiny")
+    hostile(models, kind, secret)
+    started = time.monotonic()
+    for verb in ("rollback", "second"):
+        with suppress(DinoexportError):
+            VERBS[verb](built, models)
+        for path in models.glob("*/config.pbtxt"):
+            if path.is_file() and not path.is_symlink():
+                assert "the secret" not in path.read_text()
+    assert secret.read_text().endswith("the secret\n") and time.monotonic() - started < 20
+
+
+def test_what_was_checked_is_what_is_deployed(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are swapped after they were hashed and before they are copied."""
+    other = tmp_path / "bundle"
+    shutil.copytree(built, other)
+    real = served_models.of_bundle
+
+    def swapped(*args: Any, **how: Any) -> Any:
+        found = real(*args, **how)
+        data = other / "model.onnx.data"
+        data.write_bytes(bytes(data.stat().st_size))
+        return found
+
+    monkeypatch.setattr(served_models, "of_bundle", swapped)
+    with pytest.raises(ValidationFailed, match=r"model\.onnx\.data does not have the SHA-256"):
+        model_repository.deploy(other, tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == [] if (tmp_path / "models").exists() else True
+
+
+def test_what_is_deployed_is_a_file_of_its_own(built: Path, tmp_path: Path) -> None:
+    """Under two names a change of one would be one of the other, and ONNX opens no weights that have two."""
+    model_repository.deploy(built, tmp_path / "models")
+    for path in (*(tmp_path / "models").rglob("*"), *built.iterdir()):
+        assert path.is_dir() or path.stat().st_nlink == 1, path
+
+
+def test_a_build_waits_while_a_bundle_is_deployed(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(built, folder)
+    monkeypatch.setattr(changes, "WAIT_S", 0.1)
+    real, refused = served_models.of_bundle, []
+
+    def meanwhile(*args: Any, **how: Any) -> Any:
+        with pytest.raises(DinoexportError, match="reading") as caught:
+            pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:1", out=folder))
+        refused.append(caught.value)
+        return real(*args, **how)
+
+    monkeypatch.setattr(served_models, "of_bundle", meanwhile)
+    model_repository.deploy(folder, tmp_path / "models", name="tiny")
+    assert (
+        refused
+        and (tmp_path / "models/tiny/1/model.onnx/model.onnx.data").read_bytes()
+        == (built / "model.onnx.data").read_bytes()
     )
-    for left in (0, 2, 4, 6):
-        copy = tmp_path / f"copy{left}"
-        shutil.copytree(repository, copy)
-        died = subprocess.run([sys.executable, "-c", script, built, copy, str(left)], capture_output=True, check=False)
-        assert died.returncode == 9, died.stderr
-        for config in copy.glob("*/config.pbtxt"):
-            (version,) = parsed(config).version_policy.specific.versions
-            assert (config.parent / str(version) / "config.pbtxt").read_bytes() == config.read_bytes()
-            for file in (repository / config.parent.name / "1").rglob("*"):
-                served = config.parent / str(version) / file.relative_to(repository / config.parent.name / "1")
-                assert served.exists(), served
-        healed = model_repository.deploy(built, copy, backend="python")
-        assert healed.version >= 2
-        assert all(
-            list(parsed(copy / name / "config.pbtxt").version_policy.specific.versions) == [healed.version]
-            for name in healed.models
-        )
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/models", "gs://b/m", "https://host/models", "S3:/b"])
+def test_an_address_is_no_folder(built: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is an address"):
+        model_repository.deploy(built, Path(address))
+    assert not list(tmp_path.glob("[sSgh]*"))
 
 
 def _plan_engine(file: str, cc: str, *, version: str = "11.2.1.2", profiles: int = 1) -> Any:
@@ -300,7 +509,10 @@ def _with_plans(monkeypatch: pytest.MonkeyPatch, built: Path, *engines: Any) -> 
     manifest = bundle.read_manifest(built)
     for engine in engines:
         (built / engine.file).write_bytes(b"a plan")
-    monkeypatch.setattr(bundle, "verify", lambda *_, **__: manifest.model_copy(update={"engines": engines}))
+    listed = bundle.describe(built, [engine.file for engine in engines], "engine")
+    manifest = manifest.model_copy(update={"engines": engines, "files": (*manifest.files, *listed)})
+    monkeypatch.setattr(manifest.__class__, "to_bytes", lambda _: b"")
+    monkeypatch.setattr(bundle, "read_manifest", lambda *_: manifest)
 
 
 def test_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,7 +729,7 @@ def test_command(built: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused(built: Path, tmp_path: Path) -> None:
     with (
-        files.lock(tmp_path / ".models.deploying" / "lock", doing="deploying"),
+        locks.exclusive(tmp_path / ".models.work" / "lock", doing="deploying"),
         pytest.raises(DinoexportError, match="Another process"),
     ):
         model_repository.deploy(built, tmp_path / "models")

@@ -81,6 +81,8 @@ class Toy:
         }
         return (Call(piece=piece, scope="decoder", inputs=names, outputs=("cache", "logits"), weights=weights),)
 
+    head_weights = head_facts = None
+
     def reference(self, read, inputs, *, precision, progress, inside=False):
         import torch
 

@@ -401,7 +401,7 @@ def test_without_scikit_learn_it_says_so_before_anything_is_asked(
     built: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(evaluate, "ask_pytorch", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(evaluate, "compute_reference", lambda *_, **__: pytest.fail("it was asked"))
     result = CliRunner().invoke(cli.app, ["validate", str(built), "--images", str(pictures)])
     assert result.exit_code == 4 and "sklearn is not installed" in result.stderr
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from dinoexport.config.recipe import WeightFile
-from dinoexport.errors import BuildError, MissingRequirement, WeightsError
+from dinoexport.errors import MissingRequirement, WeightsError
 from dinoexport.spec import silent
-from dinoexport.system import files
+from dinoexport.system import locks
 from dinoexport.weights import download
 
 # Two and a half of the downloader's reads: a break can fall inside, a resume can start inside.
@@ -383,32 +383,35 @@ def test_a_cache_that_is_no_folder(site: Site, tmp_path: Path) -> None:
     assert caught.value.next_step
 
 
-def test_two_downloads_of_one_file_do_not_mix(site: Site) -> None:
-    asked, go_on = threading.Event(), threading.Event()
+def test_three_downloads_of_one_file_are_one(site: Site) -> None:
+    """The others wait, and then find it there."""
+    asked, go_on, waiting = threading.Event(), threading.Event(), threading.Event()
 
     def slowly(handler: BaseHTTPRequestHandler) -> None:
         asked.set()
         go_on.wait(10)
         ranged(handler)
 
+    def told(doing: str, _done: int, _total: int) -> None:
+        if doing.startswith("waiting for another process that is downloading"):
+            waiting.set()
+
     site.answers = [slowly]
-    first = threading.Thread(target=lambda: download.fetch(site.file(), progress=silent))
-    first.start()
-    try:
-        assert asked.wait(10)
-        with pytest.raises(BuildError, match="Another process is downloading") as caught:
-            download.fetch(site.file(), progress=silent)
-        assert caught.value.next_step
-    finally:
-        go_on.set()
-        first.join()
-    assert download.cached_path(site.file()).read_bytes() == CONTENT
+    found: list[Path] = []
+    builds = [threading.Thread(target=lambda: found.append(download.fetch(site.file(), progress=told))) for _ in "abc"]
+    for build in builds:
+        build.start()
+    assert asked.wait(10) and waiting.wait(10)
+    go_on.set()
+    for build in builds:
+        build.join()
+    assert found == [download.cached_path(site.file())] * 3 and found[0].read_bytes() == CONTENT
     assert site.ranges == [None]
 
 
 def test_two_builds_may_use_one_cached_file(site: Site) -> None:
     path = download.fetch(site.file(), progress=silent)
-    with files.lock(path.with_name(".lock"), doing="something else"):
+    with locks.exclusive(path.with_name(".lock"), doing="something else"):
         assert download.fetch(site.file(), progress=silent) == path
 
 

@@ -217,7 +217,7 @@ class Dinov2Model:
         """The table `[graph]` with `parts` in fp32; what it already has there stays."""
         others = tuple(part for part in self.promotable if part in {*self.choices.fp32, *parts} - {"residual"})
         residual = "fp32" if "residual" in parts else self.choices.residual
-        return self.choices.model_copy(update={"residual": residual, "fp32": others}).model_dump(mode="json")
+        return self.choices.changed(residual=residual, fp32=others).model_dump(mode="json")
 
     @property
     def probes(self) -> Mapping[str, tuple[str, ...]]:

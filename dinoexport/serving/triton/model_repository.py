@@ -1,46 +1,57 @@
-"""A bundle as a Triton model repository: what is served appears by rename, and the version before it stays.
+"""A bundle as a Triton model repository: a release is served as one change, and the releases before it stay.
 
+    REPOSITORY/NAME.releases.json     which versions of which models belong together, and which are served
     REPOSITORY/NAME/config.pbtxt      names the version that is served
     REPOSITORY/NAME/1/config.pbtxt    that version's own configuration: rolling back copies it one folder up
-    REPOSITORY/NAME/1/...             its files, linked from the bundle where the file system allows it
+    REPOSITORY/NAME/1/...             its files, copied from the bundle, each found to be the manifest's
     REPOSITORY/NAME/warmup/1-...      what Triton runs before it calls the version ready
+    REPOSITORY/NAME/retired/...       models that the release that is served does not have
 
-Everything is made beside the repository, for Triton takes any folder inside it, hidden ones too, for a model.
+Everything is made beside the repository, for Triton takes any folder inside it, hidden ones too, for a model. An
+ensemble names the version of every model it asks, so no answer is ever made by two releases.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dinoexport import bundle, family
-from dinoexport.bundle import Manifest, reference_file
+from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.serving.triton import served_models
+from dinoexport.serving.triton import releases, served_models
+from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
-from dinoexport.system import files
+from dinoexport.system import changes, files, untrusted
+from dinoexport.system.changes import Change, Step
+from dinoexport.system.untrusted import Unreadable
 
 CONFIG = "config.pbtxt"
 # Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
 # work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
 # 2.51, which is 24.10: two clients waited 649 ms at most with limits and 124 ms without.
 _QUEUE_LIMITS_SINCE = "26.08"
-_SERVED_VERSION = re.compile(r"^version_policy \{.*?versions: \[(\d+)\]", re.MULTILINE | re.DOTALL)
+_RETIRED = "retired"
+# A configuration of ours takes 20 kB, most of it the recipe.
+_CONFIG_MAX_BYTES = 1 << 20
+_VERSIONS = re.compile(r"^    versions: \[(\d{1,9})\]", re.MULTILINE)
+_VERSION_FOLDER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
     """What a repository now serves. previous: the version served before, None for the first. models: Triton's names.
 
-    note: what is served otherwise than it was built for; empty where nothing is.
+    note: what is served otherwise than it was built for; empty where nothing is. retired: models that were served
+    before and are not any more.
     """
 
     repository: Path
@@ -50,6 +61,7 @@ class Deployed:
     models: tuple[str, ...]
     backend: str = ""
     note: str = ""
+    retired: tuple[str, ...] = ()
 
 
 def deploy(
@@ -60,6 +72,7 @@ def deploy(
     backend: Backend | None = None,
     triton: str | None = None,
     samples: Path | None = None,
+    verify: Path | None = None,
     progress: Progress = silent,
 ) -> Deployed:
     """Adds the bundle in `folder` to `repository` as the next version of `name` (default: its variant), and serves it.
@@ -69,49 +82,67 @@ def deploy(
     triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused, and
     queues have no limits where that image's batcher would stall by them.
     samples: a folder of the user's own files, from which a front end may learn what to expect.
+    verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
-    manifest = bundle.verify(folder, progress=progress)
-    if manifest.verdict != "passed":
-        raise ValidationFailed(
-            f"{folder} is {manifest.verdict}, and only what passed is deployed.",
-            next_step="dinoexport build makes a judged bundle.",
-        )
-    name = _checked_name(name or manifest.variant)
-    if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
-        raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
-    plans = served_models.plans_of(manifest)
-    backend = _chosen(backend, plans)
-    _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
-    recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
-    ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
-    reference = reference_file.read(folder / bundle.REFERENCE)
-    with _staging(repository) as staging:
-        standing = deployed_as(repository, name)
-        previous = _served_version(standing[0]) if standing else None
-        version = 1 + max((v for path in standing for v in _versions(path)), default=0)
-        served = served_models.of_bundle(
-            folder,
-            manifest,
-            reference,
-            name=name,
-            version=version,
-            backend=backend,
-            queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
-            front_ends=ends,
-            progress=progress,
-        )
-        _refuse_strangers(repository, served, standing)
-        for model in served:
-            _write(folder, staging / model.name, model, version)
-        for model in served:
-            _publish(staging / model.name, repository / model.name, version)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(repository)):
+        raise UsageError(f"{repository} is an address, not a folder.", next_step="Give a folder as --to.")
+    with changes.reading(folder, progress=progress):
+        manifest = bundle.read_manifest(folder) if verify is None else signing.verify(folder, verify).manifest
+        if manifest.verdict != "passed":
+            raise ValidationFailed(
+                f"{folder} is {manifest.verdict}, and only what passed is deployed.",
+                next_step="dinoexport build makes a judged bundle.",
+            )
+        bundle.check_files(folder, manifest.files, progress=progress)
+        name = _checked_name(name or manifest.variant)
+        if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
+            raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
+        plans = served_models.plans_of(manifest)
+        backend = _chosen(backend, plans)
+        _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
+        recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+        ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
+        hashes = {file.name: file.sha256 for file in manifest.files}
+        with (
+            files.disk_errors(repository),
+            changes.changing(repository, doing=f"deploying to {repository}", progress=progress) as change,
+        ):
+            # Read from a copy that was hashed: what is used is what was checked.
+            _copy(folder / bundle.REFERENCE, change.new / bundle.REFERENCE, hashes, progress)
+            reference = reference_file.read(change.new / bundle.REFERENCE)
+            known = read_releases(change.place, name)
+            standing = deployed_as(change.place, name)
+            version = known.next_version([v for path in standing for v in _versions(path)])
+            served = served_models.of_bundle(
+                folder,
+                manifest,
+                reference,
+                name=name,
+                version=version,
+                backend=backend,
+                queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
+                front_ends=ends,
+                progress=progress,
+            )
+            models = tuple(model.name for model in served)
+            _refuse_strangers(change.place, models, standing, known)
+            for model in served:
+                _write(folder, change.new / model.name, model, version, hashes, progress)
+            release = Release(
+                version=version,
+                models=models,
+                bundle=hashlib.sha256(manifest.to_bytes()).hexdigest(),
+                deployed=datetime.now(UTC),
+            )
+            steps = [step for model in models for step in _arrival(change, model, version, known)]
+            _serve(change, known.with_deployed(release), steps, known)
     return Deployed(
         repository=repository,
         name=name,
         version=version,
-        previous=previous,
-        models=tuple(model.name for model in served),
+        previous=known.current.version if known.current else None,
+        models=models,
         backend=backend,
         note=_note(manifest) if backend == "onnxruntime" else "",
     )
@@ -129,38 +160,147 @@ def _note(manifest: Manifest) -> str:
 
 
 def rollback(repository: Path, name: str) -> Deployed:
-    """Serves the version before the one that is served, with its own configuration. Nothing is removed.
+    """Serves the release that was served before the one that is, each model with its own configuration.
 
-    Raises UsageError when there is no such version.
+    Nothing is removed; models which that release did not have are set aside. Raises UsageError when there is no such
+    release.
     """
-    standing = deployed_as(repository, _checked_name(name))
-    if not standing:
-        configs = [path.read_text(encoding="utf-8") for path in repository.glob(f"*/{CONFIG}")]
-        known = sorted({found for config in configs if (found := served_models.deployed_name(config))})
-        raise UsageError(
-            f"{repository} serves no {name!r}.{closest(name, known)}",
-            next_step=f"It serves: {', '.join(known) or 'nothing; dinoexport deploy adds a bundle'}.",
-        )
-    with _staging(repository) as staging:
-        current, kept = _served_version(standing[0]), _versions(standing[0])
-        earlier = [v for v in kept if current is None or v < current]
-        wanted = max(earlier, default=None)
-        if wanted is None:
+    name = _checked_name(name)
+    if not repository.is_dir():
+        raise releases.unknown(name, (), str(repository))
+    with (
+        files.disk_errors(repository),
+        changes.changing(repository, doing=f"deploying to {repository}") as change,
+    ):
+        known = read_releases(change.place, name)
+        if known.current is None and known.releases:
             raise UsageError(
-                f"{name} has no version before {current}.",
-                next_step=f"Versions there are: {', '.join(map(str, kept))}.",
+                f"{repository} serves several versions of {name} at once: a change by an older dinoexport was cut off.",
+                next_step="Deploy the bundle that is to be served again.",
             )
-        group = [path for path in standing if wanted in _versions(path)]
-        for path in group:
-            shutil.copyfile(path / str(wanted) / CONFIG, staging / CONFIG)
-            os.replace(staging / CONFIG, path / CONFIG)
+        if known.current is None:
+            raise releases.unknown(name, _names(change.place), str(repository))
+        after = known.rolled_back(lambda release: _is_whole(change.place, release, known))
+        release = after.current
+        assert release is not None
+        steps = []
+        for model in release.models:
+            config = _config_of(change.place, model, release.version, known)
+            assert config is not None
+            (change.new / f"{model}.{CONFIG}").write_text(config, encoding="utf-8")
+            steps += _return(change, model, known)
+            steps.append(changes.move(change.new / f"{model}.{CONFIG}", change.place / model / CONFIG))
+        retired = _serve(change, after, steps, known)
     return Deployed(
         repository=repository,
         name=name,
-        version=wanted,
-        previous=current,
-        models=tuple(path.name for path in group),
+        version=release.version,
+        previous=known.current.version,
+        models=release.models,
+        retired=retired,
     )
+
+
+def read_releases(repository: Path, name: str) -> Releases:
+    """The releases of `name` in the repository; what an older dinoexport deployed is read from the folders."""
+    try:
+        raw = untrusted.read_bytes(
+            repository / releases.record_name(name), max_bytes=releases.RECORD_MAX_BYTES, links=False
+        )
+    except Unreadable as error:
+        if not error.absent:
+            raise
+        return _unrecorded(repository, name)
+    return Releases.from_bytes(raw, name=name)
+
+
+def _unrecorded(repository: Path, name: str) -> Releases:
+    """What folders tell: every version may have been a release, and was served if it is not after the one that is.
+
+    Where several are served at once, nobody can tell which: then none is.
+    """
+    standing = deployed_as(repository, name)
+    served = {_served_version(path) for path in standing} - {None}
+    found = sorted({version for path in standing for version in _versions(path)})
+    made = tuple(
+        Release(version=v, models=tuple(path.name for path in standing if v in _versions(path))) for v in found
+    )
+    now = max(filter(None, served), default=0) if len(served) == 1 else 0
+    return Releases(name=name, releases=made, served=tuple(v for v in found if v <= now))
+
+
+def _serve(change: Change, after: Releases, steps: Sequence[Step], before: Releases) -> tuple[str, ...]:
+    """Commits a change after which `after.current` is served; the names of the models that are set aside by it."""
+    now = after.current
+    assert now is not None
+    there = before.current.models if before.current else ()
+    retired = tuple(model for model in there if model not in now.models)
+    steps = list(steps)
+    for model in retired:
+        steps.append(changes.move(change.place / model, change.place / now.models[0] / _RETIRED / model))
+    record = releases.record_name(after.name)
+    (change.new / record).write_bytes(after.to_bytes())
+    steps.append(changes.move(change.new / record, change.place / record))
+    change.commit(steps, done=f"{change.place} serves {after.name} version {now.version}.")
+    return retired
+
+
+def _arrival(change: Change, model: str, version: int, known: Releases) -> list[Step]:
+    """The steps that add the version of a model that was written to `change.new`; its configuration comes last."""
+    new, folder = change.new / model, change.place / model
+    back = _return(change, model, known)
+    if not folder.exists() and not back:
+        return [changes.move(new, folder)]
+    warmup = [changes.move(file, folder / "warmup" / file.name) for file in sorted((new / "warmup").glob("*"))]
+    version_folder = changes.move(new / str(version), folder / str(version))
+    return [*back, *warmup, version_folder, changes.move(new / CONFIG, folder / CONFIG)]
+
+
+def _return(change: Change, model: str, known: Releases) -> list[Step]:
+    """The step that brings back a model which the release that is served does not have."""
+    home = _home(change.place, model, known)
+    return [] if home == change.place / model else [changes.move(home, change.place / model)]
+
+
+def _home(repository: Path, model: str, known: Releases) -> Path:
+    """Where a model's folder lies: in the repository, or set aside in another model's."""
+    places = [repository / model, *(repository / m / _RETIRED / model for r in known.releases for m in r.models)]
+    return next((place for place in places if _is_folder(place)), places[0])
+
+
+def _is_whole(repository: Path, release: Release, known: Releases) -> bool:
+    """Whether every model of the release still has its version."""
+    return all(_config_of(repository, model, release.version, known) is not None for model in release.models)
+
+
+def _config_of(repository: Path, model: str, version: int, known: Releases) -> str | None:
+    """A version's own configuration; None where it is gone or not one of ours."""
+    config = _config(_home(repository, model, known) / str(version))
+    return config if config is not None and served_models.deployed_name(config) == known.name else None
+
+
+def _config(folder: Path) -> str | None:
+    """The configuration in a folder of the repository; None where there is none, or none that may be opened."""
+    if not _is_folder(folder):
+        return None
+    try:
+        return untrusted.read_text(folder / CONFIG, max_bytes=_CONFIG_MAX_BYTES, links=False)
+    except Unreadable:
+        return None
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _folders(repository: Path) -> list[Path]:
+    return [path for path in sorted(repository.iterdir()) if _is_folder(path)] if repository.is_dir() else []
+
+
+def _names(repository: Path) -> set[str]:
+    """What models were deployed as."""
+    configs = filter(None, map(_config, _folders(repository)))
+    return {found for config in configs if (found := served_models.deployed_name(config))}
 
 
 def _checked_name(name: str) -> str:
@@ -216,71 +356,51 @@ def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
             )
 
 
-@contextmanager
-def _staging(repository: Path) -> Iterator[Path]:
-    """An empty folder on the repository's file system but outside it, held against other deployments."""
-    repository = Path(os.path.realpath(repository))
-    work = repository.with_name(f".{repository.name}.deploying")
-    with files.disk_errors(repository), files.lock(work / "lock", doing=f"deploying to {repository}"):
-        try:
-            repository.mkdir(parents=True, exist_ok=True)
-            if repository.stat().st_dev != work.stat().st_dev:
-                raise UsageError(
-                    f"{repository} is a mount of its own, so nothing can appear in it by rename.",
-                    next_step=f"Use a folder inside it, {repository / 'models'} for one.",
-                )
-            staging = work / "new"
-            shutil.rmtree(staging, ignore_errors=True)  # what a killed deployment left
-            staging.mkdir()
-            yield staging
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
 def deployed_as(repository: Path, name: str) -> list[Path]:
     """The folders of the Triton models that were deployed as `name`, those of its graphs first."""
-    return [
-        path.parent
-        for path in sorted(repository.glob(f"{name}*/{CONFIG}"))
-        if served_models.deployed_name(path.read_text(encoding="utf-8")) == name
-    ]
+    found = ((path, _config(path)) for path in _folders(repository) if path.name.startswith(name))
+    return [path for path, config in found if config and served_models.deployed_name(config) == name]
 
 
-def _refuse_strangers(repository: Path, served: Sequence[TritonModel], standing: Sequence[Path]) -> None:
+def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequence[Path], known: Releases) -> None:
     """Neither a model that was not deployed under this name is touched, nor one that was left behind."""
-    ours, wanted = {path.name for path in standing}, {model.name for model in served}
-    for name in sorted(wanted - ours):
-        if (repository / name).exists():
+    ours = {path.name for path in standing}
+    for name in sorted(set(models) - ours):
+        if os.path.lexists(repository / name):
             raise UsageError(
                 f"{repository / name} is there already and was not deployed under this name.",
                 next_step="Choose another --name, or move it away.",
             )
-    if left := sorted(ours - wanted):
+    if left := sorted(ours - set(models)):
         raise UsageError(
             f"{', '.join(left)} would be left behind with what the version before can do.",
             next_step="Deploy with what it was made with (--samples), or remove it first.",
         )
+    for name in models:  # a version's folder is new, and what else is written to must be no link to somewhere else
+        home = _home(repository, name, known)
+        for path in (home / "warmup", home / _RETIRED):
+            if os.path.lexists(path) and not _is_folder(path):
+                raise UsageError(f"{path} is a link or no folder.", next_step="Move it away.")
 
 
 def _versions(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in _folders(folder) if _VERSION_FOLDER.fullmatch(path.name))
 
 
 def _served_version(folder: Path) -> int | None:
-    try:
-        found = _SERVED_VERSION.search((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    found = _VERSIONS.search(_config(folder) or "")
     return int(found[1]) if found else None
 
 
-def _write(bundle_folder: Path, folder: Path, model: TritonModel, version: int) -> None:
+def _write(
+    bundle_folder: Path, folder: Path, model: TritonModel, version: int, sha256: Mapping[str, str], progress: Progress
+) -> None:
     """A model's folder as if it were the first of its name."""
     place = folder / str(version)
     place.mkdir(parents=True)
     for destination, source in model.files.items():
         (place / destination).parent.mkdir(exist_ok=True)
-        files.link_or_copy(bundle_folder / source, place / destination)
+        _copy(bundle_folder / source, place / destination, sha256, progress)
     if model.code:
         (place / "model.py").write_text(model.code, encoding="utf-8")
     if model.warmup:
@@ -291,13 +411,11 @@ def _write(bundle_folder: Path, folder: Path, model: TritonModel, version: int) 
         config.write_text(model.config, encoding="utf-8")
 
 
-def _publish(new: Path, folder: Path, version: int) -> None:
-    """Moves the version from the staged folder `new` into `folder`; the configuration that serves it comes last."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    for file in (new / "warmup").glob("*"):
-        (folder / "warmup").mkdir(exist_ok=True)
-        os.replace(file, folder / "warmup" / file.name)
-    os.rename(new / str(version), folder / str(version))
-    os.replace(new / CONFIG, folder / CONFIG)
+def _copy(source: Path, destination: Path, sha256: Mapping[str, str], progress: Progress) -> None:
+    """A copy whose bytes are the manifest's; a ValidationFailed when they are not, whatever was found before."""
+    try:
+        files.copy(source, destination, sha256=sha256[source.name], progress=progress)
+    except Unreadable as error:
+        raise bundle.unreadable(source.parent, source.name, error) from None
+    except ValueError as error:
+        raise bundle.damaged(str(error)) from None

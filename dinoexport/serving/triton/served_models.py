@@ -130,7 +130,7 @@ def of_bundle(
 
 def deployed_name(config: str) -> str | None:
     """What the model with this configuration was deployed as; None when dinoexport did not deploy it."""
-    found = re.search(r"^# dinoexport deployed this as (\S+)$", config, re.MULTILINE)
+    found = re.match(r"# dinoexport deployed this as (\S{1,64})\n", config)
     return found[1] if found else None
 
 
@@ -309,11 +309,11 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
     """What turns encoded files into the graph's inputs, and the ensemble of it and the graph."""
     graph, name = served.graph.graph(), f"{graph_model}_{end.name}"
     largest = max_batch(graph)
-    served = served.model_copy(update={"front_end": end.name, "settings": dict(end.settings)})
+    served = served.changed(front_end=end.name, settings=dict(end.settings))
     encoded = Tensor(name=ENCODED, dtype="bytes", shape=(graph.inputs[0].shape[0], 1), meaning=end.meaning)
 
     def model(name: str, role: str, content: Sequence[Entry], code: str) -> TritonModel:
-        facts = served.model_copy(update={"role": role})
+        facts = served.changed(role=role)
         entries = [
             *_identity(name, version),
             *content,
@@ -334,9 +334,10 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
         _code("PrepareModel"),
     )
     steps = (
-        _step(prepare.name, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
+        _step(prepare.name, version, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
         _step(
             graph_model,
+            version,
             {tensor.name: tensor.name for tensor in graph.inputs},
             {tensor.name: tensor.name for tensor in graph.outputs},
         ),
@@ -354,13 +355,14 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
     return prepare, ensemble
 
 
-def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Entry:
+def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Entry:
     maps = [
         Entry(f"{side}_map", (Entry("key", ours), Entry("value", theirs)))
         for side, names in (("input", inputs), ("output", outputs))
         for ours, theirs in names.items()
     ]
-    return Entry("step", (Entry("model_name", model), Entry("model_version", -1), *maps))
+    # By its number: whatever else is loaded, an answer is one release's.
+    return Entry("step", (Entry("model_name", model), Entry("model_version", version), *maps))
 
 
 def _identity(name: str, version: int) -> list[Entry]:

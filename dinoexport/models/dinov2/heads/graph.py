@@ -230,7 +230,7 @@ class _Residual(nn.Module):
 class _Pyramid(_Traced):
     """What both DPT heads share: four maps of halving size, brought to one width, and joined from the coarsest on.
 
-    The 1x1 convolution behind each upsampling is applied before it: they commute, and a quarter of the pixels are there.
+    The 1x1 convolution behind each upsampling comes before it: they commute, and there are a quarter of the pixels.
     body: the dtype of its convolutions. What reads tokens, and the last layer, stay float32.
     """
 

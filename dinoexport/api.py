@@ -1,0 +1,368 @@
+"""The Python front door: `build` and `load` return a `Bundle`, which you call, validate and ask for its manifest.
+
+`import dinoexport` loads this module when one of its names is first used. Opening and running a bundle imports neither
+torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard
+
+from dinoexport import bundle, family
+from dinoexport.bundle import Manifest
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
+from dinoexport.family import FrontEnd, Model
+from dinoexport.runtime import runners
+from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dinoexport.spec import Candidate
+    from dinoexport.validation.evaluate import Judge
+    from dinoexport.validation.validate_bundle import Validated
+
+    # One image: its path, its encoded bytes, or a Pillow image.
+    Item: TypeAlias = str | PathLike[str] | bytes | Image.Image
+    # What a bundle can be called with: images, the graph's only input, or all of its inputs by name.
+    Inputs: TypeAlias = Item | Sequence[Item] | Array | Arrays
+
+Device = Literal["cpu", "gpu"]
+_DEVICES: tuple[Device, ...] = ("cpu", "gpu")
+# Pillow's modes that a PNG holds without loss, besides 16-bit grey.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+
+
+class OutputsDiffer(ValidationFailed):
+    """The bundle's outputs are not PyTorch's on this machine. `validated` has every figure."""
+
+    def __init__(self, message: str, *, next_step: str, validated: Validated) -> None:
+        super().__init__(message, next_step=next_step)
+        self.validated = validated
+
+
+class Bundle:
+    """A bundle, ready to run: call it with images or arrays.
+
+        with dinoexport.load("bundles/vits14-fp32-cpu") as bundle:
+            tokens = bundle(["photograph.jpg"])
+
+    The model is opened at the first call, in the runtime that validated the bundle, and closed by `close` or at the end
+    of a `with` block. Several threads may call one bundle; they take turns.
+
+    Attributes:
+        folder: Where the bundle is.
+        manifest: What the bundle says about itself; `manifest.verdict` is "passed", "rejected" or "unjudged".
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int, device: Device | None) -> None:
+        """Use `load` or `build`."""
+        self.folder = folder
+        self.manifest = manifest
+        self._threads = threads
+        self._device = device
+        recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+        self._model: Model = family.find(manifest.family).model(recipe)
+        self._lock = threading.Lock()
+        self._opened: tuple[Candidate, str] | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Bundle {self.folder}: {self.manifest.variant}, {self.manifest.precision}, {self.manifest.verdict}>"
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The inputs, outputs and dimensions of the bundle's graphs."""
+        return tuple(facts.graph() for facts in self.manifest.graphs)
+
+    @property
+    def runs_on(self) -> str:
+        """The runtime, its version and the precision that answer a call, in words. Opens the model."""
+        with self._lock:
+            return self._candidate()[1]
+
+    def __call__(self, inputs: Inputs, *, front_end: str | None = None) -> dict[str, Array]:
+        """The model's outputs as NumPy arrays, by name.
+
+        Args:
+            inputs: Images (paths, encoded bytes, Pillow images; one or a sequence), which are prepared as the
+                validation prepares its photographs and run in batches that the graph takes. Or arrays: the graph's
+                only input, or a mapping with all inputs by name, as `graphs` describes them.
+            front_end: How images are prepared, where the model has several ways.
+
+        Raises:
+            InputRefused: The inputs are not what the graph takes, or an image cannot be read.
+            MissingRequirement: The runtime or the device is missing on this machine.
+        """
+        with self._lock:
+            candidate, _ = self._candidate()
+            if isinstance(inputs, Mapping):
+                return candidate(inputs)
+            if _is_array(inputs):
+                return candidate({self._only_input(): inputs})
+            answers = [candidate(batch) for batch in self._prepared(_items(inputs), front_end)]
+        import numpy as np
+
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
+    def validate(
+        self,
+        *,
+        images: str | PathLike[str] | None = None,
+        weights: str | None = None,
+        reference: Judge = "plain",
+        progress: Progress = silent,
+    ) -> Validated:
+        """Checks every byte of the bundle and validates it on this machine, like `dinoexport validate`.
+
+        Args:
+            images: A folder of images to compare with PyTorch on, instead of the reference in the bundle. Needs torch
+                and the weights.
+            weights: Where the weights of the bundle are, if not where the manifest says.
+            reference: Whose code computes PyTorch's outputs for `images`: "plain" or "hub".
+            progress: Called with (what is done, units done, units in all).
+
+        Returns:
+            The verdict with every figure. The manifest is read again: a validated engine is recorded there.
+
+        Raises:
+            OutputsDiffer: A figure is over its limit.
+            ValidationFailed: The bundle is damaged.
+        """
+        from dinoexport.validation import validate_bundle
+
+        validated = validate_bundle.validate(
+            self.folder,
+            images=None if images is None else Path(images),
+            weights=weights,
+            runtime=self._runtime(),
+            judge_code=reference,
+            progress=progress,
+        )
+        self.manifest = validated.manifest
+        if not validated.report.passed:
+            raise OutputsDiffer(
+                f"{self.folder} does not give PyTorch's outputs on this machine.",
+                next_step="validated.report.rows has each figure with its limit.",
+                validated=validated,
+            )
+        return validated
+
+    def close(self) -> None:
+        """Releases the runtime's memory. A closed bundle cannot be called."""
+        with self._lock:
+            self._opened, self._closed = None, True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _candidate(self) -> tuple[Candidate, str]:
+        if self._closed:
+            raise UsageError(f"{self.folder} was closed.", next_step="Load it again.")
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> tuple[Candidate, str]:
+        graphs = {self.folder / facts.file: facts.graph() for facts in self.manifest.graphs}
+        if self.manifest.engines and self._device != "cpu":
+            try:
+                engines = {self.folder / facts.file: facts for facts in self.manifest.engines}
+                candidate, device = runners.open_engines(self._model, engines, graphs)
+                return candidate, runners.engine_name(self.manifest.engines[0], device)
+            except MissingRequirement:
+                if self._device == "gpu":
+                    raise
+        elif self._device == "gpu":
+            raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
+        way = replace(runners.way_of(self.manifest), threads=self._threads)
+        return runners.open_candidate(self._model, graphs, way), runners.candidate_name(
+            self.manifest.precision, way, {}
+        )
+
+    def _runtime(self) -> Runtime | None:
+        if self._device == "cpu":
+            return Runtime.ONNXRUNTIME
+        return self.manifest.engines[0].runtime if self._device == "gpu" and self.manifest.engines else None
+
+    def _only_input(self) -> str:
+        inputs = [tensor.name for graph in self.graphs for tensor in graph.inputs]
+        if len(inputs) != 1:
+            raise InputRefused(
+                f"One array is not enough: the graphs take {', '.join(inputs)}.",
+                next_step="Give a mapping from names to arrays.",
+            )
+        return inputs[0]
+
+    def _prepared(self, items: Sequence[Item], wanted: str | None) -> Iterator[Arrays]:
+        """Batches of the graph's inputs, made of encoded items."""
+        if not items:
+            raise InputRefused("There is no image in an empty sequence.", next_step="Give one or more images.")
+        front_end = self._front_end(wanted)
+        graph = next(graph for graph in self.graphs if graph.name == front_end.graph)
+        first = graph.inputs[0].shape[0]
+        most = next((dim.max for dim in graph.dims if dim.name == first), 1)
+        for start in range(0, len(items), most):
+            encoded = [_encoded(item) for item in items[start : start + most]]
+            yield self._model.prepare(front_end.name, front_end.settings, encoded)
+
+    def _front_end(self, wanted: str | None) -> FrontEnd:
+        ends = {end.name: end for end in self._model.front_ends(None, progress=silent)}
+        name = next(iter(ends), "") if wanted is None else wanted
+        if name not in ends:
+            raise UsageError(
+                f"{self.manifest.variant} has no front end {name!r}.{closest(name, tuple(ends))}"
+                if name
+                else f"{self.manifest.variant} takes arrays, not files.",
+                next_step=f"It has: {', '.join(ends)}." if ends else "Give a mapping from input names to arrays.",
+            )
+        return ends[name]
+
+
+def load(
+    folder: str | PathLike[str],
+    *,
+    threads: int = 0,
+    device: Device | None = None,
+    check: bool = True,
+    verify: str | PathLike[str] | None = None,
+    progress: Progress = silent,
+) -> Bundle:
+    """Opens the bundle in `folder`.
+
+    Args:
+        folder: The bundle's folder.
+        threads: CPU threads of the runtime; 0 leaves their number to the runtime.
+        device: "cpu" runs the ONNX, "gpu" the engine. None: the engine if the bundle has one that runs here, else the
+            ONNX on the CPU.
+        check: Compare the size and SHA-256 of every file with the manifest first.
+        verify: A public key; a bundle that its owner did not sign is refused.
+        progress: Called with (what is done, units done, units in all).
+
+    Raises:
+        UsageError: The folder is not a bundle.
+        ValidationFailed: The bundle is damaged, or not signed by the owner of `verify`.
+    """
+    if device is not None and device not in _DEVICES:
+        raise UsageError(f"device {device!r} is unknown.{closest(device, _DEVICES)}", next_step="Use 'cpu' or 'gpu'.")
+    if threads < 0:
+        raise UsageError(f"threads is {threads}.", next_step="Use a positive number, or 0 for the runtime's choice.")
+    path = Path(folder)
+    if verify is not None:
+        from dinoexport.bundle import signing
+
+        signing.verify(path, Path(verify))
+    manifest = bundle.verify(path, progress=progress) if check else bundle.read_manifest(path)
+    return Bundle(path, manifest, threads=threads, device=device)
+
+
+def build(
+    variant: str | PathLike[str],
+    *,
+    weights: str | PathLike[str] | None = None,
+    precision: str | None = None,
+    target: str | None = None,
+    runtime: str | None = None,
+    profiles: Sequence[str] = (),
+    preset: Literal["fast", "balanced", "max"] | None = None,
+    out: str | PathLike[str] | None = None,
+    force: bool = False,
+    keep_rejected: bool = False,
+    reference: Judge = "plain",
+    threads: int = 0,
+    device: Device | None = None,
+    progress: Progress = silent,
+) -> Bundle:
+    """Builds a bundle like `dinoexport build`, and opens it. Needs torch.
+
+    Args:
+        variant: A shipped variant, or the path of a recipe.
+        weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
+        precision: "fp32", "fp16", "bf16", "int8" or "auto". None: the recipe's, else the target's first.
+        target: The machine to build for. None: the GPU of this machine, else "cpu".
+        runtime: One of the target's runtimes. None: the first that can be used.
+        profiles: Names of the engine's profiles. Empty: the recipe's.
+        preset: How long TensorRT searches for kernels.
+        out: The bundle's folder. None: bundles/NAME in the working directory.
+        force: Repeat finished stages.
+        keep_rejected: Publish a bundle that fails too, marked rejected, before Rejected is raised.
+        reference: Whose code computes PyTorch's outputs: "plain" or "hub".
+        threads: As for `load`.
+        device: As for `load`.
+        progress: Called with (what is done, units done, units in all).
+
+    Raises:
+        Rejected: The outputs are not PyTorch's; `report` says where. A ValidationFailed.
+        UsageError, WeightsError, MissingRequirement, BuildError: As the command line reports them.
+    """
+    from dinoexport.pipeline import build as pipeline
+
+    request = pipeline.build_request(
+        str(variant),
+        weights=None if weights is None else str(weights),
+        precision="auto" if precision == "auto" else _member(Precision, "precision", precision),
+        target=target,
+        runtime=_member(Runtime, "runtime", runtime),
+        engine_choices=({"profiles": tuple(profiles)} if profiles else {}) | ({"preset": preset} if preset else {}),
+        out=None if out is None else Path(out),
+        judge_code=reference,
+    )
+    built = pipeline.build(request, force=force, keep_rejected=keep_rejected, progress=progress)
+    return Bundle(built.folder, built.manifest, threads=threads, device=device)
+
+
+def _member(kind: Any, named: str, word: str | None) -> Any:
+    """The member of an enumeration that `word` names; None for None."""
+    if word is None:
+        return None
+    if word not in tuple(kind):
+        raise UsageError(
+            f"{named} {word!r} is unknown.{closest(word, tuple(kind))}", next_step=f"Use {', '.join(kind)}."
+        )
+    return kind(word)
+
+
+def _is_array(inputs: Any) -> TypeGuard[Array]:
+    """A NumPy array; a Pillow image has an array interface as well, and no `ndim`."""
+    return hasattr(inputs, "__array_interface__") and hasattr(inputs, "ndim")
+
+
+def _items(inputs: Any) -> Sequence[Item]:
+    return list(inputs) if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
+
+
+def _encoded(item: Any) -> bytes:
+    """The bytes of an image file."""
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str | PathLike):
+        path = Path(item)
+        if not path.is_file():
+            raise InputRefused(f"{path} is no file.", next_step="Check the path.")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputRefused(
+                f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions."
+            ) from None
+    if hasattr(item, "save") and hasattr(item, "mode"):
+        stored = BytesIO()
+        if item.mode in ("I", "F"):
+            raise InputRefused("An image of 32-bit grey has no agreed range.", next_step="Scale it to 8 or 16 bits.")
+        kept = item if item.mode in _PNG_MODES or item.mode.startswith("I;16") else item.convert("RGB")
+        kept.save(stored, "PNG", compress_level=0, exif=item.getexif())
+        return stored.getvalue()
+    raise InputRefused(
+        f"A {type(item).__name__} is no image.", next_step="Give paths, encoded bytes, Pillow images or NumPy arrays."
+    )

@@ -1,0 +1,59 @@
+"""Stage `export`: the traced graphs with their weights, as ONNX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from dinoexport import family
+from dinoexport.graph import onnx_writer
+from dinoexport.graph.onnx_writer import Traces
+from dinoexport.pipeline.request import BuildRequest
+from dinoexport.pipeline.stages.weights import head_metadata
+from dinoexport.pipeline.versions import TRACERS, versions_of
+from dinoexport.pipeline.workspace import Stage, Workspace, key_of
+from dinoexport.spec import Array
+from dinoexport.weights.checkpoint import Checkpoint
+
+# Waits for what is being traced, and gives it.
+Traced = Callable[[], Traces]
+# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
+_ENGINE_ONLY = {"engine", "profiles"}
+
+
+def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
+    """Begins tracing in a thread before the checkpoint is there."""
+
+    def unread(name: str) -> Array:
+        raise AssertionError(f"tracing read the weight {name}")
+
+    model = request.model
+    return onnx_writer.tracing(lambda: [call for graph in model.graphs for call in model.calls(graph, unread)])
+
+
+def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, traced: Traced) -> Stage:
+    """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
+    metadata = {
+        "dinoexport.variant": request.recipe.name,
+        # The hash alone: the same weights at another path must give the same bytes.
+        "dinoexport.checkpoint_sha256": checkpoint.sha256,
+        **head_metadata(request, checkpoint),
+        "dinoexport.licence": request.recipe.licence,
+        "dinoexport.recipe": json.dumps(graph_recipe(request), sort_keys=True),
+        "dinoexport.versions": json.dumps(versions_of(TRACERS), sort_keys=True),
+    }
+
+    def make(folder: Path) -> None:
+        for graph in request.model.graphs:
+            calls = request.model.calls(graph, checkpoint.read)
+            onnx_writer.export(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
+
+    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
+
+
+def graph_recipe(request: BuildRequest) -> dict[str, Any]:
+    """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps."""
+    return request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)

@@ -1,0 +1,37 @@
+"""Stage `quantise`: the exported graphs in the form each CPU runtime takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dinoexport.graph import quantise
+from dinoexport.pipeline.request import BuildRequest
+from dinoexport.pipeline.versions import QUANTISERS, versions_of
+from dinoexport.pipeline.workspace import Stage, Workspace, key_of
+from dinoexport.runtime import autotune
+from dinoexport.spec import Precision, Runtime
+
+# The same graphs as stages, by the runtime that takes them so.
+Forms = Mapping[Runtime, Stage]
+
+
+def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
+    """The graphs by CPU runtime: the export itself, or in int8 a twin made for that runtime."""
+    if request.precision is not Precision.INT8:
+        return dict.fromkeys(request.cpu_runtimes, plain)
+    integer = _quantised(work, plain, quantise.to_int8)
+    if Runtime.OPENVINO not in autotune.runtimes(request.precision, request.cpu_runtimes):
+        return {Runtime.ONNXRUNTIME: integer}
+    wide = _quantised(work, plain, quantise.to_wide_int8)
+    return {runtime: wide if runtime is Runtime.OPENVINO else integer for runtime in request.cpu_runtimes}
+
+
+def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], object]) -> Stage:
+    def make(folder: Path) -> None:
+        onnx_files = [file.name for file in source.files if file.name.endswith(".onnx")]
+        for done, name in enumerate(onnx_files, start=1):
+            form(source.folder / name, folder)
+            work.progress("quantising", done, len(onnx_files))
+
+    return work.stage("quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make)

@@ -1,0 +1,22 @@
+"""Choosing how a bundle runs on a CPU: measured on this machine, never reused."""
+
+from __future__ import annotations
+
+from dinoexport.bundle import CpuFacts
+from dinoexport.pipeline.request import BuildRequest
+from dinoexport.pipeline.stages.quantise import Forms
+from dinoexport.pipeline.workspace import Stage
+from dinoexport.runtime import autotune
+from dinoexport.runtime.autotune import GraphForms
+from dinoexport.spec import Precision, Progress
+
+
+def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
+    """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
+    graphs = {runtime: request.graph_files(stage.folder) for runtime, stage in forms.items()}
+    wanted = GraphForms(precision=request.precision, graphs=graphs)
+    if request.precision not in (Precision.BF16, Precision.INT8):
+        return autotune.tune(request.model, wanted, None, progress=progress)
+    fp32_graphs = dict.fromkeys(request.cpu_runtimes, request.graph_files(plain.folder))
+    fp32 = GraphForms(precision=Precision.FP32, graphs=fp32_graphs)
+    return autotune.tune(request.model, wanted, fp32, progress=progress)

@@ -1,0 +1,31 @@
+"""Which versions of which packages a stage's bytes depend on."""
+
+from __future__ import annotations
+
+import platform
+
+import dinoexport
+from dinoexport.pipeline.request import BuildRequest
+from dinoexport.report import html_report
+from dinoexport.runtime.table import TABLE
+from dinoexport.system import hardware
+
+TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+RUNTIMES = ("onnxruntime", "openvino", "numpy")
+QUANTISERS = ("onnxruntime", "onnx", "onnx-ir")
+_ABSENT = "not installed"
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of `packages`, and our own."""
+    found = {package: hardware.installed(package) or _ABSENT for package in packages}
+    return {"dinoexport": dinoexport.__version__} | found
+
+
+def versions_in(request: BuildRequest) -> dict[str, str]:
+    """The versions of all packages that may have had a part in a bundle, as far as they are installed."""
+    compilers = (*TABLE[request.runtime].distributions, "polygraphy") if request.engine else ()
+    found = versions_of((*TRACERS, *RUNTIMES, "safetensors", "pillow", *html_report.PACKAGES, *compilers)) | {
+        "python": platform.python_version()
+    }
+    return {package: version for package, version in found.items() if version != _ABSENT}

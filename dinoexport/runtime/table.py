@@ -1,0 +1,105 @@
+"""Every runtime in one table: its name, what brings it, the precisions it computes in on a CPU, how it opens a graph.
+
+What a runtime cannot do is an empty cell here, so nothing falls through to another runtime's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from dinoexport.runtime import Opened, openvino, ort
+from dinoexport.spec import Graph, Precision, Runtime, Way
+from dinoexport.system import hardware
+
+# Opens the ONNX file at a path in the way that is asked for.
+OpenGraph = Callable[[Path, Graph, Way], Opened]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeFacts:
+    """One row of the table.
+
+    title: as people write it. does: what it is good for, in words. extra: the extra of this package that brings it.
+    distributions: the names on PyPI of what provides it; any one suffices. modules: what is imported to run;
+    build_modules: what is imported to compile an engine, nothing where the ONNX itself is run. cpu_precisions: in which
+    it may compute on a CPU; `computes` asks the CPU that is here. engine_suffix: of the engines it compiles.
+    """
+
+    title: str
+    does: str
+    extra: str
+    distributions: tuple[str, ...]
+    modules: tuple[str, ...]
+    build_modules: tuple[str, ...] = ()
+    cpu_precisions: tuple[Precision, ...] = ()
+    computes: Callable[[Precision], bool] = lambda _precision: True
+    open_graph: OpenGraph | None = None
+    engine_suffix: str = ""
+
+    def installed_version(self) -> str | None:
+        """The version that is installed here; None when it is not."""
+        return next(filter(None, map(hardware.installed, self.distributions)), None)
+
+
+TABLE: Mapping[Runtime, RuntimeFacts] = {
+    Runtime.ONNXRUNTIME: RuntimeFacts(
+        title="ONNX Runtime",
+        does="runs and judges graphs",
+        extra="cpu",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
+        modules=("onnxruntime",),
+        # fp16 on a CPU checks the graph: every product is computed in fp32 between casts.
+        cpu_precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
+        open_graph=lambda path, graph, way: ort.open_graph(path, graph, threads=way.threads),
+    ),
+    Runtime.OPENVINO: RuntimeFacts(
+        title="OpenVINO",
+        does="runs graphs on CPUs, in bf16 too where the CPU has it",
+        extra="openvino",
+        distributions=("openvino",),
+        modules=("openvino",),
+        # bf16 is its arithmetic over the fp32 graph.
+        cpu_precisions=(Precision.FP32, Precision.BF16, Precision.INT8),
+        computes=openvino.computes,
+        open_graph=lambda path, graph, way: openvino.open_graph(
+            path, graph, precision=way.precision, threads=way.threads
+        ),
+    ),
+    Runtime.TENSORRT: RuntimeFacts(
+        title="TensorRT",
+        does="builds and runs plans",
+        extra="tensorrt",
+        distributions=("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+        modules=("tensorrt", "cuda.bindings"),
+        build_modules=("tensorrt", "polygraphy"),
+        engine_suffix=".plan",
+    ),
+    Runtime.TENSORRT_RTX: RuntimeFacts(
+        title="TensorRT-RTX",
+        does="compiles engines, without a GPU too",
+        extra="rtx",
+        distributions=("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+        modules=("tensorrt_rtx", "cuda.bindings"),
+        build_modules=("tensorrt_rtx", "polygraphy"),
+        engine_suffix=".rtx",
+    ),
+}
+
+
+def installed(among: Collection[Runtime] = tuple(TABLE)) -> tuple[Runtime, ...]:
+    """Those of `among` that this machine has and that run an ONNX graph on a CPU, in the table's order."""
+    return tuple(
+        runtime
+        for runtime, facts in TABLE.items()
+        if runtime in among and facts.open_graph is not None and all(map(_is_installed, facts.modules))
+    )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # what find_spec says of a module that was put out of action
+        return False

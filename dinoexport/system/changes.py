@@ -1,0 +1,404 @@
+"""Several files change as one, whatever kills the process that changes them.
+
+    PLACE                     what changes: a bundle, a model repository
+    .PLACE.work/lock          held by the one process that changes PLACE
+    .PLACE.work/new/          what is being made; nothing temporary is ever inside PLACE
+    .PLACE.work/change.json   what is to be done, step by step; its appearance, by one rename, is the moment of change
+    .PLACE.work/old/          what was replaced, until the change is complete
+
+Until `change.json` is there, nothing has changed. From then on every step is carried out, by this process or by whoever
+comes next: each may be repeated. So a change either did not begin or is finished, and a step needs nothing but what the
+record says. Ctrl-C and SIGTERM wait for the end of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dinoexport.errors import BuildError, MissingRequirement, UsageError
+from dinoexport.spec import Progress, silent
+from dinoexport.system import locks
+
+_LOCK, _NEW, _OLD, _RECORD = "lock", "new", "old", "change.json"
+# What else a build keeps beside its bundle: a finished stage under the beginning of its key, and one being made.
+_OURS = re.compile(r"lock|new|old|change\.json(\.partial)?|[a-z0-9_]+-[0-9a-f]{16}|[a-z0-9_]+\.partial")
+# A record of a hundred models takes 50 kB.
+_RECORD_BYTES_MAX = 1 << 24
+# How long a change waits for those who read the place, and they for a change that is being carried out.
+WAIT_S = 600.0
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV})
+
+Kind = Literal["move", "link", "remove"]
+_done: list[str] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a change. Every path lies in the place or in its work folder.
+
+    move: the file or folder `source` appears at `target`; what was there goes, a folder by exchange. link: the file
+    `source` is `target` too. remove: `target` goes.
+    """
+
+    kind: Kind
+    target: Path
+    source: Path | None = None
+
+
+def move(source: Path, target: Path) -> Step:
+    """The step that puts the file or folder `source` at `target`."""
+    return Step(kind="move", source=source, target=target)
+
+
+def link(source: Path, target: Path) -> Step:
+    """The step that makes the file `source` be `target` too, until one of them goes in the same change."""
+    return Step(kind="link", source=source, target=target)
+
+
+def remove(target: Path) -> Step:
+    """The step that removes the file or folder `target`."""
+    return Step(kind="remove", target=target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A place that this process alone may change. folder: its work folder; new: an empty folder to make things in."""
+
+    place: Path
+    folder: Path
+    progress: Progress = field(default=silent)
+
+    @property
+    def new(self) -> Path:
+        """Where what is to appear in the place is made. It is empty at first and gone at the end."""
+        return self.folder / _NEW
+
+    def commit(self, steps: Sequence[Step], *, done: str) -> None:
+        """Carries out all of `steps`, in this order, or none of them.
+
+        `done` is the sentence that is true from then on: it is what is said if the user interrupts afterwards. Waits
+        until nobody reads the place.
+        """
+        if self.place.exists() and self.place.stat().st_dev != self.folder.stat().st_dev:
+            raise UsageError(
+                f"{self.place} is a mount of its own, so nothing can appear in it by rename.",
+                next_step=f"Use a folder inside it, {self.place / self.place.name} for one.",
+            )
+        record = {"steps": [_to_json(self, step) for step in steps]}
+        with _alone(self.place, self.progress), _uninterrupted():
+            partial = self.folder / f"{_RECORD}.partial"
+            partial.write_text(json.dumps(record), encoding="utf-8")
+            os.rename(partial, self.folder / _RECORD)
+            _carry_out(self, begins_here=True)
+            _done.append(done)
+
+
+@contextmanager
+def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterator[Change]:
+    """Holds `place`, which need not exist, for a change; finishes first what an earlier process had begun.
+
+    A BuildError when another process is `doing` it. Whatever happens inside, nothing temporary is left but what a build
+    keeps: its finished stages.
+    """
+    place = Path(os.path.realpath(place))  # a link stays a link, and its target has one lock under every name
+    folder = work_folder(place)
+    _check_ours(folder)
+    with locks.exclusive(folder / _LOCK, doing=doing):
+        change = Change(place=place, folder=folder, progress=progress)
+        try:
+            _check_ours(folder)
+            _finish(change)
+            _discard(change.new)
+            change.new.mkdir()
+            yield change
+        finally:
+            if not _begun(place):  # else whoever comes next needs all of it
+                _discard(change.new)
+                _discard(folder / _OLD)
+                if not any(path.name != _LOCK for path in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def reading(place: Path, *, progress: Progress = silent) -> Iterator[Path]:
+    """Holds the folder `place` against changes, after one that was begun has been finished.
+
+    Others may read it meanwhile. Yields its real path.
+    """
+    place = Path(os.path.realpath(place))
+    with ExitStack() as stack:
+        while True:
+            settle(place, progress=progress)
+            # What is absent, or may not be read, is not held: whoever opens it says so better.
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                wait = f"changing {place}"
+                stack.enter_context(locks.folder(place, write=False, wait_s=WAIT_S, doing=wait, progress=progress))
+            if not _begun(place):
+                break
+            stack.close()  # begun since we looked
+        yield place
+
+
+def settle(place: Path, *, progress: Progress = silent) -> None:
+    """Finishes the change of `place` that a killed process had begun, if there is one."""
+    place = Path(os.path.realpath(place))
+    deadline = time.monotonic() + WAIT_S
+    while _begun(place):
+        folder = work_folder(place)
+        try:
+            _check_ours(folder)
+            with locks.exclusive(
+                folder / _LOCK,
+                doing=f"changing {place}",
+                wait_s=max(0.0, deadline - time.monotonic()),
+                progress=progress,
+            ):
+                _finish(Change(place=place, folder=folder, progress=progress))
+                if not any(path.name != _LOCK for path in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError as error:
+            raise MissingRequirement(
+                f"A change of {place} was begun and not finished, and this user may not finish it: {error.strerror}.",
+                next_step="Run the same command as the user who began it.",
+            ) from None
+
+
+def _begun(place: Path) -> bool:
+    return bool(place.name) and os.path.lexists(work_folder(place) / _RECORD)
+
+
+def work_folder(place: Path) -> Path:
+    """The hidden folder beside `place`, on its file system, where its changes are made."""
+    if not place.name:
+        raise UsageError(f"{place} is no place for this.", next_step="Name a folder below it.")
+    return place.with_name(f".{place.name}.work")
+
+
+def done() -> tuple[str, ...]:
+    """What this process has changed so far, a sentence each: what is true when it is interrupted."""
+    return tuple(_done)
+
+
+def note_done(sentence: str) -> None:
+    """Adds a change that was made by other means, as in an object store."""
+    _done.append(sentence)
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises UsageError for a folder that holds anything dinoexport does not make: it may be somebody's work."""
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"{folder} is a link or no folder; changes are made there.", next_step="Move it away.")
+    strange = sorted(path.name for path in folder.iterdir() if path.is_symlink() or not _OURS.fullmatch(path.name))
+    if strange:
+        raise UsageError(
+            f"{folder} holds what dinoexport did not put there: {', '.join(strange[:5])}.",
+            next_step="Move that folder away: changes are made there, and it would be removed.",
+        )
+
+
+def _discard(path: Path) -> None:
+    """Removes what is ours, whatever it is; never what a link points to."""
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
+
+
+@contextmanager
+def _alone(place: Path, progress: Progress) -> Iterator[None]:
+    """Nobody reads the place, which may be absent or a file, while this holds."""
+    if not place.is_dir():
+        yield
+        return
+    with locks.folder(place, write=True, wait_s=WAIT_S, doing=f"reading {place}", progress=progress):
+        yield
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when this ends. Only the main thread ever hears of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = [number for number, handler in before.items() if callable(handler)]
+    for number in held:
+        signal.signal(number, lambda number, _frame: heard.append(number))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+        if heard:
+            signal.raise_signal(heard[0])
+
+
+# ---- the record ----
+
+
+def _to_json(change: Change, step: Step) -> list[Any]:
+    """The step as the record has it, with what tells whether a folder was exchanged already."""
+    source = None if step.source is None else _written(change, step.source)
+    entry: list[Any] = [step.kind, source, _written(change, step.target), None]
+    if step.kind == "move" and step.source is not None and step.source.exists():
+        entry[3] = os.lstat(step.source).st_ino
+    _parse(change, entry)
+    return entry
+
+
+def _written(change: Change, path: Path) -> str:
+    for word, root in (("work", change.folder), ("place", change.place)):
+        if path == root or root in path.parents:
+            return "/".join((word, *path.relative_to(root).parts))
+    raise AssertionError(f"{path} is neither in {change.place} nor in its work folder")
+
+
+def _parse(change: Change, entry: Any) -> tuple[Step, int | None]:
+    """The step that `entry` of a record says; a ValueError for one that this module does not write."""
+    kind, source, target, inode = entry
+    if kind not in get_args(Kind) or (source is None) != (kind == "remove") or not isinstance(inode, int | None):
+        raise ValueError(f"{entry!r} is no step")
+    found = [_inside(change, word) for word in (source, target) if word is not None]
+    return Step(kind=kind, target=found[-1], source=found[0] if len(found) == 2 else None), inode
+
+
+def _inside(change: Change, written: Any) -> Path:
+    """The path in the place or in the work folder; a ValueError for one that could lead elsewhere."""
+    word, *parts = str(written).split("/")
+    if word not in ("work", "place") or any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError(f"{written!r} is no path of a step")
+    path = change.folder if word == "work" else change.place
+    for part in parts:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link")
+        path = path / part
+    return path
+
+
+def _finish(change: Change) -> None:
+    """Carries out what an earlier process had begun."""
+    if _begun(change.place):
+        with _alone(change.place, change.progress), _uninterrupted():
+            _carry_out(change)
+
+
+def _carry_out(change: Change, *, begins_here: bool = False) -> None:
+    record = change.folder / _RECORD
+    try:
+        if not stat.S_ISREG(os.lstat(record).st_mode) or record.stat().st_size > _RECORD_BYTES_MAX:
+            raise ValueError("it is no regular file of a sensible size")
+        steps = [_parse(change, entry) for entry in json.loads(record.read_bytes())["steps"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            f"{record} is no record of a change of ours ({error}).",
+            next_step=f"Nothing was done by it. Move {change.folder} away.",
+        ) from None
+    (change.folder / _OLD).mkdir(exist_ok=True)
+    number = 0
+    try:
+        for number, (step, inode) in enumerate(steps):
+            _STEPS[step.kind](step, inode, change.folder / _OLD / str(number))
+    except OSError as error:
+        if begins_here and number == 0:
+            record.unlink()  # nothing was done yet, so nothing has to be finished
+            raise
+        raise BuildError(
+            f"The change of {change.place} was begun and could not be finished: {error}.",
+            next_step="Whatever dinoexport does there next finishes it first. Mend the cause and run it again.",
+        ) from error
+    _discard(change.folder / _OLD)
+    _discard(change.new)
+    record.unlink()
+
+
+def _move(step: Step, inode: int | None, old: Path) -> None:
+    """Puts `source` at `target`; what was there goes to `old`. Once `source` is gone it is done."""
+    source, target = step.source, step.target
+    assert source is not None
+    if not os.path.lexists(source):
+        return
+    target.parent.mkdir(exist_ok=True)
+    if not os.path.lexists(target):
+        os.rename(source, target)
+        return
+    if not target.is_dir() or target.is_symlink():
+        os.replace(source, target)
+        return
+    if os.lstat(target).st_ino != inode and not _exchange(source, target):
+        os.rename(target, old)
+        try:
+            os.rename(source, target)
+        except OSError:
+            os.rename(old, target)  # better the old one than none
+            raise
+        return
+    os.rename(source, old)  # what was exchanged
+
+
+def _link(step: Step, _inode: int | None, _old: Path) -> None:
+    source, target = step.source, step.target
+    assert source is not None
+    if os.path.lexists(target) or not target.parent.is_dir():  # the folder it was for stands in its place by now
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.copyfile(source, partial)
+        os.rename(partial, target)
+
+
+def _remove(step: Step, _inode: int | None, _old: Path) -> None:
+    _discard(step.target)
+
+
+_STEPS: dict[Kind, Callable[[Step, int | None, Path], None]] = {"move": _move, "link": _link, "remove": _remove}
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one system call, so that there is always one at each path; False where there is none."""
+    rename = _renameat2()
+    if rename is None:
+        return False
+    sys.audit("dinoexport.exchange", str(one), str(other))  # seen like os.rename by whoever watches file operations
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+@cache
+def _renameat2() -> Any:
+    """The C library's renameat2, None where it has none: it is Linux's, in glibc since 2.28."""
+    with suppress(OSError, AttributeError):
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+        return function
+    return None

@@ -1,0 +1,116 @@
+"""Locks between processes: a file that one process holds, and a folder that many read and one changes.
+
+The kernel drops a lock with the process that held it, so a killed process blocks nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinoexport.errors import BuildError, UsageError
+from dinoexport.spec import Progress, silent
+
+_POLL_S = 0.05
+# Network file systems without locks say one of these. There two processes at one place are the user's to keep apart.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+@contextmanager
+def exclusive(path: Path, *, doing: str, wait_s: float = 0.0, progress: Progress = silent) -> Iterator[None]:
+    """Holds the file `path`, made where it is absent, against other processes.
+
+    A BuildError when another one is `doing` it and does not end within `wait_s` seconds; a UsageError when `path` is a
+    link or no regular file. The holder may remove the file when it is done: whoever then holds a file that is no longer
+    there tries again.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _open(path)
+        except FileNotFoundError:  # its folder was removed by the holder
+            continue
+        try:
+            if not _taken(descriptor, write=True):
+                if time.monotonic() >= deadline:
+                    raise BuildError(f"Another process is {doing}.", next_step="Wait for it, or choose another place.")
+                progress(f"waiting for another process that is {doing}", 0, 0)
+                time.sleep(_POLL_S)
+                continue
+            if _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock file; never of what a link points to, and never emptied."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _no_lock(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _no_lock(path: Path) -> UsageError:
+    return UsageError(f"{path} is a link or no regular file, so it is no lock of ours.", next_step="Move it away.")
+
+
+@contextmanager
+def folder(path: Path, *, write: bool, wait_s: float, doing: str, progress: Progress = silent) -> Iterator[None]:
+    """Holds the folder `path`: with other readers, or with `write` alone. Nothing is written for it.
+
+    Waits for those who hold it otherwise, and raises a BuildError after `wait_s` seconds. When the folder at `path` was
+    exchanged for another one meanwhile, that one is held.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not _taken(descriptor, write=write):
+                if time.monotonic() >= deadline:
+                    raise BuildError(f"Another process is {doing}.", next_step="Run it again when that has ended.")
+                progress(f"waiting for another process that is {doing}", 0, 0)
+                time.sleep(_POLL_S)
+                continue
+            if _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is held still is what lies at `path`."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    held = os.fstat(descriptor)
+    return (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _taken(descriptor: int, *, write: bool) -> bool:
+    """Whether the lock is ours now; also where the file system has no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True

@@ -1,0 +1,111 @@
+"""The one way to open a file that came from outside: a bundle's, a repository's, a checkpoint, a recipe, a key.
+
+Only regular files are opened, so no pipe is waited for and no device is touched; only of a size that fits what the file
+is; and inside a folder that came from outside only what lies there itself, for a link could lead to any file of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from dinoexport.errors import UsageError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link",
+}  # fmt: skip
+
+
+class Unreadable(UsageError):
+    """A file that cannot or must not be opened. problem: why, as the end of a sentence."""
+
+    def __init__(self, path: Path, problem: str, *, is_link: bool = False, absent: bool = False) -> None:
+        super().__init__(f"{path} cannot be read: {problem}.", next_step="Check the path and its permissions.")
+        self.problem, self.is_link, self.absent = problem, is_link, absent
+
+
+@contextmanager
+def opened(path: Path, *, max_bytes: int | None = None, links: bool = True) -> Iterator[BinaryIO]:
+    """The regular file at `path`, opened for reading, unbuffered; an Unreadable for anything else.
+
+    max_bytes: the largest a file of this kind can be. links: whether `path` itself may be a link, as one that a user
+    named may be.
+    """
+    descriptor = _open(path, max_bytes, links)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        yield file
+
+
+def read_bytes(path: Path, *, max_bytes: int, links: bool = True) -> bytes:
+    """The content of the regular file at `path`; an Unreadable for anything else, or for more than `max_bytes`."""
+    pieces, left = [], max_bytes + 1  # a file of /proc says that it has 0 bytes
+    with opened(path, max_bytes=max_bytes, links=links) as file:
+        try:
+            while left and (piece := file.read(min(left, 1 << 24))):
+                pieces.append(piece)
+                left -= len(piece)
+        except OSError as error:
+            raise Unreadable(path, _reason(error)) from None
+    if not left:
+        raise _too_large(path, max_bytes + 1, max_bytes)
+    return b"".join(pieces)
+
+
+def read_text(path: Path, *, max_bytes: int, links: bool = True) -> str:
+    """The same as text; an Unreadable for what is not UTF-8."""
+    try:
+        return read_bytes(path, max_bytes=max_bytes, links=links).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(path, f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def is_regular(path: Path, *, links: bool = True) -> bool:
+    """Whether `opened` would try to open it."""
+    try:
+        found = path.stat(follow_symlinks=links)
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(found.st_mode)
+
+
+def _open(path: Path, max_bytes: int | None, links: bool) -> int:
+    """A descriptor. What is there is looked at before it is opened, for opening a device may do something."""
+    try:
+        found = path.stat(follow_symlinks=links)
+        _check(path, found, max_bytes)
+        # O_NONBLOCK: what became a pipe in between is not waited for.
+        follow = 0 if links else os.O_NOFOLLOW
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | follow)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Unreadable(path, _reason(error), absent=True) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise Unreadable(path, _reason(error)) from None
+    try:
+        _check(path, os.fstat(descriptor), max_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check(path: Path, found: os.stat_result, max_bytes: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = stat.S_IFMT(found.st_mode)
+        raise Unreadable(
+            path, f"it is {_KINDS.get(kind, 'something')}, not a regular file", is_link=kind == stat.S_IFLNK
+        )
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise _too_large(path, found.st_size, max_bytes)
+
+
+def _too_large(path: Path, size: int, max_bytes: int) -> Unreadable:
+    return Unreadable(path, f"it has {size:,} bytes or more, and no such file has more than {max_bytes:,}")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,327 @@
+"""The Python front door: the same model, errors and verdict as the command line, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinoexport
+from dinoexport import api, bundle, images
+from dinoexport.bundle import reference_file
+from dinoexport.config import resources
+from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
+from dinoexport.models.dinov2 import cases
+from dinoexport.pipeline import build as pipeline
+from tests.conftest import DATA, as_if_chosen
+
+PHOTOGRAPH = resources.folder("validate") / "images" / "rocket.jpg"
+OTHER = resources.folder("validate") / "images" / "chelsea.png"
+SERVED = str(DATA / "tiny_served.toml")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle that takes 224x224, built by the front door itself."""
+    out = tmp_path_factory.mktemp("api") / "bundle"
+    built = dinoexport.build(SERVED, weights="synthetic:0", out=out)
+    assert built.folder == out and built.manifest.verdict == "passed"
+    return out
+
+
+@pytest.fixture
+def loaded(folder: Path) -> Iterator[dinoexport.Bundle]:
+    with dinoexport.load(folder) as opened:
+        yield opened
+
+
+def exact(folder: Path) -> Any:
+    """A case of the reference with PyTorch's answer, photographs aside."""
+    return reference_file.read(folder / bundle.REFERENCE).expectations[0]
+
+
+def test_names_are_loaded_when_used() -> None:
+    """`import dinoexport` brings nothing, not even NumPy; unknown names are an AttributeError; dir lists the API."""
+    script = (
+        "import dinoexport, sys\n"
+        "assert not {'numpy', 'pydantic', 'torch', 'dinoexport.api'} & set(sys.modules)\n"
+        "assert {'build', 'load', 'Bundle'} <= set(dir(dinoexport))\n"
+        "assert dinoexport.load is sys.modules['dinoexport.api'].load\n"
+        "try: dinoexport.laod\n"
+        "except AttributeError as error: assert 'laod' in str(error)\n"
+        "else: raise SystemExit('no error')\n"
+        "import dinoexport.cli.build, dinoexport.pipeline.build, dinoexport.validation.validate_bundle\n"
+        "assert callable(dinoexport.build), 'a submodule took its place'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_arrays_are_the_graphs_inputs(folder: Path, loaded: dinoexport.Bundle) -> None:
+    expectation = exact(folder)
+    by_name = loaded(expectation.case.inputs)
+    (pixels,) = expectation.case.inputs.values()
+    alone = loaded(pixels)
+    for name, expected in expectation.outputs.items():
+        assert np.array_equal(by_name[name], alone[name])
+        assert np.linalg.norm(by_name[name] - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_images_are_prepared_as_the_validation_does(loaded: dinoexport.Bundle) -> None:
+    """A path, its bytes, a Pillow image and the pixels made by hand give the same tokens."""
+    pixels = cases.inputs_of(images.for_evaluation(images.load(PHOTOGRAPH))[None], as_bytes=True)
+    expected = loaded(pixels)
+    with Image.open(PHOTOGRAPH) as picture:
+        for way in (str(PHOTOGRAPH), PHOTOGRAPH, PHOTOGRAPH.read_bytes(), picture, [PHOTOGRAPH], (picture,)):
+            found = loaded(way)
+            assert all(np.array_equal(found[name], expected[name]) for name in expected), type(way)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "F", "YCbCr"])
+def test_pillow_images_of_every_mode_are_what_their_file_is(mode: str, loaded: dinoexport.Bundle) -> None:
+    """As RGB, however Pillow holds them; 16-bit grey is scaled, and 32-bit floats have no agreed range."""
+    source = Image.open(PHOTOGRAPH).resize((300, 260))
+    if mode == "I;16":
+        picture = Image.fromarray((np.asarray(source.convert("L")).astype(np.uint16)) * 257)
+        alike = source.convert("L")
+    else:
+        picture = source.convert(mode)
+        alike = picture.convert("RGB")
+    if mode == "F":
+        with pytest.raises(InputRefused, match="32-bit grey"):
+            loaded(picture)
+        return
+    stored = BytesIO()
+    alike.save(stored, "PNG")
+    assert np.array_equal(loaded(picture)["class_token"], loaded(stored.getvalue())["class_token"])
+
+
+def test_a_turned_photograph_is_turned_back(loaded: dinoexport.Bundle, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(PHOTOGRAPH).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "turned.jpg") as picture:
+        assert np.array_equal(loaded(picture)["class_token"], loaded(tmp_path / "turned.jpg")["class_token"])
+        lying = Image.fromarray(np.asarray(picture))
+        assert not np.array_equal(loaded(picture)["class_token"], loaded(lying)["class_token"])
+
+
+def test_more_images_than_a_batch_are_run_in_several(folder: Path, loaded: dinoexport.Bundle) -> None:
+    (batch,) = [dim for dim in loaded.graphs[0].dims if dim.name == "batch"]
+    asked = [PHOTOGRAPH, OTHER] * batch.max
+    found = loaded(asked)["class_token"]
+    assert found.shape[0] == 2 * batch.max
+    first, second = loaded(PHOTOGRAPH)["class_token"][0], loaded(OTHER)["class_token"][0]
+    for i, token in enumerate(found):
+        own, foreign = (first, second) if i % 2 == 0 else (second, first)
+        assert np.linalg.norm(token - own) < 1e-4 * np.linalg.norm(own) < np.linalg.norm(token - foreign)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("no/such/file.jpg", "no/such/file.jpg is no file"),
+        ([], "no image in an empty sequence"),
+        (b"GIF89a", "not a readable image"),
+        (3, "A int is no image"),
+        ([np.zeros((224, 224, 3), np.uint8)], "A ndarray is no image"),
+        (np.zeros((1, 3, 224, 224), np.float64), "float64"),
+        ({"pixel": np.zeros((1, 3, 224, 224), np.float32)}, "Inputs are"),
+    ],
+)
+def test_what_is_no_input_is_refused(wrong: Any, words: str, loaded: dinoexport.Bundle) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        loaded(wrong)
+    assert refused.value.next_step
+
+
+def test_a_directory_or_a_pipe_is_not_opened(loaded: dinoexport.Bundle, tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path, tmp_path / "pipe.jpg"):
+        with pytest.raises(InputRefused, match="is no file"):
+            loaded(path)
+
+
+def test_front_end_is_known(loaded: dinoexport.Bundle) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'images'") as refused:
+        loaded(PHOTOGRAPH, front_end="image")
+    assert "images" in refused.value.next_step
+
+
+def test_threads_reach_the_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    opened = api.runners.open_candidate
+
+    def watched(model: Any, graphs: Any, way: Any) -> Any:
+        asked.append(way.threads)
+        return opened(model, graphs, way)
+
+    monkeypatch.setattr(api.runners, "open_candidate", watched)
+    for threads in (0, 1):
+        dinoexport.load(folder, threads=threads)(PHOTOGRAPH)
+    assert asked == [0, 1]
+    with pytest.raises(UsageError, match="threads is -1"):
+        dinoexport.load(folder, threads=-1)
+
+
+def test_the_runtime_is_the_one_that_judged(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from dinoexport.spec import Precision, Way
+
+    other = as_if_chosen(folder, tmp_path / "other", Way(runtime="openvino", precision=Precision.FP32, threads=1))
+    with dinoexport.load(other) as opened:
+        assert opened.runs_on.startswith("OpenVINO")
+        assert opened(PHOTOGRAPH)["class_token"].shape == (1, 96)
+    with dinoexport.load(folder) as opened:
+        assert opened.runs_on.startswith("ONNX Runtime") and "fp32" in opened.runs_on
+
+
+def test_devices(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no engine for a GPU"):
+        dinoexport.load(folder, device="gpu")(PHOTOGRAPH)
+    with pytest.raises(UsageError, match="Did you mean 'gpu'"):
+        dinoexport.load(folder, device="gpus")  # type: ignore[arg-type]
+    assert dinoexport.load(folder, device="cpu")(PHOTOGRAPH)
+
+
+def test_an_engine_that_cannot_run_here(tmp_path: Path) -> None:
+    """Asked for, it is an error; left to dinoexport, the graph answers on the CPU."""
+    pytest.importorskip("tensorrt_rtx")
+    built = dinoexport.build(SERVED, weights="synthetic:0", precision="fp32", target="rtx4090", out=tmp_path / "b")
+    assert built.manifest.engines and built.runs_on.startswith("ONNX Runtime")
+    with dinoexport.load(tmp_path / "b", device="gpu") as opened, pytest.raises(MissingRequirement, match="no GPU"):
+        opened(PHOTOGRAPH)
+
+
+def test_a_closed_bundle_is_closed(folder: Path) -> None:
+    opened = dinoexport.load(folder)
+    with opened as same:
+        assert same is opened and opened(PHOTOGRAPH)
+    with pytest.raises(UsageError, match="was closed"):
+        opened(PHOTOGRAPH)
+
+
+def test_many_threads_may_ask(loaded: dinoexport.Bundle) -> None:
+    expected = loaded(PHOTOGRAPH)["class_token"]
+    found: list[Any] = []
+    asking = [threading.Thread(target=lambda: found.append(loaded(PHOTOGRAPH)["class_token"])) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(found) == 4 and all(np.array_equal(each, expected) for each in found)
+
+
+def test_validate(folder: Path, loaded: dinoexport.Bundle) -> None:
+    validated = loaded.validate()
+    assert validated.report.passed and loaded.manifest.verdict == "passed"
+    assert "passed" in repr(loaded)
+
+
+def test_validate_raises_for_other_outputs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinoexport.validation import validate_bundle
+
+    real = validate_bundle.validate
+    asked: dict[str, Any] = {}
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        asked.update(kwargs)
+        from dataclasses import replace
+
+        validated = real(*args, **kwargs)
+        return replace(validated, report=replace(validated.report, rows=()))
+
+    monkeypatch.setattr(validate_bundle, "validate", failing)
+    with pytest.raises(dinoexport.OutputsDiffer, match="does not give PyTorch's outputs") as differ:
+        dinoexport.load(folder, device="cpu").validate()
+    assert isinstance(differ.value, ValidationFailed) and differ.value.exit_code == 1
+    assert not differ.value.validated.report.passed and asked["runtime"] == "onnxruntime"
+
+
+def test_a_damaged_bundle_is_refused(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[100] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ValidationFailed, match="damaged"):
+        dinoexport.load(copy)
+    assert dinoexport.load(copy, check=False).manifest.verdict == "passed"
+    with pytest.raises(UsageError, match="is no bundle"):
+        dinoexport.load(tmp_path)
+
+
+def test_a_signature_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    (tmp_path / "verify.pem").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    with pytest.raises(ValidationFailed, match="not signed"):
+        dinoexport.load(folder, verify=tmp_path / "verify.pem")
+
+
+def test_build_refuses_as_the_command_line_does(tmp_path: Path) -> None:
+    for wrong, words in (
+        ({"precision": "fp61"}, "precision 'fp61' is unknown"),
+        ({"runtime": "tensorrtx"}, "runtime 'tensorrtx' is unknown"),
+        ({"target": "a1000"}, "a1000"),
+        ({"weights": tmp_path / "none.pth"}, "none.pth"),
+    ):
+        with pytest.raises(dinoexport.errors.DinoexportError, match=words):
+            dinoexport.build(SERVED, out=tmp_path / "b", **{"weights": "synthetic:0", **wrong})
+
+
+def test_build_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument reaches the pipeline under its own name."""
+    asked: dict[str, Any] = {}
+
+    def request(variant: str, **kwargs: Any) -> str:
+        asked.update(kwargs, variant=variant)
+        return "request"
+
+    def build(request: str, **kwargs: Any) -> Any:
+        asked.update(kwargs)
+        raise pipeline.Rejected("no", next_step="", report=None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "build_request", request)
+    monkeypatch.setattr(pipeline, "build", build)
+
+    def progress(*_: Any) -> None: ...
+
+    with pytest.raises(ValidationFailed):
+        dinoexport.build(
+            "vits14", weights="w.pth", precision="auto", target="a100", runtime="tensorrt", profiles=["latency"],
+            preset="max", out=str(tmp_path), force=True, keep_rejected=True, reference="hub", progress=progress,
+        )  # fmt: skip
+    assert asked == {
+        "variant": "vits14", "weights": "w.pth", "precision": "auto", "target": "a100", "runtime": "tensorrt",
+        "engine_choices": {"profiles": ("latency",), "preset": "max"}, "out": tmp_path, "judge_code": "hub",
+        "force": True, "keep_rejected": True, "progress": progress,
+    }  # fmt: skip
+
+
+def test_no_torch_no_onnx_no_network(folder: Path) -> None:
+    """A process in which importing torch or onnx, or connecting, is an error loads, runs and validates."""
+    script = (
+        "import socket, sys\n"
+        "for name in ('torch', 'onnx', 'onnx_ir', 'onnxscript', 'safetensors'): sys.modules[name] = None\n"
+        "socket.socket.connect = None\n"
+        "import dinoexport\n"
+        f"with dinoexport.load({str(folder)!r}) as bundle:\n"
+        f"    assert bundle({str(PHOTOGRAPH)!r})['class_token'].ndim == 2\n"
+        "    assert bundle.validate().report.passed\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
