@@ -60,7 +60,7 @@ def _variant(loaded: Recipe) -> dict[str, Any]:
         "parameters": parameters,
         **model.facts,
         "published_bytes": sum(known) if known and len(known) == len(sizes) else None,
-        "heads": ", ".join(loaded.heads) or loaded.head.get("kind", ""),
+        "published_heads": ", ".join(loaded.heads),
         "licence": loaded.licence,
     }
 
