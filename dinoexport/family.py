@@ -240,6 +240,20 @@ class CaseSource(Protocol):
         """How to see whether answers to `cases_from` serve as PyTorch's do; None: there is no such way."""
 
 
+class Fittable(Protocol):
+    """A model whose outputs are features that a classifier can be fitted on."""
+
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """Kind of classifier -> the outputs it reads, joined: (output, `as is` or its `mean` over the second axis).
+
+        Kinds are `logreg`, `linear` and `knn`; empty where the outputs are no features.
+        """
+
+    def fitted_head(self, kind: str) -> str:
+        """What the recipe's `[head]` calls a fitted classifier of `kind`."""
+
+
 class Servable(Protocol):
     """Ways into a served model for files as users have them."""
 
@@ -271,7 +285,7 @@ class Reported(Protocol):
         """Intended use, limits and bias, as the authors' model card states them."""
 
 
-class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Servable, Reported, Protocol):
+class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Fittable, Servable, Reported, Protocol):
     """One variant of a family, as a recipe describes it, in every role. Functions ask for the role they need."""
 
 

@@ -7,10 +7,10 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from dinoexport.cli import build, inspect, serve
+from dinoexport.cli import build, fit, inspect, serve
 from dinoexport.cli.app import EXIT_CODES, app
 
-__all__ = ["EXIT_CODES", "app", "build", "inspect", "main", "serve"]
+__all__ = ["EXIT_CODES", "app", "build", "fit", "inspect", "main", "serve"]
 
 
 def main() -> NoReturn:

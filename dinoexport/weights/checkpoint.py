@@ -390,8 +390,8 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     other = _recognised(wanted, shapes)
     if other:
         raise WeightsError(
-            f"{source} is not {wanted.name}: this is {other}.",
-            next_step=f"dinoexport build {other} --weights {source}",
+            f"{source} is not {wanted.name}: this is {' or '.join(other)}.",
+            next_step=f"dinoexport build {other[0]} --weights {source}",
         )
     listed = "\n  ".join(problems)
     raise WeightsError(
@@ -400,18 +400,19 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     )
 
 
-def _recognised(wanted: Recipe, shapes: Shapes) -> str | None:
-    """The shipped variant of the same family that these tensors are."""
+def _recognised(wanted: Recipe, shapes: Shapes) -> list[str]:
+    """The shipped variants of the same family that these tensors may be."""
+    found = []
     for name in recipe.variants():
         candidate = recipe.load(name)
         if candidate.family != wanted.family or name == wanted.name:
             continue
         try:
             if not _problems(find(candidate.family).model(candidate), shapes):
-                return name
+                found.append(name)
         except DinoexportError:
             continue
-    return None
+    return found
 
 
 def _first_line(error: BaseException) -> str:

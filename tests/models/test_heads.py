@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinoexport import family
 from dinoexport.config import recipe
+from dinoexport.errors import UsageError
 from dinoexport.graph.onnx_writer import export
 from dinoexport.models.dinov2 import reference as of_backbone
 from dinoexport.models.dinov2 import synthetic
@@ -210,3 +212,126 @@ def test_conformance(kind: str, tmp_path: Path) -> None:
         model.case({"name": "off", "why": "no multiple of 14", "height": 45, "width": 59}, DATA),
     ]
     conformance.check(model, cases, tmp_path)
+
+
+def mistaken(variant: str, kind: str, size: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The plain formulation's answer with one mistake in it."""
+    model = model_of(variant, kind)
+    head = model.head
+    image = torch.from_numpy(pixels(size))
+    read = reading(model)
+    changed: dict[str, Any] = {}
+    if mistake == "other norm":
+        monkeypatch.setattr(type(head), "after_norm", not head.after_norm)
+    elif mistake == "last blocks":
+        monkeypatch.setattr(type(head), "blocks", tuple(range(head.arch.depth - 4, head.arch.depth)))
+    elif mistake == "hub's range":
+        monkeypatch.setattr(type(head), "depth_range", (0.001, 80.0))
+    elif mistake in ("mean dropped", "variance dropped"):
+        name = f"decode_head.bn.running_{mistake.split(maxsplit=1)[0].replace('variance', 'var')}"
+        value = torch.zeros(head.width) if "mean" in mistake else torch.ones(head.width)
+        changed["load"] = lambda n: value if n == name else torch.from_numpy(read(n))
+    elif mistake == "no class token":
+        kept = {block: stream.clone() for block, stream in streams(variant, size, True).items()}
+        for stream in kept.values():
+            stream[:, 0] = 0
+        changed["streams"] = kept
+    elif mistake in ("all corners", "no corners"):
+        resize = F.interpolate
+        corners = mistake == "all corners"
+        monkeypatch.setattr(F, "interpolate", lambda x, **k: resize(x, **(k | {"align_corners": corners})))
+    elif mistake == "clamp last":
+        clamp = torch.Tensor.clamp
+        monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: x)
+        answer = plain(variant, model, size)
+        monkeypatch.undo()
+        return answer | {"depth": clamp(torch.from_numpy(answer["depth"]), *head.depth_range).numpy()}
+    elif mistake == "no clamp":
+        monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: x)
+    else:
+        pad = {"cropped": None, "padded right and below": (0, 1)}[mistake]
+        height, width = (side // 14 * 14 for side in image.shape[-2:])
+        rows, columns = -image.shape[-2] % 14, -image.shape[-1] % 14
+        seen = image[..., :height, :width] if pad is None else F.pad(image, (0, columns, 0, rows))
+        kept = {}
+        of_backbone.tokens_of(
+            head.arch,
+            lambda name: torch.from_numpy(read(name)),
+            [seen],
+            blocks=[],
+            block_done=lambda _done: None,
+            keep_stream=lambda _j, done, stream: kept.__setitem__(done - 1, stream),
+        )
+        changed["streams"] = kept
+        if pad is None:
+            monkeypatch.setattr(type(head), "pads", False)
+    return plain(variant, model, size, **changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mistake"),
+    [
+        *((kind, "other norm") for kind in ("nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "voc2012_ms")),
+        *((kind, "cropped") for kind in ("nyu_linear", "nyu_dpt", "ade20k_linear")),
+        *((kind, "padded right and below") for kind in ("nyu_linear4", "nyu_dpt", "voc2012_ms")),
+        *((kind, "last blocks") for kind in ("nyu_linear4", "nyu_dpt")),
+        *((kind, "hub's range") for kind in ("nyu_linear", "nyu_linear4")),
+        *((kind, f"{what} dropped") for kind in ("ade20k_linear", "voc2012_ms") for what in ("mean", "variance")),
+        *(("nyu_dpt", mistake) for mistake in ("all corners", "no corners", "no class token")),
+        *(("kitti_dpt", mistake) for mistake in ("clamp last", "no clamp")),
+    ],
+)
+def test_official_numbers_catch_mistakes(kind: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each known mistake costs at 225x300 is far past the limit, so none can pass."""
+    size = "1x225x300"
+    answer = mistaken("vits14", kind, size, mistake, monkeypatch)
+    monkeypatch.undo()
+    assert worst(answer, goldens("vits14", kind)[size]) > 100 * LIMIT
+    assert worst(plain("vits14", model_of("vits14", kind), size), goldens("vits14", kind)[size]) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(12, (2, 5, 8, 11)), (24, (4, 11, 17, 23)), (40, (9, 19, 29, 39)), (4, (0, 1, 2, 3))]
+)
+def test_blocks_of_the_spread_heads(depth: int, blocks: tuple[int, ...]) -> None:
+    variant = {12: "vitb14", 24: "vitl14", 40: "vitg14", 4: "tiny_heads"}[depth]
+    assert model_of(variant, "nyu_dpt").head.blocks == blocks
+    assert model_of(variant, "ade20k_ms").head.blocks == tuple(range(depth - 4, depth))
+
+
+def test_a_register_variant_has_no_depth_head() -> None:
+    with pytest.raises(UsageError, match="no nyu_dpt head was trained for a backbone with registers"):
+        model_of("vitb14_reg", "nyu_dpt")
+
+
+def test_hugging_faces_depth_anything_agrees_at_518() -> None:
+    """A second oracle, and the key map of its layout: the published names go in, its own numbers come out."""
+    import transformers
+
+    backbone = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14,
+        out_indices=[3, 6, 9, 12], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    theirs = transformers.DepthAnythingForDepthEstimation(
+        transformers.DepthAnythingConfig(
+            backbone_config=backbone, reassemble_hidden_size=384, neck_hidden_sizes=[48, 96, 192, 384],
+            fusion_hidden_size=64, head_hidden_size=32,
+        )
+    ).eval()  # fmt: skip
+    model = model_of("depth-anything-v2-vits")
+    state = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    asked: list[str] = []
+
+    def spy(name: str) -> Any:
+        asked.append(name)
+        return theirs.state_dict()[name].float().numpy()
+
+    shapes, read = model.adapt(state, spy)
+    assert {n: s for n, s in shapes.items() if n not in model.optional_tensors} == {
+        n: s for n, s in model.tensors.items() if n not in model.optional_tensors
+    }
+    image = pixels("1x518x518")
+    with torch.inference_mode():
+        expected = theirs(torch.from_numpy(image)).predicted_depth.numpy()
+    (ours,) = conformance.reference(model, read, [{"pixels": image}])
+    assert expected.std() > 0 and distance(ours["depth"], expected).relative_l2 <= LIMIT

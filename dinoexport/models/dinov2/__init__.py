@@ -300,6 +300,16 @@ class Dinov2Model:
         """Class tokens, mean patch tokens, and patches found again in the mirrored image; see `uses`."""
         return ImageUses()
 
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """As dinov2/eval has them: class token, or with the mean patch token behind it."""
+        token = ("class_token", "as is")
+        return {"logreg": (token,), "linear": (token, ("patch_tokens", "mean")), "knn": (token,)}
+
+    def fitted_head(self, kind: str) -> str:
+        """`linear` is the name of a released head, so a fitted one is a `probe`."""
+        return "probe" if kind == "linear" else kind
+
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:

@@ -261,6 +261,15 @@ class HeadedModel:
         """None: the answers are what the model is used for, and the judge compares them."""
         return None
 
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """Nothing: the outputs are answers already."""
+        return {}
+
+    def fitted_head(self, kind: str) -> str:
+        """The backbone's word."""
+        return self.backbone.fitted_head(kind)
+
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
