@@ -2,6 +2,7 @@
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
 # make quick     the tests that need no whole build: less than a minute on two cores
+# make mutants   random changes of the code, and whether the tests notice (MUTANTS=40 SEED=0)
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
 # make pictures  the pictures in docs/images, from real builds; needs a Chromium
@@ -22,7 +23,7 @@ TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
 TEXT := .text
 
-.PHONY: demo check quick test docs reference pictures bench engines gpu soak clean
+.PHONY: demo check quick test mutants docs reference pictures bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -39,6 +40,11 @@ quick: check
 
 test: check $(TRITON_READY) $(TEXT)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
+
+MUTANTS ?= 40
+SEED ?= 0
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants --count $(MUTANTS) --seed $(SEED)
 
 docs: reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -16,6 +16,7 @@ from dinoexport.config import resources
 from dinoexport.config.recipe import EngineChoices, Target, load_target
 from dinoexport.config.target import can_build
 from dinoexport.errors import DinoexportError
+from dinoexport.runtime import telemetry
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system import hardware
@@ -49,6 +50,11 @@ def findings() -> tuple[Finding, ...]:
         *(_runtime(runtime) for runtime in Runtime if runtime is not Runtime.ONNXRUNTIME),
         *_gpus(gpus),
         *_cuda_mix(),
+        *(
+            Finding(subject=f"privacy of {package}", found=found)
+            for package, found in telemetry.findings().items()
+            if hardware.installed(package)
+        ),
         *(_target(load_target(name), gpus) for name in resources.names("recipes/targets")),
         *(_disk(place, folder) for place, folder in (("here", Path()), ("cache", cache_folder()))),
     )
@@ -74,8 +80,7 @@ def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
         )
     if not both:
         return _package("ONNX Runtime", "onnxruntime", "cpu", "judges the graph")
-    import onnxruntime
-
+    onnxruntime = telemetry.onnxruntime()
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__} with {', '.join(providers)}"
     if gpus and "CUDA" not in providers:

@@ -34,11 +34,14 @@ from dinoexport.spec import (
     closest,
 )
 from dinoexport.system import files
+from dinoexport.text.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
 
 GROUP = "dinoexport.families"
+# LayerNormalization is one operator since 17, Gelu since 20; every runtime we target takes 20.
+OPSET = 20
 # Tensor name in the family's own layout -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
 # Reads one tensor of a checkpoint as float32; several threads may read at once.
@@ -53,7 +56,7 @@ class Piece:
     least_sizes: dimension name -> the least size the module takes, where that is not 1; the tracer finds it out as
     well, by tracing twice.
     The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
-    never looked at.
+    never looked at. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Piece:
     example_inputs: Mapping[str, torch.Tensor]
     dynamic: Mapping[str, Mapping[int, str]]
     least_sizes: Mapping[str, int] = field(default_factory=dict)
+    opset: int = OPSET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,17 @@ class Uses(Protocol):
 
     def thumbnail(self, inputs: Arrays) -> Picture:
         """A small picture of the item, to be recognised by."""
+
+
+class TextRole(Protocol):
+    """What a model that writes text brings besides its graphs."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts it was trained to answer."""
+
+    def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
+        """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
 
 
 class WeightLayout(Protocol):
@@ -255,7 +270,11 @@ class Fittable(Protocol):
 
 
 class Servable(Protocol):
-    """Ways into a served model for files as users have them."""
+    """Ways into a served model for files and texts as users have them."""
+
+    @property
+    def text(self) -> TextRole | None:
+        """How it writes text; None for a model that writes none."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """What is served in front of the graphs; `samples` is a folder of files like those it will be asked about."""

@@ -38,6 +38,7 @@ class Precision(enum.StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 class Runtime(enum.StrEnum):
@@ -95,6 +96,7 @@ class Tensor:
     """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
 
     kind: of an output. decided_by: of labels, the output that holds the scores whose best one they name.
+    default: the value of every element of an input that may be left out; None where it may not.
     """
 
     name: str
@@ -103,16 +105,22 @@ class Tensor:
     meaning: str
     kind: OutputKind = "vectors"
     decided_by: str = ""
+    default: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The signature of one ONNX graph of a model."""
+    """The signature of one ONNX graph of a model.
+
+    carried: input -> the output that continues it: state, as a decoder's cache is, which the next call takes again.
+    Each is empty along one dynamic dimension at the beginning.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     dims: tuple[Dim, ...]
+    carried: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +142,17 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread."""
+    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread.
+
+    bits: 8 or 4 of a product's weight (I, O) that is stored so, 0 of any other. block: how many of its rows share a
+    scale in each column. zero_points: whether a block has one; four bits without are what TensorRT takes.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], Array]
+    bits: int = 0
+    block: int = 0
+    zero_points: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +162,8 @@ class Case:
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
     where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
     something from looking at it, as at a photograph. label: the class it belongs to, where that is known.
+    distributions: outputs (..., V) that are unnormalised log probabilities. choices: output of chosen indices (B, N) ->
+    the distributions (B, N, V) they were chosen from, each after the choices before it.
     """
 
     name: str
@@ -156,6 +173,8 @@ class Case:
     neighbours: bool = False
     shown: bool = False
     label: str = ""
+    distributions: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

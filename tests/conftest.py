@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from dinoexport import bundle
+from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Way
 from dinoexport.system import hardware
@@ -35,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MARKER",
         help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
     )
+    parser.addoption(
+        "--quick", action="store_true", help="Leave out the tests marked slow, and those that need a whole build."
+    )
 
 
 def chromium() -> str | None:
@@ -50,6 +56,8 @@ def _missing(marker: str) -> str:
         return "tensorrt is not installed"
     if marker == "browser" and chromium() is None:
         return "no Chromium on this machine"
+    if marker == "traced":
+        return _cannot_trace()
     if marker == "triton":
         return triton_server.missing()
     if marker == "vocabulary" and not vocabulary.ARCHIVE.is_file():
@@ -57,12 +65,38 @@ def _missing(marker: str) -> str:
     return ""
 
 
+@cache
+def _cannot_trace() -> str:
+    """Why no program's system calls can be traced."""
+    if not shutil.which("strace"):
+        return "strace is not installed"
+    tried = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True, check=False)
+    return "" if tried.returncode == 0 else f"strace traces nothing here: {tried.stderr.strip()}"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    slow = item.get_closest_marker("slow")
+    if slow is not None and item.config.getoption("--quick"):
+        pytest.skip(f"slow: {slow.args[0]}")
     for mark in item.iter_markers():
         if reason := _missing(mark.name):
             if mark.name in item.config.getoption("--require"):
                 pytest.fail(f"--require {mark.name}: {reason}", pytrace=False)
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, what begins a whole build is skipped there, so no list of such tests is kept."""
+
+    def skip(*_: object, **__: object) -> None:
+        pytest.skip("needs a whole build")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--quick"):
+            patch.setattr(pipeline, "build", skip)
+            patch.setattr(pipeline, "export_only", skip)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,7 @@ def test_the_verb(folder: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["bench", str(folder)])
     assert shown.exit_code == 0 and "3 x 98 x 98" in shown.stdout and "GFLOP/s" in shown.stdout
     told = json.loads(CliRunner().invoke(cli.app, ["bench", str(folder), "--json"]).stdout)
+    assert set(told) == {"candidate", "machine", "notes", "peak_gflop_per_s", "usable_cpus", "workloads"}
     assert len(told["workloads"]) == 2 and told["workloads"][1]["items"] == 3
     assert CliRunner().invoke(cli.app, ["bench", "absent"]).exit_code == 2
 

@@ -53,7 +53,7 @@ class Server:
             link = self._backends / file.name
             if not link.is_symlink():
                 link.symlink_to(file)  # a copy would lose its library path
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         self.start()
 
     @property
@@ -156,7 +156,7 @@ class Server:
             region.unlink(missing_ok=True)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -78,6 +78,7 @@ class GraphFacts(Frozen):
     inputs: tuple[dict[str, Any], ...]
     outputs: tuple[dict[str, Any], ...]
     dims: tuple[dict[str, Any], ...]
+    carried: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, file: str) -> GraphFacts:
@@ -88,6 +89,7 @@ class GraphFacts(Frozen):
             inputs=tuple(_plain(tensor) for tensor in graph.inputs),
             outputs=tuple(_plain(tensor) for tensor in graph.outputs),
             dims=tuple(_plain(dim) for dim in graph.dims),
+            carried=dict(graph.carried),
         )
 
     @model_validator(mode="after")
@@ -103,6 +105,7 @@ class GraphFacts(Frozen):
             inputs=tensors.validate_python(self.inputs),
             outputs=tensors.validate_python(self.outputs),
             dims=TypeAdapter(tuple[Dim, ...]).validate_python(self.dims),
+            carried=self.carried,
         )
 
 

@@ -25,6 +25,8 @@ class _StoredCase(Frozen):
     neighbours: bool = False
     shown: bool = False
     own_error: dict[str, float]
+    distributions: tuple[str, ...] = ()
+    choices: dict[str, str] = Field(default_factory=dict)
 
 
 class _Index(Frozen):
@@ -75,6 +77,8 @@ def write(path: Path, reference: Reference) -> None:
                 neighbours=case.neighbours,
                 shown=case.shown,
                 own_error=dict(expectation.own_error),
+                distributions=case.distributions,
+                choices=dict(case.choices),
             )
         )
     index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries), kinds=dict(reference.kinds))
@@ -115,6 +119,8 @@ def read(path: Path) -> Reference:
             expect_refusal=entry.refused,
             neighbours=entry.neighbours,
             shown=entry.shown,
+            distributions=entry.distributions,
+            choices=entry.choices,
         )
         if case.expect_refusal:
             refusals.append(case)

@@ -142,7 +142,8 @@ def build(
         if built.engines.report:
             show_report(built.engines.report)
         _say_reused(built)
-        say(f"\nBundle: {built.folder}")
+        say("")
+        say(f"Bundle: {built.folder}")
         say(f"Report: {built.folder / 'report.html'}")
         for line in formatting.signature_lines(signer and signer.fingerprint, by_us=True):
             say(line)

@@ -10,8 +10,9 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.build import Force
+from dinoexport.cli.escaping import printable
 from dinoexport.cli.tables import table
-from dinoexport.cli.terminal import Json, choice, printable, progress_lines, reporting, say, say_json
+from dinoexport.cli.terminal import Json, choice, progress_lines, reporting, say, say_json
 
 
 @app.command(epilog=EXIT_CODES)

@@ -107,6 +107,7 @@ def of_path(path: Path) -> dict[str, Any]:
             **_head(manifest),
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
+            **({} if (cpu := manifest.cpu) is None else {"runs on": f"{cpu.machine}, {cpu.usable_cpus} CPUs"}),
             "built": f"{manifest.created:%Y-%m-%d %H:%M} UTC with "
             + ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
             **manifest.card,
@@ -214,6 +215,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
     fastest_ms = manifest.cpu.measured[0].median_ms
     rows = [
         {
+            "load": manifest.cpu.load,
             "runtime": timed.way.runtime,
             "precision": timed.way.precision.value,
             "threads": timed.way.threads,
@@ -224,7 +226,7 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
         }
         for timed in manifest.cpu.measured
     ]
-    return {f"Measured on {manifest.cpu.machine}, {manifest.cpu.usable_cpus} CPUs, {manifest.cpu.load}": rows}
+    return {"Measured on the CPU that built it": rows}
 
 
 def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
@@ -411,10 +413,17 @@ def _report_row(row: Row) -> dict[str, Any]:
         "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
         "limit": "" if math.isnan(limit) else f"{limit:.1e}",
         "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
-        "worst cosine": "" if figures is None else f"{figures.cosine_worst:.8f}",
+        "worst cosine": _direction(row),
         "largest abs": f"{largest[0]:.1e}" if largest else "" if figures is None else f"{figures.max_abs:.1e}",
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
     }
+
+
+def _direction(row: Row) -> str:
+    """The worst vector's cosine; of a distribution, which has no direction, its mean divergence."""
+    if row.divergence is not None:
+        return f"KL {row.divergence.kl_mean:.1e}"
+    return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
 
 
 def _figure(value: float) -> str:

@@ -17,7 +17,6 @@ from dinoexport.cli.terminal import (
     Verify,
     choice,
     fail,
-    printable,
     progress_lines,
     reporting,
     runtime_of,
@@ -100,7 +99,8 @@ def validate(
         for line in formatting.signature_lines(signed, by_us=signer is not None, verified=checked_key):
             say(line, to_stderr=as_json)
         if validated.report.passed:
-            say(f"Proves: {proves}.\nNot:    {'; '.join(leaves_open)}.")
+            say(f"Proves: {proves}.")
+            say(f"Not:    {'; '.join(leaves_open)}.")
         _show_more(validated, page, explain=explain, to_stderr=as_json)
         if not validated.report.passed:
             failed = ValidationFailed(
@@ -216,7 +216,7 @@ def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> Non
         say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)
     lines = [*validated.aggregate.said, *(found.lines if found else ()), *(f"skipped: {s}" for s in validated.skipped)]
     for line in lines:
-        say(printable(line), to_stderr=to_stderr)
+        say(line, to_stderr=to_stderr)
     if page is not None:
         say(f"Page: {page}", to_stderr=to_stderr)
 

@@ -66,21 +66,36 @@ def check(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only model there is.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Ask the smallest case only: a probe.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for each answer.")] = 60.0,
+    headers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lines `Name: value` to send; a token goes in $DINOEXPORT_TOKEN."),
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificates to trust, for https and grpcs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Judge a live endpoint by what its bundle was judged by."""
     with reporting(as_json):
         from dinoexport.cli import formatting
         from dinoexport.errors import ValidationFailed
+        from dinoexport.serving import address
         from dinoexport.serving import check as probe
 
         with progress_lines() as progress:
-            checked = probe.check(url, bundle, model=model, quick=quick, timeout_s=timeout_s, progress=progress)
+            checked = probe.check(
+                url,
+                bundle,
+                model=model,
+                quick=quick,
+                timeout_s=timeout_s,
+                headers=headers,
+                ca=ca,
+                progress=progress,
+            )
         facts = {"model": checked.model, "latency_ms": checked.latency_ms, "report": checked.report.to_json()}
         if not checked.report.passed:
             show_report(checked.report, to_stderr=as_json)
             failed = ValidationFailed(
-                f"{checked.model} at {url} does not give PyTorch's outputs.",
+                f"{checked.model} at {address.parse(url)} does not give PyTorch's outputs.",
                 next_step="Its process may have died: load the model again, or roll back. The server's log says more.",
             )
             fail(failed, as_json, **facts)

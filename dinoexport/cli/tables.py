@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dinoexport.cli.escaping import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -13,11 +15,11 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(title), title_justify="left")
+    shown = Table(title=Text(printable(title)), title_justify="left")
     for column in rows[0] if rows else ():
-        shown.add_column(column)
+        shown.add_column(Text(printable(column)))
     for row in rows:
-        shown.add_row(*(Text(_cell(value)) for value in row.values()))  # no markup: brackets are brackets
+        shown.add_row(*(Text(printable(_cell(value))) for value in row.values()))  # no markup: brackets are brackets
     return shown
 
 
@@ -34,7 +36,7 @@ def facts(title: str, named: dict[str, str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(title), title_justify="left", show_header=False)
+    shown = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     for key, value in named.items():
-        shown.add_row(Text(key), Text(value))
+        shown.add_row(Text(printable(key)), Text(printable(value)))
     return shown

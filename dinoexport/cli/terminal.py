@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dinoexport.cli.escaping import paragraph, printable
 from dinoexport.cli.tables import table
 from dinoexport.errors import DinoexportError
+from dinoexport.system import interrupts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from dinoexport.spec import Progress
     from dinoexport.validation.judge import Report
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 Sign = Annotated[
     Path | None,
     typer.Option("--sign", metavar="KEY", help="Sign what passed with this private key (PEM, elliptic curve)."),
@@ -36,27 +38,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def reporting(as_json: bool) -> Iterator[None]:
     """Ends in an error's own exit code, with one sentence on stderr or one object on stdout."""
     try:
-        yield
+        with interrupts.raised():
+            yield
     except DinoexportError as error:
         fail(error, as_json)
     except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Nothing half written is left; finished stages are reused.", err=True)
-        sys.exit(INTERRUPTED)
+        typer.echo(f"\n{printable(interrupts.last_words())}", err=True)
+        sys.exit(interrupts.EXIT_CODE)
 
 
 def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
     """Ends in the error's exit code; with --json what is known goes to stdout as well."""
     if as_json:
         say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
-    typer.echo(f"error: {printable(error.message)}", err=True)
+    typer.echo(f"error: {paragraph(error.message)}", err=True)
     if error.next_step:
-        typer.echo(f"  next: {printable(error.next_step)}", err=True)
+        typer.echo(f"  next: {paragraph(error.next_step)}", err=True)
     sys.exit(error.exit_code)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: names in a hostile file must not steer the user's terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager
@@ -67,7 +65,7 @@ def progress_lines() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
@@ -75,9 +73,9 @@ def progress_lines() -> Iterator[Progress]:
 
         def report(doing: str, done: int, total: int) -> None:
             if doing not in tasks:
-                tasks[doing] = bars.add_task(doing, total=total or None)
+                tasks[doing] = bars.add_task(printable(doing), total=total or None)
                 if not console.is_terminal:
-                    typer.echo(f"{doing} ...", err=True)
+                    typer.echo(f"{printable(doing)} ...", err=True)
             bars.update(tasks[doing], completed=done, total=total or None)
 
         yield report
@@ -111,23 +109,32 @@ def signer_of(key: Path | None) -> Any:
         if not sys.stdin.isatty():
             raise UsageError(
                 f"{key} is encrypted, and there is no terminal to ask for its passphrase.",
-                next_step=f"Run it on a terminal, or decrypt the key: openssl ec -in {key} -out PLAIN.pem",
+                next_step="Run it on a terminal, or decrypt the key: "
+                f"openssl ec -in {shlex.quote(str(key))} -out PLAIN.pem",
             )
-        return str(typer.prompt(f"Passphrase of {key}", hide_input=True, err=True))
+        return str(typer.prompt(f"Passphrase of {printable(str(key))}", hide_input=True, err=True))
 
     return signing.open_signer(key, ask=ask)
 
 
 def say(what: Table | str, *, to_stderr: bool = False) -> None:
-    """A line or a table."""
+    """A line or a table. Whatever it holds, a line stays one line of visible characters."""
     from rich.console import Console
 
     if isinstance(what, str):
-        typer.echo(what, err=to_stderr)
+        typer.echo(printable(what), err=to_stderr)
         return
     console = Console(stderr=to_stderr)
     # A pipe has no width; 80 columns would cut the figures off.
     (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
+
+
+def say_text(piece: str) -> None:
+    """A piece of a text that a model writes: on a terminal with line ends and tabs, and without what would steer it."""
+    if sys.stdout.isatty():
+        piece = "".join(c if c in "\n\t" else printable(c) for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 def say_json(content: Any) -> None:

@@ -48,8 +48,8 @@ class WeightFile(Frozen):
 class Range(Frozen):
     """Smallest, most likely and largest value of a dynamic dimension."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
+    min: int = Field(ge=0)
+    opt: int = Field(ge=0)
     max: int = Field(ge=1)
 
     @model_validator(mode="after")
@@ -108,6 +108,11 @@ class Recipe(Frozen):
         default=None, description="Arithmetic of the graph's body. Default: the first the target has."
     )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    quantised: Literal["activations", "weights"] = Field(
+        default="activations",
+        description="What int8 and int4 store in fewer bits. `activations`: also what they are multiplied with, one "
+        "scale a tensor, in int8 alone. `weights`: only them, a scale for each block, written while exporting.",
+    )
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
     head: dict[str, Any] = Field(
@@ -173,6 +178,8 @@ class Limit(Frozen):
 class Limits(Frozen):
     """What a candidate of one precision must hold, per output and per case.
 
+    kl_mean_max to top1_gap_max: of outputs that are distributions, see `metrics.divergence`; their relative errors are
+    those of centred logits, and cosines say nothing of them.
     neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
     knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
     probability_difference_max: of any one probability, instead of the figures of vectors. depth_within_min: the share
@@ -182,9 +189,13 @@ class Limits(Frozen):
 
     relative_l2_max: Limit
     worst_l2_max: Limit
-    cosine_mean_min: Limit
-    cosine_p01_min: Limit
-    cosine_worst_min: Limit
+    cosine_mean_min: Limit | None = None
+    cosine_p01_min: Limit | None = None
+    cosine_worst_min: Limit | None = None
+    kl_mean_max: Limit | None = None
+    kl_worst_max: Limit | None = None
+    top1_kept_min: Limit | None = None
+    top1_gap_max: Limit | None = None
     times_own_error_max: Limit | None = None
     neighbour_agreement_min: Limit | None = None
     knn_agreement_min: Limit | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dinoexport.config import resources
 from dinoexport.config.recipe import EngineChoices, Frozen, Recipe, Target, load_target, parse, read_toml
@@ -28,6 +29,7 @@ class Chosen:
     runtime: Runtime
     precision: Precision
     triton: Triton | None = None
+    quantised: Literal["activations", "weights"] = "activations"
 
     @property
     def on_cpu(self) -> bool:
@@ -36,9 +38,14 @@ class Chosen:
 
     @property
     def traced(self) -> Precision:
-        """The precision of the graph itself: on a CPU bf16 is a runtime's arithmetic and int8 the quantiser's work."""
-        lowered_later = self.on_cpu and self.precision in (Precision.BF16, Precision.INT8)
-        return Precision.FP32 if lowered_later else self.precision
+        """The precision of the graph itself.
+
+        On a CPU bf16 is a runtime's arithmetic, and int8 the quantiser's work unless weights alone are in it.
+        """
+        if self.on_cpu and self.precision is Precision.BF16:
+            return Precision.FP32
+        later = self.on_cpu and self.precision is Precision.INT8 and self.quantised == "activations"
+        return Precision.FP32 if later else self.precision
 
     @property
     def name(self) -> str:
@@ -68,7 +75,12 @@ def choose(
             f"triton:{triton.tag} is about TensorRT plans, and {runtime} makes none.", next_step="Leave it out."
         )
     _check_choices(recipe, runtime)
-    return Chosen(target=machine_kind, runtime=runtime, precision=precision, triton=triton)
+    if precision is Precision.INT4 and recipe.quantised == "activations":
+        raise UsageError(
+            f"recipe {recipe.name} has no int4: only weights are stored in four bits.",
+            next_step="Use another precision.",
+        )
+    return Chosen(target=machine_kind, runtime=runtime, precision=precision, triton=triton, quantised=recipe.quantised)
 
 
 def _of_gpus(gpus: Sequence[Gpu]) -> str:

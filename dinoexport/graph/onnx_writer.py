@@ -27,11 +27,19 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+# A signature's types as ONNX has them, without importing it.
+_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "uint8": "UINT8",
+    "int32": "INT32",
+    "int64": "INT64",
+}
+
 # Piece name -> its traced graph.
 Traces = dict[str, "ir.Graph"]
 
-# LayerNormalization is one op since opset 17, Gelu since 20; every runtime we target takes 20.
-OPSET = 20
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
 # One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
@@ -134,7 +142,7 @@ def _trace(piece: Piece) -> ir.Graph:
                 tuple(piece.example_inputs.values()),
                 input_names=list(piece.example_inputs),
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
+                opset_version=piece.opset,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -199,15 +207,17 @@ def _assemble(
     values = {tensor.name: _value(tensor) for tensor in graph.inputs}
     inputs = list(values.values())
     constants: dict[tuple[object, ...], ir.Value] = {}
-    initializers: list[ir.Value] = []
+    initializers = [values[tensor.name] for tensor in graph.inputs if tensor.default is not None]
+    (opset,) = {call.piece.opset for call in calls}
     nodes: list[ir.Node] = []
     for call in calls:
         piece = traced[call.piece.name]
         own_inputs = piece.inputs[: len(call.inputs)]
         inner: dict[ir.Value, ir.Value] = dict(zip(own_inputs, (values[name] for name in call.inputs), strict=True))
         for parameter in piece.inputs[len(call.inputs) :]:
-            inner[parameter] = _weight(call, parameter)
-            initializers.append(inner[parameter])
+            stored, widening, inner[parameter] = _weight(call, parameter)
+            initializers.extend(stored)
+            nodes.extend(widening)
         for constant in piece.initializers.values():
             inner[constant] = _shared(constant, constants)
         nodes.extend(_copied(node, inner, call.scope) for node in piece)
@@ -222,35 +232,63 @@ def _assemble(
         outputs,
         nodes=nodes,
         initializers=[*constants.values(), *initializers],
-        opset_imports={"": OPSET},
+        opset_imports={"": opset},
         name=graph.name,
     )
-    return ir.Model(ir_graph, ir_version=10, producer_name="dinoexport", metadata_props=dict(metadata))
+    return ir.Model(ir_graph, ir_version=_ir_version(opset), producer_name="dinoexport", metadata_props=dict(metadata))
+
+
+def _ir_version(opset: int) -> int:
+    """The version of the file format that came with an operator set; 10 has what all of ours before 23 need."""
+    return 11 if opset >= 23 else 10
 
 
 def _value(tensor: Tensor) -> ir.Value:
+    import numpy as np
     import onnx_ir as ir
 
-    dtypes = {
-        "float32": ir.DataType.FLOAT,
-        "uint8": ir.DataType.UINT8,
-        "int32": ir.DataType.INT32,
-        "int64": ir.DataType.INT64,
-    }
-    return ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtypes[tensor.dtype]))
+    dtype = ir.DataType[_DTYPES[tensor.dtype]]
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
+    if tensor.default is not None:
+        # An input that is an initializer too may be left out.
+        content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
+        value.const_value = ir.Tensor(content, name=tensor.name)
+    return value
 
 
-def _weight(call: Call, parameter: ir.Value) -> ir.Value:
-    """An initializer whose bytes are made when the file is written."""
+def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.Node], ir.Value]:
+    """The initializers that hold a parameter, the nodes that widen it where it is quantised, and the value to use.
+
+    The bytes are made when the file is written.
+    """
     import onnx_ir as ir
 
     from dinoexport.graph.lazy_weights import StreamedTensor
+    from dinoexport.graph.quantised_weights import QuantisedWeight
 
     assert parameter.name is not None and parameter.dtype is not None
     weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
     assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
-    tensor = StreamedTensor(weight, parameter.dtype, name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(parameter.dtype), const_value=tensor)
+    if not weight.bits:
+        stored = _initializer(StreamedTensor(weight, parameter.dtype, name))
+        return [stored], [], stored
+    parts = QuantisedWeight(weight, name, scale_dtype=parameter.dtype)
+    held = [_initializer(part) for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
+    widened = ir.Node(
+        "",
+        "DequantizeLinear",
+        held,
+        [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", weight.block)],
+        outputs=[ir.Value(name=name, shape=parameter.shape, type=ir.TensorType(parameter.dtype))],
+        name=f"{name}/widened",
+    )
+    return held, [widened], widened.outputs[0]
+
+
+def _initializer(tensor: ir.LazyTensor) -> ir.Value:
+    import onnx_ir as ir
+
+    return ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:

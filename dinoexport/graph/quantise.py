@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dinoexport.errors import BuildError, require
+from dinoexport.runtime import telemetry
 
 
 def to_int8(onnx: Path, folder: Path, *, signed: bool = False) -> tuple[Path, Path]:
@@ -39,6 +40,7 @@ def to_int8(onnx: Path, folder: Path, *, signed: bool = False) -> tuple[Path, Pa
     """
     require("export", "onnx")
     require("cpu", "onnxruntime")
+    telemetry.onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = folder / onnx.name

@@ -20,6 +20,7 @@ from dinoexport.pipeline.stages.precision import NothingHolds, search_precision,
 from dinoexport.pipeline.stages.quantise import forms_of
 from dinoexport.pipeline.stages.reference import compute_reference
 from dinoexport.pipeline.stages.report import list_materials, render_report
+from dinoexport.pipeline.stages.text import text_stage
 from dinoexport.pipeline.stages.tune import choose_runtime
 from dinoexport.pipeline.stages.weights import head_of, open_weights
 from dinoexport.pipeline.versions import versions_in
@@ -74,7 +75,7 @@ def build(
         if request.engine:
             preflight.memory(request.engine, plain.folder)
         reference = compute_reference(work, request, checkpoint)
-        made = {"reference": reference.stage}
+        made = {"reference": reference.stage} | text_stage(work, request)
         if request.auto:
             made["precision"], request = search_precision(work, request, checkpoint, reference)
             plain = export_graphs(work, request, checkpoint, traced)
@@ -122,8 +123,9 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))
-        manifest = _manifest(request, checkpoint, {exported.name: exported}, "unjudged")
-        manifest = _publish(work, {exported.name: exported}, manifest)
+        made = {exported.name: exported} | text_stage(work, request)
+        manifest = _manifest(request, checkpoint, made, "unjudged")
+        manifest = _publish(work, made, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 

@@ -50,7 +50,8 @@ def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kep
             if expectation.case.shown:
                 kept.answers[expectation.case.name] = answers
             for name, expected in expectation.outputs.items():
-                if name in answers and answers[name].shape == expected.shape and name not in expectation.leads:
+                alike = name in answers and answers[name].shape == expected.shape
+                if alike and name not in expectation.case.choices and name not in expectation.leads:
                     kept.errors.setdefault(name, []).append(vector_errors(answers[name], expected))
         return answers
 
@@ -249,8 +250,8 @@ class _Sizes:
 def _sizes(graphs: Sequence[Graph], reference: Reference) -> _Sizes | None:
     """Logarithmic in both directions; cases whose inputs are not the first graph's own have no place here."""
     graph = graphs[0]
-    dims = sorted(graph.dims, key=lambda dim: dim.max / dim.min)[-2:]
-    if len(dims) < 2 or any(dim.min == dim.max for dim in dims):
+    dims = sorted(graph.dims, key=lambda dim: dim.max / max(dim.min, 1))[-2:]
+    if len(dims) < 2 or any(dim.min in (0, dim.max) for dim in dims):
         return None
     y, x = sorted(dims, key=lambda dim: dim.name)
     places: dict[tuple[int, int], list[str]] = {}

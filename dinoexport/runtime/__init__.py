@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dinoexport.errors import InputRefused
 from dinoexport.spec import Array, Arrays, Dim, Graph, Runner
+
+if TYPE_CHECKING:
+    from dinoexport.runtime.decoding import Decoder
 
 # How many of a graph's products (matrix products and convolutions) were computed in which arithmetic: {"bf16": 73}.
 Arithmetic = Mapping[str, int]
@@ -21,11 +25,13 @@ class Opened:
     """A graph opened by a runtime; a `Runner` itself.
 
     arithmetic: asks the runtime, for given inputs, what it really computes in. What was asked for proves nothing:
-    OpenVINO takes bf16 for fp32 by itself, and ONNX Runtime casts fp16 to fp32 around every product.
+    OpenVINO takes bf16 for fp32 by itself, and ONNX Runtime casts fp16 to fp32 around every product. begin: starts
+    sequences whose carried values the runtime keeps itself, where the graph has some and the runtime can.
     """
 
     run: Runner
     arithmetic: Callable[[Arrays], Arithmetic]
+    begin: Callable[[], Decoder] | None = None
 
     def __call__(self, arrays: Arrays) -> dict[str, Array]:
         """The graph's outputs, by name."""
@@ -34,7 +40,7 @@ class Opened:
 
 def check_inputs(graph: Graph, arrays: Arrays) -> None:
     """Raises InputRefused when names, dtypes, ranks or dimensions are not the graph's, and at NaN or Inf."""
-    wanted = {tensor.name: tensor for tensor in graph.inputs}
+    wanted = {t.name: t for t in graph.inputs if t.default is None or t.name in arrays}
     if wanted.keys() != arrays.keys():
         raise InputRefused(
             f"Inputs are {sorted(arrays)}, the graph {graph.name} takes {sorted(wanted)}.", next_step="Rename them."
@@ -59,8 +65,9 @@ def check_inputs(graph: Graph, arrays: Arrays) -> None:
                 _check_dim(expected, size, dims)
     import numpy as np
 
+    # Carried values come from the graph itself, and a cache would take longer to look through than a step does.
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if name not in graph.carried and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputRefused(f"{name} holds NaN or Inf.", next_step="Look at how it was made.")
 
 

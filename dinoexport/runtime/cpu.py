@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dinoexport.family import Runnable
-from dinoexport.runtime import Arithmetic, Opened, ort, table
+from dinoexport.runtime import Arithmetic, Opened, decoding, ort, table
+from dinoexport.runtime.decoding import Decoder
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner, Runtime, Way
 
@@ -34,6 +35,11 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
     open_graph = TABLE[way.runtime].open_graph
     assert open_graph is not None, f"{way.runtime} opens no graph on a CPU"
     return {graph.name: open_graph(path, graph, way) for path, graph in graphs.items()}
+
+
+def open_decoder(path: Path, graph: Graph, way: Way = PLAIN) -> Decoder:
+    """A graph that carries state, opened in `way`: sequences of tokens with an empty cache. Raises as `open_graphs`."""
+    return decoding.begin(open_graphs({path: graph}, way)[graph.name], graph)
 
 
 def arithmetic(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:

@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, MissingRequirement, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
+from dinoexport.runtime.openvino_decoder import OpenVinoDecoder, make_stateful
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner
 
+if TYPE_CHECKING:
+    from dinoexport.runtime.decoding import Decoder
+
 # OpenVINO's names of the precisions it can compute a graph in, as it lists what a CPU is capable of.
-_CAPABILITIES = {Precision.FP32: "FP32", Precision.BF16: "BF16", Precision.INT8: "INT8"}
+# Four bits are widened to eight on the way to a product.
+_CAPABILITIES = {Precision.FP32: "FP32", Precision.BF16: "BF16", Precision.INT8: "INT8", Precision.INT4: "INT8"}
+_NARROW = (Precision.INT8, Precision.INT4)
 # Activations that meet int8 weights are made int8 in groups of so many channels. ViT-B at 224 and 518: 0.50 and 0.47 of
 # fp32's time, 0.54 and 0.50 in groups of 64, 0.61 and 0.53 in 32, its default; off by 1.6e-2 to 1.5e-2.
 _GROUP_CHANNELS = 128
@@ -28,7 +34,7 @@ _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProd
 
 def version() -> str:
     """OpenVINO's version, without the build's number."""
-    import openvino
+    openvino = telemetry.openvino()
 
     return str(openvino.__version__).split("-", maxsplit=1)[0]
 
@@ -36,7 +42,7 @@ def version() -> str:
 def computes(precision: Precision) -> bool:
     """Whether OpenVINO has this precision on this machine's CPU."""
     require("openvino", "openvino")
-    import openvino
+    openvino = telemetry.openvino()
 
     found: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return _CAPABILITIES.get(precision) in found
@@ -62,22 +68,22 @@ def open_graph(
         raise MissingRequirement(
             f"OpenVINO does not compute in {precision} on this CPU.", next_step=f"Use --precision {Precision.FP32}."
         )
-    import openvino
+    openvino = telemetry.openvino()
 
     core = openvino.Core()
     wide = precision
-    if precision is Precision.INT8:
+    if precision in _NARROW:
         wide = Precision.BF16 if computes(Precision.BF16) else Precision.FP32
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _HINTS[wide],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_CHANNELS if precision is Precision.INT8 else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_CHANNELS if precision in _NARROW else 0,
     }
+    if graph.carried:  # eight bits unless it is told, off by 4e-3 where all else is fp32
+        options["KV_CACHE_PRECISION"] = _HINTS[wide]
     try:
-        model = core.read_model(path)
-        if shapes is not None:
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        model = _read(core, path, graph, shapes)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         # One line, and without where the file lay: it is kept in the bundle of a build that another runtime serves.
@@ -85,7 +91,11 @@ def open_graph(
         raise BuildError(
             f"OpenVINO refuses {path.name}: {why[:300]}", next_step="dinoexport inspect shows what is in it."
         ) from error
-    run = _runner(compiled, graph)
+
+    def opened(compiled: Any) -> Runner:
+        return OpenVinoDecoder(compiled, graph).call if graph.carried else _runner(compiled, graph)
+
+    run = opened(compiled)
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
         layers = [operator.get_rt_info() for operator in compiled.get_runtime_model().get_ops()]
@@ -97,13 +107,25 @@ def open_graph(
         if _INT8 in found:
             # A layer is called so for its weights, even where they are widened before they are multiplied, as on a CPU
             # without VNNI. Then it changes nothing to forbid int8 activations.
-            widened = _runner(core.compile_model(model, "CPU", options | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}), graph)
+            widened = opened(core.compile_model(model, "CPU", options | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}))
             ours, wide_answers = run(arrays), widened(arrays)
             same = all((ours[name] == wide_answers[name]).all() for name in ours)
             found[_HINTS[wide] if same else "int8"] += found.pop(_INT8)
         return dict(found)
 
-    return Opened(run=run, arithmetic=arithmetic)
+    def begin() -> Decoder:
+        return OpenVinoDecoder(compiled, graph)
+
+    return Opened(run=run, arithmetic=arithmetic, begin=begin if graph.carried else None)
+
+
+def _read(core: Any, path: Path, graph: Graph, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
+    model = core.read_model(path)
+    if shapes is not None:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+    if graph.carried:
+        make_stateful(model, graph)
+    return model
 
 
 def _runner(compiled: Any, graph: Graph) -> Runner:

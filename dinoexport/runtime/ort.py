@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
+
+if TYPE_CHECKING:
+    from dinoexport.runtime.decoding import Decoder
 
 # ONNX Runtime's names of the types that numbers are multiplied in, as everybody else calls them; the first that an
 # input of a product has decides: a quantised product has its scales in float beside its bytes.
@@ -22,14 +25,14 @@ _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "b
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return str(onnxruntime.__version__)
 
 
 def has_cuda() -> bool:
     """Whether the ONNX Runtime that is installed has a CUDA provider."""
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -39,12 +42,18 @@ def open_graph(path: Path, graph: Graph, *, threads: int = 0, cuda: bool = False
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    run = _runner(_session(path, threads=threads, cuda=cuda), graph, [tensor.name for tensor in graph.outputs])
+    session = _session(path, threads=threads, cuda=cuda)
+    run = _runner(session, graph, [tensor.name for tensor in graph.outputs])
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
         return dict(Counter(operator.arithmetic for operator in executed(path, arrays) if operator.is_product))
 
-    return Opened(run=run, arithmetic=arithmetic)
+    def begin() -> Decoder:
+        from dinoexport.runtime.ort_decoder import OrtDecoder
+
+        return OrtDecoder(session, graph)
+
+    return Opened(run=run, arithmetic=arithmetic, begin=begin if graph.carried and not cuda else None)
 
 
 def open_edited(model: bytes, path: Path, graph: Graph, *, more_outputs: Sequence[str]) -> Runner:
@@ -76,12 +85,14 @@ class Operator:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product or a convolution: where a network's arithmetic is."""
-        return any(word in self.kind for word in ("MatMul", "Gemm", "Conv"))
+        """Whether it is a matrix product, two in attention, or a convolution: where a network's arithmetic is."""
+        return any(word in self.kind for word in ("MatMul", "Gemm", "Conv", "Attention"))
 
     @property
     def arithmetic(self) -> str:
-        """What it multiplies in."""
+        """What it multiplies in; of weights alone in few bits, which are packed away, what it was told to."""
+        if self.kind == "MatMulNBits":
+            return "int8"
         return next((name for kind, name in _ARITHMETIC.items() if kind in self.types), "unknown")
 
     @property
@@ -91,6 +102,8 @@ class Operator:
             return 0
         if "Conv" in self.kind:
             return 2 * math.prod(self.output_shape) * math.prod(self.shapes[1][1:])
+        if "Attention" in self.kind:  # of queries (B, H, T, K) and keys (B, G, S, K), then the same with values
+            return 4 * math.prod(self.shapes[0]) * self.shapes[1][2]
         return 2 * math.prod(self.output_shape) * self.shapes[0][-1]
 
 
@@ -129,13 +142,15 @@ def _session(
 ) -> Any:
     """A session of the file at `path`, or of `model`, whose weights lie beside it."""
     require("cpu", "onnxruntime")
-    import onnxruntime
+    onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # Idle threads of several sessions in one process otherwise spin against each other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # What meets weights of few bits is made int8 in blocks: the default of today, said so that it stays.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if model is not None:

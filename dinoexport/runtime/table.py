@@ -52,7 +52,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
         distributions=("onnxruntime", "onnxruntime-gpu"),
         modules=("onnxruntime",),
         # fp16 on a CPU checks the graph: every product is computed in fp32 between casts.
-        cpu_precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
+        cpu_precisions=(Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4),
         open_graph=lambda path, graph, way: ort.open_graph(path, graph, threads=way.threads),
     ),
     Runtime.OPENVINO: RuntimeFacts(
@@ -62,7 +62,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
         distributions=("openvino",),
         modules=("openvino",),
         # bf16 is its arithmetic over the fp32 graph.
-        cpu_precisions=(Precision.FP32, Precision.BF16, Precision.INT8),
+        cpu_precisions=(Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4),
         computes=openvino.computes,
         open_graph=lambda path, graph, way: openvino.open_graph(
             path, graph, precision=way.precision, threads=way.threads

@@ -14,6 +14,7 @@ from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
+from dinoexport.serving import address
 from dinoexport.serving.client import open_graphs
 from dinoexport.serving.triton.model_repository import deployed_as
 from dinoexport.serving.triton.signature import Served
@@ -39,13 +40,15 @@ def check(
     model: str | None = None,
     quick: bool = False,
     timeout_s: float = 60.0,
+    headers: Path | None = None,
+    ca: Path | None = None,
     progress: Progress = silent,
 ) -> Checked:
     """Judges the model served at `url` by the reference in `folder`: a bundle, or a repository it was deployed to.
 
     quick: only the smallest case. Raises ServerError when nothing answers; wrong answers are in the report.
     """
-    clients = open_graphs(url, model=model, timeout_s=timeout_s)
+    clients = open_graphs(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
     served = next(iter(clients.values())).served
     with changes.reading(folder, progress=progress):
         reference = reference_file.read(_reference_of(folder, served))
@@ -62,7 +65,9 @@ def check(
         finally:
             latency_ms.append(1000 * (time.perf_counter() - started))
 
-    report = evaluate.judged(answer, reference, f"{served.name} {served.version} at {url}", progress=progress)
+    report = evaluate.judged(
+        answer, reference, f"{served.name} {served.version} at {address.parse(url)}", progress=progress
+    )
     cases = [case.name for case in (*(e.case for e in reference.expectations), *reference.refusals)]
     return Checked(model=served.name, report=report, latency_ms=dict(zip(cases, latency_ms, strict=True)))
 

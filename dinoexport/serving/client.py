@@ -12,17 +12,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError
 from dinoexport.runtime import check_inputs
-from dinoexport.serving import transport
+from dinoexport.serving import address, answers, transport
 from dinoexport.serving.transport import Place, ServerBusy
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Graph, closest
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_ROLES = ("graph", "front_end")  # what a client of a graph asks
 T = TypeVar("T")
 
 
@@ -32,19 +34,29 @@ class DinoClient:
     url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
     shared_memory: send arrays through /dev/shm where client and server share it and the server allows that;
     `shares_memory` says whether it did. timeout_s: for one answer, and for as long a busy or restarting server is
-    tried again. May be used by many threads; with shared memory they take turns.
+    tried again. headers: a file of lines `Name: value` to send with every request; a token in $DINOEXPORT_TOKEN is sent
+    too. ca: a file of certificates to trust. May be used by many threads; with shared memory they take turns.
     """
 
     def __init__(
-        self, url: str, *, model: str | None = None, shared_memory: bool = False, timeout_s: float = 60.0
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        shared_memory: bool = False,
+        timeout_s: float = 60.0,
+        headers: Path | None = None,
+        ca: Path | None = None,
     ) -> None:
-        self._transport = transport.connect(url, timeout_s=timeout_s)
+        where = address.parse(url, headers=headers, ca=ca)
+        self._transport = transport.connect(where, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._region: _SharedRegion | None = None
         found = self._patiently(lambda: discover(self._transport))
-        self.served = _chosen(found, url, model)
-        self._models = {s.front_end: name for name, s in found.items() if s.role != "prepare" and self._belongs(s)}
+        self.served = _chosen(found, str(where), model)
+        self._models = {s.front_end: name for name, s in found.items() if s.role in _ROLES and self._belongs(s)}
         self.graph: Graph = self.served.graph.graph()
+        self._transport.limit(answers.signature(self.graph))
         self.shares_memory = False
         if shared_memory:
             self._region = _SharedRegion(self._transport)
@@ -105,7 +117,10 @@ class DinoClient:
 
     def _infer(self, front_end: str, arrays: Arrays, shared: dict[str, Place]) -> dict[str, Array]:
         names = [tensor.name for tensor in self.graph.outputs]
-        return self._patiently(lambda: self._transport.infer(self._models[front_end], arrays, names, shared=shared))
+        model = self._models[front_end]
+        found = self._patiently(lambda: self._transport.infer(model, arrays, names, shared=shared))
+        answers.check_outputs(self.graph, found, arrays)
+        return found
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """What `ask` gives, asked again while the server is busy, each time after a longer, uneven pause."""
@@ -121,16 +136,27 @@ class DinoClient:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def open_graphs(url: str, *, model: str | None = None, timeout_s: float = 60.0) -> dict[str, DinoClient]:
+def open_graphs(
+    url: str,
+    *,
+    model: str | None = None,
+    timeout_s: float = 60.0,
+    headers: Path | None = None,
+    ca: Path | None = None,
+) -> dict[str, DinoClient]:
     """A client for each graph of one deployed model, by the graph's name; its family drives them."""
-    found = discover(transport.connect(url, timeout_s=timeout_s))
+    where = address.parse(url, headers=headers, ca=ca)
+    found = discover(transport.connect(where, timeout_s=timeout_s))
     names = sorted({served.name for served in found.values()})
     if model is None and len(names) == 1:
         model = names[0]
     graphs = sorted(s.graph.name for s in found.values() if s.role == "graph" and s.name == model)
     if not graphs:
-        _chosen(found, url, model)  # says what there is
-    return {graph: DinoClient(url, model=f"{model}/{graph}", timeout_s=timeout_s) for graph in graphs}
+        _chosen(found, str(where), model)  # says what there is
+    return {
+        graph: DinoClient(url, model=f"{model}/{graph}", timeout_s=timeout_s, headers=headers, ca=ca)
+        for graph in graphs
+    }
 
 
 def discover(connection: transport.Transport) -> dict[str, Served]:

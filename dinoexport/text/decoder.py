@@ -1,19 +1,18 @@
 """What the writing loop asks of a model: sequences that go on together, each with its own past.
 
-`PaddedRows` is that over a graph that takes its past as arrays and gives it back longer, in any runtime. Rows of
-unequal length are padded on the left; the attention mask says where.
+`PaddedRows` is that over a decoder of equal lengths, as any runtime has one: rows of unequal length are padded on the
+left, and the attention mask says where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from dinoexport.spec import Array, Graph, Runner
+from dinoexport.spec import Array, Arrays
 
-INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
-_PAST, _PRESENT = "past_key_values.", "present."
+LOGITS = "logits"
 
 
 class Rows(Protocol):
@@ -26,14 +25,11 @@ class Rows(Protocol):
         """Takes over the sequences of `other`, behind its own."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Lets go of all sequences but those in these places; none left is allowed."""
+        """Lets go of all sequences but those in these places."""
 
 
 class Decoder(Protocol):
-    """A model that writes. context: the most tokens of prompt and answer together; vocabulary: entries of a logit row.
-
-    chunk: the most tokens that are read in one call.
-    """
+    """A model that writes."""
 
     @property
     def context(self) -> int:
@@ -51,88 +47,82 @@ class Decoder(Protocol):
         """One sequence that has read nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunnerDecoder:
-    """A `Decoder` over a runner of a graph whose cache goes in and out as arrays."""
+class Steps(Protocol):
+    """A batch of sequences of one length, padding included, and their cache: what a runtime offers."""
 
-    run: Runner
-    graph: Graph
+    def step(self, input_ids_BT: Array, attention_mask_BS: Array) -> Array:
+        """Adds T tokens to each sequence; the logits (B, V), float32, behind the last."""
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Goes on with these sequences."""
+
+    def carried(self) -> dict[str, Array]:
+        """The cache, (B, heads, past, width) by name."""
+
+    def resume(self, carried: Arrays) -> None:
+        """Goes on from such a cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedDecoder:
+    """A `Decoder` over a runtime's. begin_steps: an empty batch."""
+
+    begin_steps: Callable[[], Steps]
+    vocabulary: int
     context: int
     chunk: int = 512
 
-    @property
-    def vocabulary(self) -> int:
-        """The last dimension of the graph's logits."""
-        size = next(tensor.shape[-1] for tensor in self.graph.outputs if tensor.name == LOGITS)
-        assert isinstance(size, int)
-        return size
-
     def begin(self) -> PaddedRows:
         """One sequence with an empty cache."""
-        import numpy as np
-
-        cache = {}
-        for tensor in self.graph.inputs:
-            if tensor.name.startswith(_PAST):
-                _, heads, _, width = tensor.shape
-                assert isinstance(heads, int)
-                assert isinstance(width, int)
-                cache[tensor.name] = np.zeros((1, heads, 0, width), np.dtype(tensor.dtype))
-        return PaddedRows(self.run, cache)
+        return PaddedRows(self.begin_steps())
 
 
 class PaddedRows:
-    """`Rows` with their cache as arrays (B, heads, past, width), padded on the left."""
+    """`Rows` whose cache is padded on the left where they differ in length."""
 
-    def __init__(self, run: Runner, cache: Mapping[str, Array]) -> None:
+    def __init__(self, steps: Steps) -> None:
         import numpy as np
 
-        self._run, self._cache = run, dict(cache)
+        self._steps = steps
+        self._past = 0
         self._padding_B = np.zeros(1, np.int64)
 
     def extend(self, input_ids_BT: Array) -> Array:
-        """One call of the graph; its present becomes the past."""
+        """One call of the graph."""
         import numpy as np
 
-        batch, length = input_ids_BT.shape
-        total = self._past + length
-        mask_BP = (np.arange(total) >= self._padding_B[:, None]).astype(np.int64)
-        assert mask_BP.shape[0] == batch
-        answer = self._run(
-            {INPUT_IDS: np.ascontiguousarray(input_ids_BT, np.int64), ATTENTION_MASK: mask_BP, **self._cache}
-        )
-        self._cache = {name: answer[name.replace(_PAST, _PRESENT, 1)] for name in self._cache}
-        logits_BTV = answer[LOGITS]
-        return np.asarray(logits_BTV[:, -1], np.float32)
+        total = self._past + input_ids_BT.shape[1]
+        mask_BS = (np.arange(total) >= self._padding_B[:, None]).astype(np.int64)
+        logits_BV = self._steps.step(np.ascontiguousarray(input_ids_BT, np.int64), mask_BS)
+        self._past = total
+        return logits_BV
 
-    def join(self, other: Self) -> None:
+    def join(self, other: PaddedRows) -> None:
         """Pads the shorter past on the left, with zeros that nobody looks at."""
         import numpy as np
 
         past = max(self._past, other._past)
-        paddings = []
-        for rows in (self, other):
-            more = past - rows._past
-            paddings.append(rows._padding_B + more)
-        self._cache = {
-            name: np.concatenate([_padded(self._cache[name], past), _padded(other._cache[name], past)])
-            for name in self._cache
-        }
-        self._padding_B = np.concatenate(paddings)
+        ours, theirs = self._steps.carried(), other._steps.carried()
+        self._steps.resume(
+            {name: np.concatenate([_padded(ours[name], past), _padded(theirs[name], past)]) for name in ours}
+        )
+        self._padding_B = np.concatenate([rows._padding_B + past - rows._past for rows in (self, other)])
+        self._past = past
 
     def keep(self, rows: Sequence[int]) -> None:
         """Selects rows, and drops the padding they all have."""
         import numpy as np
 
         chosen = np.asarray(rows, np.int64)
-        padding_B = self._padding_B[chosen]
-        common = int(padding_B.min()) if len(chosen) else 0
-        self._cache = {name: np.ascontiguousarray(array[chosen, :, common:]) for name, array in self._cache.items()}
-        self._padding_B = padding_B - common
-
-    @property
-    def _past(self) -> int:
-        return int(next(iter(self._cache.values())).shape[2])
+        self._padding_B = self._padding_B[chosen]
+        common = int(self._padding_B.min())
+        if not common:
+            self._steps.reorder(list(rows))
+            return
+        carried = self._steps.carried()
+        self._steps.resume({name: np.ascontiguousarray(array[chosen, :, common:]) for name, array in carried.items()})
+        self._padding_B = self._padding_B - common
+        self._past -= common
 
 
 def _padded(cache_BGPK: Array, past: int) -> Array:

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dinoexport.errors import InputRefused, UsageError, require
+from dinoexport.system import untrusted
 
 SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
 FILES = (SENTENCEPIECE, JSON)
 # Larger than any published file; what is larger is not read.
-_MAX_BYTES = 1 << 26
+MAX_BYTES = 1 << 26
 # It merges with no neighbour, so a text encoded behind it begins without the space SentencePiece puts before a text.
 _ANCHOR = "☺"
 _SPACE_PIECE = "▁"
@@ -64,7 +63,7 @@ def load(path: Path) -> Tokenizer:
 
     Raises UsageError for what is no regular file, too large, or not readable as one.
     """
-    content = _content(path)
+    content = untrusted.read_bytes(path, max_bytes=MAX_BYTES)
     if path.name.endswith(".model"):
         return _SentencePiece(content, path)
     if path.name.endswith(".json"):
@@ -86,23 +85,6 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
         f"The tokenizer has {tokenizer.size} ids, the model {rows}: they do not belong together.",
         next_step="Give the tokenizer that was published with these weights.",
     )
-
-
-def _content(path: Path) -> bytes:
-    try:
-        # A named pipe would hold us up for ever, so what it is comes before what is in it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise UsageError(f"{path} is no regular file.", next_step="Give the tokenizer's file itself.")
-            if facts.st_size > _MAX_BYTES:
-                raise UsageError(
-                    f"{path} has {facts.st_size} bytes, more than any tokenizer.", next_step="Give another file."
-                )
-            return file.read()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from None
 
 
 def _unreadable(path: Path, error: Exception) -> UsageError:

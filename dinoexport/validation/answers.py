@@ -57,7 +57,7 @@ def compare(kind: OutputKind, answer: Array, expected: Array, limits: Limits, ow
     if kind == "probabilities" and limits.probability_difference_max is not None:
         bound = at_most("largest_difference", measured.max_abs, limits.probability_difference_max)
         return Compared(distance=measured, bounds=(bound,))
-    bounds = _of_vectors(measured, limits, own_error)
+    bounds = of_vectors(measured, limits, own_error)
     if kind != "depth":
         return Compared(distance=measured, bounds=bounds)
     within = share_within(answer, expected) if measured.finite else float("nan")
@@ -117,14 +117,18 @@ def mean_iou(answer: Array, expected: Array) -> float:
     return float(np.mean(shares))
 
 
-def _of_vectors(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
+def of_vectors(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
+    """The bounds of vectors. own_error: PyTorch's relative L2 in the candidate's precision."""
     bounds = [
         at_most("relative_l2", measured.relative_l2, limits.relative_l2_max),
         at_most("worst_l2", measured.worst_l2, limits.worst_l2_max),
-        at_least("cosine_mean", measured.cosine_mean, limits.cosine_mean_min),
-        at_least("cosine_p01", measured.cosine_p01, limits.cosine_p01_min),
-        at_least("cosine_worst", measured.cosine_worst, limits.cosine_worst_min),
     ]
+    cosines = {
+        "cosine_mean": (measured.cosine_mean, limits.cosine_mean_min),
+        "cosine_p01": (measured.cosine_p01, limits.cosine_p01_min),
+        "cosine_worst": (measured.cosine_worst, limits.cosine_worst_min),
+    }
+    bounds += [at_least(figure, value, limit) for figure, (value, limit) in cosines.items() if limit]
     times = limits.times_own_error_max
     if times is not None and own_error is not None:
         bounds.append(

@@ -36,7 +36,7 @@ from dinoexport.spec import (
 from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.answers import as_vectors
 from dinoexport.validation.error_analysis import Growth
-from dinoexport.validation.metrics import distance
+from dinoexport.validation.metrics import centred, distance, divergence
 from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
@@ -81,7 +81,7 @@ def compute_reference(
     seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
-        own_errors = [_own_error(ours, exact, kinds) for ours, exact in zip(lossy, answers, strict=True)]
+        own_errors = [_own_error(*three, kinds) for three in zip(asked, lossy, answers, strict=True)]
         lossy = [{name: array for name, array in ours.items() if "/" not in name} for ours in lossy]
         seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
@@ -134,14 +134,23 @@ def kinds_of(graphs: Sequence[Graph]) -> dict[str, tuple[OutputKind, str]]:
     return {tensor.name: (tensor.kind, tensor.decided_by) for tensor in outputs if tensor.kind != "vectors"}
 
 
-def _own_error(ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> dict[str, float]:
-    """Relative L2 per output. Where PyTorch's own precision overflows it says nothing about a candidate: left out."""
-    errors = {
-        name: distance(as_vectors(kind, ours[name]), as_vectors(kind, array)).relative_l2
-        for name, array in exact.items()
-        if "/" not in name and (kind := kinds.get(name, ("vectors", ""))[0]) not in ("labels", "probabilities")
-    }
-    return {name: error for name, error in errors.items() if isfinite(error)}
+def _own_error(case: Case, ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> dict[str, float]:
+    """Relative L2 per output, and the divergence of distributions.
+
+    Where PyTorch's own precision overflows it says nothing about a candidate: left out.
+    """
+    errors: dict[str, float] = {}
+    for name in exact.keys() - case.choices.keys():
+        kind = kinds.get(name, ("vectors", ""))[0]
+        if kind in ("labels", "probabilities") or name.endswith(LEAD):
+            continue
+        if name in case.distributions:
+            lossy, wanted = judge.comparable(case, name, ours, exact)
+            errors[name] = distance(centred(lossy), centred(wanted)).relative_l2
+            errors[judge.own_kl(name)] = divergence(lossy, wanted).kl_mean
+        else:
+            errors[name] = distance(as_vectors(kind, ours[name]), as_vectors(kind, exact[name])).relative_l2
+    return {name: error for name, error in sorted(errors.items()) if isfinite(error)}
 
 
 @dataclass(frozen=True, kw_only=True)

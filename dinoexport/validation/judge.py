@@ -7,18 +7,25 @@ one figure. NaN never holds a limit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
 from dinoexport.config.recipe import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
-from dinoexport.spec import Array, Candidate, Case, Expectation, OutputKind, Progress, silent
+from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, OutputKind, Progress, silent
 from dinoexport.validation import answers as comparison
-from dinoexport.validation.answers import Bound, at_least
+from dinoexport.validation.answers import Bound, at_least, at_most, of_vectors
 from dinoexport.validation.determinism import Determinism
-from dinoexport.validation.metrics import Distance, distance, neighbour_agreement
+from dinoexport.validation.metrics import (
+    Distance,
+    Divergence,
+    centred,
+    distance,
+    divergence,
+    neighbour_agreement,
+)
 
 # Output name -> what its numbers are, and of labels the output that holds their scores.
 Kinds = Mapping[str, tuple[OutputKind, str]]
@@ -40,6 +47,7 @@ class Row:
     bounds: tuple[Bound, ...]
     problem: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    divergence: Divergence | None = None
 
     @property
     def passed(self) -> bool:
@@ -128,7 +136,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, 
     names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
     for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
-        compared = comparison.Compared(distance=None, bounds=())
+        figures = _Figures()
         problem = ""
         if not name:
             problem = "the reference has no answer to this case"
@@ -140,7 +148,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, 
             problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
         else:
             try:
-                compared = _compared(name, answers, expectation, limits, kinds)
+                figures = _measured(name, answers, expectation, limits, kinds)
             except ValueError as error:
                 problem = str(error)
         rows.append(
@@ -149,32 +157,106 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, 
                 why=expectation.case.why,
                 output=name,
                 shape=() if expected is None else expected.shape,
-                distance=compared.distance,
-                bounds=compared.bounds,
+                distance=figures.distance,
+                bounds=figures.bounds,
                 problem=problem,
-                figures=compared.figures,
+                divergence=figures.divergence,
+                figures=figures.known,
             )
         )
     return rows
 
 
-def _compared(
-    name: str, answers: Mapping[str, Array], expectation: Expectation, limits: Limits, kinds: Kinds
-) -> comparison.Compared:
-    """One output that both sides have, by its kind; a ValueError says why it cannot be compared."""
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    distance: Distance | None = None
+    divergence: Divergence | None = None
+    bounds: tuple[Bound, ...] = ()
+    known: Mapping[str, float] = field(default_factory=dict)
+
+
+def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limits, kinds: Kinds) -> _Figures:
+    """Output `name` held against the limits as what it is. Raises ValueError."""
+    case, own = expectation.case, expectation.own_error
     answer, expected = answers[name], expectation.outputs[name]
+    if name in case.choices:
+        return _Figures(bounds=_first_difference(answer, expected, expectation.outputs[case.choices[name]], limits))
+    if name in case.distributions:
+        ours, theirs = comparable(case, name, answers, expectation.outputs)
+        apart, diverges = distance(centred(ours), centred(theirs)), divergence(ours, theirs)
+        bounds = of_vectors(apart, limits, own.get(name)) + _divergence(diverges, limits, own.get(own_kl(name)))
+        return _Figures(distance=apart, divergence=diverges, bounds=bounds)
     kind, decided_by = kinds.get(name, ("vectors", ""))
     if kind == "labels":
-        ours, theirs = answers.get(decided_by), expectation.outputs.get(decided_by)
-        if ours is None or theirs is None or name not in expectation.leads:
+        ours_by, theirs_by = answers.get(decided_by), expectation.outputs.get(decided_by)
+        if ours_by is None or theirs_by is None or name not in expectation.leads:
             raise ValueError(f"labels cannot be compared without the scores {decided_by!r}")
-        error = distance(ours, theirs).max_abs
-        return comparison.compare_labels(answer, expected, expectation.leads[name], error, limits)
-    compared = comparison.compare(kind, answer, expected, limits, expectation.own_error.get(name))
-    if kind == "vectors" and expectation.case.neighbours and limits.neighbour_agreement_min:
-        agreement = _agreement(answer, expected, limits.neighbour_agreement_min)
-        compared = replace(compared, bounds=compared.bounds + agreement)
-    return compared
+        error = distance(ours_by, theirs_by).max_abs
+        compared = comparison.compare_labels(answer, expected, expectation.leads[name], error, limits)
+    else:
+        compared = comparison.compare(kind, answer, expected, limits, own.get(name))
+    bounds = compared.bounds
+    if kind == "vectors" and case.neighbours and limits.neighbour_agreement_min:
+        bounds += _agreement(answer, expected, limits.neighbour_agreement_min)
+    return _Figures(distance=compared.distance, bounds=bounds, known=compared.figures)
+
+
+def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
+    """The distributions `output` of both sides as far as they follow the same choices, (N, V) each.
+
+    Those after the first choice that differs are answers to different questions. Raises ValueError where shapes differ.
+    """
+    import numpy as np
+
+    ours, theirs = answers[output], expected[output]
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shape {ours.shape} where the reference has {theirs.shape}")
+    chosen_by = next((choice for choice, logits in case.choices.items() if logits == output), None)
+    if chosen_by is None or chosen_by not in answers or answers[chosen_by].shape != expected[chosen_by].shape:
+        return ours, theirs
+    differs_BN = answers[chosen_by] != expected[chosen_by]
+    before_BN = np.cumsum(differs_BN, axis=1) - differs_BN
+    return ours[before_BN == 0], theirs[before_BN == 0]
+
+
+def own_kl(output: str) -> str:
+    """What `Expectation.own_error` calls the mean divergence of PyTorch's own precision, beside its relative error."""
+    return f"{output}/kl"
+
+
+def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None) -> tuple[Bound, ...]:
+    largest = {
+        "kl_mean": (measured.kl_mean, limits.kl_mean_max),
+        "kl_worst": (measured.kl_worst, limits.kl_worst_max),
+        "top1_gap": (measured.top1_gap, limits.top1_gap_max),
+    }
+    bounds = [at_most(figure, value, at) for figure, (value, at) in largest.items() if at]
+    if (least := limits.top1_kept_min) is not None:
+        bounds.append(at_least("top1_kept", measured.top1_kept, least))
+    times = limits.times_own_error_max
+    if times is not None and own_kl_mean is not None:
+        # Twice the error is four times the divergence, which grows with its square.
+        bounds.append(
+            at_most("kl_mean", measured.kl_mean, Limit(value=times.value**2 * own_kl_mean, reason=times.reason))
+        )
+    return tuple(bounds)
+
+
+def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits: Limits) -> tuple[Bound, ...]:
+    """How sure the reference was where the candidate first chose otherwise; 0 where both chose the same all along."""
+    import numpy as np
+
+    if answer.shape != expected.shape:
+        raise ValueError(f"shape {answer.shape} where the reference has {expected.shape}")
+    gap = 0.0
+    for ours, theirs, logits_NV in zip(answer, expected, logits_BNV, strict=True):
+        if (ours != theirs).any():
+            first = int(np.argmax(ours != theirs))
+            gap = max(gap, float(logits_NV[first].max() - logits_NV[first][ours[first]]))
+    limit = limits.top1_gap_max
+    if limit is None:
+        raise ValueError("the limits have no top1_gap_max to hold a first difference against")
+    return (at_most("top1_gap", gap, limit),)
 
 
 def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:

@@ -154,6 +154,40 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     assert json.loads(run("schema", "--json").stdout) == json.loads(run("schema").stdout)
 
 
+BUILT = {"bundle", "cpu", "engines", "not_run", "reused", "verdict"}
+DEPLOYED = {"backend", "models", "name", "note", "previous", "repository", "retired", "version"}
+KEYS = {
+    "build": BUILT | {"report", "signed_by"},
+    "export": BUILT,
+    "validate": {
+        "bundle", "does_not_prove", "not_recorded", "not_run", "proves", "recorded", "report", "signed_by", "skipped",
+        "verified",
+    },
+    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs"},
+    "report": {"report"},
+    "diff": {"Files", "Operations", "Outputs", "Speed", "What differs"},
+    "list": {"targets", "variants"},
+    "doctor": {"findings"},
+    "deploy": DEPLOYED,
+    "rollback": DEPLOYED,
+}  # fmt: skip
+
+
+def test_the_keys_of_every_json_are_these(bundle_folder: Path, tmp_path: Path) -> None:
+    """Scripts read them: a key that goes or comes is a change of the interface, and of CHANGELOG.md."""
+    bundle, repository = str(bundle_folder), str(tmp_path / "models")
+    deploy = ("deploy", bundle, "--to", repository)
+    made = (TINY, "--weights", "synthetic:0", "--out", str(tmp_path / "made"))
+    commands = [
+        ("build", *made), ("export", *made), ("validate", bundle), ("inspect", bundle), ("report", bundle),
+        ("diff", bundle, bundle), ("list",), ("doctor",), deploy, deploy, ("rollback", repository, "tiny_swiglu"),
+    ]  # fmt: skip
+    for verb, *args in commands:
+        shown = run(verb, *args, "--json")
+        assert shown.exit_code == 0, (verb, shown.output)
+        assert set(json.loads(shown.stdout)) == KEYS[verb], verb
+
+
 def test_failed_validation_exits_1(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinoexport.models.dinov2 import Dinov2Model
 

@@ -22,8 +22,9 @@ from dinoexport.config import resources
 from dinoexport.config.recipe import parse
 from dinoexport.errors import UsageError
 from dinoexport.images import ImageError, for_evaluation, load
-from dinoexport.models.dinov2 import cases
+from dinoexport.models.dinov2 import cases, serving
 from dinoexport.models.dinov2.cases import CaseTable, from_folder, normalised, read_case
+from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Array, silent
 
 PHOTOGRAPHS = {
@@ -490,3 +491,13 @@ def test_the_crop_keeps_the_top_left() -> None:
     pictures = np.random.RandomState(0).randint(0, 256, (2, 29, 55, 3), dtype=np.uint8)
     assert np.array_equal(cases.cropped(pictures), pictures[:, :28, :42])
     assert np.array_equal(cases.cropped(pictures[:, :28, :42]), pictures[:, :28, :42])
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.txt": b"x", "broken.png": b"x"}])
+def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (graph,) = pipeline.build_request("vits14").model.graphs
+    with pytest.raises(UsageError, match="holds no image") as caught:
+        serving.front_ends(graph, tmp_path, progress=silent)
+    assert "--samples" in caught.value.next_step

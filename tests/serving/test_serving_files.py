@@ -18,7 +18,7 @@ import promql_parser
 import pytest
 import yaml
 
-from tests.test_readme import verbs
+from tests.test_docs import verbs
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "serving" / "kubernetes"

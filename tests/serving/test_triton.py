@@ -43,7 +43,7 @@ from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.validation import evaluate
 from tests.conftest import DATA, as_if_chosen
 from tests.serving.test_serving_files import GPU_METRICS, metrics_asked_for
-from tests.test_readme import README
+from tests.test_docs import PAGES
 from tests.triton_server import Server
 
 pytestmark = pytest.mark.triton
@@ -156,7 +156,7 @@ def test_front_end_turns_images_upright(server: Server) -> None:
 
 def test_the_readmes_curl(server: Server, tmp_path: Path) -> None:
     """As it stands there, with this server's port and model."""
-    (line,) = re.findall(r"^curl localhost.*\\\n.*$", README, re.MULTILINE)
+    (line,) = re.findall(r"^curl localhost.*\\\n.*$", PAGES["docs/triton.md"], re.MULTILINE)
     (tmp_path / "photograph.jpg").write_bytes((IMAGES / "rocket.jpg").read_bytes())
     words = shlex.split(
         line.replace("\\\n", "").replace("localhost:8000", server.http).replace("vits14", "floats"), comments=True

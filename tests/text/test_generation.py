@@ -72,14 +72,15 @@ def test_together_as_alone(words, chunk: int, arrivals: list[int], temperature: 
         task(words, text, Sampling(max_tokens=5 + 6 * i, temperature=temperature, seed=i))
         for i, text in enumerate(PROMPTS)
     ]
-    decoder = tiny.decoder(chunk=chunk)
+    run_of = tiny.Tiny()
+    decoder = tiny.decoder_of(run_of, chunk=chunk)
     answers = [Answer(words, one) for one in tasks]
     shown = run(Batch(decoder), answers, arrivals)
     for answer, text, one in zip(answers, shown, tasks, strict=True):
         assert list(answer.written().ids) == alone(words, one)
         assert text == answer.written().text == words.decode(answer.ids)
-    assert max(batch for batch, _, _ in decoder.run.calls) >= 3 or chunk < 512
-    assert max(length for _, length, _ in decoder.run.calls) <= chunk
+    assert max(batch for batch, _, _ in run_of.calls) >= 3 or chunk < 512
+    assert max(length for _, length, _ in run_of.calls) <= chunk
 
 
 def test_a_batch_is_filled_again(words) -> None:
@@ -175,9 +176,10 @@ def test_cancelled_answers_leave_the_others_alone(words) -> None:
 
 
 def test_numbers_that_are_none_end_one_answer_only(words) -> None:
-    decoder = tiny.decoder()
+    broken = tiny.Tiny()
+    decoder = tiny.decoder_of(broken)
     good, bad = Answer(words, task(words, PROMPTS[0])), Answer(words, task(words, "\x7f"))
-    decoder.run.embedding_VD[127] = np.nan
+    broken.embedding_VD[127] = np.nan
     run(Batch(decoder), [good, bad])
     with pytest.raises(ValidationFailed, match="NaN"):
         bad.written()

@@ -181,8 +181,8 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
             tokenizer.load(tmp_path / name)
         (tmp_path / name).unlink()
         os.mkfifo(tmp_path / name)
-        with pytest.raises(UsageError, match="no regular file"):
+        with pytest.raises(UsageError, match="cannot be read: it is a pipe"):
             tokenizer.load(tmp_path / name)
         (tmp_path / name).unlink()
-        with pytest.raises(UsageError, match="cannot be read: No such file"):
+        with pytest.raises(UsageError, match="cannot be read"):
             tokenizer.load(tmp_path / name)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoexport.runtime.decoding import ArrayDecoder
 from dinoexport.spec import Arrays, Dim, Graph, Tensor
-from dinoexport.text.decoder import RunnerDecoder
+from dinoexport.text.decoder import SteppedDecoder
 
 HEADS, WIDTH, CONTEXT = 2, 8, 96
 CONTROLS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -23,6 +24,8 @@ GRAPH = Graph(
     inputs=(
         Tensor(name="input_ids", dtype="int64", shape=("batch", "length"), meaning="token ids"),
         Tensor(name="attention_mask", dtype="int64", shape=("batch", "total"), meaning="1 for tokens, 0 for padding"),
+        Tensor(name="logits_to_keep", dtype="int64", shape=(1,), meaning="logits of so many last tokens", default=0),
+        Tensor(name="first_position", dtype="int64", shape=(1,), meaning="not looked at", default=0),
         Tensor(name="past_key_values.0.key", dtype="float32", shape=_CACHE, meaning="keys"),
         Tensor(name="past_key_values.0.value", dtype="float32", shape=_CACHE, meaning="values"),
     ),
@@ -30,6 +33,7 @@ GRAPH = Graph(
         Tensor(name="logits", dtype="float32", shape=("batch", "length", VOCABULARY), meaning="logits"),
         *(Tensor(name=f"present.0.{kind}", dtype="float32", shape=_CACHE, meaning=kind) for kind in ("key", "value")),
     ),
+    carried={f"past_key_values.0.{kind}": f"present.0.{kind}" for kind in ("key", "value")},
     dims=(Dim(name="batch", min=1, opt=1, max=4), Dim(name="length", min=1, opt=8, max=CONTEXT)),
 )  # fmt: skip
 
@@ -63,6 +67,7 @@ class Tiny:
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
         hidden = hidden + (shares @ value).transpose(0, 2, 1, 3).reshape(batch, length, -1) @ self.mixes[3] * 3
+        hidden = hidden[:, -int(arrays.get("logits_to_keep", [0])[0]) :]
         return {"logits": hidden @ self.embedding_VD.T, "present.0.key": key, "present.0.value": value}
 
 
@@ -74,8 +79,14 @@ def _turned(x: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def decoder(seed: int = 0, *, chunk: int = 512) -> RunnerDecoder:
-    return RunnerDecoder(run=Tiny(seed), graph=GRAPH, context=CONTEXT, chunk=chunk)
+def decoder(seed: int = 0, *, chunk: int = 512) -> SteppedDecoder:
+    return decoder_of(Tiny(seed), chunk=chunk)
+
+
+def decoder_of(run: Tiny, *, chunk: int = 512) -> SteppedDecoder:
+    return SteppedDecoder(
+        begin_steps=lambda: ArrayDecoder(run, GRAPH), vocabulary=VOCABULARY, context=CONTEXT, chunk=chunk
+    )
 
 
 def tokenizer_json(folder: Path) -> Path:

@@ -34,6 +34,7 @@ class Toy:
     optional_tensors = frozenset()
     promotable = ()
     uses = None
+    text = None
     probes = {}  # noqa: RUF012
     facts = {"width": WIDTH}  # noqa: RUF012
     card = {"intended_use": "a test"}  # noqa: RUF012

@@ -11,7 +11,7 @@ import pytest
 
 from dinoexport.config.recipe import Limit, Limits, load_validation
 from dinoexport.models.dinov2.uses import ImageUses
-from dinoexport.validation import downstream
+from dinoexport.validation import downstream, judge
 from dinoexport.validation.downstream import Agreement, Item, Measure, neighbours_for
 
 REASON = "a limit of the tests, for what they know"
@@ -324,3 +324,29 @@ def test_matches_are_the_nearest_patches_by_cosine() -> None:
     lengths = np.linspace(0.1, 9, 12)[:, None]  # of no account to a cosine
     found = ImageUses().matches({"patch_tokens": tokens}, {"patch_tokens": tokens[:, order] * lengths})
     assert [order[j] for j in found] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("holds", "limit", "verdict"), [(None, "none", "no limit"), (True, "99.00%", "ok"), (False, "99.00%", "FAILED")]
+)
+def test_the_table_says_how_each_measure_came_out(holds: bool | None, limit: str, verdict: str) -> None:
+    """A measure that failed is never shown as one without a limit, nor the other way round."""
+    bound = None if holds is None else judge.Bound(figure="knn", value=0.97, limit=0.99, reason="", holds=holds)
+    measure = downstream.Measure(
+        figure="knn", of="class_token", value=0.97, items=100, detail="of ten neighbours", bound=bound, differs=()
+    )
+    agreement = downstream.Agreement(measures=(measure,), said=())
+    assert agreement.table == [
+        {
+            "measure": "knn",
+            "by": "class_token",
+            "items": 100,
+            "agreement": "97.00%",
+            "limit": limit,
+            "differ": 0,
+            "": "of ten neighbours",
+            "verdict": verdict,
+        }
+    ]
+    assert len(agreement.rows) == (holds is not None)
+    assert all(row.passed is holds for row in agreement.rows)

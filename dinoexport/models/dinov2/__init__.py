@@ -339,6 +339,11 @@ class Dinov2Model:
         return cases.workloads(self.recipe.profile, as_bytes=self.choices.input == "images")
 
     @property
+    def text(self) -> None:
+        """None: it writes no text."""
+        return None
+
+    @property
     def facts(self) -> Mapping[str, int | str]:
         """Width, depth, heads, feed-forward and registers."""
         return {

@@ -18,7 +18,7 @@ Forms = Mapping[Runtime, Stage]
 
 def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
     """The graphs by CPU runtime: the export itself, or in int8 a twin made for that runtime."""
-    if request.precision is not Precision.INT8:
+    if request.precision is not Precision.INT8 or request.chosen.traced is Precision.INT8:
         return dict.fromkeys(request.cpu_runtimes, plain)
     integer = _quantised(work, plain, quantise.to_int8)
     if Runtime.OPENVINO not in autotune.runtimes(request.precision, request.cpu_runtimes):

@@ -49,7 +49,10 @@ def compute_reference(work: Workspace, request: BuildRequest, checkpoint: Checkp
         recipe=graph_recipe(request),
         limits=request.limits.model_dump(mode="json"),
         cases=[
-            (case.name, case.why, case.expect_refusal, case.neighbours, case.shown, _digest(case.inputs))
+            (
+                *(case.name, case.why, case.expect_refusal, case.neighbours, case.shown),
+                *(case.distributions, dict(case.choices), _digest(case.inputs)),
+            )
             for case in request.cases
         ],
         judge_code=request.judge_code,

@@ -15,7 +15,7 @@ def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: 
     """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
     graphs = {runtime: request.graph_files(stage.folder) for runtime, stage in forms.items()}
     wanted = GraphForms(precision=request.precision, graphs=graphs)
-    if request.precision not in (Precision.BF16, Precision.INT8):
+    if request.precision is not Precision.BF16 and request.chosen.traced is not Precision.FP32:
         return autotune.tune(request.model, wanted, None, progress=progress)
     fp32_graphs = dict.fromkeys(request.cpu_runtimes, request.graph_files(plain.folder))
     fp32 = GraphForms(precision=Precision.FP32, graphs=fp32_graphs)

@@ -28,7 +28,7 @@ class GraphModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Opens the graph that lies in this version's folder."""
-        served = _served(args)
+        served = served_of(args)
         self._graph, file = served.graph.graph(), served.graph.file
         folder = Path(args["model_repository"]) / args["model_version"]
         # Triton's layout for external data: a folder of the graph's name.
@@ -70,7 +70,7 @@ class PrepareModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Finds the family that knows how."""
-        self._served = _served(args)
+        self._served = served_of(args)
         recipe = parse(Recipe, self._served.recipe, where="the deployed recipe")
         self._model = family.find(self._served.family).model(recipe)
 
@@ -91,7 +91,8 @@ class PrepareModel:
         return responses
 
 
-def _served(args: Mapping[str, str]) -> Served:
+def served_of(args: Mapping[str, str]) -> Served:
+    """What the model's configuration says of it."""
     served = Served.of_config(json.loads(args["model_config"]))
     assert served is not None, "the model was configured by dinoexport deploy"
     return served

@@ -26,7 +26,7 @@ from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.serving.triton import releases, served_models
+from dinoexport.serving.triton import releases, served_models, text_models
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
@@ -99,10 +99,12 @@ def deploy(
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
             raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
         plans = served_models.plans_of(manifest)
-        backend = _chosen(backend, plans)
-        _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
         recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
-        ends = family.find(manifest.family).model(recipe).front_ends(samples, progress=progress)
+        model = family.find(manifest.family).model(recipe)
+        tokenizer = text_models.tokenizer_of(manifest, model)
+        backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
+        _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
+        ends = model.front_ends(samples, progress=progress)
         hashes = {file.name: file.sha256 for file in manifest.files}
         with (
             files.disk_errors(repository),
@@ -114,28 +116,32 @@ def deploy(
             known = read_releases(change.place, name)
             standing = deployed_as(change.place, name)
             version = known.next_version([v for path in standing for v in _versions(path)])
-            served = served_models.of_bundle(
-                folder,
-                manifest,
-                reference,
-                name=name,
-                version=version,
-                backend=backend,
-                queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
-                front_ends=ends,
-                progress=progress,
-            )
-            models = tuple(model.name for model in served)
+            served: tuple[TritonModel, ...]
+            if tokenizer is not None:
+                served = (text_models.of_bundle(manifest, tokenizer, name=name, version=version),)
+            else:
+                served = served_models.of_bundle(
+                    folder,
+                    manifest,
+                    reference,
+                    name=name,
+                    version=version,
+                    backend=backend,
+                    queue_limits=triton is None or triton >= _QUEUE_LIMITS_SINCE,
+                    front_ends=ends,
+                    progress=progress,
+                )
+            models = tuple(each.name for each in served)
             _refuse_strangers(change.place, models, standing, known)
-            for model in served:
-                _write(folder, change.new / model.name, model, version, hashes, progress)
+            for each in served:
+                _write(folder, change.new / each.name, each, version, hashes, progress)
             release = Release(
                 version=version,
                 models=models,
                 bundle=hashlib.sha256(manifest.to_bytes()).hexdigest(),
                 deployed=datetime.now(UTC),
             )
-            steps = [step for model in models for step in _arrival(change, model, version, known)]
+            steps = [step for each in models for step in _arrival(change, each, version, known)]
             _serve(change, known.with_deployed(release), steps, known)
     return Deployed(
         repository=repository,
@@ -326,6 +332,15 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
             next_step="Build it for a target whose runtime is tensorrt, or deploy it with --backend onnxruntime.",
         )
     return backend
+
+
+def _chosen_for_text(backend: Backend | None) -> Backend:
+    if backend not in (None, "python"):
+        raise UsageError(
+            f"--backend {backend} keeps no cache from one token to the next, so it cannot write text.",
+            next_step="Leave --backend out: a text model runs in Triton's Python backend.",
+        )
+    return "python"
 
 
 def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:

@@ -222,9 +222,13 @@ def _onnx_entries(backend: Backend, manifest: Manifest, facts: GraphFacts) -> tu
     on_cpu = backend == "python" or manifest.target == "cpu"
     group = (Entry("count", 1), Entry("kind", Word("KIND_CPU" if on_cpu else "KIND_AUTO")))
     entries.append(Entry("instance_group", group, "one: the runtime uses every core for each batch" if on_cpu else ""))
-    # Triton takes a graph with external data as a folder of the graph's name.
+    return entries, onnx_files(manifest, facts)
+
+
+def onnx_files(manifest: Manifest, facts: GraphFacts) -> dict[str, str]:
+    """A graph's files in a version's folder, by where they go: Triton takes external data in a folder of its name."""
     of_graph = [file.name for file in manifest.files if file.name in (facts.file, f"{facts.file}.data")]
-    return entries, {f"{facts.file}/{name}": name for name in of_graph}
+    return {f"{facts.file}/{name}": name for name in of_graph}
 
 
 def _measured(
@@ -288,7 +292,7 @@ def _graph_model(
         sample = (Entry("name", f"judged-{i}"), Entry("batch_size", 1), *inputs)
         samples.append(Entry("model_warmup", sample, "an input the bundle passed on"))
     content = [
-        *_identity(name, version),
+        *identity(name, version),
         *entries,
         *(_tensor("input", tensor, graph) for tensor in graph.inputs),
         *(_tensor("output", tensor, graph) for tensor in graph.outputs),
@@ -298,9 +302,9 @@ def _graph_model(
     ]
     return TritonModel(
         name=name,
-        config=_document(served, content),
+        config=config_text(served, content),
         files={**in_version, bundle.REFERENCE: bundle.REFERENCE},
-        code=_code("GraphModel") if python else "",
+        code=backend_code("GraphModel") if python else "",
         warmup=warmup,
     )
 
@@ -315,13 +319,13 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
     def model(name: str, role: str, content: Sequence[Entry], code: str) -> TritonModel:
         facts = served.changed(role=role)
         entries = [
-            *_identity(name, version),
+            *identity(name, version),
             *content,
             Entry("max_batch_size", largest, "the graph's"),
             _tensor("input", encoded, graph),
             parameter(PARAMETER, facts.model_dump_json(), "what clients check their inputs by"),
         ]
-        return TritonModel(name=name, config=_document(served, entries), code=code)
+        return TritonModel(name=name, config=config_text(served, entries), code=code)
 
     prepare = model(
         f"{name}_prepare",
@@ -331,7 +335,7 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
             *(_tensor("output", tensor, graph) for tensor in graph.inputs),
             Entry("instance_group", (Entry("count", 2), Entry("kind", Word("KIND_CPU")))),
         ],
-        _code("PrepareModel"),
+        backend_code("PrepareModel"),
     )
     steps = (
         _step(prepare.name, version, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
@@ -365,7 +369,8 @@ def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[
     return Entry("step", (Entry("model_name", model), Entry("model_version", version), *maps))
 
 
-def _identity(name: str, version: int) -> list[Entry]:
+def identity(name: str, version: int) -> list[Entry]:
+    """The model's name and the one version that is served."""
     policy = (Entry("specific", (Entry("versions", (version,)),)),)
     return [Entry("name", name), Entry("version_policy", policy, "the version this configuration was made for")]
 
@@ -383,12 +388,14 @@ def _tensor(side: str, tensor: Tensor, graph: Graph) -> Entry:
     return Entry(side, content, tensor.meaning)
 
 
-def _document(served: Served, entries: Sequence[Entry]) -> str:
+def config_text(served: Served, entries: Sequence[Entry]) -> str:
+    """A config.pbtxt that says what deployed it."""
     return f"# dinoexport deployed this as {served.name}\n" + to_text(entries)
 
 
-def _code(name: str) -> str:
+def backend_code(name: str, module: str = "backend") -> str:
+    """The model.py of a model that the Python backend runs."""
     return (
         '"""Served by dinoexport, which must be installed in this interpreter, with NumPy 1."""\n\n'
-        f"from dinoexport.serving.triton.backend import {name} as TritonPythonModel  # noqa: F401\n"
+        f"from dinoexport.serving.triton.{module} import {name} as TritonPythonModel  # noqa: F401\n"
     )

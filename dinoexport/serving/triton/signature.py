@@ -25,13 +25,13 @@ class Served(Frozen):
     """The facts of one Triton model.
 
     name: what it was deployed as; several Triton models share one. role: `graph` runs the graph, `prepare` turns
-    encoded files into its inputs, `front_end` is the ensemble of both. settings: see `family.FrontEnd`. way: how the
-    Python backend runs the graph.
+    encoded files into its inputs, `front_end` is the ensemble of both, `text` writes with a decoder. settings: see
+    `family.FrontEnd`. way: how the Python backend runs the graph. tokenizer: its file, of a text model.
     """
 
     name: Name
     version: int
-    role: Literal["graph", "prepare", "front_end"]
+    role: Literal["graph", "prepare", "front_end", "text"]
     variant: str
     family: Name
     precision: Precision
@@ -40,17 +40,18 @@ class Served(Frozen):
     way: Way = cpu.PLAIN  # of what was deployed before it was written down
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
+    tokenizer: str = ""
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Served | None:
         """The facts in a model's configuration (Triton's JSON form), None for a model dinoexport did not deploy."""
-        parameter = config.get("parameters", {}).get(PARAMETER)
-        if parameter is None:
+        parameters = config.get("parameters", {})
+        if not isinstance(parameters, dict) or PARAMETER not in parameters:
             return None
         try:
-            return cls.model_validate_json(parameter["string_value"])
-        except (ValidationError, KeyError, TypeError):
+            return cls.model_validate_json(parameters[PARAMETER]["string_value"])
+        except (ValidationError, KeyError, TypeError, ValueError):
             raise UsageError(
-                f"The served model {config.get('name')} was deployed by another version of dinoexport.",
+                f"The served model {config.get('name')!r} was deployed by another version of dinoexport.",
                 next_step="Deploy its bundle again with this one.",
             ) from None

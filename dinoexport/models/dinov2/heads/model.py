@@ -235,10 +235,10 @@ class HeadedModel:
 
     def upstream(
         self,
-        read: Read,  # noqa: ARG002 (the interface's)
-        inputs: Sequence[Arrays],  # noqa: ARG002
+        read: Read,
+        inputs: Sequence[Arrays],
         *,
-        progress: Progress,  # noqa: ARG002
+        progress: Progress,
     ) -> list[dict[str, Array]]:
         """Not offered: the hub's linear depth heads ignore their range, and its segmentation needs mmcv."""
         raise UsageError(

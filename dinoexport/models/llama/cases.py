@@ -1,0 +1,117 @@
+"""Validation cases of a decoder: prompts, how they are put to it, and how many of its answers are looked at.
+
+A case's inputs all begin with an axis for sequences: `tokens` (B, T) int64, -1 after the end of shorter prompts;
+`keep` (B,), logits of so many last tokens are compared; `chunk` (B,), tokens of the padded batch a call; `steps` (B,),
+tokens chosen greedily afterwards; `first_position` (B,), where the first token stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from dinoexport.config.recipe import Frozen, parse
+from dinoexport.errors import UsageError
+from dinoexport.models.llama import synthetic
+from dinoexport.models.llama.config import Architecture
+from dinoexport.spec import Array, Arrays, Case, Workload
+
+SEED = 7
+
+
+class CaseTable(Frozen):
+    """One `[[cases]]` table."""
+
+    name: str
+    why: str
+    prompts: tuple[int, ...] = Field(default=(), description="Lengths of prompts of random token ids, all different.")
+    tokens: tuple[tuple[int, ...], ...] = Field(default=(), description="The prompts' token ids themselves.")
+    file: str = Field(default="", description="A JSON file of such lists beside the validation.")
+    keep: int = Field(default=1, ge=1, description="How many last positions' logits are compared.")
+    chunk: int = Field(default=0, ge=0, description="Tokens a call; 0 reads the prompt at once.")
+    steps: int = Field(default=0, ge=0, description="Tokens chosen greedily after the prompt.")
+    first_position: int = Field(default=0, ge=0, description="The position of the first token, without what is before.")
+    refused: bool = False
+
+
+def read_case(table: Mapping[str, Any], folder: Path, arch: Architecture) -> Case:
+    """The case that `table` describes; a UsageError where it does not fit the model."""
+    wanted = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
+    rows = [*_from_file(wanted, folder), *map(list, wanted.tokens)]
+    rows += [synthetic.prompt(arch.vocabulary, n, SEED, row).tolist() for row, n in enumerate(wanted.prompts)]
+    tokens = batch_of(rows)
+    shortest = min(map(len, rows), default=0)
+    if not wanted.refused and shortest < wanted.keep:
+        raise UsageError(
+            f"case {wanted.name}: the shortest prompt has {shortest} tokens, keep is {wanted.keep}.",
+            next_step="Keep no more than that.",
+        )
+    return Case(
+        name=wanted.name,
+        why=wanted.why,
+        inputs=inputs_of(
+            tokens,
+            keep=wanted.keep,
+            chunk=wanted.chunk,
+            steps=wanted.steps,
+            first_position=wanted.first_position,
+        ),
+        expect_refusal=wanted.refused,
+        distributions=("logits", "rollout_logits") if wanted.steps else ("logits",),
+        choices={"rollout": "rollout_logits"} if wanted.steps else {},
+    )
+
+
+def _from_file(wanted: CaseTable, folder: Path) -> list[list[int]]:
+    if not wanted.file:
+        return []
+    path = folder / Path(wanted.file).name
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(i, int) for row in rows for i in row):
+            raise TypeError("not lists of whole numbers")
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"case {wanted.name}: {path} cannot be read ({error}).", next_step="Give a JSON list of lists of token ids."
+        ) from None
+    return [list(row) for row in rows]
+
+
+def batch_of(rows: list[list[int]]) -> Array:
+    """Prompts as one array (B, T), int64, -1 after the end of shorter ones."""
+    tokens = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    return tokens
+
+
+def inputs_of(
+    tokens_BT: Array, *, keep: int = 1, chunk: int = 0, steps: int = 0, first_position: int = 0
+) -> dict[str, Array]:
+    """A case's inputs."""
+    batch = len(tokens_BT)
+    settings = {"keep": keep, "chunk": chunk, "steps": steps, "first_position": first_position}
+    return {"tokens": tokens_BT} | {name: np.full(batch, value, np.int64) for name, value in settings.items()}
+
+
+def setting(inputs: Arrays, name: str) -> int:
+    """A case's setting, which all its sequences share."""
+    return int(inputs[name][0])
+
+
+def workloads(arch: Architecture) -> tuple[Workload, ...]:
+    """A prompt read and continued, as a user waits for it; then reading alone."""
+    length = min(128, arch.context // 2)
+    prompt = synthetic.prompt(arch.vocabulary, length, SEED)[None]
+    steps = min(16, arch.context - length)
+    return (
+        Workload(
+            name=f"{steps} tokens after {length}", inputs=inputs_of(prompt, steps=steps), items=steps, unit="tokens"
+        ),
+        Workload(name=f"prompt of {length}", inputs=inputs_of(prompt), items=length, unit="tokens"),
+    )

@@ -1,0 +1,110 @@
+"""The recipe tables `[model]` and `[graph]` of a Llama-type decoder, and the facts that follow from them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dinoexport.config.recipe import Frozen
+from dinoexport.models.llama.text import TextTable
+from dinoexport.spec import closest
+
+# The products of a block and of the head, as the graph's weights are called.
+PRODUCTS = ("q", "k", "v", "out", "gate", "up", "down", "output")
+
+
+class Architecture(Frozen):
+    """The `[model]` table."""
+
+    dim: int = Field(gt=0, description="Width D of the residual stream.")
+    layers: int = Field(gt=0, description="Number of blocks.")
+    heads: int = Field(gt=0, description="Query heads; they divide dim.")
+    kv_heads: int = Field(gt=0, description="Key-value heads G; each serves heads / kv_heads neighbouring query heads.")
+    hidden_dim: int = Field(gt=0, description="Width of the gated feed-forward.")
+    vocabulary: int = Field(gt=1, description="Rows V of the embedding table.")
+    norm_eps: float = Field(gt=0, lt=1, description="Epsilon of the RMS norms.")
+    rope_theta: float = Field(gt=1, description="Base of the rotary frequencies.")
+    context: int = Field(gt=1, description="Most tokens a sequence may have, prompt and answer together.")
+    text: TextTable = Field(default_factory=TextTable, description="Its prompts.")
+    tied: bool = Field(default=False, description="Whether the output matrix is the embedding table.")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide dim {self.dim}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"a head of {self.head_dim} has no pairs to rotate")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Size K of a head."""
+        return self.dim // self.heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of keys and of values, all heads together."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of Meta's checkpoint and its shape, embeddings first."""
+        dim, kv, hidden = self.dim, self.kv_dim, self.hidden_dim
+        block: dict[str, tuple[int, ...]] = {
+            "attention.wq.weight": (dim, dim),
+            "attention.wk.weight": (kv, dim),
+            "attention.wv.weight": (kv, dim),
+            "attention.wo.weight": (dim, dim),
+            "feed_forward.w1.weight": (hidden, dim),
+            "feed_forward.w2.weight": (dim, hidden),
+            "feed_forward.w3.weight": (hidden, dim),
+            "attention_norm.weight": (dim,),
+            "ffn_norm.weight": (dim,),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocabulary, dim)}
+        for i in range(self.layers):
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
+        shapes["norm.weight"] = (dim,)
+        return shapes if self.tied else shapes | {"output.weight": (self.vocabulary, dim)}
+
+    @property
+    def output_name(self) -> str:
+        """The tensor the logits are made with."""
+        return "tok_embeddings.weight" if self.tied else "output.weight"
+
+    @property
+    def cache_values_a_token(self) -> int:
+        """Numbers the cache holds for each token: keys and values of every block."""
+        return 2 * self.layers * self.kv_dim
+
+
+class GraphChoices(Frozen):
+    """The `[graph]` table."""
+
+    residual: Literal["fp16", "fp32"] = Field(
+        default="fp32",
+        description="What a graph of 16-bit precision adds its blocks up in, `fp16` standing for that precision. "
+        "An fp32 graph always uses fp32.",
+    )
+    body: Literal["fp32", "fp16"] = Field(
+        default="fp32",
+        description="What a graph with int8 or int4 weights multiplies in: fp32 for CPUs, fp16 for GPUs.",
+    )
+    block: int = Field(default=32, ge=16, description="Rows of a weight in int8 or int4 that share a scale.")
+    zero_points: bool = Field(
+        default=True, description="Whether blocks in int4 have zero points: more exact, but TensorRT takes none."
+    )
+    int8: tuple[str, ...] = Field(
+        default=("v", "down"),
+        description="Products of an int4 graph whose weights stay in int8: q, k, v, out, gate, up, down, output. "
+        "Values and what leaves the feed-forward lose most in four bits.",
+    )
+
+    @model_validator(mode="after")
+    def _known_products(self) -> Self:
+        if wrong := [name for name in self.int8 if name not in PRODUCTS]:
+            raise ValueError(f"int8: there is no product {wrong[0]!r}.{closest(wrong[0], PRODUCTS)}")
+        return self

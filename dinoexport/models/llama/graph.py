@@ -1,0 +1,137 @@
+"""A Llama-type decoder with a cache as it is traced: one graph for reading a prompt and for adding a token.
+
+Three pieces make every variant: the stem (tokens to the residual stream, the rotation and the mask), a block and the
+head. Rotation, attention and norm stay single ONNX operators of opset 23: all three compilers have fast kernels for
+them. New keys and values are appended outside the attention operator, because TensorRT takes none with a past of its
+own.
+
+Suffixes name axes: B sequences, T new tokens, P past ones, S = P + T, D width, H query heads, G key-value heads, K head
+size, V vocabulary, I and O in and out. The plain formulation that judges this one is in `reference.py`; they share no
+code on purpose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoexport.models.llama.config import Architecture
+
+
+def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A tensor of the graph. Its values come from the checkpoint when the file is written."""
+    return nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+
+
+class Stem(nn.Module):
+    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and who sees whom."""
+
+    frequencies: Tensor
+
+    def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
+        super().__init__()
+        self.residual = residual
+        self.table_VD = _parameter(arch.vocabulary, arch.dim, dtype=body)
+        exponents = torch.arange(0, arch.head_dim, 2).float() / arch.head_dim
+        self.register_buffer("frequencies", 1.0 / arch.rope_theta**exponents)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Stream (B, T, D), cosines and sines (B, T, K/2) in float32, mask (B, 1, T, S), true where a token is seen.
+
+        A sequence's first token that is no padding stands at `first_position`. Positions are counted in float32, which
+        holds every whole number that a context has, and angles are products rounded to float32, as the published code
+        makes them; a table would also limit the context.
+        A token of padding sees itself, so that no row of the mask is empty and no softmax is NaN. The mask has an axis
+        for sequences even where all are alike: OpenVINO in bf16 takes a shared one for the first sequence only.
+        """
+        stream = F.embedding(input_ids, self.table_VD).to(self.residual)
+        seen, new = attention_mask.shape[1], input_ids.shape[1]
+        keys_S = torch.arange(seen)
+        queries_T1 = (torch.arange(new) + (seen - new)).unsqueeze(1)
+        padding_B11 = (1 - attention_mask.float()).sum(dim=1).reshape(-1, 1, 1)
+        positions_BT1 = F.relu(queries_T1.float() - padding_B11) + first_position.float()
+        angles = positions_BT1 * self.frequencies
+        earlier_TS, itself_TS = keys_S <= queries_T1, keys_S == queries_T1
+        real_B1S = (attention_mask > 0).unsqueeze(1)
+        mask = earlier_TS & (real_B1S | itself_TS)
+        return stream, angles.cos(), angles.sin(), mask.unsqueeze(1)
+
+
+class Block(nn.Module):
+    """One block: the stream (B, T, D) onward, and its keys and values (B, G, S, K) with the new ones last.
+
+    Norms and the rotation are computed in float32 whatever the body's precision.
+    """
+
+    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.eps, self.body, self.head_dim = arch.dim, arch.norm_eps, body, arch.head_dim
+        self.attention_norm_D = _parameter(arch.dim, dtype=torch.float32)
+        self.q_IO = _parameter(arch.dim, arch.dim, dtype=body)
+        self.k_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
+        self.v_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
+        self.out_IO = _parameter(arch.dim, arch.dim, dtype=body)
+        self.ffn_norm_D = _parameter(arch.dim, dtype=torch.float32)
+        self.gate_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
+        self.up_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
+        self.down_IO = _parameter(arch.hidden_dim, arch.dim, dtype=body)
+
+    def forward(
+        self, stream: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
+        x = self._norm(stream, self.attention_norm_D)
+        q = self._rotated(self._heads(x @ self.q_IO), cosines, sines)
+        k = self._rotated(self._heads(x @ self.k_IO), cosines, sines)
+        keys_BGSK = torch.cat((past_key, k), dim=2)
+        values_BGSK = torch.cat((past_value, self._heads(x @ self.v_IO)), dim=2)
+        mixed, *_ = torch.onnx.ops.attention(q, keys_BGSK, values_BGSK, mask, scale=self.head_dim**-0.5)
+        stream = stream + (mixed.transpose(1, 2).flatten(2) @ self.out_IO).to(stream.dtype)
+        x = self._norm(stream, self.ffn_norm_D)
+        fed = (F.silu(x @ self.gate_IO) * (x @ self.up_IO)) @ self.down_IO
+        return stream + fed.to(stream.dtype), keys_BGSK, values_BGSK
+
+    def _norm(self, stream: Tensor, weight_D: Tensor) -> Tensor:
+        return F.rms_norm(stream.float(), (self.dim,), weight_D, self.eps).to(self.body)
+
+    def _heads(self, x_BTO: Tensor) -> Tensor:
+        heads: Tensor = x_BTO.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads
+
+    def _rotated(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Halves (0, K/2), (1, K/2 + 1), ... rotated: `layouts` has put Meta's neighbours there."""
+        turned: Tensor = torch.onnx.ops.rotary_embedding(heads.float(), cosines, sines)
+        return turned.to(self.body)
+
+
+class Head(nn.Module):
+    """The stream (B, T, D) through the last norm to logits of its last tokens, float32. logits_to_keep: 0 for all."""
+
+    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.eps, self.body = arch.dim, arch.norm_eps, body
+        self.norm_D = _parameter(arch.dim, dtype=torch.float32)
+        self.output_IO = _parameter(arch.dim, arch.vocabulary, dtype=body)
+
+    def forward(self, stream: Tensor, logits_to_keep: Tensor) -> Tensor:
+        """Logits (B, kept, V)."""
+        stream = _last_tokens(stream, logits_to_keep)
+        x = F.rms_norm(stream.float(), (self.dim,), self.norm_D, self.eps).to(self.body)
+        return (x @ self.output_IO).float()
+
+
+def _last_tokens(stream: Tensor, count: Tensor) -> Tensor:
+    """The last tokens (B, kept, D); all for a count of 0, which the slice from -0 on is too.
+
+    One operator when traced: PyTorch's tracer has no slice by the value of a tensor.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return stream[:, -int(count) :]
+    ends, axis = torch.full((1,), 2**62), torch.full((1,), 1)
+    kept: Tensor = torch.onnx.ops.symbolic(
+        "Slice", (stream, -count, ends, axis), dtype=stream.dtype, shape=stream.shape, version=13
+    )
+    return kept

@@ -1,0 +1,50 @@
+"""How a Llama-type model writes text: its prompts, and its tokenizer as it lies beside the weights.
+
+A GGUF file holds the tokenizer itself, as metadata; it becomes the file its authors would have published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from dinoexport.config.recipe import Frozen
+from dinoexport.models.llama import gguf_tokenizer
+from dinoexport.models.llama.prompts import BOS, EOS, Chat, LlamaPrompts
+from dinoexport.system import untrusted
+from dinoexport.text import tokenizer
+
+
+class TextTable(Frozen):
+    """The table `[model.text]`."""
+
+    bos: str = Field(default=BOS, description="The piece a prompt begins with; empty for none.")
+    eos: str = Field(default=EOS, description="The piece that ends a completion.")
+    infill: bool = Field(default=False, description="Whether it was trained to fill in text, as Code Llama was.")
+    chat: Chat = Field(default="none", description="How its conversations are written: Llama 2's way, or ChatML.")
+    system: str = Field(default="", description="What a conversation in ChatML without a system text begins with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaText:
+    """What `dinoexport.family.TextRole` asks for."""
+
+    table: TextTable
+
+    @property
+    def prompts(self) -> LlamaPrompts:
+        """By the recipe."""
+        table = self.table
+        return LlamaPrompts(
+            bos=table.bos, eos=table.eos, infills=table.infill, chat_format=table.chat, system=table.system
+        )
+
+    def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
+        """tokenizer.model or tokenizer.json in the folder, or beside the file; of a GGUF file what it holds."""
+        if weights.suffix == ".gguf":
+            return gguf_tokenizer.read(weights)
+        found = tokenizer.find(weights if weights.is_dir() else weights.parent)
+        return {} if found is None else {found.name: untrusted.read_bytes(found, max_bytes=tokenizer.MAX_BYTES)}

@@ -1,0 +1,177 @@
+"""A graph that carries state made stateful for OpenVINO, and a decoder whose cache stays in the compiled model.
+
+OpenVINO has one kernel for attention and its cache together, for graphs of a certain form: the cache a variable, its
+rows chosen by an input, and grouped heads repeated by Broadcast. Its ONNX front end gives plain tensors and Tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dinoexport.errors import BuildError
+from dinoexport.runtime import check_inputs, decoding, telemetry
+from dinoexport.spec import Array, Arrays, Graph, Tensor
+
+_ROWS = "beam_idx"
+
+
+def make_stateful(model: Any, graph: Graph) -> None:
+    """Turns the carried inputs and outputs of `model` into variables, empty at first."""
+    openvino = telemetry.openvino()
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    _heads_by_broadcast(model)
+    for tensor in graph.inputs:
+        if tensor.default is not None:
+            _as_parameter(model, tensor)
+    rows = ops.parameter([-1], openvino.Type.i32, name=_ROWS)
+    rows.output(0).get_tensor().add_names({_ROWS})
+    for name in graph.carried:
+        past = model.input(name)
+        consumers = past.get_target_inputs()
+        chosen = ops.gather(past, rows, ops.constant(0, openvino.Type.i64))
+        for consumer in consumers:
+            consumer.replace_source_output(chosen.output(0))
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(model, dict(graph.carried))
+    first = graph.inputs[0].name
+    batch = ops.gather(
+        ops.shape_of(model.input(first), output_type="i64"),
+        ops.constant([0], openvino.Type.i64),
+        ops.constant(0, openvino.Type.i64),
+    )
+    for operator in model.get_ops():
+        if operator.get_type_name() == "ReadValue":
+            rest = [dim.min_length for dim in operator.get_output_partial_shape(0)][1:]
+            shape = ops.concat([batch, ops.constant(rest, openvino.Type.i64)], 0)
+            empty = ops.broadcast(ops.constant(0.0, operator.get_output_element_type(0)), shape)
+            operator.set_arguments([empty])
+    model.validate_nodes_and_infer_types()
+
+
+def _heads_by_broadcast(model: Any) -> None:
+    """The front end repeats grouped heads by Tile, which the kernel's pattern does not know."""
+    openvino = telemetry.openvino()
+    from openvino import opset13 as ops
+
+    for tile in [operator for operator in model.get_ops() if operator.get_type_name() == "Tile"]:
+        source, repeats = tile.input_value(0), tile.input_value(1)
+        if source.get_node().get_type_name() != "Unsqueeze":
+            continue
+        wide = ops.broadcast(source, ops.convert(repeats, openvino.Type.i64), broadcast_spec="BIDIRECTIONAL")
+        for consumer in tile.output(0).get_target_inputs():
+            consumer.replace_source_output(wide.output(0))
+
+
+def _as_parameter(model: Any, tensor: Tensor) -> None:
+    """The front end takes an input with a default for a constant."""
+    openvino = telemetry.openvino()
+    from openvino import opset13 as ops
+
+    constant = next(operator for operator in model.get_ops() if operator.get_friendly_name() == tensor.name)
+    parameter = ops.parameter(list(tensor.shape), openvino.Type(tensor.dtype), name=tensor.name)
+    parameter.output(0).get_tensor().add_names({tensor.name})
+    for consumer in constant.output(0).get_target_inputs():
+        consumer.replace_source_output(parameter.output(0))
+    model.add_parameters([parameter])
+
+
+class OpenVinoDecoder:
+    """What `decoding.Decoder` asks for, on an infer request of its own."""
+
+    def __init__(self, compiled: Any, graph: Graph) -> None:
+        self._request, self._graph = compiled.create_infer_request(), graph
+        # A state is called by its variable, which is called by the two tensors it joins.
+        self._states = {
+            name: next(s for s in self._request.query_state() if s.name in (name + given, name, given))
+            for name, given in graph.carried.items()
+        }
+        self._next: list[int] | None = None
+        self._batch = 0
+        self.past_tokens = 0
+        self.inside: dict[str, Array] = {}
+
+    def step(self, input_ids_BT: Array, attention_mask_BS: Array) -> Array:
+        """See `Decoder`."""
+        logits: Array = self.rows(input_ids_BT, attention_mask_BS)[:, -1]
+        return logits
+
+    def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
+        """See `Decoder`."""
+        inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
+        decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
+        return self._infer(inputs)
+
+    def _infer(self, inputs: Arrays) -> Array:
+        import numpy as np
+
+        batch, new = inputs[decoding.INPUT_IDS].shape
+        rows = np.arange(batch, dtype=np.int32) if self._next is None else np.array(self._next, np.int32)
+        try:
+            self._request.infer({**inputs, _ROWS: rows}, share_inputs=True)
+        except RuntimeError as error:
+            given = {name: array.shape for name, array in inputs.items()}
+            raise BuildError(f"OpenVINO failed on {given}: {error}", next_step="Report it.") from error
+        self._next, self._batch = None, batch
+        self.past_tokens += new
+        # Copied, because the request writes its next answer to the same memory.
+        answer: Array = self._request.get_tensor(decoding.LOGITS).data.copy()
+        return answer
+
+    def reset(self) -> None:
+        """See `Decoder`."""
+        self._request.reset_state()
+        self._next, self._batch, self.past_tokens = None, 0, 0
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """See `Decoder`."""
+        chosen = list(rows)
+        self._next = chosen if self._next is None else [self._next[row] for row in chosen]
+        self._batch = len(chosen) if self.past_tokens else 0
+
+    def carried(self) -> dict[str, Array]:
+        """See `Decoder`."""
+        types = {tensor.name: tensor.dtype for tensor in self._graph.inputs}
+        rows = slice(None) if self._next is None else self._next
+        return {name: state.state.data.astype(types[name])[rows] for name, state in self._states.items()}
+
+    def resume(self, carried: Arrays) -> None:
+        """See `Decoder`."""
+        openvino = telemetry.openvino()
+
+        self.reset()
+        for name, state in self._states.items():
+            state.state = openvino.Tensor(carried[name])
+        self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)
+
+    def call(self, arrays: Arrays) -> dict[str, Array]:
+        """One call with the carried values given and returned, as any runner's: they are put into the state first."""
+        openvino = telemetry.openvino()
+
+        check_inputs(self._graph, arrays)
+        self.reset()
+        for name, state in self._states.items():
+            if arrays[name].size:
+                state.state = openvino.Tensor(arrays[name])
+        defaults = {t.name: _filled(t) for t in self._graph.inputs if t.default is not None and t.name not in arrays}
+        inputs = {name: array for name, array in arrays.items() if name not in self._graph.carried}
+        answers = {decoding.LOGITS: self._infer(defaults | inputs)}
+        types = {tensor.name: tensor.dtype for tensor in self._graph.inputs}
+        for name, state in self._states.items():
+            answers[self._graph.carried[name]] = state.state.data.astype(types[name])
+        return answers
+
+
+def states(compiled: Any) -> Mapping[str, str]:
+    """What a stateful model keeps its carried values in: name -> the runtime's own word for their precision."""
+    request = compiled.create_infer_request()
+    return {state.name: state.state.get_element_type().get_type_name() for state in request.query_state()}
+
+
+def _filled(tensor: Tensor) -> Array:
+    import numpy as np
+
+    return np.full(tensor.shape, tensor.default, tensor.dtype)

@@ -1,0 +1,50 @@
+"""ONNX Runtime and OpenVINO, loaded so that neither sends nor stores anything about its use.
+
+Both are built with telemetry that is on unless it is switched off before they are loaded:
+
+    ONNX Runtime, since 1.32   writes a lasting device id and a queue of events to ~/.cache/Microsoft and sends them
+    OpenVINO                   posts to Google Analytics from a process of its own, with a lasting id in the home folder
+
+Nobody else in this package imports them, which a test sees to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+_ORT_SWITCH = "ORT_DISABLE_TELEMETRY"
+_OPENVINO_SENDER = "openvino_telemetry"
+
+
+def onnxruntime() -> Any:
+    """The package `onnxruntime`, which sends nothing, whatever the environment says."""
+    os.environ[_ORT_SWITCH] = "1"  # read when its library is loaded; child processes inherit it
+    import onnxruntime as package
+
+    package.disable_telemetry_events()  # for a program that had loaded it before us
+    return package
+
+
+def openvino() -> Any:
+    """The package `openvino`, which sends nothing: it finds no package to send with."""
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    before = sys.modules.get(_OPENVINO_SENDER)
+    sys.modules[_OPENVINO_SENDER] = None  # type: ignore[assignment]  # makes an import of it fail
+    try:
+        import openvino as package
+    finally:
+        del sys.modules[_OPENVINO_SENDER]
+        if before is not None:
+            sys.modules[_OPENVINO_SENDER] = before
+    return package
+
+
+def findings() -> dict[str, str]:
+    """What is switched off, by package, for `doctor`."""
+    return {
+        "onnxruntime": f"telemetry off: {_ORT_SWITCH}=1 is set before it is loaded",
+        "openvino": f"telemetry off: it is loaded without {_OPENVINO_SENDER}",
+    }

@@ -1,0 +1,90 @@
+"""A bundle, or what a server has of one, opened to write text: its graph as a decoder, its tokenizer, its prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoexport import bundle, family
+from dinoexport.bundle import Manifest
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import UsageError
+from dinoexport.family import WeightLayout
+from dinoexport.runtime import cpu, decoding, runners
+from dinoexport.spec import Graph, Way
+from dinoexport.text import tokenizer
+from dinoexport.text.decoder import LOGITS, SteppedDecoder
+from dinoexport.text.requests import TextModel
+
+# One call may take about a second on two cores, so that nobody who leaves or joins waits longer: multiplications.
+_CALL_PRODUCTS = 2.25e11
+_CHUNKS = (16, 512)
+
+
+def tokenizer_file(manifest: Manifest) -> str | None:
+    """The name of the bundle's tokenizer, None where it has none."""
+    return next((file.name for file in manifest.files if file.name in tokenizer.FILES), None)
+
+
+def open_bundle(folder: Path) -> TextModel:
+    """The bundle in `folder`, run as it was judged. Raises UsageError for one that writes no text."""
+    manifest = bundle.read_manifest(folder)
+    name = tokenizer_file(manifest)
+    if name is None:
+        raise UsageError(
+            f"{folder} has no tokenizer, so there is no way from text to it.",
+            next_step="Build it with the tokenizer's file beside the weights.",
+        )
+    (facts,) = manifest.graphs
+    wanted = [file for file in manifest.files if file.name in (name, facts.file, f"{facts.file}.data")]
+    bundle.check_files(folder, wanted)
+    return open_served(
+        folder / facts.file,
+        folder / name,
+        graph=facts.graph(),
+        family_name=manifest.family,
+        recipe=manifest.recipe,
+        way=runners.built_way(manifest),
+    )
+
+
+def open_served(
+    onnx: Path, tokenizer_path: Path, *, graph: Graph, family_name: str, recipe: Mapping[str, Any], way: Way
+) -> TextModel:
+    """Graph and tokenizer by their paths; `recipe` as the manifest or the served model has it."""
+    model = family.find(family_name).model(parse(Recipe, recipe, where="the recipe"))
+    if model.text is None:
+        raise UsageError(f"A {family_name} writes no text.", next_step="Ask a decoder.")
+    found = tokenizer.load(tokenizer_path)
+    (opened,) = cpu.open_graphs({onnx: graph}, cpu.way_here(way)).values()
+    decoder = SteppedDecoder(
+        begin_steps=lambda: decoding.begin(opened, graph),
+        vocabulary=vocabulary_of(graph),
+        context=context_of(graph),
+        chunk=chunk_for(model, graph),
+    )
+    tokenizer.check_vocabulary(found, decoder.vocabulary)
+    return TextModel(tokenizer=found, decoder=decoder, prompts=model.text.prompts)
+
+
+def context_of(graph: Graph) -> int:
+    """The most tokens the graph takes, past and new together."""
+    return next(dim.max for dim in graph.dims if dim.name == "total")
+
+
+def vocabulary_of(graph: Graph) -> int:
+    """The number of logits."""
+    (logits,) = (tensor for tensor in graph.outputs if tensor.name == LOGITS)
+    size = logits.shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+def chunk_for(model: WeightLayout, graph: Graph) -> int:
+    """How many tokens of a prompt are read in one call: a power of two, the same on every machine."""
+    parameters = sum(math.prod(shape) for shape in model.tensors.values())
+    least, most = _CHUNKS
+    most = min(most, next(dim.max for dim in graph.dims if dim.name == "length"))
+    return min(most, max(least, 1 << int(math.log2(max(1.0, _CALL_PRODUCTS / parameters)))))

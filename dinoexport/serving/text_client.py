@@ -1,0 +1,106 @@
+"""A client of a served text model: a prompt in, text out as it is written, over HTTP or gRPC.
+
+Who stops reading closes the stream, and the server stops writing within two seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from dinoexport.errors import UsageError
+from dinoexport.serving import client, transport
+from dinoexport.serving.triton import text_signature as signature
+from dinoexport.serving.triton.signature import Served
+from dinoexport.spec import closest
+from dinoexport.text import requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How an answer ended. reason: stop, length or cancelled."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    ended: Ended
+
+
+class TextClient:
+    """One served text model.
+
+    url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
+    timeout_s: for the first words of an answer, and between any two.
+    """
+
+    def __init__(self, url: str, *, model: str | None = None, timeout_s: float = 60.0) -> None:
+        self._transport = transport.connect(url, timeout_s=timeout_s)
+        found = {name: s for name, s in client.discover(self._transport).items() if s.role == "text"}
+        self.name, self.served = _chosen(found, url, model)
+
+    def stream(self, **values: Any) -> Iterator[str | Ended]:
+        """The answer in pieces, and last how it ended. values: see `text.requests.parse`.
+
+        Raises InputRefused before anything is sent, where the server would; ServerBusy where its queue is full.
+        """
+        requests.parse(values)
+        with closing(self._transport.stream(self.name, wire(values, stream=True))) as events:
+            for event in events:
+                yield from read(event)
+
+    def answer(self, **values: Any) -> Answer:
+        """The whole answer."""
+        text, ended = [], None
+        for item in self.stream(**values):
+            if isinstance(item, str):
+                text.append(item)
+            else:
+                ended = item
+        if ended is None:
+            raise transport.ServerError("The answer broke off.", next_step="Look into the server's log.")
+        return Answer(text="".join(text), ended=ended)
+
+
+def wire(values: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    """A request's values as Triton's JSON has them."""
+    sent = {key: value for key, value in values.items() if value is not None} | {signature.STREAM: stream}
+    if not isinstance(sent.get("messages", ""), str):
+        sent["messages"] = json.dumps(
+            [{"role": turn.role, "content": turn.content} for turn in requests.messages_of(sent["messages"])]
+        )
+    return sent
+
+
+def read(event: Mapping[str, Any]) -> Iterator[str | Ended]:
+    """What one of the server's responses says, of a streamed answer."""
+    if event.get(signature.TEXT):
+        yield str(event[signature.TEXT])
+    if event.get(signature.REASON):
+        ids = event.get(signature.TOKEN_IDS) or ()
+        yield Ended(
+            reason=str(event[signature.REASON]),
+            prompt_tokens=int(event[signature.PROMPT_TOKENS]),
+            completion_tokens=int(event[signature.TOKENS]),
+            token_ids=tuple(ids) if isinstance(ids, list | tuple) else (int(ids),),
+        )
+
+
+def _chosen(found: Mapping[str, Served], url: str, model: str | None) -> tuple[str, Served]:
+    wanted = {name: served for name, served in found.items() if model in (None, name, served.name)}
+    if len(wanted) == 1:
+        return next(iter(wanted.items()))
+    if not found:
+        raise UsageError(f"{url} serves no text model of dinoexport's.", next_step="dinoexport deploy makes one.")
+    problem = f"no text model {model!r}.{closest(model or '', list(found))}" if model else f"{len(found)} text models."
+    raise UsageError(f"{url} serves {problem}", next_step=f"Name one as the model: {', '.join(sorted(found))}.")

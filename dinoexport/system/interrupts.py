@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: a clean end at every moment, and last words that are true. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+EXIT_CODE = 130  # what a shell reports for Ctrl-C
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+def last_words() -> str:
+    """What an interrupted process leaves behind, in one sentence."""
+    changes = sys.modules.get("dinoexport.system.changes")  # loading it now would take time
+    done = " ".join(changes.done()) if changes is not None else ""
+    if done:
+        return f"Interrupted. It came after this was done: {done}"
+    return "Interrupted. Nothing was changed; finished stages of a build are kept and reused."
+
+
+def leave_at_once() -> None:
+    """From now on either signal ends the process, with words and no traceback: nothing is under way."""
+    _handle(_leave)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """While the block runs either signal raises KeyboardInterrupt, if `leave_at_once` was called before."""
+    if signal.getsignal(signal.SIGTERM) is not _leave:
+        yield
+        return
+    _handle(_raise)
+    try:
+        yield
+    finally:
+        _handle(_leave)
+
+
+def _handle(handler: Any) -> None:
+    for number in _NUMBERS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs are deaf to Ctrl-C
+            signal.signal(number, handler)
+
+
+def _raise(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _leave(_number: int, _frame: Any) -> None:
+    words = last_words().encode(errors="backslashreplace")
+    os.write(2, b"\n" + bytes(byte if byte >= 0x20 else 0x3F for byte in words) + b"\n")
+    os._exit(EXIT_CODE)

@@ -1,0 +1,103 @@
+"""Everything that reaches the terminal goes through one place, and nothing that came from outside steers it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import dinoexport
+from dinoexport.cli import tables, terminal
+from dinoexport.errors import UsageError
+from tests.conftest import HEARING_SIGINT
+
+HOSTILE = st.text(st.characters(exclude_categories=()), max_size=40)
+PACKAGE = Path(dinoexport.__file__).parent
+
+
+def steers(text: str) -> list[str]:
+    """The characters that do something to a terminal besides being seen."""
+    return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"]
+
+
+@given(HOSTILE)
+@example("\x1b]0;owned\x07\x1b[2J")
+@example("\x9b31m")
+@example("safe\u202egnp.exe")
+@example("caf\udce9")
+@example("ok\nVerified: by key 1234")
+def test_no_text_steers_the_terminal(text: str) -> None:
+    outputs: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.echo", lambda words, err=False: outputs.append(words))
+        terminal.say(text)
+        with pytest.raises(SystemExit):
+            terminal.fail(UsageError(text, next_step=text), False)
+        with terminal.progress_lines() as progress:
+            progress(text, 0, 1)
+        terminal.say_json({text: text})
+    for words in outputs:
+        assert not steers(words), words
+    assert "\n" not in outputs[0] and all(line.startswith(("error: ", "  ")) for line in outputs[1].splitlines())
+    assert json.loads(outputs[-1]) == {text: text}
+
+
+@given(HOSTILE)
+def test_no_table_steers_the_terminal(text: str) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    out = StringIO()
+    console = Console(file=out, width=400)
+    console.print(tables.table(text, [{text: text, "more": [text, text]}]))
+    console.print(tables.facts(text, {text: text, "more": text}))
+    shown = out.getvalue()
+    assert not steers(shown)
+    assert len(shown.splitlines()) <= 11, "a cell is one line"
+
+
+def test_nobody_else_prints() -> None:
+    """Found in the syntax: a new module is under this the moment it exists."""
+    allowed = {PACKAGE / "cli" / "terminal.py", PACKAGE / "cli" / "app.py"}
+    for path in set(PACKAGE.rglob("*.py")) - allowed:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("print", "typer.echo", "typer.secho", "click.echo"), path
+                assert not ast.unparse(node.func).endswith(("stdout.write", "stderr.write", "Console")), path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_loads(number: signal.Signals) -> None:
+    """At any time after its first line there is one line and the exit code of a shell, never a traceback."""
+    code = "import dinoexport.__main__ as m, sys\nm.interrupts.leave_at_once()\nprint('up', flush=True)\nm.main()"
+    for pause_s in (0.0, 0.1, 0.25):
+        command = [*HEARING_SIGINT, sys.executable, "-c", code, "list"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        time.sleep(pause_s)
+        process.send_signal(number)
+        _, words = process.communicate(timeout=60)
+        assert "Traceback" not in words and process.returncode in (0, 130), words
+        if process.returncode:
+            assert words.strip() == "Interrupted. Nothing was changed; finished stages of a build are kept and reused."
+
+
+def test_last_words_say_what_was_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from dinoexport.system import changes
+
+    monkeypatch.setattr(changes, "_done", ["models serves tiny version 2."])
+    with pytest.raises(SystemExit) as ended, terminal.reporting(False):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "after this was done: models serves tiny version 2." in capsys.readouterr().err

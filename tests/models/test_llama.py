@@ -1,0 +1,256 @@
+"""Llama-type decoders against numbers nobody here made: Meta's Code Llama code's, and Hugging Face's implementation's.
+
+`data/goldens/codellama/*.npz` hold what Meta's own code (fp32, PyTorch, CPU) answers on the checkpoints that
+`models/llama/synthetic.py` makes, seed 7. Keys are CASE/ARRAY; `columns` are the vocabulary's entries that are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinoexport import family
+from dinoexport.config.recipe import Recipe
+from dinoexport.errors import InputRefused, UsageError
+from dinoexport.graph.onnx_writer import export
+from dinoexport.models.llama import cases
+from dinoexport.models.llama.config import Architecture
+from dinoexport.runtime import cpu, decoding
+from dinoexport.spec import Precision, Runtime, Way, silent
+from dinoexport.validation.metrics import distance
+from tests import conformance, llama_files
+from tests.conftest import DATA
+
+SEED = 7
+LIMIT = 1e-5
+CONFIGS = {
+    "tiny": {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "hidden_dim": 192, "vocabulary": 320},
+    "tiny_gqa": {"dim": 64, "layers": 3, "heads": 8, "kv_heads": 2, "hidden_dim": 224, "vocabulary": 320},
+    "small": {"dim": 256, "layers": 4, "heads": 8, "kv_heads": 8, "hidden_dim": 768, "vocabulary": 32016},
+}
+CONFIGS["tiny_theta1e4"] = CONFIGS["tiny"] | {"rope_theta": 1e4}
+# Nothing a golden has: three heads of one size shared by six, another base and epsilon, another feed-forward.
+CONFIGS["other"] = CONFIGS["tiny"] | {
+    "dim": 96,
+    "heads": 6,
+    "kv_heads": 3,
+    "hidden_dim": 100,
+    "rope_theta": 5e5,
+    "norm_eps": 3e-6,
+}
+CASES = ("1x1", "1x7", "1x64", "1x300", "3x7", "3x5-12-9", "1x40+24", "1x64@20000", "1x64@99936")
+ORT = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=1)
+OPENVINO = Way(runtime=Runtime.OPENVINO, precision=Precision.FP32, threads=1)
+
+
+def model_of(name: str, *, precision: Precision | None = None, **changes: Any) -> Any:
+    """The model of a configuration, with other dimensions where they are given."""
+    arch = {"norm_eps": 1e-5, "rope_theta": 1e6, "context": 100_000, **CONFIGS[name], **changes}
+    profile = {
+        "batch": {"min": 1, "opt": 1, "max": 4},
+        "length": {"min": 1, "opt": 1, "max": min(4096, arch["context"])},
+        "past": {"min": 0, "opt": min(256, arch["context"] // 2), "max": arch["context"] - 1},
+    }
+    table = {"name": name, "family": "llama", "validation": "x", "model": arch, "profile": profile}
+    table |= {"quantised": "weights"}
+    return family.find("llama").model(Recipe.model_validate(table | {"precision": precision}))
+
+
+def reader(model: Any, seed: int = SEED) -> Any:
+    return lambda name: model.synthetic(name, seed)
+
+
+def write(model: Any, folder: Path, seed: int = SEED) -> Path:
+    """The model's ONNX file."""
+    export(model.graphs[0], model.calls(model.graphs[0], reader(model, seed)), folder, metadata={})
+    return folder / "model.onnx"
+
+
+class Golden:
+    """One file of official answers: what was asked, and how to compare with it."""
+
+    def __init__(self, name: str) -> None:
+        with np.load(DATA / "goldens" / "codellama" / f"{name}-seed{SEED}.npz") as stored:
+            self.arrays = {key: stored[key] for key in stored.files}
+
+    def inputs(self, case: str) -> dict[str, Any]:
+        logits = self.arrays.get(f"{case}/logits")
+        return cases.inputs_of(
+            self.arrays[f"{case}/tokens"],
+            keep=1 if logits is None else logits.shape[1],
+            chunk=40 if "+" in case else 0,
+            steps=17 if f"{case}/generated" in self.arrays else 0,
+            first_position=int(self.arrays[f"{case}/positions"][0]) if "@" in case else 0,
+        )
+
+    def check(self, case: str, answers: dict[str, Any]) -> None:
+        """Logits of the prompt and of each greedy step to 1e-5, and every id the same."""
+        columns = self.arrays["columns"]
+        for ours, theirs in (("logits", "logits"), ("rollout_logits", "generated_logits")):
+            if f"{case}/{theirs}" in self.arrays:
+                far = distance(answers[ours][..., columns], self.arrays[f"{case}/{theirs}"])
+                assert far.relative_l2 <= LIMIT, (case, ours, far)
+        if f"{case}/generated" in self.arrays:
+            assert np.array_equal(answers["rollout"], self.arrays[f"{case}/generated"]), case
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_gqa", "tiny_theta1e4", "small"])
+def test_reference_is_meta_s(name: str) -> None:
+    model, golden = model_of(name), Golden(name)
+    answers = model.reference(
+        reader(model), [golden.inputs(case) for case in CASES], precision=Precision.FP32, progress=silent
+    )
+    for case, answer in zip(CASES, answers, strict=True):
+        golden.check(case, answer)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The ONNX file of a configuration, traced when it is first asked for."""
+    return functools.cache(lambda name: write(model_of(name), tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
+@pytest.mark.parametrize("name", ["tiny", "tiny_gqa", "tiny_theta1e4", "small"])
+def test_exported_file_is_meta_s(name: str, way: Way, exported: Callable[[str], Path]) -> None:
+    model, golden = model_of(name), Golden(name)
+    opened = cpu.open_graphs({exported(name): model.graphs[0]}, way)
+    for case in CASES:
+        golden.check(case, model.drive(opened, golden.inputs(case)))
+
+
+@pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
+def test_a_cache_of_20000_tokens(way: Way, exported: Callable[[str], Path]) -> None:
+    model = model_of("tiny")
+    golden = Golden("tiny-cache20000")
+    prompt = cases.synthetic.prompt(320, 20000, SEED)[None]
+    opened = cpu.open_graphs({exported("tiny"): model.graphs[0]}, way)
+    answers = model.drive(opened, cases.inputs_of(prompt, chunk=1000, steps=17))
+    assert np.array_equal(answers["rollout"], golden.arrays["1x20000/generated"])
+    assert distance(answers["rollout_logits"], golden.arrays["1x20000/generated_logits"]).relative_l2 <= LIMIT
+
+
+def test_traced_modules_are_meta_s() -> None:
+    model, golden = model_of("tiny_gqa"), Golden("tiny_gqa")
+    inputs = [golden.inputs(case) for case in CASES]
+    for case, answer in zip(CASES, conformance.eagerly(model, reader(model), inputs), strict=True):
+        golden.check(case, answer)
+
+
+@pytest.mark.parametrize("name", ["tiny_gqa", "other"])
+def test_conforms(name: str, tmp_path: Path) -> None:
+    model = model_of(name, context=64)
+    tables: list[dict[str, Any]] = [
+        {"name": "batch", "why": "unequal prompts, in chunks, continued", "prompts": [5, 12, 9], "keep": 4, "steps": 3}
+        | {"chunk": 5},
+        {"name": "one", "why": "one token", "prompts": [1]},
+    ]
+    conformance.check(model, [model.case(table, tmp_path) for table in tables], tmp_path, seed=11)
+
+
+def transformers_model(model: Any, seed: int) -> Any:
+    """Hugging Face's LlamaForCausalLM with the same weights."""
+    import transformers
+
+    config = transformers.LlamaConfig(**llama_files.hf_config(model.arch) | {"torch_dtype": "float32"})
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    named = llama_files.hf_names(model.arch, seed)
+    theirs.load_state_dict({name: tensor.float() for name, tensor in named.items()}, strict=not model.arch.tied)
+    return theirs
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}], ids=["untied", "tied"])
+def test_transformers_agrees(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The second oracle, on a configuration no golden has: whole, in chunks, padded on the left, and step by step."""
+    model = model_of("other", **changes)
+    theirs = transformers_model(model, 3)
+    tokens = cases.batch_of([cases.synthetic.prompt(320, n, 3, row).tolist() for row, n in enumerate((40, 23))])
+    inputs = cases.inputs_of(tokens, keep=20, chunk=17, steps=6)
+    opened = cpu.open_graphs({write(model, tmp_path, 3): model.graphs[0]}, ORT)
+    answers = model.drive(opened, inputs)
+    for row in range(2):
+        ids = torch.from_numpy(tokens[row][tokens[row] >= 0])[None]
+        with torch.inference_mode():
+            logits = theirs(ids).logits[0, -20:].numpy()
+            generated = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=-1
+            )
+        assert distance(answers["logits"][row], logits).relative_l2 <= LIMIT
+        assert answers["rollout"][row].tolist() == generated[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
+def test_decoder_continues_resets_and_reorders(way: Way, exported: Callable[[str], Path]) -> None:
+    model = model_of("tiny_gqa")
+    graph = model.graphs[0]
+    decoder = cpu.open_decoder(exported("tiny_gqa"), graph, way)
+    plain = decoding.ArrayDecoder(cpu.open_graphs({exported("tiny_gqa"): graph}, way)[graph.name].run, graph)
+    ids, mask = decoding.padded([cases.synthetic.prompt(320, n, SEED, n) for n in (9, 4, 6)])
+    one = np.ones((3, 1), np.int64)
+    for _ in range(2):
+        for each in (decoder, plain):
+            each.reset()
+        assert np.allclose(decoder.step(ids, mask), plain.step(ids, mask), atol=1e-5)
+        for each in (decoder, plain):
+            each.reorder([2, 0, 0])
+        later = np.concatenate((mask[[2, 0, 0]], one), axis=1)
+        token = ids[[2, 0, 1], :1]
+        ours, theirs = decoder.step(token, later), plain.step(token, later)
+        assert np.allclose(ours, theirs, atol=1e-5)
+        assert decoder.past_tokens == ids.shape[1] + 1
+    alone = cpu.open_decoder(exported("tiny_gqa"), graph, way)
+    alone.step(ids[2:, 3:], mask[2:, 3:])
+    assert np.allclose(alone.step(token[:1], later[:1, 3:]), ours[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
+def test_decoder_refuses_what_does_not_continue(way: Way, exported: Callable[[str], Path]) -> None:
+    model = model_of("tiny_gqa")
+    decoder = cpu.open_decoder(exported("tiny_gqa"), model.graphs[0], way)
+    ids, mask = decoding.padded([np.arange(4)] * 2)
+    decoder.step(ids, mask)
+    with pytest.raises(InputRefused, match="covers 4 tokens"):
+        decoder.step(ids[:, :1], mask)
+    with pytest.raises(InputRefused, match="holds 2 sequences"):
+        decoder.step(ids[:1, :1], np.ones((1, 5), np.int64))
+    with pytest.raises(InputRefused, match="int64"):
+        decoder.step(ids[:, :1].astype(np.int32), np.ones((2, 5), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "problem"),
+    [([[]], 0, "empty"), ([[1, 2], []], 0, "empty"), ([[320]], 0, "vocabulary"), ([[1] * 60], 5, "context")],
+)
+def test_prompts_that_are_refused(tokens: list[list[int]], steps: int, problem: str) -> None:
+    model = model_of("tiny", context=64)
+    with pytest.raises(InputRefused, match=problem):
+        model.drive({}, cases.inputs_of(cases.batch_of(tokens), steps=steps))
+
+
+def test_recipes_that_are_refused() -> None:
+    with pytest.raises(UsageError, match="kv_heads 3 does not divide"):
+        model_of("tiny", kv_heads=3)
+    with pytest.raises(UsageError, match="has no pairs"):
+        model_of("tiny", dim=20, heads=4)
+
+
+def test_arch_of_the_published_sizes() -> None:
+    """Parameter counts that reproduce the sizes Meta publishes."""
+    seven = Architecture(
+        dim=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        hidden_dim=11008,
+        vocabulary=32016,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        context=16384,
+    )
+    assert sum(int(np.prod(shape)) for shape in seven.tensors.values()) == 6_738_546_688

@@ -1,0 +1,197 @@
+"""What `pipeline.build` hands to each stage: every stage is a recorder, so that a neighbour's input is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dinoexport.pipeline import build as pipeline
+from dinoexport.spec import Precision, Runtime, silent
+from dinoexport.validation.evaluate import EngineVerdict
+
+
+class Recorded:
+    """A request, and every stage's answer and arguments by the stage's name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **request: Any) -> None:
+        self.calls: dict[str, tuple[Any, ...]] = {}
+        self.published: dict[str, Any] = {}
+        self.signed: Any = None
+        self.passed, self.engines_passed, self.times_fp32 = True, True, None
+        self.request = SimpleNamespace(
+            out=Path("out"), model="model", recipe="recipe", weights="weights", auto=False, engine=None, **request
+        )
+        self.promoted = SimpleNamespace(**vars(self.request) | {"model": "promoted model"})
+        self.plain, self.integer, self.after_search = map(self.stage, ("export", "quantise", "export"))
+        self.reference = SimpleNamespace(stage=self.stage("reference"), stored="stored reference")
+        self.facts = SimpleNamespace(chosen=SimpleNamespace(runtime=Runtime.OPENVINO), times_fp32=None)
+        self.report = SimpleNamespace(passed=True, rows=(), failures=(), to_json=dict)
+        self.judged = SimpleNamespace(report=self.report, kept={"graph": "answers"})
+        self.engine, self.page, self.bill, self.verdict, self.search = map(
+            self.stage, ("engine", "page", "sbom", "judge", "precision")
+        )
+        self._patch(patch)
+
+    @staticmethod
+    def stage(name: str) -> Any:
+        return SimpleNamespace(name=name, key=f"key of {name}", folder=object(), files=(object(),), reused=False)
+
+    def _patch(self, patch: pytest.MonkeyPatch) -> None:
+        exports = iter((self.plain, self.after_search))
+
+        def answering(name: str, answer: Any) -> None:
+            def stage(*args: Any, **_: Any) -> Any:
+                self.calls[name] = args
+                return answer() if callable(answer) else answer
+
+            patch.setattr(pipeline, name, stage)
+
+        work = SimpleNamespace(publish=self._publish)
+
+        @contextmanager
+        def workspace(*_: Any, **__: Any) -> Iterator[Any]:
+            yield work
+
+        @contextmanager
+        def tracing(request: Any) -> Iterator[Any]:
+            yield "traces"
+
+        self.work = work
+        patch.setattr(pipeline, "workspace", workspace)
+        patch.setattr(pipeline, "tracing", tracing)
+        for check in ("packages", "disk", "memory"):
+            patch.setattr(pipeline.preflight, check, lambda *args, name=check: self.calls.update({name: args}))
+        answering("open_checkpoint", "checkpoint")
+        answering("export_graphs", lambda: next(exports))
+        answering("compute_reference", self.reference)
+        answering("search_precision", (self.search, self.promoted))
+        answering("forms_of", {Runtime.ONNXRUNTIME: self.plain, Runtime.OPENVINO: self.integer})
+        answering("choose_runtime", self.facts)
+        answering("judge_graph", self.judged)
+        answering("follow_error", "growth")
+        answering("record_verdict", self.verdict)
+        answering("compile_engines", self.engine)
+        answering("judge_engines", EngineVerdict(facts=(), report=None))
+        answering("render_report", self.page)
+        answering("list_materials", self.bill)
+        answering("tried", {"fp32": ["norms"]})
+        self.manifest = SimpleNamespace(with_stage=lambda *args: self.manifest)
+        answering("_manifest", self.manifest)
+
+    def _publish(self, made: Any, manifest: Any, *, sign: Any) -> None:
+        self.published, self.signed = dict(made), sign
+        assert manifest is self.manifest
+
+
+def on_cpu(precision: Precision = Precision.INT8) -> dict[str, Any]:
+    return {"chosen": SimpleNamespace(on_cpu=True), "precision": precision}
+
+
+def test_a_cpu_build_judges_and_publishes_the_form_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the fp32 graph beside it: the judged folder, the followed one and the published one are one."""
+    seen = Recorded(monkeypatch, **on_cpu())
+    built = pipeline.build(seen.request)
+    chosen = seen.integer
+    assert seen.calls["forms_of"] == (seen.work, seen.request, seen.plain)
+    assert seen.calls["choose_runtime"][1:3] == (
+        {Runtime.ONNXRUNTIME: seen.plain, Runtime.OPENVINO: seen.integer},
+        seen.plain,
+    )
+    assert seen.calls["judge_graph"] == (seen.request, chosen.folder, "stored reference", seen.facts, silent)
+    assert seen.calls["follow_error"] == (
+        seen.request, chosen.folder, "checkpoint", seen.report, seen.facts, silent,
+    )  # fmt: skip
+    assert seen.calls["record_verdict"] == (seen.work, seen.report, "growth", seen.facts)
+    assert list(seen.published.values()) == [chosen, seen.reference.stage, seen.verdict, seen.page, seen.bill]
+    assert built.report is seen.report and "compile_engines" not in seen.calls and "memory" not in seen.calls
+
+
+def test_weights_reference_and_graph_come_from_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recorded(monkeypatch, **on_cpu())
+    pipeline.build(seen.request)
+    assert seen.calls["open_checkpoint"] == ("model", "recipe", "weights")
+    assert seen.calls["export_graphs"] == (seen.work, seen.request, "checkpoint", "traces")
+    assert seen.calls["compute_reference"] == (seen.work, seen.request, "checkpoint")
+    assert seen.calls["_manifest"][1] == "checkpoint"
+
+
+def test_an_engine_is_compiled_from_the_judged_graph_and_judged_by_the_same_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
+    seen.request.engine = "engine request"
+    pipeline.build(seen.request)
+    assert "choose_runtime" not in seen.calls
+    exported = seen.calls["compile_engines"]
+    judged = seen.calls["judge_graph"]
+    assert exported == (seen.work, "engine request", judged[1], seen.plain.files) and judged[1] is seen.plain.folder
+    assert seen.calls["memory"] == ("engine request", seen.plain.folder)
+    assert seen.calls["judge_engines"] == (
+        "model", seen.engine.folder, seen.plain.folder, "stored reference", seen.judged.kept,
+    )  # fmt: skip
+    assert seen.engine in seen.published.values()
+
+
+def test_automatic_precision_goes_on_with_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the search the graph is exported again, from the promoted model, and all that follows is about that one."""
+    seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
+    seen.request.auto = True
+    pipeline.build(seen.request)
+    assert seen.calls["search_precision"] == (seen.work, seen.request, "checkpoint", seen.reference)
+    assert seen.calls["export_graphs"] == (seen.work, seen.promoted, "checkpoint", "traces")
+    assert seen.calls["forms_of"] == (seen.work, seen.promoted, seen.after_search)
+    for name in ("judge_graph", "follow_error"):
+        assert seen.calls[name][0] is seen.promoted, name
+    assert seen.calls["_manifest"][0] is seen.promoted
+    assert seen.search in seen.published.values()
+
+
+def test_the_report_is_drawn_from_this_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recorded(monkeypatch, **on_cpu())
+    pipeline.build(seen.request, signer=SimpleNamespace(signature="signature"))
+    assert seen.signed == "signature"
+    assert seen.calls["render_report"] == (
+        seen.work, seen.request, seen.manifest, "stored reference", seen.judged, "growth",
+    )  # fmt: skip
+    assert seen.calls["_manifest"][3:] == ("passed", seen.report, seen.facts, pipeline.evaluate.NO_ENGINE)
+
+
+@pytest.mark.parametrize("fault", ["the graph", "the engine", "too slow"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_rejected_build_publishes_nothing_unless_asked(
+    fault: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=fault == "too slow"), precision=Precision.FP16)
+    if fault == "the graph":
+        seen.report.passed = False
+    elif fault == "too slow":
+        seen.facts.times_fp32 = 1.0
+    else:
+        seen.request.engine = "engine request"
+        failed = SimpleNamespace(passed=False, rows=(), failures=(), to_json=dict)
+        monkeypatch.setattr(pipeline, "judge_engines", lambda *_, **__: EngineVerdict(facts=(), report=failed))
+    monkeypatch.setattr(pipeline.error_analysis, "causes", lambda report, growth: [f"caused by {growth}"])
+    with pytest.raises(pipeline.Rejected) as caught:
+        pipeline.build(seen.request, keep_rejected=keep, signer=SimpleNamespace(signature="signature"))
+    assert bool(seen.published) == keep and seen.signed is None
+    assert ("marked rejected" in str(caught.value)) == keep
+    if keep:
+        assert seen.calls["_manifest"][3] == "rejected"
+    if fault == "the engine":
+        assert "caused by None" in str(caught.value), "the growth inside the graph explains no engine"
+    elif fault == "the graph":
+        assert "caused by growth" in str(caught.value) and "compile_engines" not in seen.calls
+
+
+def test_an_export_writes_the_graphs_and_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recorded(monkeypatch, **on_cpu(Precision.FP32))
+    monkeypatch.setattr(pipeline, "require", lambda *_: None)
+    pipeline.export_only(seen.request)
+    assert seen.calls["_manifest"][2:] == ({"export": seen.plain}, "unjudged")
+    assert list(seen.published.values()) == [seen.plain, seen.bill]
+    assert not {"compute_reference", "judge_graph", "choose_runtime"} & seen.calls.keys()
