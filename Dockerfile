@@ -56,7 +56,7 @@ COPY --from=wheel /wheels /tmp/wheels
 # First on PATH: the Python backend runs its models in the environment of the first python3 it finds.
 RUN python3 -m venv /opt/dinoexport \
     && /opt/dinoexport/bin/pip install --no-cache-dir --constraint /tmp/server-constraints.txt \
-       "$(echo /tmp/wheels/*.whl)[cpu,openvino,triton]" \
+       "$(echo /tmp/wheels/*.whl)[cpu,openvino,triton,text,openai]" \
     && rm -rf /tmp/wheels /tmp/server-constraints.txt \
     && useradd --create-home --uid 10001 dinoexport
 ENV PATH=/opt/dinoexport/bin:$PATH

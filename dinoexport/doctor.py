@@ -1,4 +1,4 @@
-"""What this machine has, what it can therefore build and run, and what is wrong with it: each finding with its fix."""
+"""What this machine has, can build and run, and what is wrong with it: each finding with its fix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ State = Literal["ok", "missing", "wrong"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at. `missing` is no fault: something cannot be done here. `wrong` wants the fix."""
+    """One finding. `missing` is not a fault: something is not possible here. `wrong` needs the fix."""
 
     subject: str
     found: str

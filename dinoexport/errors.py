@@ -1,6 +1,6 @@
-"""Every error a user can meet: one tree, each with what to do next and the exit code it ends in.
+"""All user-facing exceptions: one tree, each with a next step and an exit code.
 
-Programming mistakes of our own stay `assert` and `TypeError`; they are not part of this tree.
+Programming errors stay `assert` and `TypeError`; they are not part of this tree.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 
 class DinoexportError(Exception):
-    """An error with one clear sentence and, in `next_step`, what the user can do about it."""
+    """An error: one sentence and, in `next_step`, what the user can do."""
 
     exit_code = 5
 
@@ -20,45 +20,45 @@ class DinoexportError(Exception):
 
 
 class ValidationFailed(DinoexportError):
-    """The candidate's numbers are not the reference's, or a bundle's bytes are not the manifest's."""
+    """The candidate's outputs are not the reference's, or a bundle's bytes are not the manifest's."""
 
     exit_code = 1
 
 
 class UsageError(DinoexportError):
-    """The command line, a recipe or a validation file asks for something that cannot be."""
+    """The command line, a recipe or a validation file asks for something impossible."""
 
     exit_code = 2
 
 
 class InputRefused(UsageError):
-    """The model's inputs are outside what its graph promises to take."""
+    """The inputs are not ones that the graph takes."""
 
 
 class OutsideProfile(InputRefused):
-    """The graph would take these inputs; no profile of its engine covers them."""
+    """The graph takes these inputs, but no profile of its engine covers them."""
 
 
 class WeightsError(DinoexportError):
-    """The checkpoint is absent, damaged, hostile, or not the variant that was asked for."""
+    """The checkpoint is missing, damaged, malicious, or another variant than the requested one."""
 
     exit_code = 3
 
 
 class MissingRequirement(DinoexportError):
-    """This machine lacks a package, a network, a disk or a device the work needs."""
+    """This machine lacks a package, a network, disk space or a device that the work needs."""
 
     exit_code = 4
 
 
 class BuildError(DinoexportError):
-    """A stage of the build broke; nothing was published."""
+    """A stage of the build failed; nothing was published."""
 
     exit_code = 5
 
 
 def missing_package(package: str, extra: str) -> MissingRequirement:
-    """The one sentence for a heavy package that belongs to an extra which is not installed."""
+    """The error for a package of an extra that is not installed."""
     return MissingRequirement(
         f"{package} is not installed, and this step needs it.",
         next_step=f"pip install 'dinoexport[{extra}]'",
@@ -66,11 +66,11 @@ def missing_package(package: str, extra: str) -> MissingRequirement:
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raises `missing_package` for the first of `packages`, which `extra` brings, that is not installed."""
+    """Raises `missing_package` for the first of `packages` that is not installed; `extra` installs them."""
     for package in packages:
         try:
             found = find_spec(package) is not None
-        except ValueError:  # what find_spec says of a module that was put out of action
+        except ValueError:  # find_spec raises it for a module that was disabled
             found = False
         if not found:
             raise missing_package(package, extra)

@@ -50,13 +50,12 @@ Read = Callable[[str], "Array"]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a graph that is traced once, however often it is used: pieces of one name are the same.
+    """A part of a graph that is traced once, however often it is used: pieces with the same name are the same.
 
     example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
-    least_sizes: dimension name -> the least size the module takes, where that is not 1; the tracer finds it out as
-    well, by tracing twice.
-    The module's parameters are the tensors the exported graph holds, in their final layout and dtype; their values are
-    never looked at. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
+    least_sizes: dimension name -> the smallest size that the module takes, if that is not 1; the tracer checks it by
+    tracing twice. The module's parameters are the tensors of the exported graph, in their final layout and dtype; their
+    values are not used. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
     """
 
     name: str
@@ -80,10 +79,10 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontEnd:
-    """A way into a graph from files as users have them, served in front of it.
+    """Preparation of users' files for a graph, served in front of it.
 
-    name: ends the name it is served under. meaning: what one encoded item is. settings: plain data that decides what
-    `Model.prepare` does; they lie with the served model.
+    name: the suffix of the served model's name. meaning: what one encoded item is. settings: plain data for
+    `Model.prepare`, stored with the served model.
     """
 
     name: str
@@ -117,7 +116,7 @@ class HeadWeights(Protocol):
 
 
 class Uses(Protocol):
-    """What a model's outputs are used for besides being looked at one by one, on cases of one item each."""
+    """How downstream results are computed from a model's outputs, on cases of one item each."""
 
     @property
     def neighbours_by(self) -> tuple[str, ...]:
@@ -128,7 +127,7 @@ class Uses(Protocol):
         """The features, joined, that a linear classifier is put on."""
 
     def features(self, outputs: Arrays) -> dict[str, Array]:
-        """Vectors (D,) that stand for the item, by name: all that is kept of its outputs."""
+        """Vectors (D,) that represent the item, by name: all that is kept of its outputs."""
 
     def second_view(self, inputs: Arrays) -> dict[str, Array]:
         """Inputs that show the item another way; the graphs take them wherever they take `inputs`."""
@@ -137,7 +136,20 @@ class Uses(Protocol):
         """For each part of the item (P,) the index of the part that is nearest to it in the second view."""
 
     def thumbnail(self, inputs: Arrays) -> Picture:
-        """A small picture of the item, to be recognised by."""
+        """A small picture by which a person recognises the item."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What a validation case asks a model to write greedily.
+
+    prompts: the token ids of each sequence. tokens, logits: the outputs that hold the tokens (B, N), and the logits
+    (B, N, V) they were chosen from.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: str
+    logits: str
 
 
 class TextRole(Protocol):
@@ -149,6 +161,9 @@ class TextRole(Protocol):
 
     def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
         """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
+
+    def rollout(self, inputs: Arrays) -> Rollout | None:
+        """What a case with these inputs asks to be written; None where it asks for nothing."""
 
 
 class WeightLayout(Protocol):
@@ -174,9 +189,9 @@ class WeightLayout(Protocol):
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
-        """The tensor `name` of made-up checkpoint `seed`: the same on every machine, nothing vanishingly small.
+        """The tensor `name` of the synthetic checkpoint `seed`: the same on every machine, no value vanishingly small.
 
-        peak: how many times the median the largest activations shall be, as trained models have them. None: as it is.
+        peak: the largest activations as a multiple of the median, as in trained models. None: no such activations.
         """
 
 
@@ -199,18 +214,18 @@ class Exportable(Protocol):
 
 
 class Runnable(Protocol):
-    """A model whose graphs answer cases, whatever runtime runs them."""
+    """A model whose graphs run cases, in any runtime."""
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
         """The signatures of the model's ONNX graphs."""
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
-        """Answers one case with the graphs' runners: one call here, a roll-out of many for a decoder."""
+        """Runs one case with the graphs' runners: one call for an encoder, a loop for a decoder."""
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """Questions whose answering is timed, within the graphs' dimensions; first the one most users ask."""
+        """Inputs for timing, within the graphs' dimensions; the most common one first."""
 
 
 class Oracle(Protocol):
@@ -226,7 +241,7 @@ class Oracle(Protocol):
         """
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
-        """The same questions answered by the authors' own code, where this machine has it. Imports torch."""
+        """The same outputs from the authors' own code, if this machine has it. Imports torch."""
 
     @property
     def probes(self) -> Mapping[str, tuple[str, ...]]:
@@ -252,7 +267,7 @@ class CaseSource(Protocol):
 
     @property
     def uses(self) -> Uses | None:
-        """How to see whether answers to `cases_from` serve as PyTorch's do; None: there is no such way."""
+        """How to compute downstream results on `cases_from`; None if the family has none."""
 
 
 class Fittable(Protocol):
@@ -270,21 +285,21 @@ class Fittable(Protocol):
 
 
 class Servable(Protocol):
-    """Ways into a served model for files and texts as users have them."""
+    """Preparation of users' files and texts for a served model."""
 
     @property
     def text(self) -> TextRole | None:
         """How it writes text; None for a model that writes none."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-        """What is served in front of the graphs; `samples` is a folder of files like those it will be asked about."""
+        """What is served in front of the graphs; `samples` is a folder of files like those that clients will send."""
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
-        """A graph's inputs, an item for each of `encoded`; a UsageError that names the item which is no good."""
+        """A graph's inputs, an item for each of `encoded`; a UsageError that names an unusable item."""
 
 
 class Reported(Protocol):
-    """What people read and see of a model."""
+    """What listings and reports show of a model."""
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -293,11 +308,11 @@ class Reported(Protocol):
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
-        """Rows of drawings of a case that is `shown`: what a person sees in the answers of PyTorch and candidates."""
+        """Rows of pictures of a case that is `shown`: the outputs of PyTorch and of the candidates."""
 
     @property
     def facts(self) -> Mapping[str, int | str]:
-        """What tells this variant from its sisters, for a listing: widths, depths, counts."""
+        """What distinguishes this variant from the others of its family, for `list`: widths, depths, counts."""
 
     @property
     def card(self) -> Mapping[str, str]:
@@ -335,7 +350,7 @@ def find(name: str) -> Family:
 
 
 def code_of(model: object) -> str:
-    """The hash of our own code and the family's: what other code has made is something else."""
+    """The hash of our own code and the family's: results of other code are not reused."""
     own = Path(dinoexport.__file__)
     brought = Path(sys.modules[type(model).__module__].__file__ or own)
     sources = sorted({path for module in (own, brought) for path in _sources(module)})

@@ -1,4 +1,4 @@
-"""Photographs as the models' authors prepare them: decoded safely, resized and cropped with Pillow.
+"""Decode photographs safely, and prepare them like the models' authors: resized and cropped with Pillow.
 
 Arrays are uint8 RGB, (height, width, 3).
 """
@@ -27,20 +27,20 @@ _ORIENTATION, _QUARTER_TURNS = 0x0112, frozenset({5, 6, 7, 8})
 
 
 class ImageError(UsageError):
-    """A file, or what came in place of one, that is no usable image. named: what the user knows it by."""
+    """A file, or data, that is not a usable image. named: its name for the user."""
 
     def __init__(self, named: Path | str, problem: str) -> None:
         super().__init__(f"{named}: {problem}.", next_step="Replace the file, or leave it out.")
 
 
 def load(path: Path) -> Image.Image:
-    """The image in `path` as 8-bit RGB, turned upright by its EXIF orientation; an ImageError when it is none."""
+    """The image in `path` as 8-bit RGB, rotated by its EXIF orientation; an ImageError if it is not an image."""
     with _opened(path, named=path) as image:
         return _upright(image)
 
 
 def decode(encoded: bytes, *, named: str) -> Image.Image:
-    """The same of an encoded image that came as bytes; an error calls it `named`."""
+    """The same for an encoded image in bytes; an error calls it `named`."""
     with _opened(io.BytesIO(encoded), named=named) as image:
         return _upright(image)
 

@@ -1,6 +1,6 @@
-"""The vocabulary all stages share. Standard library only, so it can be imported anywhere.
+"""Types that all packages share. Standard library only, so any module can import it.
 
-Shapes are written outermost first; a `str` in a shape is a dynamic dimension's name.
+Shapes are written outermost first; a `str` in a shape is the name of a dynamic dimension.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, Array]
     # Anything that maps a graph's named inputs to its named outputs: a session, an engine, a server.
     Runner = Callable[[Arrays], dict[str, Array]]
-    # Answers one case's inputs with named outputs; it may ask runners many times to do so.
+    # Maps one case's inputs to named outputs; it may call runners many times.
     Candidate = Callable[[Arrays], dict[str, Array]]
 else:  # names other modules can import without NumPy being loaded
     Array = Arrays = Runner = Candidate = object
 
 Shape = tuple[int | str, ...]
-# What long work reports: (what is being done, units done, units in all; 0 in all means unknown).
+# Progress of long work: (what is being done, units done, units in all; 0 in all means unknown).
 Progress = Callable[[str, int, int], None]
 
 
 def silent(_doing: str, _done: int, _total: int) -> None:
-    """The `Progress` of a caller who does not want to know."""
+    """A `Progress` that reports nothing."""
 
 
 class Precision(enum.StrEnum):
-    """The arithmetic of a model's body. What stays fp32 all the same is the family's or the runtime's decision."""
+    """The arithmetic of a model's body. Which parts still stay in fp32, the family or the runtime decides."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -59,7 +59,7 @@ class Runtime(enum.StrEnum):
 class Dim:
     """A dynamic dimension and the range it may take.
 
-    Sizes that are no multiple of `multiple_of` are refused; what is over a multiple of `step` is not looked at.
+    Sizes that are not multiples of `multiple_of` are refused; the part beyond a multiple of `step` is ignored.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A range of shapes an engine is tuned for. shapes: input name -> (smallest, most likely, largest) shape."""
+    """A range of shapes that an engine is tuned for. shapes: input name -> (smallest, most likely, largest) shape."""
 
     name: str
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -142,7 +142,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of the exported graph; `read` makes its float32 values when they are wanted, on any thread.
+    """One tensor of the exported graph; `read` returns its float32 values, on any thread.
 
     bits: 8 or 4 of a product's weight (I, O) that is stored so, 0 of any other. block: how many of its rows share a
     scale in each column. zero_points: whether a block has one; four bits without are what TensorRT takes.
@@ -157,7 +157,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One question put to the model: named inputs, and why this question is asked.
+    """One validation case: named inputs, and the reason for the case.
 
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
     where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
@@ -179,7 +179,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One question whose answering is timed. It holds `items` of what a user counts, such as 8 `images`."""
+    """Inputs whose run time is measured. They contain `items` of what a user counts, such as 8 `images`."""
 
     name: str
     inputs: Arrays
@@ -202,7 +202,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A drawing of a case in a report: an image file's content, what it is, and how to read it."""
+    """A picture of a case in a report: the content of an image file, its title, and how to read it."""
 
     title: str
     caption: str
@@ -212,12 +212,12 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """A case together with what PyTorch answered.
+    """A case with its reference outputs.
 
-    outputs: float32 arrays by output name. own_error: output name -> the relative L2 error PyTorch itself
-    makes on this case in the candidate's precision (empty for fp32). own_outputs: what it answered in that precision,
-    as float16, where a person shall see it. leads: of outputs that are labels, how far each label's best score is ahead
-    of the second.
+    outputs: PyTorch's, as float32 arrays by output name. own_error: output name -> the relative L2 error of PyTorch
+    itself on this case in the candidate's precision (empty for fp32). own_outputs: PyTorch's outputs in that precision,
+    as float16, for cases that the report draws. leads: for outputs that are labels, by how much each label's best score
+    exceeds the second.
     """
 
     case: Case

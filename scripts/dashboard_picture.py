@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ BOARD = Path(__file__).parent.parent / "serving" / "monitoring" / "dashboard.jso
 LOAD = ((1, 30), (4, 30), (0, 15), (8, 30), (2, 15))
 STEP_S = 2
 _RATE = "12s"
+_LEGEND_MAX = 6
 _UNITS = {"bytes": (1e-6, "MB"), "µs": (1e-3, "ms"), "percentunit": (100.0, "%"), "reqps": (1.0, "requests/s")}
 
 
@@ -91,11 +93,12 @@ def draw(board: dict[str, Any], answers: dict[int, list[tuple[str, list[dict[str
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
     with plt.style.context("dark_background"):
         figure = plt.figure(figsize=(12, rows * 0.29), facecolor="#111217")
-        grid = figure.add_gridspec(rows, 24, left=0.05, right=0.985, top=0.95, bottom=0.03, hspace=7, wspace=3)
+        grid = figure.add_gridspec(rows, 24, left=0.04, right=0.985, top=0.97, bottom=0.01, hspace=0, wspace=2.5)
         figure.suptitle(board["title"], x=0.05, ha="left")
         for panel in board["panels"]:
             place = panel["gridPos"]
-            down, across = slice(place["y"], place["y"] + place["h"]), slice(place["x"], place["x"] + place["w"])
+            down = slice(place["y"] + 1, place["y"] + place["h"] - 1)  # a row each for the title and the axis
+            across = slice(place["x"], place["x"] + place["w"])
             axes = figure.add_subplot(grid[down, across], facecolor="#181b1f")
             factor, unit = _UNITS.get(panel["fieldConfig"]["defaults"].get("unit", ""), (1.0, ""))
             for legend, found in answers[panel["id"]]:
@@ -110,7 +113,7 @@ def draw(board: dict[str, Any], answers: dict[int, list[tuple[str, list[dict[str
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.15)
             axes.set_ylim(bottom=0)
-            if axes.lines:
+            if 0 < len(axes.lines) <= _LEGEND_MAX:
                 axes.legend(fontsize=7, frameon=False, loc="upper left")
         stored = BytesIO()
         figure.savefig(stored, dpi=90, facecolor=figure.get_facecolor())
@@ -121,6 +124,7 @@ def main() -> None:
     """Serves the bundle named on the command line, under load, and draws the board."""
     if why := missing():
         sys.exit(why)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server does not outlive it
     built = Path(sys.argv[1])
     board = json.loads(BOARD.read_text())
     case = next(e.case for e in reference_file.read(built / REFERENCE).expectations if e.case.name == "evaluation_size")

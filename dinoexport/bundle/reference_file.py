@@ -1,4 +1,4 @@
-"""What a bundle carries to be judged by where there is no PyTorch: cases, PyTorch's answers to them, and limits."""
+"""Read and write reference.npz: inputs, reference outputs and limits, for validation without torch."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class _Index(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a bundle carries to be judged by. `name` says in words who answered.
+    """The content of reference.npz. `name` describes whose code computed the outputs.
 
-    kinds: output -> what its numbers are, and of labels the output that holds their scores; of the others, vectors.
+    kinds: output -> what its numbers are, and for labels the output that holds their scores; other outputs are vectors.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Reference:
 
 
 def write(path: Path, reference: Reference) -> None:
-    """Inputs, PyTorch's answers and limits as one .npz; the same content gives the same bytes."""
+    """Writes inputs, reference outputs and limits as one .npz; the same content gives the same bytes."""
     import numpy as np
 
     arrays: dict[str, Array] = {}

@@ -1,4 +1,4 @@
-"""The verbs. The only package that prints or exits; nothing heavy is imported before a verb needs it."""
+"""The command line: the only package that prints or exits. Heavy packages are imported when a command needs them."""
 
 from __future__ import annotations
 

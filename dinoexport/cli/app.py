@@ -1,4 +1,4 @@
-"""The command line itself: every verb hangs on `app`."""
+"""The typer application that every command is added to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help answers in two thirds of the time
     pretty_exceptions_enable=False,
     epilog=EXIT_CODES,
-    help="Take a model's checkpoint to a served engine, and prove on the way that its outputs are still PyTorch's.",
+    help="Export a checkpoint to ONNX and TensorRT, and prove that the outputs are still PyTorch's.",
 )
 
 

@@ -1,4 +1,4 @@
-"""The verbs that make: list, build, export, schema, doctor."""
+"""The commands list, build, export, schema and doctor."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from dinoexport.cli.terminal import (
     signer_of,
 )
 
-Variant = Annotated[str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or your own recipe.")]
+Variant = Annotated[
+    str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or the path of your own recipe.")
+]
 Weights = Annotated[
     str | None,
     typer.Option(
         metavar="PATH|synthetic[-stress]:SEED",
-        help="A local checkpoint, or made-up weights. Default: the published ones.",
+        help="A local checkpoint, or synthetic weights. Default: the published weights.",
     ),
 ]
 HeadOption = Annotated[
@@ -44,7 +46,7 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         metavar="fp32|fp16|bf16|int8|auto",
-        help="auto: fp16, parts of it in fp32 where it must. Default: the recipe's, else the target's first.",
+        help="auto: fp16, with parts in fp32 if the limits require it. Default: the recipe's, else the target's first.",
     ),
 ]
 TargetOption = Annotated[
@@ -57,13 +59,16 @@ RuntimeOption = Annotated[
     str | None,
     typer.Option(
         metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
-        help="Default: the first of the target's that can be. On a CPU: the faster of onnxruntime and openvino.",
+        help="Default: the first of the target's runtimes that can be used; on a CPU, the faster one.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes. Default: bundles/NAME.")]
-Force = Annotated[bool, typer.Option("--force", help="Make every stage again, whatever is there.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The bundle's folder. Default: bundles/NAME.")]
+Force = Annotated[bool, typer.Option("--force", help="Repeat every stage, and reuse none.")]
 ReferenceOption = Annotated[
-    str, typer.Option(metavar="plain|hub", help="Who judges: our plain formulation, or torch.hub's.")
+    str,
+    typer.Option(
+        metavar="plain|hub", help="Whose code computes PyTorch's outputs: our plain formulation, or torch.hub's."
+    ),
 ]
 
 
@@ -92,7 +97,7 @@ def build(
     runtime: RuntimeOption = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A profile of the recipe's for the engine; repeat it for several."),
+        typer.Option(metavar="NAME", help="A profile of the recipe, for the engine; repeat the option for several."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
@@ -100,13 +105,13 @@ def build(
     out: Out = None,
     force: Force = False,
     keep_rejected: Annotated[
-        bool, typer.Option("--keep-rejected", help="Publish a bundle that failed too, marked rejected.")
+        bool, typer.Option("--keep-rejected", help="Also publish a bundle that failed, marked rejected.")
     ] = False,
     reference: ReferenceOption = "plain",
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle and judge it against PyTorch; publish it only if it passes."""
+    """Build a bundle, validate it against PyTorch, and publish it only if it passes."""
     with reporting(as_json):
         from dinoexport.cli import formatting
         from dinoexport.pipeline import build as pipeline
@@ -166,7 +171,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Only write the ONNX: a bundle marked unjudged."""
+    """Only write the ONNX, in a bundle marked unjudged: nothing is measured."""
     with reporting(as_json):
         from dinoexport.pipeline import build as pipeline
 
@@ -200,7 +205,7 @@ def schema(as_json: Json = False) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine has, what it can build and run, and how to mend what is wrong."""
+    """Show what this machine has, what it can build and run, and how to repair what is wrong."""
     with reporting(as_json):
         from dataclasses import asdict
 
@@ -224,7 +229,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def precision_of(word: str | None) -> Any:
-    """The precision that was asked for, `auto`, or None for the recipe's."""
+    """The requested precision, `auto`, or None for the recipe's."""
     from dinoexport.spec import Precision
 
     if word in (None, "auto"):

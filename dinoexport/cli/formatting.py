@@ -148,7 +148,7 @@ def _head(manifest: bundle.Manifest) -> dict[str, str]:
 
 
 def page_of(folder: Path) -> Path:
-    """The report of the bundle in `folder`, whose bytes are the manifest's; a UsageError when it has none."""
+    """The path of the bundle's report, after checking its bytes; a UsageError when it has none."""
     manifest = bundle.read_manifest(folder)
     pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
@@ -161,13 +161,12 @@ def page_of(folder: Path) -> Path:
 
 
 def precision(manifest: bundle.Manifest) -> str:
-    """The precision in words; with `--precision auto`, what stayed fp32 and how many forms were tried."""
+    """The precision in words; with `--precision auto`, the parts in fp32 and how many combinations were tried."""
     found = manifest.report.get("precision")
     if found is None:
         return manifest.precision.value
-    return (
-        f"{manifest.precision} with {', '.join(found['fp32']) or 'nothing'} in fp32: {len(found['trials'])} forms tried"
-    )
+    kept, tried = ", ".join(found["fp32"]) or "nothing", len(found["trials"])
+    return f"{manifest.precision} with {kept} in fp32: {tried} combinations tried"
 
 
 def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
@@ -189,7 +188,7 @@ def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
 
 
 def engine_lines(manifest: bundle.Manifest, not_run: str = "") -> list[str]:
-    """What a user must know of each engine: what it is, whether and why not it was run, what to be careful about."""
+    """For each engine: what it is, whether it was run (and why not), and cautions."""
     lines = []
     for e in manifest.engines:
         lines.append(
@@ -230,18 +229,18 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
 
 
 def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) -> tuple[str, list[str]]:
-    """What a verdict that passed proves where it was reached, and what it leaves open."""
+    """What a passed verdict proves on this machine, and what it does not prove."""
     count = len({row.case for row in report.rows})
-    asked = "the images of yours that were read" if own_images else f"the {count} cases the bundle carries"
+    asked = "those of your images that could be read" if own_images else f"the {count} cases the bundle carries"
     left_open = ["other inputs and sizes", "that the weights are the authors' own"]
     left_open += [f"{len(report.not_covered)} cases outside the engine's profiles"] if report.not_covered else []
     left_open += ["the engine, which was not run"] if not_run else []
     left_open += [] if verified else ["who made the bundle (--verify KEY)"]
-    return f"{report.candidate}, on this machine, gives PyTorch's answers to {asked}, within their limits", left_open
+    return f"{report.candidate}, on this machine, gives PyTorch's outputs for {asked}, within the limits", left_open
 
 
 def signature_lines(signed_by: str | None, *, by_us: bool = False, verified: bool = False) -> list[str]:
-    """Who signed a bundle, as far as that is known."""
+    """Who signed a bundle, as far as known."""
     if signed_by is None:
         return []
     known = "just now" if by_us else "verified" if verified else "not verified; --verify KEY does that"
@@ -249,7 +248,7 @@ def signature_lines(signed_by: str | None, *, by_us: bool = False, verified: boo
 
 
 def cpu_lines(manifest: bundle.Manifest) -> list[str]:
-    """How the bundle runs here: in what way, in which arithmetic, why this one, and how far to trust the figures."""
+    """How the bundle runs here: runtime, threads, arithmetic, the measurements behind the choice, and their noise."""
     facts = manifest.cpu
     if facts is None:
         return []
@@ -258,14 +257,14 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
         f"Runs:   {_way(facts.chosen, facts.runtime_version)} ({ran}) on {facts.machine}, {facts.usable_cpus} CPUs"
     ]
     if not facts.measured:
-        lines.append("        the one runtime for this that is installed; nothing was timed to choose it")
+        lines.append("        the only installed runtime for this precision; nothing was timed")
         return lines
     for timed in facts.measured:
         chosen = ", chosen" if timed.way == facts.chosen else ""
         lines.append(f"        {timed.median_ms:9.1f} ms for {facts.load}: {_way(timed.way)}{chosen}")
     lines += [f"        {runtime} was left out: {why}" for runtime, why in facts.refused.items()]
     if facts.times_fp32 is not None:
-        lines.append(f"        {facts.times_fp32:.2f} times the fastest fp32 there")
+        lines.append(f"        {facts.times_fp32:.2f} times the time of the fastest fp32 there")
     if facts.others_share > timing.NOISY_SHARE:
         lines.append(
             f"        noisy: other processes had {facts.others_share:.0%} of the CPUs while this was measured; "
@@ -286,13 +285,13 @@ def deployed_facts(deployed: Deployed) -> dict[str, Any]:
 
 
 def deployed_lines(deployed: Deployed) -> list[str]:
-    """What is served now, and what to do so that a running server notices."""
+    """What the repository serves now, and how to make a running server load it."""
     before = f" (before: {deployed.previous})" if deployed.previous else ""
     return [
         f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
         f"Models:  {', '.join(deployed.models)}",
         *([f"Note:    {deployed.note}"] if deployed.note else []),
-        "Next, so that a running server takes it over:",
+        "Next, to make a running server load it:",
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
         f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
@@ -300,7 +299,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
 
 
 def latency_rows(latency_ms: Mapping[str, float]) -> Rows:
-    """A row for each case a live endpoint was asked."""
+    """A row for each case that was sent to the server."""
     return [{"case": case, "latency ms": f"{ms:.1f}"} for case, ms in latency_ms.items()]
 
 
@@ -358,14 +357,14 @@ def report_rows(report: Report) -> Rows:
 
 
 def _closeness(row: Row) -> float:
-    """How much of its limit a row's error takes up; infinite where it failed."""
+    """A row's error divided by its limit; infinite if it failed."""
     if not row.passed:
         return math.inf
     return max((b.value / b.limit for b in row.bounds if b.figure == "relative_l2" and b.limit > 0), default=0.0)
 
 
 def growth_rows(growth: Growth) -> Rows:
-    """A row for each value inside the graph at which the error was followed."""
+    """A row for each value inside the graph that was compared with PyTorch's."""
     return [
         {
             "value": step.name,
@@ -376,28 +375,25 @@ def growth_rows(growth: Growth) -> Rows:
             "largest": f"{step.largest:.4g}",
             "times median": f"{step.times_median:.0f}",
             "fits fp16": f"{step.fp16_headroom:.3g} times",
-            "verdict": "ok" if step.holds else "LEAVES" if step is growth.leaves else "beyond",
+            "verdict": "ok" if step.holds else "FIRST OVER" if step is growth.leaves else "over",
         }
         for step in growth.steps
     ]
 
 
 def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
-    """The explanation in words; without `growth`, the reason why the error was not followed."""
+    """The explanation as text; without `growth`, the reason why inner values were not compared."""
     if growth is None:
         way = runners.way_of(manifest)
         if way.runtime is not Runtime.ONNXRUNTIME:
             return [
-                (
-                    f"The error was not followed: this bundle runs in {TABLE[way.runtime].title}; only ONNX Runtime "
-                    "shows the values inside a graph."
-                )
+                f"Inner values were not compared: {TABLE[way.runtime].title} runs this bundle and does not show them."
             ]
-        return ["The error was not followed: nothing measured here has an error, or this family names no inner values."]
+        return ["Inner values were not compared: no output has an error, or the family names no inner values."]
     return error_analysis.causes(report, growth) or [
-        "The error stays within its expected growth everywhere."
+        "The error is as expected everywhere."
         if growth.leaves is None
-        else f"The verdict holds, though the error is more than expected from {growth.leaves.name} on."
+        else f"All limits hold, but the error is larger than expected from {growth.leaves.name} on."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The verbs that look at a bundle: validate, inspect, report, diff, bench."""
+"""The commands validate, inspect, report, diff and bench."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ from dinoexport.cli.terminal import (
 def validate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Judge on these images instead; needs torch and the weights.")
+        Path | None, typer.Option(metavar="DIR", help="Validate on these images instead; needs torch and the weights.")
     ] = None,
     page: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Show there the images that are decided otherwise.")
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page that shows the images with different results."),
     ] = None,
     weights: Weights = None,
     head_weights: HeadWeights = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino", help="Default: the engine if it can run here."
+            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
+            help="Default: the engine if it can run here, else the graph.",
         ),
     ] = None,
     reference: ReferenceOption = "plain",
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Show where inside the graph the error grows; needs torch and the weights."),
+        typer.Option("--explain", help="Show where the error grows inside the graph; needs torch and the weights."),
     ] = False,
     verify: Verify = None,
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a bundle and judge it on this machine; needs neither torch nor a network."""
+    """Check every byte of a bundle and validate it on this machine; needs neither torch nor a network."""
     with reporting(as_json):
         from dinoexport.bundle import signing
         from dinoexport.cli import formatting
@@ -135,7 +137,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder, or an ONNX file.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a bundle or an ONNX file holds. Nothing is run."""
+    """Show what a bundle or an ONNX file contains. Nothing is run."""
     with reporting(as_json):
         from dinoexport.cli import formatting
 
@@ -153,7 +155,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say where a bundle's report is, after checking its bytes, and open it."""
+    """Check a bundle's report, print where it is, and open it."""
     with reporting(as_json):
         from dinoexport.cli import formatting
 
@@ -171,10 +173,10 @@ def report(
 @app.command(epilog=EXIT_CODES)
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bundle's folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another's.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another bundle.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two bundles: what they are made of, sizes, operations, outputs, speed here."""
+    """Compare two bundles: sources, sizes, operations, outputs, and speed on this machine."""
     with reporting(as_json):
         from dinoexport.validation import bundle_diff
 
@@ -194,7 +196,7 @@ def bench(
     head_weights: HeadWeights = None,
     as_json: Json = False,
 ) -> None:
-    """Time a bundle on this machine: latency, throughput, share of the machine's peak, beside PyTorch."""
+    """Measure latency, throughput and the share of the machine's peak on this machine, beside PyTorch."""
     with reporting(as_json):
         from dinoexport import bench as stopwatch
 
@@ -210,7 +212,7 @@ def bench(
 
 
 def _show_together(validated: Any, page: Path | None, *, to_stderr: bool) -> None:
-    """What all of a user's files are good for together, and which of them could not be used."""
+    """Results over all of a user's files, and the files that could not be used."""
     found = validated.aggregate.agreement
     if found is not None and found.measures:
         say(table("Decisions, candidate against PyTorch", found.table), to_stderr=to_stderr)

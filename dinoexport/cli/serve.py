@@ -1,4 +1,4 @@
-"""The verbs of serving: deploy, rollback, check."""
+"""The commands deploy, rollback and check."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from dinoexport.cli.terminal import Json, Verify, choice, fail, progress_lines, 
 @app.command(epilog=EXIT_CODES)
 def deploy(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
-    to: Annotated[Path, typer.Option(metavar="REPOSITORY", help="Triton's model repository; made if absent.")],
-    name: Annotated[str | None, typer.Option(help="What it is served as. Default: the variant's name.")] = None,
+    to: Annotated[
+        Path, typer.Option(metavar="REPOSITORY", help="Triton's model repository; created if it does not exist.")
+    ],
+    name: Annotated[str | None, typer.Option(help="The model's name in Triton. Default: the variant's name.")] = None,
     backend: Annotated[
         str | None,
         typer.Option(
             metavar="tensorrt_plan|onnxruntime|python",
-            help="What runs it. Default: the bundle's plans, else Triton's ONNX Runtime.",
+            help="Triton's backend. Default: tensorrt_plan if the bundle has plans, else onnxruntime.",
         ),
     ] = None,
     triton: Annotated[
-        str | None, typer.Option(metavar="TAG[=TENSORRT]", help="The image that serves; refuses plans it cannot load.")
+        str | None,
+        typer.Option(
+            metavar="TAG[=TENSORRT]", help="The Triton image that will serve; refuses plans that it cannot load."
+        ),
     ] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Files like those it will be asked about; front ends learn sizes."),
+        typer.Option(metavar="DIR", help="Files like those that clients will send; sizes are derived from them."),
     ] = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
-    """Add a bundle to a Triton model repository as the next version, and serve it."""
+    """Add a bundle to a Triton model repository as the next version, and serve that version."""
     with reporting(as_json):
         from dinoexport.serving.triton import model_repository, served_models
 
@@ -49,10 +54,10 @@ def deploy(
 @app.command(epilog=EXIT_CODES)
 def rollback(
     repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="Triton's model repository.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the model is served as.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name in Triton.")],
     as_json: Json = False,
 ) -> None:
-    """Serve the version before the one that is served. Nothing is removed."""
+    """Serve the previous version again. Nothing is removed."""
     with reporting(as_json):
         from dinoexport.serving.triton import model_repository
 
@@ -62,10 +67,14 @@ def rollback(
 @app.command(epilog=EXIT_CODES)
 def check(
     url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:8000 or grpc://HOST:8001.")],
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE|REPOSITORY", help="What was deployed, or where to.")],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only model there is.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Ask the smallest case only: a probe.")] = False,
-    timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for each answer.")] = 60.0,
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE|REPOSITORY", help="The bundle that was deployed, or the repository.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name. Default: the only model on the server.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only send the smallest case, as a probe does.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Time limit for each answer, in seconds.")] = 60.0,
     headers: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Lines `Name: value` to send; a token goes in $DINOEXPORT_TOKEN."),
@@ -73,7 +82,7 @@ def check(
     ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificates to trust, for https and grpcs.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a live endpoint by what its bundle was judged by."""
+    """Send a bundle's reference inputs to a running server, and compare its answers with PyTorch's."""
     with reporting(as_json):
         from dinoexport.cli import formatting
         from dinoexport.errors import ValidationFailed

@@ -32,7 +32,7 @@ def _cell(value: Any) -> str:
 
 
 def facts(title: str, named: dict[str, str]) -> Table:
-    """A row for each fact, without a head."""
+    """A row for each fact, without a header."""
     from rich.table import Table
     from rich.text import Text
 

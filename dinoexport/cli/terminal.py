@@ -1,4 +1,4 @@
-"""What the verbs share: how they end, and everything that reaches the terminal."""
+"""Shared by all commands: exit codes, errors, progress, and everything that is printed."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ if TYPE_CHECKING:
 
 Sign = Annotated[
     Path | None,
-    typer.Option("--sign", metavar="KEY", help="Sign what passed with this private key (PEM, elliptic curve)."),
+    typer.Option(
+        "--sign", metavar="KEY", help="Sign a bundle that passed with this private key (PEM, elliptic curve)."
+    ),
 ]
 Verify = Annotated[
     Path | None,
-    typer.Option("--verify", metavar="KEY", help="Refuse a bundle that the owner of this public key did not sign."),
+    typer.Option(
+        "--verify", metavar="KEY", help="Refuse a bundle that was not signed by the owner of this public key."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 @contextmanager
 def reporting(as_json: bool) -> Iterator[None]:
-    """Ends in an error's own exit code, with one sentence on stderr or one object on stdout."""
+    """Exits with an error's own code, with one sentence on stderr or one object on stdout."""
     try:
         with interrupts.raised():
             yield
@@ -48,7 +52,7 @@ def reporting(as_json: bool) -> Iterator[None]:
 
 
 def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
-    """Ends in the error's exit code; with --json what is known goes to stdout as well."""
+    """Exits with the error's code; with --json the known facts are printed to stdout."""
     if as_json:
         say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
     typer.echo(f"error: {paragraph(error.message)}", err=True)
@@ -82,7 +86,7 @@ def progress_lines() -> Iterator[Progress]:
 
 
 def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
-    """The word, if it is one of those the option knows; else a UsageError that names them."""
+    """The word, if the option knows it; if not, a UsageError that names the known ones."""
     from dinoexport.errors import UsageError
     from dinoexport.spec import closest
 
@@ -92,14 +96,14 @@ def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
 
 
 def runtime_of(word: str | None) -> Any:
-    """The runtime that was asked for, or None."""
+    """The requested runtime, or None."""
     from dinoexport.spec import Runtime
 
     return None if word is None else Runtime(choice("runtime", word, tuple(Runtime)))
 
 
 def signer_of(key: Path | None) -> Any:
-    """The key that signs, opened before any work; its passphrase is asked for on a terminal. None for none."""
+    """The signing key, opened before any work; asks for its passphrase on a terminal. None without a key."""
     if key is None:
         return None
     from dinoexport.bundle import signing
@@ -138,7 +142,7 @@ def say_text(piece: str) -> None:
 
 
 def say_json(content: Any) -> None:
-    """The one object on stdout."""
+    """Prints the one JSON object on stdout."""
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -151,7 +155,7 @@ def show_report(report: Report, *, to_stderr: bool = False) -> None:
     say(table(title, formatting.report_rows(report)), to_stderr=to_stderr)
     if report.determinism is not None:
         lines = [f"{words}: {found}" for words, found in report.determinism.lines.items()]
-        say(f"Steady: {'; '.join(lines)}", to_stderr=to_stderr)
+        say(f"Repeatability: {'; '.join(lines)}", to_stderr=to_stderr)
 
 
 def show_ways(manifest: Any, *, not_run: str = "", to_stderr: bool = False) -> None:

@@ -63,6 +63,11 @@ def openai(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
     timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for the next words.")] = 60.0,
+    headers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lines `Name: value` to send; a token goes in $DINOEXPORT_TOKEN."),
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificates to trust, for https and grpcs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Serve OpenAI's interface in front of a text model: /v1/completions and /v1/chat/completions."""
@@ -73,7 +78,7 @@ def openai(
         from dinoexport.serving.openai import app as application
         from dinoexport.serving.openai import sources
 
-        source = sources.open_source(model_place, model=model, timeout_s=timeout_s)
+        source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
         url = f"http://{host}:{port}/v1"
         if as_json:
             say_json({"model": source.name, "url": url})

@@ -1,1 +1,1 @@
-"""What to build and for which machine: recipes and targets as validated data, and the files this package ships."""
+"""Recipes and targets as validated data, and the data files of this package."""

@@ -1,7 +1,7 @@
-"""What to build and what counts as right, as frozen data parsed from TOML.
+"""Recipes, targets and validations, as frozen data parsed from TOML.
 
-Three kinds of file, each refused by name at the first unknown key: recipes (`recipes/*.toml` or a user's own path),
-targets (`recipes/targets/*.toml`) and validations (`validate/*.toml`).
+Three kinds of file: recipes (`recipes/*.toml` or a user's own path), targets (`recipes/targets/*.toml`) and validations
+(`validate/*.toml`). An unknown key in any of them is an error that names it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Frozen(BaseModel):
-    """The base of all data read from files: immutable, and an unknown key is an error, not a typo that does nothing."""
+    """The base of all data read from files: immutable; an unknown key is an error, so no typo is ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -64,7 +64,7 @@ class Range(Frozen):
 
 
 class EngineChoices(Frozen):
-    """How an engine is made from the graph. What a runtime lacks is refused before any work."""
+    """Settings of the engine. A setting that the runtime does not have is refused before any work."""
 
     profiles: tuple[Name, ...] = Field(
         default=(),
@@ -99,7 +99,7 @@ class EngineChoices(Frozen):
 
 
 class Recipe(Frozen):
-    """Everything that decides what a build makes. `model` and `graph` are the family's own tables."""
+    """Everything that determines the result of a build. `model` and `graph` are the family's own tables."""
 
     name: Name = Field(description="The variant's name.")
     family: Name = Field(description="The model family that understands `model` and `graph`.")
@@ -149,7 +149,7 @@ class Recipe(Frozen):
 
 
 class Target(Frozen):
-    """A kind of machine the bundle is meant for.
+    """A kind of machine that a bundle is built for.
 
     runtimes: what can run there, the preferred first, with what each one is good for. cautions: what a user must know
     before relying on one. precisions: what the machine has, the fastest sensible one first, with its reason; lacks:
@@ -168,7 +168,7 @@ class Target(Frozen):
 
 
 class Limit(Frozen):
-    """A number that decides, and why it is this number."""
+    """A limit, and the reason for its value."""
 
     # An infinite limit would be none at all.
     value: float = Field(allow_inf_nan=False)
@@ -176,7 +176,7 @@ class Limit(Frozen):
 
 
 class Limits(Frozen):
-    """What a candidate of one precision must hold, per output and per case.
+    """The limits for a candidate of one precision, per output and per case.
 
     kl_mean_max to top1_gap_max: of outputs that are distributions, see `metrics.divergence`; their relative errors are
     those of centred logits, and cosines say nothing of them.
@@ -208,7 +208,7 @@ class Limits(Frozen):
 
 
 class Validation(Frozen):
-    """What counts as right: limits per precision, and cases in the family's own terms."""
+    """Limits per precision, and cases in the family's own terms."""
 
     limits: dict[Precision, Limits]
     cases: tuple[dict[str, Any], ...] = Field(min_length=1)
@@ -218,7 +218,7 @@ FrozenT = TypeVar("FrozenT", bound=Frozen)
 
 
 def parse(kind: type[FrozenT], table: Mapping[str, Any], *, where: str) -> FrozenT:
-    """The `kind` that `table` describes; a UsageError that names every wrong key of `where` otherwise."""
+    """The `kind` that `table` describes; a UsageError names every wrong key of `where`."""
     try:
         return kind.model_validate(table)
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""The data that comes with the code: `recipes/` (what to build) and `validate/` (what counts as right).
+"""Locate packaged data: `recipes/` (what to build) and `validate/` (limits and cases).
 
-In a wheel they lie inside the package; in a checkout they are the top-level folders.
+In a wheel they are inside the package; in a checkout they are the top-level folders.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ def folder(name: str) -> Path:
 
 
 def names(name: str) -> tuple[str, ...]:
-    """The TOML files in a shipped folder, without their ending, in the order a person would list them."""
+    """The names of the TOML files in a shipped folder, without suffix, in natural order."""
     stems = [path.stem for path in folder(name).glob("*.toml")]
     return tuple(sorted(stems, key=lambda stem: (len(stem), stem)))

@@ -1,7 +1,7 @@
-"""From a target's name to decisions: which machine, which runtime, which precision; or why it cannot be.
+"""Resolve a target's name to a machine, a runtime and a precision, or refuse it with the reason.
 
-A target is written `a100`, or `a100,triton:26.08` for an engine that a given Triton image shall load. Without one it is
-the GPU that is there, else the CPU.
+A target is written `a100`, or `a100,triton:26.08` for an engine that a given Triton image must load. The default is
+this machine's GPU, else the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What will be built, and for what. triton: the image tag and its TensorRT, where the target names one."""
+    """What will be built, and for which machine. triton: the image tag and its TensorRT, if the target names one."""
 
     target: Target
     runtime: Runtime
@@ -64,7 +64,7 @@ class Triton:
 def choose(
     recipe: Recipe, *, target: str | None, runtime: Runtime | None, precision: Precision | None, gpus: Sequence[Gpu]
 ) -> Chosen:
-    """Decides from what is asked, what the recipe says and which `gpus` are here; a UsageError for what cannot be."""
+    """The decision from the request, the recipe and this machine's `gpus`; a UsageError for an impossible request."""
     name, _, modifier = (target or _of_gpus(gpus)).partition(",")
     machine_kind = load_target(name)
     precision = _precision(machine_kind, precision or recipe.precision)
@@ -108,7 +108,7 @@ def _precision(target: Target, wanted: Precision | None) -> Precision:
 
 
 def _runtime(target: Target, wanted: Runtime | None, recipe: Recipe, gpus: Sequence[Gpu]) -> Runtime:
-    """The one asked for, or the first of the target's that can be built on this machine."""
+    """The requested runtime, or the first of the target's that this machine can build for."""
     if wanted and wanted not in target.runtimes:
         raise UsageError(
             f"{target.name} is not built with {wanted}.", next_step=f"It has: {', '.join(target.runtimes)}."

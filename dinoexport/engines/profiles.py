@@ -1,4 +1,4 @@
-"""Optimisation profiles: which ranges of shapes an engine is built for, and the device memory they will ask for."""
+"""Optimisation profiles: the shape ranges of an engine, and an estimate of the device memory they need."""
 
 from __future__ import annotations
 

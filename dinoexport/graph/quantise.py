@@ -15,7 +15,7 @@ Measured with signed weights in both forms, ViT-S and ViT-B at 224 and 518 on a 
 ViT-g shows the value of the finer scale: off by 6e-2 to 7e-2 and by 3e-2.
 
 Static ranges, calibrated on crops of the very photographs they were then judged on, were
-measured and left out (`benchmarks/static_int8.py`, ViT-S with made-up weights at 224 and 518): off by 5.3 to 10 %,
+measured and left out (`benchmarks/static_int8.py`, ViT-S with synthetic weights at 224 and 518): off by 5.3 to 10 %,
 where the limit is 5 % and dynamic is off by 3 %, for 1.03 to 1.13 times its time in ONNX Runtime, 0.88 to 0.92
 in OpenVINO.
 """

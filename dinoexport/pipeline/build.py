@@ -1,4 +1,4 @@
-"""The whole flow: recipe -> checkpoint -> traced graph -> ONNX -> judged against PyTorch -> engine -> bundle."""
+"""The whole flow: recipe -> checkpoint -> traced graph -> ONNX -> validated against PyTorch -> engine -> bundle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["BuildRequest", "Built", "NothingHolds", "Rejected", "build", "build_
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A published bundle. reused: the stages whose results were taken over. report: the graph's; engines: theirs."""
+    """A published bundle. reused: the stages that were not repeated. report: of the graph; engines: of the engines."""
 
     folder: Path
     manifest: Manifest
@@ -61,7 +61,7 @@ def build(
     signer: Signer | None = None,
     progress: Progress = silent,
 ) -> Built:
-    """Takes a checkpoint to a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
+    """Builds a bundle whose outputs are PyTorch's, or publishes nothing and raises Rejected.
 
     With `keep_rejected` a failed bundle is published too, marked rejected, before Rejected is raised. `signer` signs
     what passed, and nothing else.
@@ -69,13 +69,14 @@ def build(
     preflight.packages(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
+        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         if request.engine:
             preflight.memory(request.engine, plain.folder)
         reference = compute_reference(work, request, checkpoint)
-        made = {"reference": reference.stage} | text_stage(work, request)
+        made = {"reference": reference.stage} | text
         if request.auto:
             made["precision"], request = search_precision(work, request, checkpoint, reference)
             plain = export_graphs(work, request, checkpoint, traced)
@@ -102,7 +103,7 @@ def build(
             manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
         raise _rejected(request, judged.report, growth, facts, engines, published=keep_rejected)
-    # A verdict is never reused: this machine has just judged, even if every figure came out as before.
+    # A verdict is never reused: this machine has just validated, even if every figure is the same as before.
     reused = tuple(
         stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
     )
@@ -110,7 +111,7 @@ def build(
 
 
 def export_only(request: BuildRequest, *, force: bool = False, progress: Progress = silent) -> Built:
-    """The ONNX stage alone: a bundle marked unjudged, for nothing was measured."""
+    """The ONNX stage alone: a bundle marked unjudged, because nothing was measured."""
     if request.auto:
         raise UsageError(
             "--precision auto chooses by what it measures, and export measures nothing.",
@@ -119,18 +120,19 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
+        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))
-        made = {exported.name: exported} | text_stage(work, request)
+        made = {exported.name: exported} | text
         manifest = _manifest(request, checkpoint, made, "unjudged")
         manifest = _publish(work, made, manifest)
     return Built(folder=request.out, manifest=manifest, reused=(exported.name,) if exported.reused else ())
 
 
 def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None = None) -> Manifest:
-    """Publishes what was made with a bill of its materials, and returns the manifest that says so."""
+    """Publishes the stages with a bill of materials, and returns the final manifest."""
     bill = list_materials(work, manifest)
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
     work.publish({**made, bill.name: bill}, manifest, sign=None if signer is None else signer.signature)
@@ -138,7 +140,7 @@ def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, sig
 
 
 def _too_slow(facts: CpuFacts | None) -> bool:
-    """Whether a lower precision gains no time, so that there is nothing to pay its error with."""
+    """Whether a lower precision is not faster, so that its error has no benefit."""
     return facts is not None and facts.times_fp32 is not None and facts.times_fp32 >= 1
 
 

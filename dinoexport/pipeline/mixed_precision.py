@@ -1,7 +1,7 @@
-"""`--precision auto`: the smallest set of parts that must stay fp32 for a graph in fp16 to hold its limits.
+"""`--precision auto`: the smallest set of parts that must stay in fp32 for an fp16 graph to stay within its limits.
 
-Which parts there are is the family's to say; here they are only names. The set is found as QuickXplain (Junker 2004,
-AAAI) finds a preferred minimal conflict: none of its parts can go back without a limit being missed.
+The family defines the parts; here they are only names. The set is found like QuickXplain (Junker 2004, AAAI) finds a
+preferred minimal conflict: each part in it is necessary, returning any one to fp16 breaks a limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One form that was tried: which parts were fp32, whether it held every limit, and if not, what it failed by."""
+    """One combination that was tried: the parts in fp32, whether it passed, and if not, what failed."""
 
     fp32: tuple[str, ...]
     passed: bool
@@ -36,7 +36,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision:
-    """What was found. fp32: the parts to keep in fp32; None when not even all of them suffice."""
+    """The result. fp32: the parts to keep in fp32; None if even all of them are not enough."""
 
     fp32: tuple[str, ...] | None
     trials: tuple[Trial, ...]
@@ -111,7 +111,7 @@ def search(
 def _problems(
     form: Model, checkpoint: Checkpoint, reference: Reference, folder: Path, traces: Traces
 ) -> dict[str, str]:
-    """What each case of `reference` fails by in this form of the graph, by the case's name; empty when all hold."""
+    """The failures of each case of `reference` with this combination, by the case's name; empty if all pass."""
     with TemporaryDirectory(dir=folder) as place:
         try:
             for graph in form.graphs:

@@ -1,4 +1,4 @@
-"""What a build needs of this machine, asked before its first minute is spent: packages, disk, a card's memory."""
+"""Check this machine before a build starts: packages, disk space, GPU memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinoexport.spec import Precision
 
 
 def packages(request: BuildRequest) -> None:
-    """Everything a build will need, asked for before its first minute is spent."""
+    """Raises MissingRequirement for the first package that the build will need and that is not installed."""
     require("export", *PACKAGES, *html_report.PACKAGES, *sbom.PACKAGES)
     require("cpu", "onnxruntime")
     if request.chosen.on_cpu:
@@ -31,7 +31,7 @@ def packages(request: BuildRequest) -> None:
 
 
 def disk(request: BuildRequest) -> None:
-    """Refuses a build the disk cannot hold, before it is begun."""
+    """Refuses a build that does not fit on the disk."""
     width = 2 if request.chosen.traced in (Precision.FP16, Precision.BF16) else 4
     weights = sum(math.prod(shape) for shape in request.model.tensors.values()) * width
     needed = weights * (2 if request.engine else 1)  # an engine holds them once more
@@ -45,7 +45,7 @@ def disk(request: BuildRequest) -> None:
 
 
 def memory(request: EngineRequest, onnx_folder: Path) -> None:
-    """Refuses an engine its card has no memory for, before the long stages are begun."""
+    """Refuses an engine that does not fit into the GPU's memory, before the long stages start."""
     if request.target.memory_gb is None:
         return
     for graph in request.graphs:

@@ -1,4 +1,4 @@
-"""What to build, with every decision made: a recipe, a target and this machine's GPUs become an Order, or a refusal."""
+"""Resolve a recipe, a target and this machine's GPUs to a BuildRequest, or refuse them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What to build, with every decision made and every impossible one already refused.
+    """A resolved build request: every decision is made, and impossible ones are refused.
 
     engine: what to compile from the graphs; None where the ONNX is what runs. cpu_runtimes: those a CPU's bundle may be
     for. auto: whether parts of the graph go back to fp32 until the limits hold.
@@ -66,7 +66,7 @@ class BuildRequest:
 
     @property
     def runtime(self) -> Runtime:
-        """What will run the product."""
+        """The runtime that will run the bundle."""
         return self.chosen.runtime
 
     def graph_files(self, folder: Path) -> dict[Path, Graph]:
@@ -89,9 +89,8 @@ def build_request(
 ) -> BuildRequest:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
-    target: the GPU that is here, else the CPU, when it is None. engine_choices: what to change in the recipe's
-    `[engine]`. head: what turns the model's outputs into answers; head_weights: its file, where it is not the published
-    one.
+    target: None means this machine's GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`. head: turns
+    the model's outputs into answers; head_weights: its file, if it is not the published one.
     """
     recipe, gpus = load(variant_or_path), hardware.gpus()
     recipe = recipe if head is None else recipe.with_head(head)

@@ -1,4 +1,4 @@
-"""Which versions of which packages a stage's bytes depend on."""
+"""The package versions that a stage's bytes depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def versions_in(request: BuildRequest) -> dict[str, str]:
-    """The versions of all packages that may have had a part in a bundle, as far as they are installed."""
+    """The versions of all installed packages that a bundle's content may depend on."""
     compilers = (*TABLE[request.runtime].distributions, "polygraphy") if request.engine else ()
     found = versions_of((*TRACERS, *RUNTIMES, "safetensors", "pillow", *html_report.PACKAGES, *compilers)) | {
         "python": platform.python_version()

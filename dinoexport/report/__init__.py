@@ -1,1 +1,1 @@
-"""A verdict as HTML pages."""
+"""HTML reports: one for a bundle, one for a user's images that differ."""

@@ -1,7 +1,7 @@
-"""`report.html`: the verdict as one page to look at. One file, no network, no scripts; light, dark and on paper.
+"""`report.html`: the report of a bundle as one page, without network or scripts; light, dark and printed.
 
-Jinja fills the template beside this file and escapes all it is given; charts are SVG that the template draws, so they
-follow the reader's colours. The same build gives the same bytes: no date, no random id.
+Jinja fills the template beside this file and escapes every value. Charts are SVG drawn by the template, so they follow
+the reader's colour scheme. The same build gives the same bytes: no date, no random id.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _BINS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What the page shows besides figures, kept while the judge asks: `keeping` fills it.
+    """Outputs and errors that the page shows, collected during validation by `keeping`.
 
-    answers: case name -> the candidate's outputs, for cases a person shall see. errors: output -> an array of the
-    relative error of each vector, for each case.
+    answers: case name -> the candidate's outputs, for cases with pictures. errors: output -> for each case an array of
+    the relative error of each vector.
     """
 
     answers: dict[str, Arrays] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Kept:
 
 
 def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kept) -> Candidate:
-    """The candidate, whose answers to `expectations` are kept in `kept` as far as the page needs them."""
+    """The candidate, wrapped to store in `kept` what the page needs of its outputs for `expectations`."""
     asked = {id(expectation.case.inputs): expectation for expectation in expectations}
 
     def answer(inputs: Arrays) -> dict[str, Array]:
@@ -66,9 +66,9 @@ def render(
     reference: Reference,
     kept: Mapping[str, Kept],
 ) -> str:
-    """The page as HTML; of the manifest everything but the time it was made.
+    """The page as HTML, with everything in the manifest except its time.
 
-    kept: of each candidate by its name; charts are of the one that `report` judges, pictures of all.
+    kept: by candidate; charts show the candidate of `report`, pictures show all.
     """
     require("export", *PACKAGES)
     import jinja2
@@ -117,7 +117,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
 
 
 def _repeat(manifest: Manifest) -> list[str]:
-    """The command that makes this bundle again, and the one that judges it again."""
+    """The commands that build and validate this bundle again."""
     source = manifest.checkpoint.source
     weights = "" if source.startswith("http") else f" --weights {source}"
     precision = "auto" if "precision" in manifest.report else manifest.precision
@@ -137,7 +137,7 @@ def _based_on(report: Report) -> str:
 
 
 def _closest(report: Report) -> tuple[Row, Bound] | None:
-    """The limit that was missed by most, or held by least, among those that are at most something."""
+    """The upper limit that a figure exceeds most, or comes closest to."""
     shares = [(b.value / b.limit, row, b) for row in report.rows for b in row.bounds if _is_upper(b) and b.limit > 0]
     finite = [entry for entry in shares if isfinite(entry[0])]
     return max(finite, key=lambda entry: entry[0])[1:] if finite else None
@@ -148,7 +148,7 @@ def _is_upper(bound: Bound) -> bool:
 
 
 def _limits(report: Report) -> list[tuple[str, str, str]]:
-    """(figure, limit, reason) of every limit that was applied; one that differs from case to case is written once."""
+    """(figure, limit, reason) of every limit; a limit that varies between cases is one row with its range."""
     values: dict[tuple[str, str], set[float]] = {}
     for row in report.rows:
         for bound in row.bounds:
@@ -162,7 +162,7 @@ def _limits(report: Report) -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Bar:
-    """A bar from 0 to 100 on a logarithmic scale, and where on it the mark of what is expected stands."""
+    """A bar from 0 to 100 on a logarithmic scale, and the position of the mark for the expected error."""
 
     length: float
     mark: float
@@ -194,7 +194,7 @@ class _Histogram:
 
 
 def _histogram(name: str, parts: Sequence[Array]) -> _Histogram:
-    """Logarithmic; an exact zero counts as the smallest error there is."""
+    """Logarithmic; an exact zero counts as the smallest positive error."""
     import numpy as np
 
     errors = np.concatenate(parts)
@@ -220,9 +220,9 @@ def _histogram(name: str, parts: Sequence[Array]) -> _Histogram:
 def _pictures(
     manifest: Manifest, model: Reported, reference: Reference, kept: Mapping[str, Kept]
 ) -> list[tuple[str, str, Any]]:
-    """(case, why, rows of the family's pictures) of every case a person shall see.
+    """(case, why, rows of the family's pictures) of every case with pictures.
 
-    Before the candidates stands what PyTorch itself makes of the case in their precision, where it was asked.
+    Where PyTorch's own outputs in the candidates' precision are known, they come before the candidates.
     """
     drawn = []
     for expectation in reference.expectations:
@@ -238,7 +238,7 @@ def _pictures(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """The two dynamic dimensions with the widest range, and where each case lies between their ends, 0 to 100."""
+    """The two dynamic dimensions with the widest range, and the position of each case between their ends, 0 to 100."""
 
     x: str
     y: str
@@ -248,7 +248,7 @@ class _Sizes:
 
 
 def _sizes(graphs: Sequence[Graph], reference: Reference) -> _Sizes | None:
-    """Logarithmic in both directions; cases whose inputs are not the first graph's own have no place here."""
+    """Logarithmic in both directions; cases without the first graph's inputs are left out."""
     graph = graphs[0]
     dims = sorted(graph.dims, key=lambda dim: dim.max / max(dim.min, 1))[-2:]
     if len(dims) < 2 or any(dim.min in (0, dim.max) for dim in dims):
@@ -280,7 +280,7 @@ def _sizes(graphs: Sequence[Graph], reference: Reference) -> _Sizes | None:
 
 
 def _figure(value: float) -> str:
-    """Two digits that count; a value just below one, as a cosine is, by what it lacks."""
+    """Two significant digits; a value just below one, such as a cosine, as its difference from one."""
     if not isfinite(value):
         return str(value)
     if 0.99 < value < 1:

@@ -1,6 +1,6 @@
-"""A page to look at of a user's own files: every measure, and pictures of those that the candidate decides otherwise.
+"""A page about a user's own images: every measure, and pictures of the images with different results.
 
-It is written where the user says and never into the bundle: their pictures are theirs.
+It is written to the path that the user gives, never into the bundle, because the images belong to the user.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dinoexport.validation.downstream import Agreement
 from dinoexport.validation.validate_bundle import Validated
 
 TEMPLATE = Path(__file__).parent / "templates" / "mismatches.html.jinja"
-# Enough to see what kind of item differs; a page of ten thousand pictures would open nowhere.
+# Enough to see what kind of item differs; no browser opens a page of ten thousand pictures.
 _ITEMS_MAX = 24
 _NEIGHBOURS_MAX = 3
 
 
 def check(path: Path, images: Path | None) -> None:
-    """Raises what would keep the page from being written at the end of a long run."""
+    """Raises, before a long run, any error that would prevent writing the page at its end."""
     require("export", "jinja2")
     if images is None:
         raise UsageError("--page shows images that differ, and none are given.", next_step="Add --images DIR.")

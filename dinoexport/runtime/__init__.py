@@ -1,7 +1,7 @@
-"""Runtimes: each opens something that maps named arrays to named arrays.
+"""Runtimes: each opens a graph or an engine as a function from named arrays to named arrays.
 
-A runner checks its inputs against the graph's signature first, so that every runtime refuses the same things in the
-same words.
+A runner first checks its inputs against the signature of the graph, so that every runtime refuses the same inputs with
+the same message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dinoexport.spec import Array, Arrays, Dim, Graph, Runner
 if TYPE_CHECKING:
     from dinoexport.runtime.decoding import Decoder
 
-# How many of a graph's products (matrix products and convolutions) were computed in which arithmetic: {"bf16": 73}.
+# The number of a graph's products (matrix products and convolutions) by arithmetic: {"bf16": 73}.
 Arithmetic = Mapping[str, int]
 
 
@@ -24,9 +24,9 @@ Arithmetic = Mapping[str, int]
 class Opened:
     """A graph opened by a runtime; a `Runner` itself.
 
-    arithmetic: asks the runtime, for given inputs, what it really computes in. What was asked for proves nothing:
-    OpenVINO takes bf16 for fp32 by itself, and ONNX Runtime casts fp16 to fp32 around every product. begin: starts
-    sequences whose carried values the runtime keeps itself, where the graph has some and the runtime can.
+    arithmetic: reads from the runtime which arithmetic it really uses for given inputs. The requested precision proves
+    nothing: OpenVINO computes fp32 in bf16 by default, and ONNX Runtime casts fp16 to fp32 around every product. begin:
+    starts sequences whose carried values the runtime keeps itself, where the graph has some and the runtime can.
     """
 
     run: Runner
@@ -39,7 +39,7 @@ class Opened:
 
 
 def check_inputs(graph: Graph, arrays: Arrays) -> None:
-    """Raises InputRefused when names, dtypes, ranks or dimensions are not the graph's, and at NaN or Inf."""
+    """Raises InputRefused if names, dtypes, ranks or dimensions are not the graph's, or a value is NaN or Inf."""
     wanted = {t.name: t for t in graph.inputs if t.default is None or t.name in arrays}
     if wanted.keys() != arrays.keys():
         raise InputRefused(
@@ -68,7 +68,7 @@ def check_inputs(graph: Graph, arrays: Arrays) -> None:
     # Carried values come from the graph itself, and a cache would take longer to look through than a step does.
     for name, array in arrays.items():
         if name not in graph.carried and array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise InputRefused(f"{name} holds NaN or Inf.", next_step="Look at how it was made.")
+            raise InputRefused(f"{name} holds NaN or Inf.", next_step="Check how it was computed.")
 
 
 def _check_dim(name: str, size: int, dims: Mapping[str, Dim]) -> None:

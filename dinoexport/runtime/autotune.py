@@ -1,6 +1,6 @@
-"""Which runtime, and how many threads: measured on the machine at hand, in seconds.
+"""Choose the runtime and the number of threads by measuring them on this machine, in seconds.
 
-A way of less precision than fp32 is timed beside fp32's own ways: it must be faster, or it is not worth its error.
+A precision lower than fp32 is timed beside fp32: it must be faster, or it is not worth its error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dinoexport.system import timing
 # fault.
 _VISIT_S = 0.6
 _ROUNDS = 10
-# Half as slow again as the best on the first visit: not worth a second one.
+# 1.5 times as slow as the best on the first visit: not worth a second one.
 _HOPELESS = 1.5
 # The runtimes that may compute in a precision on a CPU, int8 each from a form of its own.
 RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
@@ -31,15 +31,15 @@ RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
 
 
 def runtimes(precision: Precision, among: Collection[Runtime]) -> tuple[Runtime, ...]:
-    """Those `among` the runtimes this machine has that compute in `precision` here, the most likely one first."""
+    """The installed runtimes of `among` that compute in `precision` on this machine, the most likely choice first."""
     found = [runtime for runtime in table.installed(among) if runtime in RUNTIMES[precision]]
     return tuple(runtime for runtime in found if TABLE[runtime].computes(precision))
 
 
 def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
-    """Every way to run in `precision` with a runtime of `among` that this machine has, the most likely one first.
+    """Every way to run in `precision` with an installed runtime of `among`, the most likely choice first.
 
-    Raises UsageError when none of them computes in it anywhere, MissingRequirement when this machine has no way: no
+    Raises UsageError if none of them supports the precision on any machine, MissingRequirement if this machine has no
     runtime for it, or a CPU without it.
     """
     if not set(RUNTIMES[precision]) & set(among):
@@ -67,7 +67,7 @@ def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForms:
-    """Graphs of one precision, by their files, in the form each runtime takes that may run them."""
+    """Graphs of one precision, by their files, in the form that each possible runtime takes."""
 
     precision: Precision
     graphs: Mapping[Runtime, Mapping[Path, Graph]]
@@ -76,9 +76,9 @@ class GraphForms:
 def tune(
     model: Runnable, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent
 ) -> CpuFacts:
-    """The fastest way to run `wanted` here, on the load most users ask, and what was measured to find it.
+    """The fastest way to run `wanted` here, on the most common workload, with all measurements.
 
-    plain: the same model in fp32, to be timed beside a precision that is less.
+    plain: the same model in fp32, timed beside a lower precision.
     """
     own = ways(wanted.precision, wanted.graphs)
     workload = model.workloads[0]
@@ -107,7 +107,7 @@ def tune(
 
 
 def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
-    """Where there is one runtime it takes every CPU it may, whatever the clock says: the same on each run."""
+    """With a single runtime, all usable CPUs and no timing: the same result on each run."""
     return CpuFacts(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
@@ -124,9 +124,9 @@ def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Wor
 def _measured(
     model: Runnable, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
 ) -> tuple[list[Timed], dict[str, str]]:
-    """What each way took, and why a runtime that takes no part refused; raises BuildError if a precision has none left.
+    """The time of each way, and why a runtime was left out; raises BuildError if a precision has no runtime left.
 
-    One way is open at a time, so that the largest model needs the memory of one session.
+    Only one way is open at a time, so that the largest model needs the memory of one session.
     """
     samples: dict[Way, tuple[float, ...]] = {}
     refused: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The CPU's runtimes behind one function: a model's graphs opened the way a bundle says."""
+"""Open a model's graphs in the CPU runtime, precision and threads that a bundle names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PLAIN = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32)
 
 
 def way_here(built: Way) -> Way:
-    """How this machine runs what was built to run as `built`, with as many threads as the runtime likes here.
+    """How this machine runs a bundle that was built to run as `built`; the runtime chooses the number of threads.
 
-    Where only ONNX Runtime is installed it takes an fp32 graph just as well.
+    If only ONNX Runtime is installed, it runs an fp32 graph that was built for another runtime.
     """
     if built.precision is Precision.FP32 and not table.installed((built.runtime,)):
         return PLAIN
@@ -43,7 +43,7 @@ def open_decoder(path: Path, graph: Graph, way: Way = PLAIN) -> Decoder:
 
 
 def arithmetic(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> Arithmetic:
-    """What the graphs really computed in to answer `inputs`, all graphs together."""
+    """The arithmetic that the graphs really used for `inputs`, all graphs together."""
     first_calls = dict(reversed(_calls(model, opened, inputs)))
     total: Counter[str] = Counter()
     for name, arrays in first_calls.items():
@@ -52,7 +52,7 @@ def arithmetic(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) ->
 
 
 def flops(model: Runnable, graphs: Mapping[Path, Graph], opened: Mapping[str, Opened], inputs: Arrays) -> int:
-    """Multiplications and additions in the graphs' products to answer `inputs`, counted as ONNX Runtime runs them."""
+    """Multiplications and additions in the graphs' products for `inputs`, counted as ONNX Runtime runs them."""
     paths = {graph.name: path for path, graph in graphs.items()}
     return sum(
         operator.flops
@@ -62,7 +62,7 @@ def flops(model: Runnable, graphs: Mapping[Path, Graph], opened: Mapping[str, Op
 
 
 def _calls(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> list[tuple[str, Arrays]]:
-    """The graphs that are run to answer `inputs`, in their order, each with its own inputs."""
+    """The graphs that run for `inputs`, in order, each with its own inputs."""
     calls: list[tuple[str, Arrays]] = []
 
     def watched(name: str) -> Runner:
@@ -87,7 +87,7 @@ def version(runtime: Runtime) -> str:
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may use: those it is bound to, or a container's share of them where that is less."""
+    """The number of CPUs this process may use: its CPU affinity, or the container's quota if that is less."""
     bound = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -1,6 +1,6 @@
 """OpenVINO, on the CPU.
 
-The precision is always said: left to itself OpenVINO computes an fp32 graph in bf16 on every CPU that has it.
+The precision is always set: by default OpenVINO computes an fp32 graph in bf16 on every CPU that has it.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def open_graph(
 ) -> Opened:
     """The ONNX file at `path`, compiled to compute in `precision`. threads: 0 leaves their number to OpenVINO.
 
-    int8 is what a graph's int8 weights are multiplied in; all else is then computed in bf16 where this CPU has it.
+    With int8, products with int8 weights are int8; everything else is bf16 if this CPU has it.
 
-    shapes: fixed shapes of all inputs, for a model of one size; as dynamic as the graph without. Raises
-    MissingRequirement when this CPU lacks the precision, BuildError when OpenVINO refuses the file, InputRefused from
-    the runner for inputs outside the signature.
+    shapes: fixed shapes of all inputs, for a model of one size; None keeps the graph dynamic. Raises MissingRequirement
+    if this CPU lacks the precision, BuildError if OpenVINO refuses the file, InputRefused from the runner for inputs
+    outside the signature.
     """
     if not computes(precision):
         raise MissingRequirement(
@@ -138,7 +138,7 @@ def _runner(compiled: Any, graph: Graph) -> Runner:
         except RuntimeError as error:
             given = {name: array.shape for name, array in arrays.items()}
             raise BuildError(f"OpenVINO failed on {given}: {error}", next_step="Report it.") from error
-        # Copied, because the request writes its next answer to the same memory.
+        # Copied, because the request writes its next outputs to the same memory.
         return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in graph.outputs}
 
     return run

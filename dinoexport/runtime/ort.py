@@ -31,7 +31,7 @@ def version() -> str:
 
 
 def has_cuda() -> bool:
-    """Whether the ONNX Runtime that is installed has a CUDA provider."""
+    """Whether the installed ONNX Runtime has a CUDA provider."""
     onnxruntime = telemetry.onnxruntime()
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
@@ -85,7 +85,7 @@ class Operator:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product, two in attention, or a convolution: where a network's arithmetic is."""
+        """Whether it is a matrix product, two in attention, or a convolution: nearly all of a network's arithmetic."""
         return any(word in self.kind for word in ("MatMul", "Gemm", "Conv", "Attention"))
 
     @property
@@ -97,7 +97,7 @@ class Operator:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of a product; all else is counted as nothing, as everybody does."""
+        """Multiplications and additions of a product; other operators count as zero, as is common."""
         if not self.is_product:
             return 0
         if "Conv" in self.kind:
@@ -108,9 +108,9 @@ class Operator:
 
 
 def executed(path: Path, arrays: Arrays, *, optimised: bool = True) -> tuple[Operator, ...]:
-    """The operators ONNX Runtime ran to answer `arrays`, with the shapes they had then.
+    """The operators that ONNX Runtime ran for `arrays`, with their shapes.
 
-    optimised: as it runs them, or else as the file has them.
+    optimised: after its own optimisations; if false, the operators of the file.
     """
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, profile=Path(folder) / "profile", optimised=optimised)
@@ -147,7 +147,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # Idle threads of several sessions in one process otherwise spin against each other.
+    # Without this, idle threads of several sessions in one process compete by spinning.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # What meets weights of few bits is made int8 in blocks: the default of today, said so that it stays.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
@@ -157,7 +157,7 @@ def _session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    # fp32 is fp32 on the GPU too: without TF32. Small integer work on shapes is done on the CPU in any case.
+    # No TF32: fp32 is fp32 on the GPU too. Small integer operations on shapes always run on the CPU.
     providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if cuda else []
     try:
         return onnxruntime.InferenceSession(model or path, options, providers=[*providers, "CPUExecutionProvider"])

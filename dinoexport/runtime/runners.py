@@ -1,4 +1,4 @@
-"""What is judged: a model's graphs on a CPU or its engines on a GPU, opened as functions of a case's inputs."""
+"""Open a model's graphs (CPU) or engines (GPU) as functions of a case's inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_candidate(model: Runnable, graphs: Mapping[Path, Graph], way: Way = cpu
 
 
 def with_one_thread(model: Runnable, graphs: Mapping[Path, Graph], way: Way) -> Callable[[], Candidate] | None:
-    """What opens the graphs as `way` runs them but with one thread; None where there are no more."""
+    """A function that opens the graphs in `way` with one thread; None if `way` has only one."""
     if way.threads == 1 or cpu.usable_cpus() == 1:
         return None
     return lambda: open_candidate(model, graphs, replace(way, threads=1))
@@ -37,26 +37,26 @@ def driven(model: Runnable, runners: Mapping[str, Runner]) -> Candidate:
 
 
 def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
-    """What the verdict is about, in words, with what really computed: never what was only asked for."""
+    """The candidate's name, with the arithmetic that was really used, never the one that was only requested."""
     widened = "" if precision is way.precision else f" widened to {way.precision}"
     ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
     return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
 
 
 def graph_way(precision: Precision) -> Way:
-    """How the graph of a GPU's bundle is judged on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it."""
+    """How the graph of a GPU's bundle runs on a CPU. ONNX Runtime has no bf16 there; OpenVINO widens it to fp32."""
     if precision is Precision.BF16:
         return Way(runtime=Runtime.OPENVINO, precision=Precision.FP32)
     return Way(runtime=Runtime.ONNXRUNTIME, precision=precision)
 
 
 def built_way(manifest: Manifest) -> Way:
-    """How a bundle's graphs were judged on the CPU that built it."""
+    """How a bundle's graphs ran on the CPU that built it."""
     return manifest.cpu.chosen if manifest.cpu else graph_way(manifest.precision)
 
 
 def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
-    """How this machine runs a bundle's graphs: as the building one did, if it can.
+    """How this machine runs a bundle's graphs: like the machine that built it, if possible.
 
     runtime: runs them in this one instead, in the same precision; a UsageError when it does not compute in it.
     """
@@ -74,9 +74,9 @@ def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
 def open_engines(
     model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
 ) -> tuple[Candidate, str]:
-    """The engines as the function from a case's inputs to its outputs, and the GPU that runs them.
+    """The engines as a function from a case's inputs to its outputs, and the GPU that runs them.
 
-    Raises MissingRequirement, before any is opened, when one is for another device or version.
+    Raises MissingRequirement, before any is opened, if one is for another device or version.
     """
     gpus = hardware.gpus()
     devices = [engine_header.check_runs_here(facts, gpus).name for facts in engines.values()]
@@ -96,5 +96,5 @@ def open_engines(
 
 
 def engine_name(facts: EngineFacts, device: str) -> str:
-    """What the verdict on an engine is about, in words."""
+    """The name of an engine as a candidate."""
     return f"{facts.runtime} {facts.runtime_version} on {device}, {facts.precision}"

@@ -1,6 +1,6 @@
-"""Every runtime in one table: its name, what brings it, the precisions it computes in on a CPU, how it opens a graph.
+"""Every runtime in one table: its name, its packages, its precisions on a CPU, and how it opens a graph.
 
-What a runtime cannot do is an empty cell here, so nothing falls through to another runtime's answer.
+An empty cell means that the runtime cannot do it, so that no caller falls through to another runtime.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dinoexport.runtime import Opened, openvino, ort
 from dinoexport.spec import Graph, Precision, Runtime, Way
 from dinoexport.system import hardware
 
-# Opens the ONNX file at a path in the way that is asked for.
+# Opens the ONNX file at a path in the requested way.
 OpenGraph = Callable[[Path, Graph, Way], Opened]
 
 
@@ -22,10 +22,10 @@ OpenGraph = Callable[[Path, Graph, Way], Opened]
 class RuntimeFacts:
     """One row of the table.
 
-    title: as people write it. does: what it is good for, in words. extra: the extra of this package that brings it.
-    distributions: the names on PyPI of what provides it; any one suffices. modules: what is imported to run;
-    build_modules: what is imported to compile an engine, nothing where the ONNX itself is run. cpu_precisions: in which
-    it may compute on a CPU; `computes` asks the CPU that is here. engine_suffix: of the engines it compiles.
+    title: the name as people write it. does: its purpose. extra: the extra of this package that installs it.
+    distributions: names on PyPI that provide it; any one suffices. modules: imported to run; build_modules: imported to
+    compile an engine, empty if the ONNX itself is run. cpu_precisions: the precisions it supports on CPUs; `computes`
+    checks this machine's CPU. engine_suffix: of the engines it compiles.
     """
 
     title: str
@@ -40,7 +40,7 @@ class RuntimeFacts:
     engine_suffix: str = ""
 
     def installed_version(self) -> str | None:
-        """The version that is installed here; None when it is not."""
+        """The installed version; None if it is not installed."""
         return next(filter(None, map(hardware.installed, self.distributions)), None)
 
 
@@ -90,7 +90,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
 
 
 def installed(among: Collection[Runtime] = tuple(TABLE)) -> tuple[Runtime, ...]:
-    """Those of `among` that this machine has and that run an ONNX graph on a CPU, in the table's order."""
+    """The installed runtimes of `among` that run an ONNX graph on a CPU, in the table's order."""
     return tuple(
         runtime
         for runtime, facts in TABLE.items()

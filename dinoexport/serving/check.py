@@ -6,7 +6,7 @@ Triton calls a model ready after its process has died, so a probe must ask it so
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinoexport import bundle, family
@@ -14,8 +14,9 @@ from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.serving import address
-from dinoexport.serving.client import open_graphs
+from dinoexport.serving import address, text_check
+from dinoexport.serving.client import open_graphs, text_served
+from dinoexport.serving.text_client import TextClient
 from dinoexport.serving.triton.model_repository import deployed_as
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import Array, Arrays, Progress, silent
@@ -48,6 +49,9 @@ def check(
 
     quick: only the smallest case. Raises ServerError when nothing answers; wrong answers are in the report.
     """
+    if text_served(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca):
+        client = TextClient(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
+        return _checked_text(client, str(address.parse(url)), folder, quick=quick, progress=progress)
     clients = open_graphs(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
     served = next(iter(clients.values())).served
     with changes.reading(folder, progress=progress):
@@ -70,6 +74,30 @@ def check(
     )
     cases = [case.name for case in (*(e.case for e in reference.expectations), *reference.refusals)]
     return Checked(model=served.name, report=report, latency_ms=dict(zip(cases, latency_ms, strict=True)))
+
+
+def _checked_text(client: TextClient, url: str, folder: Path, *, quick: bool, progress: Progress) -> Checked:
+    """The same of a model that writes text: it is asked for the continuations the reference has."""
+    served = client.served
+    role = family.find(served.family).model(parse(Recipe, served.recipe, where="the recipe of the served model")).text
+    assert role is not None, "it serves text"
+    with changes.reading(folder, progress=progress):
+        path = _reference_of(folder, served)
+        reference = reference_file.read(path)
+    asked = tuple(e for e in reference.expectations if role.rollout(e.case.inputs) is not None)
+    if not asked:
+        raise UsageError(
+            f"{path} holds no continuation to check a text model by.",
+            next_step="Give the validation a case with steps, and build the bundle again.",
+        )
+    reference = replace(reference, expectations=asked, refusals=())
+    if quick:
+        reference = smallest(reference)
+    started = time.perf_counter()
+    name = f"{served.name} {served.version} at {url}"
+    report = text_check.judged(client, role, reference, path.parent / served.tokenizer, name, progress=progress)
+    each_ms = 1000 * (time.perf_counter() - started) / len(reference.expectations)
+    return Checked(model=served.name, report=report, latency_ms={e.case.name: each_ms for e in reference.expectations})
 
 
 def smallest(reference: Reference) -> Reference:

@@ -159,6 +159,16 @@ def open_graphs(
     }
 
 
+def text_served(
+    url: str, *, model: str | None = None, timeout_s: float = 60.0, headers: Path | None = None, ca: Path | None = None
+) -> bool:
+    """Whether the model of this name, or the only one, is one that writes text."""
+    where = address.parse(url, headers=headers, ca=ca)
+    found = discover(transport.connect(where, timeout_s=timeout_s))
+    wanted = {served.role for served in found.values() if model in (None, served.name)}
+    return wanted == {"text"}
+
+
 def discover(connection: transport.Transport) -> dict[str, Served]:
     """Every Triton model at the server that dinoexport deployed, by Triton's name for it."""
     facts = {name: Served.of_config(connection.config(name)) for name in connection.models()}

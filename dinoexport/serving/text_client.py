@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import UsageError
-from dinoexport.serving import client, transport
+from dinoexport.serving import address, client, transport
 from dinoexport.serving.triton import text_signature as signature
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import closest
@@ -41,13 +42,22 @@ class TextClient:
     """One served text model.
 
     url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
-    timeout_s: for the first words of an answer, and between any two.
+    timeout_s: for the first words of an answer, and between any two. headers, ca: files, see `address.parse`.
     """
 
-    def __init__(self, url: str, *, model: str | None = None, timeout_s: float = 60.0) -> None:
-        self._transport = transport.connect(url, timeout_s=timeout_s)
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout_s: float = 60.0,
+        headers: Path | None = None,
+        ca: Path | None = None,
+    ) -> None:
+        self.address = address.parse(url, headers=headers, ca=ca)
+        self._transport = transport.connect(self.address, timeout_s=timeout_s)
         found = {name: s for name, s in client.discover(self._transport).items() if s.role == "text"}
-        self.name, self.served = _chosen(found, url, model)
+        self.name, self.served = _chosen(found, str(self.address), model)
 
     def stream(self, **values: Any) -> Iterator[str | Ended]:
         """The answer in pieces, and last how it ended. values: see `text.requests.parse`.

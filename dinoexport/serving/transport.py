@@ -20,6 +20,7 @@ from dinoexport.serving import answers
 from dinoexport.serving.address import Address, parse
 from dinoexport.serving.answers import Malformed
 from dinoexport.serving.deadline import Deadline, watched
+from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
 
 _TRITON_DTYPES = {
@@ -376,7 +377,8 @@ def _names(index: Any) -> tuple[str, ...]:
 def refusal(status: int, body: bytes) -> DinoexportError:
     """An HTTP answer that refuses, as one of our errors: the server's own sentence, or its status."""
     try:
-        message = str(json.loads(body)["error"])[:_WORDS_MAX]
+        # Of a streamed answer the refusal, too, is an event.
+        message = str(json.loads(body.strip().removeprefix(b"data:"))["error"])[:_WORDS_MAX]
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"status {status}"
     return _refused(_KINDS.get(status, "broken"), message)
@@ -386,13 +388,11 @@ def _array(name: str, value: Any) -> Array:
     """A value of a text request as the array its input takes."""
     import numpy as np
 
-    from dinoexport.serving.triton.text_signature import INPUTS
-
     values = value if isinstance(value, list | tuple) else [value]
     dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
-    if INPUTS[name].data_type == "TYPE_STRING":
+    if text_signature.INPUTS[name].data_type == "TYPE_STRING":
         return np.array([text.encode() for text in values], dtype=object)
-    return np.array(values, dtype[INPUTS[name].data_type])
+    return np.array(values, dtype[text_signature.INPUTS[name].data_type])
 
 
 def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[Any]:
@@ -408,7 +408,14 @@ def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[An
 
 
 def _refused(kind: str, message: str) -> DinoexportError:
-    """The server's own sentence as one of our errors."""
+    """The server's own sentence as one of our errors.
+
+    Of a model that answers in several responses Triton calls every error an invalid request, so the words decide.
+    """
+    if text_signature.QUEUE_FULL in message:
+        kind = "busy"
+    elif "Stub process" in message:  # the Python backend's process has died
+        kind = "broken"
     message = (message.strip() or "The server gave no reason").rstrip(".") + "."
     if kind == "invalid":
         return InputRefused(message, next_step="The server refused the input; send another.")

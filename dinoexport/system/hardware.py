@@ -1,4 +1,4 @@
-"""What this machine has: its GPUs, as NVIDIA's driver names them, and which packages are installed."""
+"""This machine's GPUs, as NVIDIA's driver names them, and its installed packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Gpu:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs CUDA may use, CUDA_VISIBLE_DEVICES respected; empty where there is none or no driver."""
+    """The GPUs that CUDA may use, after CUDA_VISIBLE_DEVICES; empty without a GPU or a driver."""
     import pynvml
 
     try:
@@ -67,7 +67,7 @@ def _visible(found: Sequence[Gpu], wanted: str | None) -> tuple[Gpu, ...]:
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package, by its name on PyPI; None when it is not there."""
+    """The version of an installed package, by its name on PyPI; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

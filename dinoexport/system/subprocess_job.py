@@ -1,6 +1,7 @@
-"""Work in a process of its own: with a log, a time limit, a memory reading, progress, and one error if it fails.
+"""Run work in a subprocess: with a log, a time limit, peak memory, progress, and one error if it fails.
 
-For compilers: they may crash, and some read their settings when they are imported. The child never outlives us.
+For compilers: they may crash, and some read their settings at import. The subprocess is always terminated with its
+parent.
 """
 
 from __future__ import annotations

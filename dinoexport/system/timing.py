@@ -1,4 +1,4 @@
-"""Latencies worth comparing: taken in turn, with their spread, and with what else the machine was doing meanwhile."""
+"""Comparable latencies: samples taken in turn, with their spread and the load of the machine meanwhile."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Latencies:
 
     @property
     def spread(self) -> float:
-        """How far apart the middle half of the samples lies, as a share of the median."""
+        """The width of the middle half of the samples, as a share of the median."""
         return (self.percentile_ms(75) - self.percentile_ms(25)) / self.median_ms
 
 
 def in_turn(
     runs: Mapping[str, Callable[[], object]], *, rounds: int, budget_s: float, progress: Progress = silent
 ) -> dict[str, Latencies]:
-    """Latencies of each of `runs`, one sample of each per round, so that a slow moment is everybody's.
+    """Latencies of each of `runs`, one sample of each per round, so that a slow moment affects all of them.
 
     Each is run once before it counts. Every round has an order of its own, the same on each call, so that nobody
     always follows the same other. Stops after `rounds`, or after three once `budget_s` is spent.

@@ -14,6 +14,7 @@ from dinoexport.text.generation import SLOTS, Answer, Batch, Task, Written
 from dinoexport.text.tokenizer import Tokenizer
 
 QUEUE = 16
+FULL = "as many as may"
 
 
 class QueueFull(MissingRequirement):
@@ -75,8 +76,7 @@ class Service:
                 raise QueueFull("The model is being unloaded.", next_step="Try again in a moment.")
             if len(self._waiting) + len(self._writing) >= self._slots + self._queue:
                 raise QueueFull(
-                    f"{len(self._writing)} answers are being written and {len(self._waiting)} requests wait, "
-                    "as many as may.",
+                    f"{len(self._writing)} answers are being written and {len(self._waiting)} requests wait, {FULL}.",
                     next_step="Try again in a moment.",
                 )
             self._waiting.append(asked)

@@ -1,1 +1,1 @@
-"""Is a candidate's output still PyTorch's? Nothing in this package builds anything."""
+"""Compare a candidate's outputs with PyTorch's. Nothing in this package builds anything."""

@@ -1,7 +1,7 @@
-"""Two bundles side by side: what they are made of, their sizes, graphs, answers and speed on this machine.
+"""Compare two bundles: sources, sizes, graphs, outputs and speed on this machine.
 
-Both are verified first, and answer the same questions: the inputs in the first one's reference. Timings alternate
-between the two, so that a machine that slows down slows both.
+Both are verified first, and both run the inputs in the reference of the first. Timings alternate between the two, so
+that a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Side:
 def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[str, Rows]:
     """Tables by title: what differs, files, operations, outputs, speed.
 
-    Raises UsageError when the two do not take the same inputs, or the first has no reference to take inputs from.
+    Raises UsageError when the two take different inputs, or the first has no reference to take inputs from.
     """
     a, b = (_opened(folder, progress) for folder in (first, second))
     if a.manifest.family != b.manifest.family or a.inputs != b.inputs:
@@ -75,7 +75,7 @@ def _opened(folder: Path, progress: Progress) -> _Side:
 
 
 def _differences(a: Manifest, b: Manifest) -> Rows:
-    """Facts of the manifests that are not the same; a table that is empty says that all are."""
+    """The facts that differ between the manifests; an empty table means that none do."""
     first, second = _facts(a), _facts(b)
     return [
         {"what": name, "first": first.get(name, ""), "second": second.get(name, "")}
@@ -121,7 +121,7 @@ def _files(a: Manifest, b: Manifest) -> Rows:
 
 
 def _operations(a: _Side, b: _Side) -> Rows:
-    """How often each operation occurs, of those whose number differs. Without the package onnx, a row that says so."""
+    """The number of each operation, where it differs. Without the package onnx, a row that says so."""
     try:
         import onnx
     except ImportError:
@@ -141,7 +141,7 @@ def _operations(a: _Side, b: _Side) -> Rows:
 
 
 def _asked(a: _Side, b: _Side, asked: tuple[Expectation, ...], progress: Progress) -> tuple[Rows, Rows]:
-    """How far the second's outputs are from the first's and both from PyTorch's; and how long each case takes both."""
+    """The error of the second's outputs against the first's, of both against PyTorch's, and the time of each case."""
     outputs, speed = [], []
     for done, expectation in enumerate(asked, start=1):
         inputs = expectation.case.inputs
@@ -176,7 +176,7 @@ def _asked(a: _Side, b: _Side, asked: tuple[Expectation, ...], progress: Progres
 
 
 def _relative(candidate: Array | None, reference: Array | None) -> str:
-    """The relative L2 error in words, or why there is none."""
+    """The relative L2 error as text, or the reason why there is none."""
     if candidate is None or reference is None:
         return "not there"
     try:

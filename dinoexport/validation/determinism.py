@@ -1,8 +1,8 @@
-"""The same question asked otherwise: again, alone instead of in a batch, with one thread. Are the answers the same?
+"""Measure repeatability: run a case again, item by item instead of as a batch, and with one thread.
 
-Figures without limits. How a product is cut into pieces, and so how its sum is rounded, may depend on the batch and on
-the number of threads; that each answer is PyTorch's is what the judge's limits are for. What is seen here is whether a
-user who asks twice, or asks for more at once, can count on equal bytes, and how far off they are if not.
+These figures have no limits. A runtime may split a product, and so round its sum, differently for another batch size or
+number of threads; the limits of the validation compare each output with PyTorch. These figures tell users whether they
+can expect equal bytes, and how large the differences are if not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dinoexport.validation.metrics import distance
 
 @dataclass(frozen=True, kw_only=True)
 class Determinism:
-    """The largest relative L2 difference, over all outputs of `cases`, between two answers to the same question.
+    """The largest relative L2 difference, over all outputs of `cases`, between two runs of the same inputs.
 
-    again: asked twice. alone: an item by itself and among the others of its batch; None where no case has a batch.
-    one_thread: with one thread and with as many as usual; None where there is no choice. 0 is equal to the last bit;
-    NaN says that an answer was not finite, or had another shape.
+    again: the same call twice. alone: an item by itself and inside its batch; None where no case has a batch.
+    one_thread: one thread and the usual number; None where there is no choice. 0 means bit-identical; NaN means that an
+    output was not finite, or had another shape.
     """
 
     cases: tuple[str, ...]
@@ -32,26 +32,26 @@ class Determinism:
 
     @property
     def lines(self) -> dict[str, str]:
-        """What was asked otherwise, and how far apart the answers were, in words."""
+        """What was compared, and the largest difference, as text."""
         measured = {
-            "the same inputs again": self.again,
+            "same inputs again": self.again,
             "alone and in a batch": self.alone,
-            "with one thread and with all": self.one_thread,
+            "one thread and all threads": self.one_thread,
         }
         return {words: _apart(value) for words, value in measured.items() if value is not None}
 
 
 def _apart(relative_l2: float) -> str:
     if isnan(relative_l2):
-        return "not finite, or of another shape"
-    return f"{relative_l2:.1e} apart" if relative_l2 else "equal to the last bit"
+        return "not finite, or another shape"
+    return f"{relative_l2:.1e} apart" if relative_l2 else "bit-identical"
 
 
 def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], Runner] | None) -> Determinism | None:
-    """Asks `candidate` a few of `cases` otherwise; None when it could answer none of them.
+    """Repeats a few of `cases` under other conditions; None when the candidate could run none of them.
 
-    one_thread: opens the same candidate with one thread, where it has threads; closed again at the end, for it holds
-    the weights once more.
+    one_thread: opens the same candidate with one thread. It is closed at the end, because it holds the weights a second
+    time.
     """
     asked, again, alone, threads = [], [], [], []
     single: Runner | None = None
@@ -63,7 +63,7 @@ def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], R
             if one_thread is not None:
                 single = single or one_thread()
                 threads.append(_difference(single(case.inputs), answer))
-        except DinoexportError:  # outside an engine's profiles, or broken: the judge's report says so
+        except DinoexportError:  # outside an engine's profiles, or failed: the report has a row for it
             continue
         asked.append(case.name)
     if not asked:
@@ -72,7 +72,7 @@ def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], R
 
 
 def chosen(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """The largest batch, and the smallest one of the largest items; the smallest case where none is a batch."""
+    """The largest batch, and the smallest batch of the largest items; the smallest case if none is a batch."""
     answerable = [case for case in cases if not case.expect_refusal]
     batches = [case for case in answerable if _items(case) > 1]
     if not batches:
@@ -83,7 +83,7 @@ def chosen(cases: Sequence[Case]) -> tuple[Case, ...]:
 
 
 def _items(case: Case) -> int:
-    """How many items are asked about at once: the first dimension, where all inputs share it."""
+    """The batch size: the first dimension, if all inputs share it."""
     firsts = {array.shape[0] if array.ndim else 0 for array in case.inputs.values()}
     return firsts.pop() if len(firsts) == 1 else 0
 
@@ -93,7 +93,7 @@ def _size_bytes(case: Case) -> int:
 
 
 def _ends(case: Case, answer: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
-    """The first and the last item of a batch by themselves, and what they were answered in it."""
+    """The first and the last item of a batch by themselves, and their outputs inside the batch."""
     items = _items(case)
     for i in (0, items - 1) if items > 1 else ():
         yield (
@@ -112,5 +112,5 @@ def _relative(ours: Array, theirs: Array) -> float:
 
 
 def _worst(values: Sequence[float]) -> float | None:
-    """The largest, NaN above all; None of none."""
+    """The largest value, NaN if there is one; None for an empty sequence."""
     return max(values, key=lambda value: inf if isnan(value) else value, default=None)

@@ -1,8 +1,8 @@
-"""Does a candidate serve as PyTorch does? Neighbours, classes, a linear classifier, parts found again in a second view.
+"""Downstream agreement: nearest neighbours, k-NN classes, a linear probe, and patch correspondence in a second view.
 
-Which features stand for an item is the family's to say (`family.Uses`); scikit-learn decides with them, once with
-PyTorch's and once with the candidate's. Every figure is a share of equal decisions: 1 where all are the same.
-What cannot be measured with the items there are is left out, or measured with fewer neighbours, and said.
+The family names the features of an item (`family.Uses`). scikit-learn computes each result twice, from PyTorch's
+features and from the candidate's. Every figure is the share of equal results: 1 means that all are equal. What too few
+items cannot show is left out, or measured with fewer neighbours, and the report says so.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from dinoexport.validation.judge import Bound, Row, without_nan
 PACKAGES = ("sklearn",)
 KNN, PROBE = "knn_agreement", "probe_agreement"
 NEIGHBOURS = 10
-# How much a neighbour's vote counts: exp(cosine / 0.07) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+# The weight of a neighbour's vote: exp(cosine / 0.07) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
 _TEMPERATURE = 0.07
 _FOLDS_MAX = 5
-_NAMED_MAX = 5  # of the items that differ, in what is shown; the JSON names all
+_NAMED_MAX = 5  # items that differ are shown; the JSON has all of them
 # Neighbours whose cosines differ by less are equally near, as copies of one item are.
 _EQUALLY_NEAR = 1e-9
-# MiB that scikit-learn may take for distances at a time: ten thousand items have 800 MB of them.
+# MiB that scikit-learn may use for distances at a time: ten thousand items have 800 MB of them.
 _DISTANCES_MIB = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What is known of one item. label: its class, empty where it has none.
+    """The features of one item. label: its class; empty if it has none.
 
-    reference, candidate: its features, vectors (D,) by name; the candidate's are empty where its answer is unusable.
-    matched: the share of its parts for which both find the same part of the second view; None where there is none.
+    reference, candidate: vectors (D,) by name; the candidate's are empty if its output is unusable. matched: the share
+    of parts for which both find the same part of the second view; None without a second view.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Differs:
-    """An item that the candidate decides otherwise, and how. lost, instead: neighbours that only one side finds."""
+    """An item with a different result. lost, instead: neighbours that only PyTorch, or only the candidate, finds."""
 
     item: str
     how: str
@@ -58,9 +58,9 @@ class Differs:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One share of equal decisions over `items` items, by the features `of`.
+    """The share of equal results over `items` items, computed from the features `of`.
 
-    detail: what else was seen. differs: every item with another decision, the worst first. bound: None where the
+    detail: more about the figure. differs: every item with a different result, the worst first. bound: None if the
     validation has no limit for it.
     """
 
@@ -75,7 +75,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """All measures. said: what was left out or reduced, and why."""
+    """All measures. said: lines about what was left out or reduced, and why."""
 
     measures: tuple[Measure, ...]
     said: tuple[str, ...]
@@ -115,7 +115,7 @@ class Agreement:
 
     @property
     def lines(self) -> list[str]:
-        """What was left out, and by name the items that differ most."""
+        """What was left out, and the names of the items that differ most."""
         lines = list(self.said)
         for m in self.measures:
             lines += [f"{m.figure} differs: {differs.item}: {differs.how}" for differs in m.differs[:_NAMED_MAX]]
@@ -130,7 +130,7 @@ class Agreement:
 
 
 def agreement(uses: Uses, items: Sequence[Item], limits: Limits, *, progress: Progress = silent) -> Agreement:
-    """How often candidate and PyTorch decide the same, in everything the items allow to be measured."""
+    """Every measure that the items allow: how often candidate and PyTorch give the same result."""
     require("export", *PACKAGES)
     import sklearn
 
@@ -153,15 +153,15 @@ def agreement(uses: Uses, items: Sequence[Item], limits: Limits, *, progress: Pr
 
 
 def neighbours_for(count: int) -> int:
-    """How many nearest neighbours are looked at among `count` items: at most half of the others.
+    """The number of nearest neighbours to compare among `count` items: at most half of the others.
 
-    The ten nearest of eleven are all there are, and would agree whatever the features.
+    The ten nearest of eleven items are all of them, and would agree for any features.
     """
     return min(NEIGHBOURS, (count - 1) // 2)
 
 
 def _vectors(items: Sequence[Item], names: Sequence[str]) -> tuple[Array, Array]:
-    """PyTorch's features and the candidate's, (N, D) each, float64 so that rounding here decides nothing."""
+    """PyTorch's features and the candidate's, (N, D) each, in float64 so that rounding here changes no result."""
     import numpy as np
 
     def side(features: Sequence[Arrays]) -> Array:
@@ -172,7 +172,7 @@ def _vectors(items: Sequence[Item], names: Sequence[str]) -> tuple[Array, Array]
 
 
 def _recall(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]) -> Measure | None:
-    """How many of the nearest neighbours in PyTorch's features are so in the candidate's too."""
+    """The share of nearest neighbours in PyTorch's features that are also nearest in the candidate's."""
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import normalize
@@ -230,7 +230,7 @@ def _by_class(uses: Uses, items: Sequence[Item], limits: Limits, said: list[str]
 
 
 def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]) -> Measure:
-    """Each item gets the class of its nearest neighbours among all others, by each side's own features."""
+    """k-NN: each item gets the class of its nearest neighbours, once with each side's features."""
     import numpy as np
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -250,9 +250,9 @@ def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]
 
 
 def _probe(uses: Uses, items: Sequence[Item], limit: Limit | None) -> Measure:
-    """A linear classifier fitted on PyTorch's features of some items decides about the others, by both sides' features.
+    """Linear probe: fitted on PyTorch's features of some items, it classifies the others from both sides' features.
 
-    Ridge regression has one solution that is found without a random start, in seconds for ten thousand items.
+    Ridge regression has one solution, needs no random start, and takes seconds for ten thousand items.
     """
     import numpy as np
     from sklearn.linear_model import RidgeClassifier
@@ -288,7 +288,7 @@ def _decided(
 
 
 def _correspondence(items: Sequence[Item], limit: Limit | None) -> Measure | None:
-    """How many parts of an item have the same nearest part in its second view."""
+    """The share of parts whose nearest part in the second view is the same for both sides."""
     import numpy as np
 
     shares = {item.name: item.matched for item in items if item.matched is not None}
@@ -301,12 +301,12 @@ def _correspondence(items: Sequence[Item], limit: Limit | None) -> Measure | Non
         np.array(list(shares.values())),
         limit,
         f"nearest part in a second view; worst {min(shares.values()):.1%}",
-        [Differs(item=name, how=f"{1 - share:.1%} of its parts are matched otherwise") for share, name in worst_first],
+        [Differs(item=name, how=f"{1 - share:.1%} of its parts have a different match") for share, name in worst_first],
     )
 
 
 def _granting(limit: Limit | None, decisions: int, figure: str, said: list[str]) -> Limit | None:
-    """The limit for so few decisions: one of them alone proves nothing, unless the limit is 1 and grants none."""
+    """The limit for few results: one different result proves nothing, unless the limit is 1 and allows none."""
     if limit is None or limit.value == 1 or limit.value <= 1 - 1 / decisions:
         return limit
     said.append(f"{figure}: one of {decisions} decisions may differ, though the limit is {limit.value:g}")

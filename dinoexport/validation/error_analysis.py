@@ -1,7 +1,7 @@
-"""What happens inside a graph: where its error leaves the expected growth, and what comes near the end of fp16's range.
+"""Locate an error inside a graph: where it grows faster than expected, and which values approach fp16's maximum.
 
-A CPU runtime computes fp16 graphs in fp32 between casts and drops casts that undo one another, so an overflow that any
-GPU would meet may never reach its outputs. Values are therefore measured where they arise, and not only at the end.
+A CPU runtime computes fp16 graphs in fp32 between casts and removes pairs of casts, so an overflow that a GPU would
+have may never reach the outputs. Values are therefore measured where they are computed, not only in the outputs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ RANGE = "(fp16 range)"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The error at one value inside the graphs. norm: the mean length of its vectors, in candidate and reference.
+    """The error of one value inside the graphs. norm: the mean norm of its vectors, in candidate and reference.
 
-    expected: the relative L2 error that is still growth and no defect. largest: the largest magnitude the reference
-    has here, times_median times its median one. holds: false for NaN.
+    expected: the largest relative L2 error that normal error growth explains. largest: the largest magnitude in the
+    reference; times_median: the same divided by the median magnitude. holds: false for NaN.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Step:
 
     @property
     def fp16_headroom(self) -> float:
-        """How many times `largest` fits into fp16's range; below one it overflows."""
+        """fp16's maximum divided by `largest`; below one it overflows."""
         return FP16_LARGEST / self.largest if self.largest > 0 else float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """The error of one case from the first value inside the graphs to the last. rule: what `expected` rests on."""
+    """The error of one case from the first value inside the graphs to the last. rule: how `expected` is computed."""
 
     case: str
     rule: str
@@ -58,7 +58,7 @@ class Growth:
 
     @property
     def leaves(self) -> Step | None:
-        """The first step whose error is more than expected."""
+        """The first step whose error is larger than expected."""
         return next((step for step in self.steps if not step.holds), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,9 +69,9 @@ class Growth:
 
 
 def telling_case(report: Report) -> str | None:
-    """The case that says most: the first that overflows, else the one nearest to its limits or farthest past them.
+    """The most informative case: the first that overflows, else the one closest to its limits or farthest over them.
 
-    None when nothing was measured, as when every case is one of refusal.
+    None when nothing was measured, for example if every case is a refusal.
     """
 
     def share(row: Row) -> float:
@@ -85,30 +85,32 @@ def telling_case(report: Report) -> str | None:
 
 
 def causes(report: Report, growth: Growth | None) -> list[str]:
-    """What is known of why the report failed: the first value that overflows, or where the error leaves its growth."""
+    """Why the report failed, as far as known: the first value that overflows, or where the error grows too fast."""
     lines = []
     if overflowing := [row for row in report.failures if row.output == RANGE]:
         lines.append(f"{overflowing[0].problem} on {overflowing[0].case}")
         over = [step for step in growth.steps if step.largest > FP16_LARGEST] if growth else []
         if over:
-            lines.append(f"PyTorch's fp32 reaches {over[0].largest:,.0f} in {over[0].name}, fp16 ends at 65,504")
+            lines.append(
+                f"PyTorch's fp32 reaches {over[0].largest:,.0f} in {over[0].name}; the largest fp16 number is 65,504"
+            )
     elif growth and (left := growth.leaves):
         lines.append(
-            f"on {growth.case} the error leaves the expected growth at {left.name}: "
+            f"on {growth.case} the error starts growing faster than expected at {left.name}: "
             f"{left.relative_l2:.1e} where {left.expected:.1e} is expected"
         )
     elif growth and not report.passed:
-        lines.append(f"on {growth.case} the error is as expected up to {growth.steps[-1].name}: it arises after that")
+        lines.append(f"on {growth.case} the error is as expected up to {growth.steps[-1].name}: it starts after that")
     return lines
 
 
 def growth(
     case: str, names: Sequence[str], candidate: Arrays, reference: Arrays, own: Arrays | None, limits: Limits
 ) -> Growth:
-    """The error at the values `names`, all arrays (..., D). own: PyTorch's values in the candidate's own precision.
+    """The error at the values `names`, all arrays (..., D). own: PyTorch's values in the candidate's precision.
 
-    With `own`, an error may be the limits' multiple of PyTorch's at the same place. Without, or where PyTorch itself
-    overflows, it may at place i of n be i/n of the limit: rounding adds up from part to part, at worst linearly.
+    With `own`, the expected error is the limits' multiple of PyTorch's error at the same place. Without it, or where
+    PyTorch itself overflows, it is i/n of the limit at place i of n: rounding adds up at most linearly.
     """
     import numpy as np
 
@@ -134,8 +136,8 @@ def growth(
                 holds=measured.relative_l2 <= expected,
             )
         )
-    share = f"the limit {limits.relative_l2_max.value:g}, growing linearly to the last part"
-    rule = share if times is None else f"{times:g} times what PyTorch itself loses there in the same precision"
+    share = f"the limit {limits.relative_l2_max.value:g}, reached linearly at the last part"
+    rule = share if times is None else f"{times:g} times the error of PyTorch itself there, in the same precision"
     return Growth(case=case, rule=rule, steps=tuple(steps))
 
 
@@ -147,7 +149,7 @@ def _mean_norm(vectors: Array) -> float:
 
 
 def values_inside(model: Model, graphs: Mapping[Path, Graph], inputs: Arrays) -> dict[str, Array]:
-    """What the exported graphs hold for one case at the model's probes that `drive` passes on, float32."""
+    """The values of the exported graphs at the model's probes that `drive` passes on, for one case, in float32."""
     require("export", "onnx")
     import numpy as np
     import onnx
@@ -166,7 +168,7 @@ def values_inside(model: Model, graphs: Mapping[Path, Graph], inputs: Arrays) ->
 def range_rows(
     model: Runnable, graphs: Mapping[Path, Graph], cases: Sequence[Case], *, progress: Progress = silent
 ) -> tuple[Row, ...]:
-    """A row for each case: whether every fp16 value of the graphs stays finite. None where they have no such value."""
+    """A row for each case: whether every fp16 value of the graphs stays finite. No rows if they have no fp16 value."""
     require("export", "onnx")
     largest: dict[str, float] = {}
     edited = {path: _measuring(path) for path in graphs}
@@ -176,7 +178,7 @@ def range_rows(
     rows = []
     for done, case in enumerate(cases, start=1):
         largest.clear()
-        with suppress(DinoexportError):  # what refuses or breaks on a case has a row from the judge
+        with suppress(DinoexportError):  # a case that is refused or fails has a row already
             model.drive(runners, case.inputs)
         progress("measuring fp16's range", done, len(cases))
         if largest:
@@ -185,14 +187,14 @@ def range_rows(
 
 
 def _range_row(case: Case, largest: Mapping[str, float]) -> Row:
-    """The first value that overflows, in the graph's order; what follows it only inherits. Else the largest one."""
+    """The first value that overflows, in the graph's order, because later ones inherit it; else the largest value."""
     overflowing = [name for name, value in largest.items() if not value <= FP16_LARGEST]
     name = overflowing[0] if overflowing else max(largest, key=lambda name: largest[name])
     bound = Bound(
         figure="largest",
         value=largest[name],
         limit=FP16_LARGEST,
-        reason=f"the end of fp16's range, to which {name} comes nearest",
+        reason=f"fp16's maximum; {name} is closest to it",
         holds=largest[name] <= FP16_LARGEST,
     )
     problem = f"fp16 overflows in {name}" if overflowing else ""
@@ -200,7 +202,7 @@ def _range_row(case: Case, largest: Mapping[str, float]) -> Row:
 
 
 def _measuring(path: Path) -> tuple[bytes, dict[str, str]]:
-    """The model at `path` with an output for the largest magnitude of each fp16 value, and what each measures."""
+    """The model at `path` with an output for the largest magnitude of each fp16 value, and the name of each value."""
     import onnx
 
     edited = onnx.load(path, load_external_data=False)
@@ -216,7 +218,7 @@ def _measuring(path: Path) -> tuple[bytes, dict[str, str]]:
 
 
 def _keeping(edited: bytes, measured: Mapping[str, str], path: Path, graph: Graph, largest: dict[str, float]) -> Runner:
-    """A runner of `edited` that keeps in `largest` the largest magnitude that each measured value ever had."""
+    """A runner of `edited` that keeps the largest magnitude of each measured value in `largest`."""
     run = ort.open_edited(edited, path, graph, more_outputs=tuple(measured))
 
     def run_and_keep(arrays: Arrays) -> dict[str, Array]:

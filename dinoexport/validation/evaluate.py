@@ -1,4 +1,4 @@
-"""What a verdict rests on: PyTorch's answers, the judge's report on a candidate, and what else is measured beside it.
+"""Compute reference outputs with PyTorch, and evaluate a candidate against them.
 
 Nothing here builds.
 """
@@ -50,7 +50,7 @@ def cases_of(model: CaseSource, validation: Validation, folder: Path) -> tuple[C
 
 
 def limits_for(validation: Validation, precision: Precision) -> Limits:
-    """The limits of a precision; a UsageError when the validation has none, for a verdict needs limits."""
+    """The limits of a precision; a UsageError if the validation has none, because a verdict needs limits."""
     if precision not in validation.limits:
         raise UsageError(
             f"The validation has no limits for {precision}.", next_step=f"Add [limits.{precision}] with reasons."
@@ -69,7 +69,7 @@ def compute_reference(
     kinds: judge.Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Reference:
-    """PyTorch's fp32 answers to `cases`; where the limits ask for it, what its own `precision` loses on them too.
+    """PyTorch's fp32 outputs for `cases`; if the limits need it, also the error of PyTorch's own `precision`.
 
     kinds: see `kinds_of`.
     """
@@ -103,7 +103,7 @@ def compute_reference(
 
 
 def _halved(answers: Arrays) -> dict[str, Array]:
-    """In float16, which holds what a 16-bit precision gave at half the size; what is out of its range becomes Inf."""
+    """The outputs as float16, half the size; values out of its range become Inf."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -112,7 +112,7 @@ def _halved(answers: Arrays) -> dict[str, Array]:
 
 
 def reference_name(judge_code: Judge) -> str:
-    """Who answered, in words."""
+    """Whose code computed the reference outputs, as text."""
     import torch
 
     formulation = "the authors' own code" if judge_code == "hub" else "plain upstream formulation"
@@ -122,7 +122,7 @@ def reference_name(judge_code: Judge) -> str:
 def exact(
     model: Oracle, checkpoint: Checkpoint, inputs: Sequence[Arrays], judge_code: Judge, progress: Progress
 ) -> list[dict[str, Array]]:
-    """PyTorch's fp32 answers to `inputs`."""
+    """PyTorch's fp32 outputs for `inputs`."""
     if judge_code == "hub":
         return model.upstream(checkpoint.read, inputs, progress=progress)
     return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
@@ -155,7 +155,7 @@ def _own_error(case: Case, ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> d
 
 @dataclass(frozen=True, kw_only=True)
 class EngineVerdict:
-    """What this machine's GPU says of a bundle's engines: `report`, or `not_run`, the reason why it was not asked."""
+    """The result for a bundle's engines on this machine's GPU: `report`, or why they were `not_run`."""
 
     facts: tuple[EngineFacts, ...]
     report: judge.Report | None = None
@@ -174,9 +174,9 @@ def judge_engines(
     watch: Callable[[Candidate], Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Judges the engines on this machine's GPU like any runtime; where it cannot run them, says why instead.
+    """Evaluates the engines on this machine's GPU like any runtime; if it cannot run them, gives the reason.
 
-    watch: stands between the judge and the candidate, for who wants to see the answers too.
+    watch: wraps the candidate, for a caller that needs its outputs too.
     """
     facts = tuple(engines.values())
     try:
@@ -189,7 +189,7 @@ def judge_engines(
 
 
 def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:
-    """The facts with the verdict; only an engine that passed is said to have been executed."""
+    """The facts with the verdict; only an engine that passed is recorded as executed."""
     found: dict[str, Any] = {"report": report.to_json()}
     if report.passed:
         found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -197,7 +197,7 @@ def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) 
 
 
 def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:
-    """The judge's report on `candidate`, called `name`, by everything the reference holds."""
+    """The report on `candidate`, called `name`, for every case of the reference."""
     return judge.judge(
         candidate,
         reference.expectations,
@@ -216,7 +216,7 @@ def with_determinism(
     candidate: Candidate,
     one_thread: Callable[[], Candidate] | None = None,
 ) -> judge.Report:
-    """The report with what changes when `candidate` is asked the same otherwise.
+    """The report with the repeatability of `candidate`.
 
     one_thread: opens it with one thread.
     """
@@ -232,7 +232,7 @@ def with_ranges(
     *,
     progress: Progress = silent,
 ) -> judge.Report:
-    """The report with a row for each case that says whether any fp16 value inside `graphs` overflows on it."""
+    """The report with a row for each case that states whether any fp16 value inside `graphs` overflows."""
     rows = error_analysis.range_rows(
         model, graphs, [case for case in cases if not case.expect_refusal], progress=progress
     )
@@ -251,7 +251,7 @@ def growth_of(
     precision: Precision,
     progress: Progress = silent,
 ) -> Growth | None:
-    """How the error grows inside `graphs` on the one of `cases` that says most in `report`.
+    """How the error grows inside `graphs`, on the most informative of `cases` in `report`.
 
     None when the family has no probes, nothing was measured that could be followed, or another runtime than ONNX
     Runtime ran the graphs, which alone shows what is inside.
@@ -283,7 +283,7 @@ def same_weights(
     head_weights: str | None = None,
     folder: Path | None = None,
 ) -> Checkpoint:
-    """The very weights the bundle was made from; comparing with others would blame the bundle for the difference.
+    """The weights that the bundle was built from; other weights would make a correct bundle look wrong.
 
     folder: the bundle's, which may hold its head's own file.
     """

@@ -1,7 +1,9 @@
-"""Cases against limits: is the candidate's answer still PyTorch's? Imports nothing that builds.
+"""Compare a candidate's outputs with the reference outputs, and each figure with its limit.
 
-A verdict is a conjunction: every output of every case holds every limit, every refusal happens, and there is at least
-one figure. NaN never holds a limit.
+Imports nothing that builds.
+
+A candidate passes if every output of every case is within every limit, every input that must be refused is refused, and
+there is at least one figure. NaN is never within a limit.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ __all__ = ["Bound", "Kinds", "Report", "Row", "judge", "without_nan"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One output of one case. `problem` is set instead of figures when there was nothing to measure.
+    """One output of one case. `problem` replaces the bounds when nothing could be measured.
 
-    figures: what people know the difference by, without a limit.
+    figures: other known measures of the difference, without a limit.
     """
 
     case: str
@@ -51,16 +53,16 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether this row speaks for the candidate."""
+        """Whether every limit holds and nothing is wrong."""
         return not self.problem and bool(self.bounds) and all(bound.holds for bound in self.bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows of one candidate. `reference` and `candidate` say in words what was compared.
+    """All rows of one candidate. `reference` and `candidate` describe what was compared.
 
-    not_covered: cases an engine's profiles leave out; they were not judged. steadiness: of the candidate against
-    itself, where that was measured; no part of the verdict.
+    not_covered: cases outside an engine's profiles, which were not run. determinism: repeatability of the candidate,
+    where it was measured; not part of the verdict.
     """
 
     candidate: str
@@ -71,7 +73,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every row passed; an empty report proves nothing and fails."""
+        """Whether every row passed; an empty report fails, because it proves nothing."""
         return bool(self.rows) and all(row.passed for row in self.rows)
 
     @property
@@ -80,7 +82,7 @@ class Report:
         return tuple(row for row in self.rows if not row.passed)
 
     def to_json(self) -> dict[str, object]:
-        """Every figure, ready for json.dumps; null stands for NaN and Inf, which JSON does not have."""
+        """Every figure, ready for json.dumps; NaN and Inf, which JSON does not have, become null."""
         rows = [{**without_nan(asdict(row)), "passed": row.passed} for row in self.rows]
         return {
             "passed": self.passed,
@@ -103,9 +105,9 @@ def judge(
     kinds: Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Report:
-    """Puts every case to the candidate and measures every output against the expectation.
+    """Runs every case and compares every output with the reference output.
 
-    kinds: what the numbers of an output are; of one that is not named, vectors.
+    kinds: what the numbers of an output are; outputs without an entry are vectors.
     """
     rows: list[Row] = []
     not_covered: list[str] = []
@@ -132,16 +134,16 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, 
     except DinoexportError as error:
         failure = error.message
     rows = []
-    # Without a row of its own, a case the reference has no answer to would vanish from the verdict.
+    # Without a row, a case without reference outputs would be missing from the verdict.
     names = sorted(expectation.outputs.keys() | answers.keys()) if expectation.outputs else [""]
     for name in names:
         expected, answer = expectation.outputs.get(name), answers.get(name)
         figures = _Figures()
         problem = ""
         if not name:
-            problem = "the reference has no answer to this case"
+            problem = "the reference has no outputs for this case"
         elif expected is None:
-            problem = "an output the reference does not have"
+            problem = "an output that the reference does not have"
         elif answer is None:
             problem = failure
         elif answer.dtype != expected.dtype:
@@ -265,7 +267,7 @@ def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...
 
 
 def _judge_refusal(candidate: Candidate, case: Case) -> Row:
-    """The candidate must not accept these inputs; 1 stands for refused. Breaking on them is no refusal."""
+    """The candidate must refuse these inputs; 1 means refused. Another error is not a refusal."""
     refused, problem = 0.0, ""
     try:
         candidate(case.inputs)

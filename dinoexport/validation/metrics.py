@@ -9,12 +9,11 @@ from dinoexport.spec import Array
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far a candidate is from the reference.
+    """The difference between a candidate and the reference.
 
-    relative_l2: ||candidate - reference|| / ||reference|| over everything. worst_l2: the same of the worst single
-    vector, which sees one that is only too long, as no cosine does. cosine_*: over vectors. max_abs: in the values' own
-    unit.
-    NaN or Inf on either side makes every figure NaN and `finite` false: neither can speak for the other then.
+    relative_l2: ||candidate - reference|| / ||reference|| over all values. worst_l2: the same for the worst single
+    vector; it detects a vector of the wrong length, which no cosine does. cosine_*: over vectors. max_abs: in the unit
+    of the values. NaN or Inf on either side makes every figure NaN and `finite` false.
     """
 
     relative_l2: float
@@ -27,7 +26,7 @@ class Distance:
 
 
 def distance(candidate: Array, reference: Array) -> Distance:
-    """The distance of `candidate` from `reference`, both (..., D) of the same shape.
+    """The difference between `candidate` and `reference`, both (..., D) of the same shape.
 
     Raises ValueError when the shapes differ or the reference holds no vector.
     """
@@ -130,15 +129,15 @@ def _log_probabilities(logits: Array) -> Array:
     return logs
 
 
-# Too few to tell agreement from luck: the tokens that stand for a whole input come one a case.
+# Too few to distinguish agreement from chance: tokens of a whole input come one per case.
 _ENOUGH_VECTORS = 64
 
 
 def neighbour_agreement(candidate: Array, reference: Array) -> float | None:
     """The share of vectors whose nearest other vector, by cosine, is the same one in both; None where they are few.
 
-    Both (B, ..., D). What a retrieval over these vectors would notice. With several items in a batch a vector's
-    neighbours are sought in the other items, where they mean something, and not among those beside it.
+    Both (B, ..., D). This is what a retrieval over these vectors would notice. With several items in a batch, the
+    neighbours of a vector are searched in the other items only, not among the vectors beside it.
     """
     import numpy as np
 
@@ -152,7 +151,7 @@ def neighbour_agreement(candidate: Array, reference: Array) -> float | None:
 
 
 def _nearest(vectors: Array, item: Array) -> Array:
-    """The index of each vector's nearest among those of other items."""
+    """The index of each vector's nearest vector among those of other items."""
     import numpy as np
 
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -169,7 +168,7 @@ def vector_errors(candidate: Array, reference: Array) -> Array:
     theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
     with np.errstate(invalid="ignore"):
         errors, lengths = np.linalg.norm(ours - theirs, axis=1), np.linalg.norm(theirs, axis=1)
-        far: Array = np.where(errors > 0, np.inf, errors)  # of a zero vector: nothing over nothing is no difference
+        far: Array = np.where(errors > 0, np.inf, errors)  # of a zero vector: zero divided by zero is no difference
         np.divide(errors, lengths, out=far, where=lengths > 0)
     return far
 
@@ -191,7 +190,7 @@ def vector_cosines(candidate: Array, reference: Array) -> Array:
 
 
 def _ratio(difference: float, scale: float) -> float:
-    """The quotient, where nothing over nothing is no difference."""
+    """The quotient; zero divided by zero is zero, no difference."""
     if scale > 0:
         return difference / scale
     return 0.0 if difference == 0 else float("inf")

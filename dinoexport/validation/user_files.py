@@ -1,7 +1,7 @@
-"""A user's own files, however many: asked a few at a time, and what was found of each kept on disk until the verdict.
+"""Validate on a user's files, however many: in chunks, with the results of each file kept until the verdict.
 
-A run that is interrupted goes on where it stopped. An item is found again by the hash of its inputs, in a folder whose
-name is the hash of everything else that decides what is found. The folder goes when there is a verdict.
+An interrupted run continues where it stopped. The results of an item are stored under the hash of its inputs, in a
+folder named by the hash of everything else that they depend on. The folder is deleted when there is a verdict.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FACTS = "facts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one case gave: its rows of the report, and its features. covered: false outside an engine's profiles."""
+    """The results of one case: rows of the report, and features. covered: false outside an engine's profiles."""
 
     rows: tuple[Row, ...]
     item: Item
@@ -43,25 +43,25 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A candidate whose answers are remembered by the identity of their inputs, which must live as long."""
+    """A candidate whose outputs are remembered by the identity of their inputs, which must live as long."""
 
     candidate: Candidate
     answers: dict[int, Arrays] = field(default_factory=dict)
 
     def __call__(self, inputs: Arrays) -> dict[str, Array]:
-        """The candidate's answer."""
+        """The candidate's outputs."""
         answer = self.candidate(inputs)
         self.answers[id(inputs)] = answer
         return answer
 
     def to(self, inputs: Arrays) -> Arrays:
-        """What it answered to `inputs`; nothing where it did not."""
+        """Its outputs for `inputs`; empty if it gave none."""
         return self.answers.get(id(inputs), {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """A folder of what was found of each item, by the hash of its inputs. Files in it appear by rename."""
+    """A folder with the results of each item, by the hash of its inputs. Files in it appear by rename."""
 
     folder: Path
 
@@ -73,7 +73,7 @@ class Keep:
 
     @property
     def usable(self) -> bool:
-        """Whether anything can be kept here."""
+        """Whether results can be stored here."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -81,14 +81,16 @@ class Keep:
         return os.access(self.folder, os.W_OK)
 
     def read(self, digest: str, case: Case) -> Found | None:
-        """What was found of these inputs, whatever they are called today; None when nothing, or nothing whole, is."""
+        """The stored results for these inputs, under any name; None if there are none, or they are damaged."""
         import numpy as np
 
         try:
             with self._path(digest).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             facts = _STORED.validate_json(arrays.pop(_FACTS).tobytes())
-        except Exception:  # zipfile, zlib, NumPy and pydantic meet damage with a dozen kinds; it is made again
+        except (
+            Exception
+        ):  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of error for damage; the item is computed again
             return None
         return Found(
             rows=tuple(replace(row, case=case.name, why=case.why) for row in facts.rows),
@@ -103,7 +105,7 @@ class Keep:
         )
 
     def write(self, digest: str, found: Found) -> None:
-        """Keeps it. What cannot be kept, on a full disk say, is asked again by the next run: no reason to stop."""
+        """Stores results. If that fails, for example on a full disk, the next run computes them again."""
         import numpy as np
 
         stored = _Stored(rows=found.rows, covered=found.covered, matched=found.item.matched)
@@ -124,7 +126,7 @@ class Keep:
                 partial.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes everything: there is a verdict, and the next one is made anew."""
+        """Removes everything, because there is a verdict."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, digest: str) -> Path:
@@ -143,21 +145,21 @@ _STORED = TypeAdapter(_Stored)
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
-    """The verdict on all of a user's cases. agreement: None where the family knows no uses. said: how the run went."""
+    """The verdict on all of a user's cases. agreement: None without uses in the family. said: notes about the run."""
 
     report: Report
     agreement: Agreement | None
     said: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What was found besides the report, ready for json.dumps."""
+        """The results besides the report, ready for json.dumps."""
         return {"said": list(self.said), "agreement": self.agreement and self.agreement.to_json()}
 
 
 def usable(
     model: CaseSource, folder: Path, skipped: list[str], progress: Progress, *, only: Collection[str] | None = None
 ) -> Iterator[Case]:
-    """The user's cases, or `only` those so named, and into `skipped` a line for each file that is none."""
+    """The user's cases, or only those named in `only`; adds a line to `skipped` for each file that cannot be used."""
     for found in model.cases_from(folder, progress=progress, only=only):
         if isinstance(found, str):
             skipped.append(found)
@@ -166,7 +168,7 @@ def usable(
 
 
 def readable(model: CaseSource, folder: Path, skipped: list[str], progress: Progress) -> Iterator[Case]:
-    """The same; a UsageError at once when there is no folder, or when not one file of it can be used."""
+    """The same; an immediate UsageError if the folder does not exist or has no usable file."""
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}.", next_step="Give a folder of images as --images.")
     cases = usable(model, folder, skipped, progress)
@@ -191,11 +193,11 @@ def judge_own(
     at_once: int,
     progress: Progress = silent,
 ) -> Aggregate:
-    """Judges every case, `at_once` of them at a time, then what all of them together are good for.
+    """Evaluates every case, `at_once` of them at a time, then the downstream results of all together.
 
-    ask, exact: PyTorch's answers to cases, and to inputs alone. judged: the report on a candidate by such answers.
-    names: of the candidate and of PyTorch, in words. identity: besides them and the limits all that decides what is
-    found of an item.
+    ask, exact: PyTorch's outputs for cases, and for inputs alone. judged: the report on a candidate against such
+    outputs. names: of the candidate and of PyTorch. identity: besides them and the limits, everything that the results
+    depend on.
     """
     if uses:
         require("export", *downstream.PACKAGES)  # before the hours this may take, not after
@@ -244,7 +246,7 @@ def judge_own(
 def _found(
     cases: Iterable[Case], ask: Callable[[Sequence[Case]], Sequence[Found]], keep: Keep, *, at_once: int
 ) -> Iterator[tuple[Found, bool]]:
-    """What was found of each case, and whether an earlier run had found it; `ask` gets at most `at_once` cases."""
+    """The results of each case, and whether an earlier run had stored them; `ask` gets at most `at_once` cases."""
     rest = iter(cases)
     while chunk := tuple(islice(rest, at_once)):
         digests = [_digest(case.inputs) for case in chunk]
@@ -263,7 +265,7 @@ def _found(
 def _item(
     uses: Uses | None, expectation: Expectation, viewed: tuple[Arrays, Arrays] | None, candidate: Recorded
 ) -> Item:
-    """The features of a case that was asked. viewed: its second view's inputs and PyTorch's answer to them."""
+    """The features of a case. viewed: the inputs of its second view and PyTorch's outputs for them."""
     import numpy as np
 
     case, expected = expectation.case, expectation.outputs

@@ -1,6 +1,6 @@
-"""A bundle's verdict on the machine at hand: by the reference it carries, or by PyTorch on a user's own files.
+"""Validate a bundle on this machine: with the reference in the bundle, or with PyTorch on a user's own files.
 
-Nothing here builds. Judging by the carried reference needs neither torch nor the network.
+Nothing here builds. Validation with the bundle's reference needs neither torch nor the network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dinoexport.validation.evaluate import Judge
 from dinoexport.validation.user_files import Aggregate
 from dinoexport.weights.checkpoint import Checkpoint
 
-# How many of a user's images PyTorch and the candidate answer in one step: their tokens are held at once, no more.
+# How many of a user's images are processed in one step: only their tokens are in memory at once.
 _IMAGES_AT_ONCE = 64
 
 
@@ -35,9 +35,9 @@ _IMAGES_AT_ONCE = 64
 class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
-    together: what all the others were found good for. not_run: why the bundle's engines were not asked, the graph was
-    instead. recorded: whether the manifest now says that the engines passed on this machine; not_recorded: why not, if
-    they did. growth: of the error inside the graph, if asked for.
+    aggregate: the results over all other files. not_run: why the graph was run instead of the bundle's engines.
+    recorded: whether the manifest now records that the engines passed on this machine; not_recorded: the reason if it
+    does not. growth: of the error inside the graph, on request.
     """
 
     manifest: Manifest
@@ -63,7 +63,7 @@ def validate(
     signed: Manifest | None = None,
     progress: Progress = silent,
 ) -> Validated:
-    """Judges the bundle in `folder` on this machine by the reference it carries, or by PyTorch on the user's `images`.
+    """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
 
     Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
     checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
@@ -97,7 +97,7 @@ def _judged(
     explained: bool,
     progress: Progress,
 ) -> Validated:
-    """The verdict; in its manifest, what the engines did here. given: weights of the model and of its head."""
+    """The verdict; its manifest records what the engines did here. given: weights of the model and of its head."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     if images is None and manifest.verdict == "unjudged":
@@ -152,7 +152,7 @@ def _judged(
 
 
 def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, progress: Progress) -> Validated:
-    """The verdict by what the bundle carries; engines that pass are called executed on this machine."""
+    """The verdict with the bundle's reference; engines that pass are recorded as executed on this machine."""
     report = evaluate.judged(opened.candidate, reference, opened.name, progress=progress)
     report = evaluate.with_determinism(report, reference, opened.candidate, opened.one_thread)
     if opened.device and report.passed:
@@ -161,7 +161,7 @@ def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, pro
 
 
 def _record(folder: Path, before: Manifest, after: Manifest) -> str:
-    """Writes down in the bundle what this machine found; the reason why not, where that cannot be."""
+    """Records in the bundle what this machine found; returns the reason if that is not possible."""
     if os.path.lexists(folder / bundle.SIGNATURE):
         return (
             "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
@@ -175,7 +175,7 @@ def _record(folder: Path, before: Manifest, after: Manifest) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What of a bundle is judged. device: the GPU that runs its engines; empty when it is the graph, `not_run` why.
+    """What of a bundle is run. device: the GPU of its engines; empty for the graph, with the reason in not_run.
 
     one_thread: opens the graph with one thread, where it has more.
     """
@@ -224,7 +224,7 @@ def _judge_own(
     judge_code: Judge,
     progress: Progress,
 ) -> Aggregate:
-    """The verdict on a user's own cases, each by itself and all together; see `streamed`."""
+    """The verdict on a user's own cases, each by itself and all together; see `user_files`."""
     require("export", "torch")
 
     def ask(asked: Sequence[Case]) -> Reference:

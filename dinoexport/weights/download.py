@@ -1,4 +1,4 @@
-"""Published weights, downloaded once: resumed after a break, checked by hash, in the cache by rename or not at all."""
+"""Download published weights once: resumed after an interruption, checked by hash, moved into the cache by rename."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = ("--weights", "synthetic-stress:0:100000")
     result = CliRunner().invoke(cli.app, ["build", TINY, *weights, "--precision", "auto", "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "Precision: fp16 with residual, blocks.1 in fp32: 8 forms tried" in result.stdout
+    assert "Precision: fp16 with residual, blocks.1 in fp32: 8 combinations tried" in result.stdout
     return out
 
 

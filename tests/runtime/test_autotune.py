@@ -153,7 +153,7 @@ def test_int8_is_published_where_it_is_faster_and_only_there(
     assert built.manifest.cpu is not None and built.manifest.cpu.times_fp32 == 0.5
     assert built.manifest.cpu.arithmetic["int8"] > 10
     assert built.manifest.precision == built.manifest.recipe["precision"] == "int8"
-    assert "0.50 times the fastest fp32" in "\n".join(formatting.cpu_lines(built.manifest))
+    assert "0.50 times the time of the fastest fp32" in "\n".join(formatting.cpu_lines(built.manifest))
     (fp32,) = exported.graphs["onnxruntime"]
     sizes = [(folder / "model.onnx.data").stat().st_size for folder in (built.folder, fp32.parent)]
     assert sizes[0] < 0.35 * sizes[1]  # the patch kernel stays fp32, a tenth of this small model

@@ -18,6 +18,7 @@ import promql_parser
 import pytest
 import yaml
 
+from dinoexport.serving.triton import text_signature
 from tests.test_docs import verbs
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,19 @@ def of_kind(kind: str) -> dict[str, Any]:
     return found
 
 
-def merged(base: Any, patch: Any) -> Any:
-    """A strategic merge: objects key by key, lists of named things by name, all else replaced."""
+def merged(base: Any, patch: Any, *, adds: frozenset[str] = frozenset()) -> Any:
+    """A strategic merge: objects key by key, lists of named things by name, all else replaced.
+
+    adds: names that the base's lists may lack.
+    """
     if isinstance(base, dict) and isinstance(patch, dict):
-        return {**base, **{key: merged(base.get(key), value) for key, value in patch.items()}}
+        return {**base, **{key: merged(base.get(key), value, adds=adds) for key, value in patch.items()}}
     if isinstance(base, list) and isinstance(patch, list) and all("name" in each for each in patch):
         patches = {each["name"]: each for each in patch}
-        assert patches.keys() <= {each["name"] for each in base}, "a patch for something that is not there"
-        return [merged(each, patches.get(each["name"], {})) for each in base]
+        added = patches.keys() - {each["name"] for each in base}
+        assert added <= adds, "a patch for something that is not there"
+        kept = [merged(each, patches.get(each["name"], {}), adds=adds) for each in base]
+        return kept + [copy.deepcopy(patches[name]) for name in sorted(added)]
     return copy.deepcopy(patch)
 
 
@@ -74,9 +80,27 @@ def test_the_gpu_patch_fits() -> None:
     assert container["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": "1"}
 
 
-def test_the_overlay_lies_beside_its_base() -> None:
+def test_the_text_patches_fit() -> None:
+    """OpenAI's interface as a second container, and its port; its command is a command."""
+    folder = KUBERNETES / "text"
+    (patch,), (port,) = documents(folder / "text.yaml"), documents(folder / "port.yaml")
+    adds = frozenset({"openai"})
+    patched = merged(of_kind("Deployment"), patch, adds=adds)
+    service = merged(of_kind("Service"), port, adds=adds)
+    valid(patched)
+    valid(service)
+    containers = {each["name"]: each for each in patched["spec"]["template"]["spec"]["containers"]}
+    assert set(containers) == {"triton", "openai"}
+    program, verb, *args = containers["openai"]["command"]
+    context = verbs()[verb].make_context(verb, list(args))
+    assert (program, context.params["port"]) == ("dinoexport", containers["openai"]["ports"][0]["containerPort"])
+    assert containers["openai"]["image"] == containers["triton"]["image"]
+
+
+@pytest.mark.parametrize("folder", ["gpu", "text"])
+def test_the_overlay_lies_beside_its_base(folder: str) -> None:
     """Kustomize refuses a base that contains the overlay: "cycle detected"."""
-    overlay = KUBERNETES / "gpu"
+    overlay = KUBERNETES / folder
     (kustomization,) = documents(overlay / "kustomization.yaml")
     bases = [(overlay / name).resolve() for name in kustomization["resources"]]
     assert bases == [(KUBERNETES / "base").resolve()]
@@ -202,6 +226,11 @@ def metrics_asked_for() -> set[str]:
     (autoscaler,) = [r for r in resources() if r["kind"] == "HorizontalPodAutoscaler"]
     asked = {metric["pods"]["metric"]["name"] for metric in autoscaler["spec"]["metrics"]}
     return asked | set(re.findall(r"\bnv_\w+", " ".join(expressions().values())))
+
+
+def test_the_text_model_has_the_metrics_that_are_asked_for() -> None:
+    asked = set(re.findall(r"\bdinoexport_\w+", " ".join(expressions().values())))
+    assert asked == {value for name, value in vars(text_signature).items() if name.startswith("METRIC_")}
 
 
 def test_panels_are_laid_out() -> None:

@@ -7,6 +7,7 @@ as arrays, so whatever is wrong with padding, positions or order changes what it
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def decoder_of(run: Tiny, *, chunk: int = 512) -> SteppedDecoder:
     )
 
 
-def tokenizer_json(folder: Path) -> Path:
+def tokenizer_json(folder: Path, controls: Sequence[str] = CONTROLS) -> Path:
     """One id for each byte, and the control tokens behind them."""
     from tokenizers import Tokenizer as Maker
     from tokenizers import decoders, models, pre_tokenizers
@@ -98,7 +99,7 @@ def tokenizer_json(folder: Path) -> Path:
     maker = Maker(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     maker.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     maker.decoder = decoders.ByteLevel()
-    maker.add_special_tokens(list(CONTROLS))
+    maker.add_special_tokens(list(controls))
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(maker.to_str())), encoding="utf-8")
     return path

@@ -37,7 +37,7 @@ def found(candidate: Answer, one_thread: Answer | None = None, cases: tuple[Case
 
 def test_a_steady_candidate_is_equal_to_the_last_bit() -> None:
     assert found(doubled, doubled) == Determinism(cases=("crowd", "pair"), again=0, alone=0, one_thread=0)
-    assert set(found(doubled).lines.values()) == {"equal to the last bit"} and found(doubled).one_thread is None
+    assert set(found(doubled).lines.values()) == {"bit-identical"} and found(doubled).one_thread is None
 
 
 def test_one_that_forgets_is_found() -> None:
@@ -70,7 +70,7 @@ def test_threads_that_matter_are_found() -> None:
 def test_what_is_not_finite_is_no_equality() -> None:
     broken = lambda inputs: {"out": np.full_like(inputs["x"], np.nan)}  # noqa: E731
     measured = found(broken)
-    assert np.isnan(measured.again) and "not finite" in measured.lines["the same inputs again"]
+    assert np.isnan(measured.again) and "not finite" in measured.lines["same inputs again"]
     one_of_two = lambda inputs: {"fine": inputs["x"], "broken": np.full_like(inputs["x"], np.nan)}  # noqa: E731
     assert np.isnan(found(one_of_two).again), "what is fine does not hide what is not"
     told = judge.Report(candidate="c", reference="r", rows=(), determinism=measured).to_json()["determinism"]

@@ -197,7 +197,9 @@ def test_missing_and_extra_outputs_fail() -> None:
     assert [(row.output, row.problem) for row in report.failures] == [("u", "the candidate does not have this output")]
     report = verdict({"t": right, "v": right}, expectation(t=right))
     assert not report.passed
-    assert [(row.output, row.problem) for row in report.failures] == [("v", "an output the reference does not have")]
+    assert [(row.output, row.problem) for row in report.failures] == [
+        ("v", "an output that the reference does not have")
+    ]
     assert not verdict({}, expectation(t=right)).passed
 
 

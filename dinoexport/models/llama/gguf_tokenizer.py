@@ -89,9 +89,8 @@ def sentencepiece_model(
     )
     ids = {40: "unknown_token_id", 41: "bos_token_id", 42: "eos_token_id", 43: "padding_token_id"}
     defaults = {40: 0, 41: 1, 42: 2, 43: -1}
-    trainer: dict[int, int] = {3: 2, 4: len(pieces), 35: 1} | {
-        n: int(facts.get(key, defaults[n])) for n, key in ids.items()
-    }
+    trainer: dict[int, int] = {3: 2, 4: len(pieces), 35: 1}
+    trainer |= {number: int(facts.get(key, defaults[number])) for number, key in ids.items()}
     normaliser: dict[int, int | bytes] = {1: b"identity", 3: int(facts.get("add_space_prefix", True)), 4: 0, 5: 1}
     content += _field(2, b"".join(_field(number, value) for number, value in trainer.items()))
     return content + _field(3, b"".join(_field(number, value) for number, value in normaliser.items()))

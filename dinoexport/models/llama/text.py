@@ -12,8 +12,10 @@ from pathlib import Path
 from pydantic import Field
 
 from dinoexport.config.recipe import Frozen
+from dinoexport.family import Rollout
 from dinoexport.models.llama import gguf_tokenizer
 from dinoexport.models.llama.prompts import BOS, EOS, Chat, LlamaPrompts
+from dinoexport.spec import Arrays
 from dinoexport.system import untrusted
 from dinoexport.text import tokenizer
 
@@ -48,3 +50,10 @@ class LlamaText:
             return gguf_tokenizer.read(weights)
         found = tokenizer.find(weights if weights.is_dir() else weights.parent)
         return {} if found is None else {found.name: untrusted.read_bytes(found, max_bytes=tokenizer.MAX_BYTES)}
+
+    def rollout(self, inputs: Arrays) -> Rollout | None:
+        """See `cases`: a case with steps."""
+        if "steps" not in inputs or not int(inputs["steps"].flat[0]):
+            return None
+        rows = tuple(tuple(int(i) for i in row if i >= 0) for row in inputs["tokens"])
+        return Rollout(prompts=rows, tokens="rollout", logits="rollout_logits")

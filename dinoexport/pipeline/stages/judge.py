@@ -1,4 +1,4 @@
-"""Stage `judge`: is the graph's output still PyTorch's? Always asked again on this machine."""
+"""Stage `judge`: compare the graph's outputs with PyTorch's. Always repeated on this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Judged:
 def judge_graph(
     request: BuildRequest, folder: Path, reference: Reference, facts: CpuFacts | None, progress: Progress
 ) -> Judged:
-    """Judges the graphs in `folder`, the very files that will be published, run as they will be."""
+    """Evaluates the graphs in `folder`: the files that will be published, in the runtime that will run them."""
     graphs = request.graph_files(folder)
     way = facts.chosen if facts else runners.graph_way(request.precision)
     kept = html_report.Kept()

@@ -18,7 +18,7 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 
 class NothingHolds(ValidationFailed):
-    """`--precision auto` found no form of the graph that holds the limits."""
+    """`--precision auto` found no combination within the limits."""
 
 
 def search_precision(
@@ -46,6 +46,6 @@ def search_precision(
 
 
 def tried(stage: Stage) -> dict[str, Any]:
-    """The forms that the precision stage tried, and the one it found."""
+    """The combinations that the precision stage tried, and the one it found."""
     content: dict[str, Any] = json.loads((stage.folder / bundle.PRECISION).read_text())
     return content

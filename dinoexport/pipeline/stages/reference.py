@@ -21,14 +21,14 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOutputs:
-    """The finished stage and what its file holds, read once for all who judge by it."""
+    """The finished stage and the content of its file, read once for all later stages."""
 
     stage: Stage
     stored: Reference
 
 
 def compute_reference(work: Workspace, request: BuildRequest, checkpoint: Checkpoint) -> ReferenceOutputs:
-    """PyTorch's outputs for every case, as they lie in the file that the bundle will carry."""
+    """PyTorch's outputs for every case, as stored in the bundle's file."""
 
     def make(folder: Path) -> None:
         reference = evaluate.compute_reference(

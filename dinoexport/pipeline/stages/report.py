@@ -24,7 +24,7 @@ def render_report(
     judged: Judged,
     growth: Growth | None,
 ) -> Stage:
-    """The verdict as `report.html`, of everything the manifest says but the time."""
+    """The report as `report.html`, from everything in the manifest except the time."""
 
     def make(folder: Path) -> None:
         html = html_report.render(manifest, request.model, judged.report, growth, reference, judged.kept)

@@ -10,6 +10,7 @@ from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.runtime import text_model
 from dinoexport.text import tokenizer
+from dinoexport.weights import download
 from dinoexport.weights.checkpoint import SYNTHETIC
 
 
@@ -19,9 +20,12 @@ def text_stage(work: Workspace, request: BuildRequest) -> dict[str, Stage]:
     Raises UsageError for a tokenizer that cannot be read, or is not that of a model with this vocabulary.
     """
     model, weights = request.model, request.weights
-    if model.text is None or weights is None or weights.startswith(SYNTHETIC):
+    if model.text is None or (weights is None and not request.recipe.weights):
         return {}
-    content = model.text.tokenizer(Path(weights))
+    if weights is not None and weights.startswith(SYNTHETIC):
+        return {}
+    place = Path(weights) if weights else download.fetch(request.recipe.weights[0], progress=work.progress)
+    content = model.text.tokenizer(place)
     if not content:
         return {}
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from dinoexport.errors import DinoexportError, InputRefused, UsageError
+from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.serving import text_client, transport
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.text import requests
@@ -105,15 +106,15 @@ class _Queue:
 class TritonSource:
     """A text model on a Triton server, over HTTP. timeout_s: for the first words, and between any two."""
 
-    def __init__(self, url: str, *, model: str | None = None, timeout_s: float = 60.0) -> None:
-        found = TextClient(url, model=model, timeout_s=timeout_s)
-        self.name, self._model = found.served.name, found.name
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https"):
-            raise UsageError(f"{url} is gRPC's address.", next_step="Give the server's HTTP address, http://HOST:8000.")
-        host, path = f"{parts.hostname}:{parts.port or 8000}", parts.path.rstrip("/")
-        self._address = f"{parts.scheme}://{host}{path}/v2/models/{quote(self._model)}/generate_stream"
-        self._timeout_s = timeout_s
+    def __init__(self, client: TextClient, *, timeout_s: float = 60.0) -> None:
+        where = client.address
+        if not where.scheme.startswith("http"):
+            raise UsageError(
+                f"{where} is gRPC's address.", next_step="Give the server's HTTP address, http://HOST:8000."
+            )
+        self.name = client.served.name
+        self._url = f"{where}/v2/models/{quote(client.name, safe='')}/generate_stream"
+        self._address, self._timeout_s = where, timeout_s
         self._client: httpx.AsyncClient | None = None
 
     async def stream(self, values: Mapping[str, Any]) -> Items:
@@ -122,17 +123,23 @@ class TritonSource:
 
         requests.parse(values)
         if self._client is None:
-            self._client = httpx.AsyncClient(timeout=self._timeout_s, limits=httpx.Limits(), trust_env=False)
+            self._client = httpx.AsyncClient(
+                timeout=self._timeout_s,
+                limits=httpx.Limits(),
+                trust_env=False,
+                headers=dict(self._address.headers),
+                verify=True if self._address.ca is None else ssl.create_default_context(cafile=self._address.ca),
+            )
         body = text_client.wire(values, stream=True)
         try:
-            async with self._client.stream("POST", self._address, json=body) as response:
+            async with self._client.stream("POST", self._url, json=body) as response:
                 if response.status_code != 200:
                     raise transport.refusal(response.status_code, await response.aread())
                 async for line in response.aiter_lines():
                     if line.startswith("data:"):
                         event = json.loads(line.removeprefix("data:"))
                         if "error" in event:
-                            raise transport.ServerError(str(event["error"]), next_step="Look into the server's log.")
+                            raise transport.refusal(500, line.encode())
                         for item in text_client.read(event):
                             yield item
         except httpx.TimeoutException:
@@ -148,16 +155,17 @@ class TritonSource:
             await self._client.aclose()
 
 
-def open_source(place: str, *, model: str | None, timeout_s: float) -> Source:
+def open_source(
+    place: str, *, model: str | None, timeout_s: float, headers: Path | None = None, ca: Path | None = None
+) -> Source:
     """A bundle's folder, or a server's address."""
-    if (Path(place) / "manifest.json").is_file():
-        if model is not None:
-            raise UsageError("A bundle holds one model.", next_step="Leave --model out.")
-        from dinoexport import bundle
-        from dinoexport.runtime import text_model
+    folder = Path(place)
+    if not folder.exists():
+        client = TextClient(place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
+        return TritonSource(client, timeout_s=timeout_s)
+    if model is not None:
+        raise UsageError("A bundle holds one model.", next_step="Leave --model out.")
+    from dinoexport import bundle
+    from dinoexport.runtime import text_model
 
-        folder = Path(place)
-        return LocalSource(bundle.read_manifest(folder).variant, text_model.open_bundle(folder))
-    if Path(place).exists():
-        raise InputRefused(f"{place} is no bundle.", next_step="Give a bundle's folder, or http://HOST:8000.")
-    return TritonSource(place, model=model, timeout_s=timeout_s)
+    return LocalSource(bundle.read_manifest(folder).variant, text_model.open_bundle(folder))

@@ -7,7 +7,7 @@ into a traceback with this machine's paths, so none leaves here.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class TextModel:
         """Queues each request or refuses it; answers are sent by the thread."""
         for request in requests:
             sender = request.get_response_sender()
-            reader = _Sender(sender, self._metrics)
+            reader = _Sender(sender, self._count)
             try:
                 values = _values(request)
                 reader.streams = bool(values.pop(signature.STREAM, False))
@@ -61,7 +61,9 @@ class TextModel:
             except Exception:
                 _log_broken()
                 reader.failed(DinoexportError("The model broke on this request; the server's log says why."))
-            self._metrics.waiting(self._service.load)
+
+    def _count(self, written: Written) -> None:
+        self._metrics.count(written, waiting=self._service.load[1])
 
     def finalize(self) -> None:
         """Triton unloads the model."""
@@ -71,8 +73,8 @@ class TextModel:
 class _Sender:
     """A `service.Reader` that sends Triton's responses."""
 
-    def __init__(self, sender: Any, metrics: _Metrics) -> None:
-        self._sender, self._metrics = sender, metrics
+    def __init__(self, sender: Any, count: Callable[[Written], None]) -> None:
+        self._sender, self._count = sender, count
         self.streams = False
 
     def text(self, text: str) -> None:
@@ -82,7 +84,7 @@ class _Sender:
     def done(self, written: Written) -> None:
         import numpy as np
 
-        self._metrics.count(written)
+        self._count(written)
         whole = "" if self.streams else written.text
         self._send(
             {
@@ -157,13 +159,11 @@ class _Metrics:
             for reason in ("stop", "length", "cancelled")
         }
 
-    def count(self, written: Written) -> None:
+    def count(self, written: Written, *, waiting: int) -> None:
         self._tokens.increment(len(written.ids))
         self._prompt_tokens.increment(written.prompt_tokens)
         self._answers[written.reason].increment(1)
-
-    def waiting(self, load: tuple[int, int]) -> None:
-        self._waiting.set(load[1])
+        self._waiting.set(waiting)
 
 
 def _values(request: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from dinoexport.text import service
+
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
@@ -40,6 +42,8 @@ OUTPUTS: Final[Mapping[str, Value]] = {
     TOKENS: Value(data_type="TYPE_INT32", meaning="tokens written; with the last response"),
     TOKEN_IDS: Value(data_type="TYPE_INT64", meaning="the answer's tokens; with the last response", many=True),
 }
+# In every refusal of a full queue, by which clients know it.
+QUEUE_FULL: Final = service.FULL
 METRIC_TOKENS: Final = "dinoexport_text_tokens_written"
 METRIC_PROMPT_TOKENS: Final = "dinoexport_text_tokens_read"
 METRIC_ANSWERS: Final = "dinoexport_text_answers"
