@@ -83,6 +83,7 @@ def list_(as_json: Json = False) -> None:
             say_json(found)
             return
         say(table("Variants", found["variants"]))
+        say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
 

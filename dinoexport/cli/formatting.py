@@ -36,6 +36,7 @@ def everything() -> dict[str, Rows]:
     """Variants with their sizes and licences, and targets."""
     return {
         "variants": sorted(map(_variant, map(load, recipe.variants())), key=lambda row: row["parameters"]),
+        "heads": _heads(),
         "targets": [
             {
                 "target": t.name,
@@ -49,6 +50,15 @@ def everything() -> dict[str, Rows]:
     }
 
 
+def _heads() -> Rows:
+    """Each head that is published, and the variants it is published for."""
+    variants: dict[str, list[str]] = {}
+    for loaded in map(load, recipe.variants()):
+        for head in loaded.heads:
+            variants.setdefault(head, []).append(loaded.name)
+    return [{"head": head, "of": names} for head, names in variants.items()]
+
+
 def _variant(loaded: Recipe) -> dict[str, Any]:
     model = family.find(loaded.family).model(loaded)
     optional = model.optional_tensors
@@ -60,7 +70,6 @@ def _variant(loaded: Recipe) -> dict[str, Any]:
         "parameters": parameters,
         **model.facts,
         "published_bytes": sum(known) if known and len(known) == len(sizes) else None,
-        "published_heads": ", ".join(loaded.heads),
         "licence": loaded.licence,
     }
 

@@ -70,7 +70,9 @@ def test_list() -> None:
     ]  # fmt: skip
     assert listed["variants"][0]["published_bytes"] == 88283115
     assert all(row["licence"].startswith("Apache-2.0") for row in plain)
-    assert "nyu_dpt" in plain[0]["published_heads"] and plain[1]["published_heads"] == "linear, linear4"
+    heads = {row["head"]: row["of"] for row in listed["heads"]}
+    assert len(heads) == 12 and set(heads["nyu_dpt"]) == {"vits14", "vitb14", "vitl14", "vitg14"}
+    assert set(heads["linear4"]) == {row["variant"] for row in plain}
     targets = {row["target"]: row["SM"] for row in listed["targets"]}
     assert targets["cpu"] == [] and targets["a100"] == ["8.0"] and targets["rtx"] == ["8.6", "8.9", "12.0"]
     shown = run("list").stdout
