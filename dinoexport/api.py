@@ -63,12 +63,15 @@ class Bundle:
         manifest: What the bundle says about itself; `manifest.verdict` is "passed", "rejected" or "unjudged".
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int, device: Device | None) -> None:
-        """Use `load` or `build`."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: int, device: Device | None, trusted: bool = False
+    ) -> None:
+        """Use `load` or `build`. trusted: whether code that an engine holds may run."""
         self.folder = folder
         self.manifest = manifest
         self._threads = threads
         self._device = device
+        self._trusted = trusted
         recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
         self._model: Model = family.find(manifest.family).model(recipe)
         self._lock = threading.Lock()
@@ -145,6 +148,7 @@ class Bundle:
             weights=weights,
             runtime=self._runtime(),
             judge_code=reference,
+            trust_plan=self._trusted,
             progress=progress,
         )
         self.manifest = validated.manifest
@@ -179,7 +183,7 @@ class Bundle:
         if self.manifest.engines and self._device != "cpu":
             try:
                 engines = {self.folder / facts.file: facts for facts in self.manifest.engines}
-                candidate, device = runners.open_engines(self._model, engines, graphs)
+                candidate, device = runners.open_engines(self._model, engines, graphs, trusted=self._trusted)
                 return candidate, runners.engine_name(self.manifest.engines[0], device)
             except MissingRequirement:
                 if self._device == "gpu":
@@ -237,6 +241,7 @@ def load(
     device: Device | None = None,
     check: bool = True,
     verify: str | PathLike[str] | None = None,
+    trust_plan: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
     """Opens the bundle in `folder`.
@@ -248,6 +253,7 @@ def load(
             ONNX on the CPU.
         check: Compare the size and SHA-256 of every file with the manifest first.
         verify: A public key; a bundle that its owner did not sign is refused.
+        trust_plan: Run a version-compatible plan, which holds code, without `verify`.
         progress: Called with (what is done, units done, units in all).
 
     Raises:
@@ -264,7 +270,7 @@ def load(
 
         signing.verify(path, Path(verify))
     manifest = bundle.verify(path, progress=progress) if check else bundle.read_manifest(path)
-    return Bundle(path, manifest, threads=threads, device=device)
+    return Bundle(path, manifest, threads=threads, device=device, trusted=trust_plan or verify is not None)
 
 
 def build(
@@ -319,7 +325,7 @@ def build(
         judge_code=reference,
     )
     built = pipeline.build(request, force=force, keep_rejected=keep_rejected, progress=progress)
-    return Bundle(built.folder, built.manifest, threads=threads, device=device)
+    return Bundle(built.folder, built.manifest, threads=threads, device=device, trusted=True)
 
 
 def _member(kind: Any, named: str, word: str | None) -> Any:

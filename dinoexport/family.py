@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import dinoexport
 from dinoexport.config.recipe import Recipe
@@ -321,6 +321,15 @@ class Reported(Protocol):
 
 class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Fittable, Servable, Reported, Protocol):
     """One variant of a family, as a recipe describes it, in every role. Functions ask for the role they need."""
+
+
+@runtime_checkable
+class HasCompanionFiles(Protocol):
+    """A model whose graphs other people's tools load together with files of theirs."""
+
+    @property
+    def companion_files(self) -> Mapping[str, bytes]:
+        """Name -> content of what lies beside the graphs in a bundle."""
 
 
 class Family(Protocol):

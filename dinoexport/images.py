@@ -45,9 +45,10 @@ def decode(encoded: bytes, *, named: str) -> Image.Image:
         return _upright(image)
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) of the image in `path` as `load` would give it, from its header alone."""
-    with _opened(path, named=path) as image:
+def size_of(source: Path | bytes, *, named: str = "") -> tuple[int, int]:
+    """(height, width) of an image, in a file or encoded, as `load` would give it, from its header alone."""
+    opened = source if isinstance(source, Path) else io.BytesIO(source)
+    with _opened(opened, named=named or str(source)) as image:
         turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
         return (image.width, image.height) if turned else (image.height, image.width)
 

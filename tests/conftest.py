@@ -15,9 +15,10 @@ from hypothesis import settings
 from dinoexport import bundle
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune
-from dinoexport.spec import Precision, Way
+from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import hardware
 from tests import triton_server
+from tests.standin import bindings
 from tests.text import vocabulary
 
 # CI repeats the same examples every time, so that a red run is about the change; everywhere else new ones are sought.
@@ -52,8 +53,10 @@ def _missing(marker: str) -> str:
     """Why tests with this marker cannot run on this machine; empty when they can."""
     if marker in ("gpu", "tensorrt") and not hardware.gpus():
         return "no NVIDIA GPU here"
-    if marker == "tensorrt" and hardware.installed("tensorrt") is None:
+    if marker == "tensorrt" and hardware.installed_engine_runtime(Runtime.TENSORRT) is None:
         return "tensorrt is not installed"
+    if marker == "bindings":
+        return bindings.missing()
     if marker == "browser" and chromium() is None:
         return "no Chromium on this machine"
     if marker == "traced":

@@ -114,3 +114,25 @@ def write_hf(folder: Path, arch: Architecture, seed: int, shards: int = 1) -> Pa
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(hf_config(arch)))
     return folder
+
+
+def write_gguf(path: Path, arch: Architecture, seed: int, kind: str) -> Path:
+    """One file as llama.cpp has it, by its own writer: Meta's order of rows, tensors of one type, norms in float32."""
+    import gguf
+
+    names = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+    inner = {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "w1": "ffn_gate", "w2": "ffn_down"}
+    inner |= {"w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_rope_freq_base(arch.rope_theta)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    for name, values in weights(arch, seed).items():
+        parts = name.split(".")
+        theirs = f"blk.{parts[1]}.{inner[parts[-2]]}" if parts[0] == "layers" else names[parts[0]]
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        writer.add_tensor(f"{theirs}.weight", gguf.quants.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -117,9 +117,9 @@ class EngineFacts(Frozen):
 
     device: the GPU it was built on, empty when it was compiled without one. profiles: profile -> input -> smallest,
     most likely and largest shape, in the engine's own order. scratch_bytes: what it needs on the device beside its
-    weights, inputs and outputs. weight_bytes: None where the runtime does not say. executed: `never`, or
-    `on DEVICE at TIME`, when a GPU has run every case the profiles cover and the judge passed it; report has the
-    figures. caution: the target's.
+    weights, inputs and outputs. It, weight_bytes and fused_attentions are None where nothing said so. executed:
+    `never`, or `on DEVICE at TIME`, when a GPU has run every case the profiles cover and the judge passed it; report
+    has the figures. caution: the target's, and what could not be looked at.
     """
 
     graph: FileName
@@ -135,9 +135,9 @@ class EngineFacts(Frozen):
     profiles: dict[str, dict[str, ShapeRange]] = Field(min_length=1)
     size_bytes: int = Field(gt=0)
     weight_bytes: int | None
-    scratch_bytes: int = Field(ge=0)
+    scratch_bytes: int | None = Field(ge=0)
     attentions: int
-    fused_attentions: int
+    fused_attentions: int | None
     build_s: float
     peak_memory_bytes: int
     log: FileName

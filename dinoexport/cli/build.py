@@ -125,7 +125,7 @@ def build(
             precision=precision_of(precision),
             target=target,
             runtime=runtime_of(runtime),
-            engine_choices=_engine_choices(profile, preset),
+            engine_choices=engine_choices(profile, preset),
             out=out,
             judge_code=choice("reference", reference, ("plain", "hub")),
         )
@@ -238,7 +238,8 @@ def precision_of(word: str | None) -> Any:
     return Precision(choice("precision", word, (*Precision, "auto")))
 
 
-def _engine_choices(profiles: list[str] | None, preset: str | None) -> dict[str, Any]:
+def engine_choices(profiles: list[str] | None, preset: str | None) -> dict[str, Any]:
+    """What `--profile` and `--preset` change in a recipe's `[engine]`."""
     presets = ("fast", "balanced", "max")
     return ({"profiles": tuple(profiles)} if profiles else {}) | (
         {"preset": choice("preset", preset, presets)} if preset else {}

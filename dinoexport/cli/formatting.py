@@ -188,7 +188,7 @@ def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
             "bytes": e.size_bytes,
             "profiles": list(e.profiles),
             "scratch bytes": e.scratch_bytes,
-            "fused attention": f"{e.fused_attentions} of {e.attentions}",
+            "fused attention": f"{'?' if e.fused_attentions is None else e.fused_attentions} of {e.attentions}",
             "executed": e.executed,
         }
         for e in manifest.engines
@@ -206,7 +206,7 @@ def engine_lines(manifest: bundle.Manifest, not_run: str = "") -> list[str]:
         )
         if not_run:
             lines.append(f"        {not_run}")
-        if e.fused_attentions < e.attentions:
+        if e.fused_attentions is not None and e.fused_attentions < e.attentions:
             lines.append(
                 f"        warning: attention is fused in {e.fused_attentions} of {e.attentions} places"
                 + ("; TensorRT fuses it in fp16 only." if e.precision == "fp32" else ".")

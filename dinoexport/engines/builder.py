@@ -1,7 +1,8 @@
 """ONNX to an engine: a classic TensorRT plan, built on its own GPU, or a TensorRT-RTX engine, compiled without one.
 
-One function for both; only the builder's configuration differs, and that is `engine_worker`'s affair. What comes back
-is looked at before it is believed: its header, its weights, and whether attention was fused.
+One function for both; only the builder's configuration differs, and that is `worker`'s affair. What comes back is
+looked at before it is believed: its header, its weights, and whether attention was fused. A bundle's ONNX, its graph
+and these choices are all it needs: neither torch nor the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from dinoexport.system.hardware import Gpu
 from dinoexport.weights.download import cache_folder
 
 TIMEOUT_S = 3 * 3600
+INSPECTION_TIMEOUT_S = 600
+_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order the driver lists GPUs in
 DEFAULT = EngineChoices()
 # An engine's weights are the graph's plus constants it folds: 0.14 % measured. A silent upcast would double them.
 _WEIGHTS_TOLERANCE = 0.02
@@ -36,6 +39,8 @@ class Engine:
 
     weight_bytes: None where TensorRT does not say. attentions: softmaxes in the graph. fused_attentions: how many of
     them the engine computes in fused kernels. scratch_bytes: device memory it needs beside weights, inputs and outputs.
+    not_looked_at: why a classic plan could not be opened after it was built; it is kept, and what only opening tells,
+    fused_attentions and perhaps scratch_bytes, is None.
     """
 
     path: Path
@@ -44,11 +49,12 @@ class Engine:
     compute_capabilities: tuple[str, ...]
     size_bytes: int
     weight_bytes: int | None
-    scratch_bytes: int
+    scratch_bytes: int | None
     attentions: int
-    fused_attentions: int
+    fused_attentions: int | None
     build_s: float
     peak_memory_bytes: int
+    not_looked_at: str = ""
 
 
 def build(
@@ -89,10 +95,7 @@ def build(
         "dinoexport.engines.worker",
         job,
         log,
-        environment={
-            "POLYGRAPHY_USE_TENSORRT_RTX": "1" if runtime is Runtime.TENSORRT_RTX else "0",
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order the driver lists GPUs in
-        },
+        environment={**_ENVIRONMENT, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if runtime is Runtime.TENSORRT_RTX else "0"},
         doing="compiling the engine",
         timeout_s=timeout_s,
         progress=progress,
@@ -104,7 +107,9 @@ def build(
             f"{', '.join(wanted)}.",
             next_step=f"Read {log.name}.",
         )
-    said = finished.said
+    said, not_looked_at = finished.said, ""
+    if runtime is Runtime.TENSORRT:
+        said, not_looked_at = _looked_at(path, log, choices, progress)
     weight_bytes = header.weight_bytes if header.weight_bytes is not None else said.get("weight_bytes")
     stored = onnx.with_name(f"{onnx.name}.data").stat().st_size
     if (
@@ -125,18 +130,56 @@ def build(
         weight_bytes=weight_bytes,
         scratch_bytes=said["scratch_bytes"] if "scratch_bytes" in said else _scratch_in(log),
         attentions=_softmaxes(onnx),
-        fused_attentions=len(_fused_layers(path, header, said.get("layers", ()))),
+        fused_attentions=None if not_looked_at else len(_fused_layers(path, header, said.get("layers", ()))),
         build_s=time.monotonic() - started,
         peak_memory_bytes=finished.peak_memory_bytes,
+        not_looked_at=not_looked_at,
     )
 
 
-def check_memory(onnx: Path, graph: Graph, wanted: Sequence[Profile], *, memory_bytes: int, where: str) -> None:
+def _looked_at(path: Path, log: Path, choices: EngineChoices, progress: Progress) -> tuple[Mapping[str, Any], str]:
+    """What a classic plan says once it is opened, or why it could not be; its words join the builder's log."""
+    own_log = path.with_name(f"{path.name}.inspector.log")
+    try:
+        job = {"engine": str(path), "host_code": choices.version_compatible}
+        finished = subprocess_job.run(
+            "dinoexport.engines.inspector",
+            job,
+            own_log,
+            environment=_ENVIRONMENT,
+            doing="opening the engine",
+            timeout_s=INSPECTION_TIMEOUT_S,
+            progress=progress,
+        )
+    except (BuildError, MissingRequirement) as error:
+        return {}, f"It could not be opened after it was built, so nobody looked into it: {error.message}"
+    finally:
+        if own_log.exists():
+            with log.open("ab") as whole:
+                whole.write(own_log.read_bytes())
+            own_log.unlink()
+    return finished.said, ""
+
+
+def check_memory(
+    onnx: Path,
+    graph: Graph,
+    wanted: Sequence[Profile],
+    *,
+    memory_bytes: int,
+    where: str,
+    choices: EngineChoices = DEFAULT,
+) -> None:
     """Refuses profiles whose engine `where` has no memory for, by an estimate, before the build is begun.
 
-    Raises MissingRequirement with the size of each dimension that would fit, the others as they are.
+    The largest profile counts: all of them work in one scratch buffer. With weight streaming no weights have to stay on
+    the device, but two of the largest at a time. Raises MissingRequirement with the size of each dimension that would
+    fit, the others as they are.
     """
-    weight_bytes = onnx.with_name(f"{onnx.name}.data").stat().st_size
+    if choices.weight_streaming:
+        weight_bytes = 2 * profiles.largest_weight_bytes(onnx)
+    else:
+        weight_bytes = onnx.with_name(f"{onnx.name}.data").stat().st_size
     for profile in wanted:
         scratch = profiles.scratch_bytes(onnx, profile)
         if weight_bytes + scratch <= memory_bytes:
@@ -160,21 +203,15 @@ def _timing_cache(gpu: Gpu, version: str | None) -> Path:
     return folder / f"{name}.cache"
 
 
-def _scratch_in(log: Path) -> int:
-    """The largest profile's device memory, in the compiler's own words."""
+def _scratch_in(log: Path) -> int | None:
+    """The largest profile's device memory, in the compiler's own words; None where it does not say."""
     found = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(errors="replace"))
-    if not found:
-        raise BuildError(
-            "The compiler's log does not say how much scratch memory the engine needs.", next_step="Report it."
-        )
-    return max(map(int, found))
+    return max(map(int, found), default=None)
 
 
 def _softmaxes(onnx: Path) -> int:
-    import onnx as onnx_package
-
-    nodes = onnx_package.load(onnx, load_external_data=False).graph.node
-    return sum(node.op_type == "Softmax" for node in nodes)
+    """How many nodes have the type Softmax: field 4 of a NodeProto. A box that serves has no onnx to read it with."""
+    return onnx.read_bytes().count(b"\x22\x07Softmax")
 
 
 def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:

@@ -125,6 +125,19 @@ def scratch_bytes(onnx: Path, profile: Profile) -> int:
     return math.ceil(peak * HEADROOM)
 
 
+def largest_weight_bytes(onnx: Path) -> int:
+    """The size of the graph's largest single weight."""
+    import onnx as onnx_package
+
+    def size_bytes(tensor: Any) -> int:
+        return int(math.prod(tensor.dims)) * int(
+            onnx_package.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        )
+
+    weights = onnx_package.load(onnx, load_external_data=False).graph.initializer
+    return max(map(size_bytes, weights), default=0)
+
+
 def _tensor_bytes(model: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Bytes of every tensor whose shape follows from the inputs' shapes."""
     import onnx as onnx_package

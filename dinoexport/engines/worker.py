@@ -1,13 +1,16 @@
-"""The child process of `engine.build`: `python -m dinoexport.engines.worker JOB`, with JOB as JSON.
+"""The child process of `builder.build`: `python -m dinoexport.engines.worker JOB`, with JOB as JSON.
 
 Strongly typed: each tensor has the precision the graph gives it, and no builder flag says otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,17 @@ def main(job: dict[str, Any]) -> None:
         monitor = _monitor(report)
 
         def finish(_builder: Any, _network: Any, made: Any) -> None:
-            """Without TF32, which TensorRT-RTX's loader leaves on: fp32 in the graph means fp32, not ten bits of it."""
-            made.clear_flag(_trt().BuilderFlag.TF32)
+            """What Polygraphy's loaders have no argument for.
+
+            TensorRT-RTX's leaves TF32 on: fp32 in the graph means fp32, not ten bits of it. Its engines are captured
+            as CUDA graphs and work in memory that is given to them, which both want it said when they are built.
+            """
+            flags = _trt().BuilderFlag
+            made.clear_flag(flags.TF32)
+            if not classic:
+                made.set_flag(flags.REQUIRE_USER_ALLOCATION)
+            elif job["choices"]["strip_weights"]:
+                made.set_flag(flags.REFIT_IDENTICAL)  # the weights put in are the graph's own
             made.progress_monitor = monitor
 
         engine = engine_bytes_from_network(
@@ -46,8 +58,6 @@ def main(job: dict[str, Any]) -> None:
         path = Path(job["engine"])
         partial = path.with_name(f"{path.name}.partial")
         partial.write_bytes(engine)
-        if classic:
-            report.write(json.dumps({"said": _looked_at(engine)}) + "\n")
         os.replace(partial, path)
 
 
@@ -89,19 +99,6 @@ def _rtx(job: dict[str, Any], profiles: list[Any]) -> Any:
     )
 
 
-def _looked_at(engine: Any) -> dict[str, Any]:
-    """What a classic plan says once it is opened, which takes the GPU that has just built it."""
-    trt = _trt()
-    opened = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(engine)
-    inspected = json.loads(opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    return {
-        "scratch_bytes": opened.device_memory_size_v2,
-        # TensorRT 11 only.
-        "weight_bytes": opened.get_engine_stat() if hasattr(opened, "get_engine_stat") else None,
-        "layers": inspected.get("Layers", []),
-    }
-
-
 def _monitor(report: Any) -> Any:
     """An IProgressMonitor that writes how far each outermost phase is."""
     base: Any = _trt().IProgressMonitor
@@ -112,14 +109,14 @@ def _monitor(report: Any) -> Any:
             base.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            phases.start(phase_name, parent_phase, num_steps)
+            phases.heard(phases.start, phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            phases.step(phase_name, step)
+            phases.heard(phases.step, phase_name, step)
             return True  # False would cancel the build
 
         def phase_finish(self, phase_name: str) -> None:
-            phases.finish(phase_name)
+            phases.heard(phases.finish, phase_name)
 
     return Monitor()
 
@@ -129,8 +126,14 @@ class _Phases:
 
     def __init__(self, report: Any) -> None:
         self._report = report
+        self._lock = threading.Lock()
         self._running: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps done, steps in all
         self._reached: dict[str, int] = {}
+
+    def heard(self, what: Callable[..., None], *args: Any) -> None:
+        """Calls `what`, one of TensorRT's threads at a time; nothing that goes wrong is worth the build."""
+        with self._lock, contextlib.suppress(Exception):
+            what(*args)
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
         self._running[name] = (parent if parent in self._running and parent != name else None, 0, max(steps, 1))

@@ -55,4 +55,5 @@ def memory(request: EngineRequest, onnx_folder: Path) -> None:
             request.profiles[graph.name],
             memory_bytes=request.gpu.memory_bytes if request.gpu else request.target.memory_gb * 10**9,
             where=request.gpu.name if request.gpu else f"the smallest {request.target.name}",
+            choices=request.choices,
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinoexport.bundle import EngineFacts, Manifest
-from dinoexport.errors import UsageError
+from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import Runnable
 from dinoexport.runtime import Arithmetic, cpu, engine_header, trt
 from dinoexport.runtime.table import TABLE
@@ -72,14 +72,23 @@ def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
 
 
 def open_engines(
-    model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph]
+    model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph], *, trusted: bool
 ) -> tuple[Candidate, str]:
     """The engines as a function from a case's inputs to its outputs, and the GPU that runs them.
 
-    Raises MissingRequirement, before any is opened, if one is for another device or version.
+    trusted: whether it is known who made them, so that code they hold may run on this machine: a version-compatible
+    plan holds some. Raises MissingRequirement, before any is opened, when one is for another device or version, or
+    holds code and is not trusted.
     """
     gpus = hardware.gpus()
     devices = [engine_header.check_runs_here(facts, gpus).name for facts in engines.values()]
+    for facts in engines.values():
+        if facts.version_compatible and not trusted:
+            raise MissingRequirement(
+                f"{facts.file} was not run: it is version-compatible, so it holds code that would run on this machine, "
+                "and nothing says who made it.",
+                next_step="dinoexport validate BUNDLE --verify KEY checks who signed it; --trust-plan runs it anyway.",
+            )
     signatures = {graph.name: graph for graph in graphs.values()}
     weights = {graph.name: path for path, graph in graphs.items()}
     runners: dict[str, Runner] = {
@@ -89,6 +98,7 @@ def open_engines(
             runtime=facts.runtime,
             profiles=[Profile(name=name, shapes=shapes) for name, shapes in facts.profiles.items()],
             weights_from=weights[facts.graph] if facts.stripped else None,
+            host_code=facts.version_compatible,
         )
         for path, facts in engines.items()
     }

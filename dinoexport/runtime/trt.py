@@ -1,56 +1,137 @@
-"""An engine on the GPU. Classic TensorRT and TensorRT-RTX alike: their interfaces agree in all that is used here.
+"""An engine on the GPU. Classic TensorRT and TensorRT-RTX alike: their interfaces agree in nearly all that is used.
 
-No device memory is allocated per call: buffers grow to the largest shapes seen and stay, each profile has a context of
-its own, and shapes that come again are replayed as a CUDA graph.
+No device memory is allocated per call: buffers grow to the largest shapes seen and stay. Each profile has a context of
+its own; since calls are serial, all of them work in one scratch buffer, as large as the shapes need. Shapes that come
+again are replayed as a CUDA graph, which TensorRT-RTX captures by itself.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import importlib
 import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import BuildError, OutsideProfile, require
-from dinoexport.runtime import check_inputs
+from dinoexport.errors import BuildError, MissingRequirement, OutsideProfile, require
+from dinoexport.runtime import check_inputs, weight_streaming
+from dinoexport.runtime.cuda import Buffers, Cuda
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Profile, Runtime
 
+_DOCTOR = "dinoexport doctor says what this machine has."
+# The name of no tensor.
+_SCRATCH = ""
+
+
+def load(runtime: Runtime) -> Any:
+    """The module `runtime` names; a MissingRequirement when it is there and its libraries cannot be loaded."""
+    try:
+        return importlib.import_module(runtime.value)
+    except (ImportError, OSError) as error:
+        raise MissingRequirement(
+            f"{runtime} is installed and cannot be loaded: {error}.",
+            next_step=f"pip install --force-reinstall 'dinoexport[{TABLE[runtime].extra}]', or put its libraries on "
+            "LD_LIBRARY_PATH.",
+        ) from None
+
+
+class Said:
+    """What TensorRT's logger heard: errors, the last few."""
+
+    def __init__(self, trt: Any) -> None:
+        severity = trt.ILogger.Severity
+        heard = self._heard = collections.deque[str](maxlen=5)
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                """Any thread of TensorRT's may call it."""
+                if level in (severity.INTERNAL_ERROR, severity.ERROR):
+                    heard.append(message.strip())
+
+        self.logger = Logger()
+
+    def error(self, problem: str, next_step: str) -> BuildError:
+        """The error for `problem` with TensorRT's own words, which are then forgotten."""
+        words = " ".join(self._heard)[:600]
+        self._heard.clear()
+        return BuildError(f"{problem} TensorRT said: {words}" if words else problem, next_step=next_step)
+
+
+def open_plan(path: Path, runtime: Runtime, *, host_code: bool = False) -> tuple[Any, Any, Said]:
+    """The module, the engine at `path` and what TensorRT says of it; a BuildError when it cannot be opened.
+
+    host_code: lets a version-compatible plan run the host code it holds. Mapped, not read: the file's pages are the
+    only copy in host memory beside TensorRT's own.
+    """
+    trt = load(runtime)
+    said = Said(trt)
+    opener = trt.Runtime(said.logger)
+    if host_code:
+        opener.engine_host_code_allowed = True
+    opened = None
+    if path.stat().st_size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            opened = opener.deserialize_cuda_engine(content)
+    if opened is None:
+        raise said.error(
+            f"{runtime} {trt.__version__} cannot open {path.name}.",
+            "dinoexport doctor says what this machine has; build the bundle again here.",
+        )
+    return trt, opened, said
+
 
 def open_engine(
-    path: Path, graph: Graph, *, runtime: Runtime, profiles: Sequence[Profile], weights_from: Path | None = None
+    path: Path,
+    graph: Graph,
+    *,
+    runtime: Runtime,
+    profiles: Sequence[Profile],
+    weights_from: Path | None = None,
+    host_code: bool = False,
 ) -> Engine:
     """A runner of the engine at `path`, whose profiles are `profiles` in its own order.
 
-    `weights_from`: the ONNX a stripped plan's weights are put in from. Raises MissingRequirement without the packages,
-    BuildError when the engine cannot be opened, InputRefused from the runner for inputs outside the signature and
-    OutsideProfile for those that no profile covers.
+    `weights_from`: the ONNX a stripped plan's weights are put in from. host_code: as in `open_plan`. Raises
+    MissingRequirement without the packages or the memory, BuildError when the engine cannot be opened or is not
+    `graph`'s, InputRefused from the runner for inputs outside the signature and OutsideProfile for those that no
+    profile covers.
     """
     require(TABLE[runtime].extra, *TABLE[runtime].modules)
     # CUDA counts the fastest GPU first, the driver by the PCI bus; the GPU that was checked is the one that shall run.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    trt: Any = importlib.import_module(runtime.value)
-    logger = trt.Logger(trt.Logger.ERROR)
-    opened = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
-    if opened is None:
-        raise BuildError(
-            f"{runtime} {trt.__version__} cannot open {path.name}.",
-            next_step="dinoexport doctor says what this machine has; build the bundle again here.",
-        )
+    trt, opened, said = open_plan(path, runtime, host_code=host_code)
+    _check(opened, graph, profiles, path)
     if weights_from is not None:
-        _put_weights_in(trt, logger, opened, weights_from)
-    if opened.streamable_weights_size:
-        opened.weight_streaming_budget_v2 = opened.get_weight_streaming_automatic_budget()
-    return Engine(opened, graph, tuple(profiles))
+        _put_weights_in(trt, said, opened, weights_from)
+    return Engine(trt, opened, graph, tuple(profiles), said)
 
 
-def _put_weights_in(trt: Any, logger: Any, opened: Any, onnx: Path) -> None:
-    refitter = trt.Refitter(opened, logger)
-    if not (trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(onnx)) and refitter.refit_cuda_engine()):
-        raise BuildError(f"The weights in {onnx.name} do not fit the plan.", next_step="Build the bundle again.")
+def _check(opened: Any, graph: Graph, profiles: Sequence[Profile], path: Path) -> None:
+    """Raises BuildError when the engine has other tensors or profiles than were said."""
+    tensors = {opened.get_tensor_name(index) for index in range(opened.num_io_tensors)}
+    wanted = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
+    if tensors != wanted or opened.num_optimization_profiles != len(profiles):
+        raise BuildError(
+            f"{path.name} has the tensors {', '.join(sorted(tensors))} and {opened.num_optimization_profiles} profiles;"
+            f" the bundle says {', '.join(sorted(wanted))} and {len(profiles)}.",
+            next_step="Build the bundle again.",
+        )
+
+
+def _put_weights_in(trt: Any, said: Said, opened: Any, onnx: Path) -> None:
+    refitter = trt.Refitter(opened, said.logger)
+    parser = trt.OnnxParserRefitter(refitter, said.logger)
+    if not (parser.refit_from_file(str(onnx)) and refitter.refit_cuda_engine()):
+        raise said.error(f"The weights in {onnx.name} do not fit the plan.", "Build the bundle again.")
 
 
 @dataclass
@@ -58,6 +139,7 @@ class _Context:
     """A profile's execution context, and what it is bound to. runs: since it was; replay: those runs' CUDA graph."""
 
     context: Any
+    profile: int
     shapes: Mapping[str, tuple[int, ...]] | None = None
     output_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     runs: int = 0
@@ -67,16 +149,26 @@ class _Context:
 class Engine:
     """An open engine: call it with named arrays. Not to be called from two threads at once."""
 
-    def __init__(self, opened: Any, graph: Graph, profiles: tuple[Profile, ...]) -> None:
-        from cuda.bindings import runtime as cuda
-
-        self._cuda: Any = cuda
+    def __init__(self, trt: Any, opened: Any, graph: Graph, profiles: tuple[Profile, ...], said: Said) -> None:
+        self._trt = trt
         self._opened = opened
         self._graph = graph
         self._profiles = profiles
+        self._said = said
         self._contexts: dict[int, _Context] = {}
-        self._buffers: dict[str, tuple[int, int]] = {}  # tensor -> (device address, capacity in bytes)
-        self._stream = self._done(cuda.cudaStreamCreate())
+        self._stream: Any = None
+        self._cuda = Cuda()
+        self._buffers = Buffers(self._cuda, self._unbind_all)
+        self._stream = self._cuda("cudaStreamCreate")
+        # TensorRT-RTX specialises its kernels to a shape and captures its own graphs, once they are there; a capture of
+        # ours could hold the general kernels it falls back on meanwhile.
+        self._captures_itself = hasattr(trt, "CudaGraphStrategy")
+        try:
+            if opened.streamable_weights_size:
+                weight_streaming.fit(self._cuda, opened, self._buffer_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, arrays: Arrays) -> dict[str, Array]:
         """The outputs for these inputs; all arrays in host memory."""
@@ -87,23 +179,32 @@ class Engine:
         shapes = {name: array.shape for name, array in inputs.items()}
         used = self._context(self._profile_for(shapes))
         if used.shapes != shapes:
-            self._bind(used, inputs)
+            self._bind(used, shapes)
         outputs = {t.name: np.empty(used.output_shapes[t.name], t.dtype) for t in self._graph.outputs}
         self._copy(inputs, to_device=True)
         self._enqueue(used)
         self._copy(outputs, to_device=False)
-        self._done(self._cuda.cudaStreamSynchronize(self._stream))
+        self._cuda("cudaStreamSynchronize", self._stream)
         return outputs
 
     def close(self) -> None:
-        """Gives the device's memory back."""
-        for used in self._contexts.values():
-            self._unbind(used)
-        self._contexts.clear()
-        for address, _ in self._buffers.values():
-            self._done(self._cuda.cudaFree(address))
-        self._buffers.clear()
-        self._done(self._cuda.cudaStreamDestroy(self._stream))
+        """Gives the device's memory back, whatever went wrong before; a second time does nothing."""
+        if self._stream is None:
+            return
+        stream, self._stream = self._stream, None
+        try:
+            self._unbind_all()
+        finally:
+            self._contexts.clear()
+            self._opened = None
+            try:
+                self._buffers.free()
+            finally:
+                self._cuda("cudaStreamDestroy", stream)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end CUDA's module may be gone
+            self.close()
 
     def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile that covers the shapes: the recipe lists the preferred one first."""
@@ -118,55 +219,98 @@ class Engine:
 
     def _context(self, index: int) -> _Context:
         if index not in self._contexts:
-            context = self._opened.create_execution_context()
-            if context is None or not context.set_optimization_profile_async(index, int(self._stream)):
-                raise BuildError(
-                    f"The engine's profile {self._profiles[index].name} cannot be used; most likely the device has too "
-                    "little memory for it.",
-                    next_step="Free the device, or build with a smaller profile.",
-                )
-            self._done(self._cuda.cudaStreamSynchronize(self._stream))
-            self._contexts[index] = _Context(context)
+            self._contexts[index] = _Context(self._new_context(index), index)
         return self._contexts[index]
 
-    def _bind(self, used: _Context, inputs: Arrays) -> None:
-        """Gives the context its shapes and addresses. A captured graph holds both, so it ends here."""
+    def _new_context(self, index: int) -> Any:
+        """An execution context without scratch memory of its own, set to the profile."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._captures_itself:
+            config = self._opened.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            kernels = self._trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            context = self._opened.create_execution_context(config)
+        else:
+            context = self._opened.create_execution_context(strategy)
+        try:
+            usable = context is not None and context.set_optimization_profile_async(index, int(self._stream))
+        except RuntimeError:  # that is how the bindings say no here
+            usable = False
+        if not usable:
+            raise self._said.error(
+                f"The engine's profile {self._profiles[index].name} cannot be used; most likely the device has too "
+                "little memory for it.",
+                "Free the device, or build with a smaller profile.",
+            )
+        self._cuda("cudaStreamSynchronize", self._stream)
+        return context
+
+    def _buffer_bytes(self) -> int:
+        """What the tensors take at the largest shapes of the largest profile; asked of contexts that are dropped."""
+        found = 0
+        for index, profile in enumerate(self._profiles):
+            largest = {name: ends[2] for name, ends in profile.shapes.items()}
+            context = self._new_context(index)
+            found = max(found, sum(self._sizes_bytes(largest, self._shaped(context, largest)).values()))
+        return found
+
+    def _shaped(self, context: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The outputs' shapes, once the context has the inputs'."""
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, tuple(shape)):
+                raise self._said.error(f"The engine refuses {name} of shape {tuple(shape)}.", "Report it.")
+        found = {t.name: tuple(context.get_tensor_shape(t.name)) for t in self._graph.outputs}
+        for name, shape in found.items():
+            if min(shape, default=0) < 0:
+                raise self._said.error(f"The engine does not know the shape of {name}: {shape}.", "Report it.")
+        return found
+
+    def _sizes_bytes(
+        self, shapes: Mapping[str, tuple[int, ...]], output_shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, int]:
+        import numpy as np
+
+        known = {**shapes, **output_shapes}
+        return {
+            tensor.name: math.prod(known[tensor.name]) * np.dtype(tensor.dtype).itemsize
+            for tensor in (*self._graph.inputs, *self._graph.outputs)
+        }
+
+    def _bind(self, used: _Context, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gives the context its shapes, scratch memory and addresses. A captured graph holds them, so it ends here."""
         self._unbind(used)
-        for name, array in inputs.items():
-            if not used.context.set_input_shape(name, array.shape):
-                raise BuildError(f"The engine refuses {name} of shape {array.shape}.", next_step="Report it.")
-        used.output_shapes = {t.name: tuple(used.context.get_tensor_shape(t.name)) for t in self._graph.outputs}
-        sizes_bytes = {name: array.nbytes for name, array in inputs.items()}
-        for tensor in self._graph.outputs:
-            sizes_bytes[tensor.name] = math.prod(used.output_shapes[tensor.name]) * _item_bytes(tensor.dtype)
+        used.output_shapes = self._shaped(used.context, shapes)
+        # Zero also when it fails; then the profile's largest shapes decide.
+        scratch_bytes = used.context.update_device_memory_size_for_shapes()
+        scratch_bytes = scratch_bytes or self._opened.get_device_memory_size_for_profile_v2(used.profile)
+        sizes_bytes = self._sizes_bytes(shapes, used.output_shapes)
         for name, size_bytes in sizes_bytes.items():
-            used.context.set_tensor_address(name, self._buffer(name, size_bytes))
-        used.shapes = {name: array.shape for name, array in inputs.items()}
+            self._buffers.grown(name, size_bytes)
+        if scratch_bytes:
+            used.context.set_device_memory(*self._buffers.grown(_SCRATCH, scratch_bytes))
+        for name in sizes_bytes:
+            if not used.context.set_tensor_address(name, self._buffers.address(name)):
+                raise self._said.error(f"The engine refuses the buffer of {name}.", "Report it.")
+        used.shapes = dict(shapes)
 
     def _unbind(self, used: _Context) -> None:
-        if used.replay:
-            self._done(self._cuda.cudaGraphExecDestroy(used.replay))
-        used.shapes, used.runs, used.replay = None, 0, None
+        replay, used.shapes, used.runs, used.replay = used.replay, None, 0, None
+        if replay:
+            self._cuda("cudaGraphExecDestroy", replay)
 
-    def _buffer(self, name: str, size_bytes: int) -> int:
-        """The address of the tensor's buffer, which is at least this large; one that grows moves, for all contexts."""
-        address, capacity = self._buffers.get(name, (0, 0))
-        if capacity < size_bytes:
-            for other in self._contexts.values():
-                self._unbind(other)
-            if address:
-                self._done(self._cuda.cudaFree(address))
-            address = int(self._done(self._cuda.cudaMalloc(size_bytes)))
-            self._buffers[name] = (address, size_bytes)
-        return address
+    def _unbind_all(self) -> None:
+        for used in self._contexts.values():
+            self._unbind(used)
 
     def _copy(self, arrays: Arrays, *, to_device: bool) -> None:
-        kinds = self._cuda.cudaMemcpyKind
+        kinds = self._cuda.api.cudaMemcpyKind
         for name, array in arrays.items():
-            device, host = self._buffers[name][0], array.ctypes.data
+            device, host = self._buffers.address(name), array.ctypes.data
             ends = (device, host) if to_device else (host, device)
             kind = kinds.cudaMemcpyHostToDevice if to_device else kinds.cudaMemcpyDeviceToHost
-            self._done(self._cuda.cudaMemcpyAsync(*ends, array.nbytes, kind, self._stream))
+            self._cuda("cudaMemcpyAsync", *ends, array.nbytes, kind, self._stream)
 
     def _enqueue(self, used: _Context) -> None:
         """Runs the kernels: as they are at first, for TensorRT sets a shape up there; then captured; then replayed.
@@ -174,38 +318,28 @@ class Engine:
         A graph is good only for the state its context was captured in (TensorRT's developer guide, CUDA graphs), so
         there is one for each context, and `_bind` ends it.
         """
-        if used.runs == 1:
+        if used.runs == 1 and not self._captures_itself:
             used.replay = self._captured(used.context)
         used.runs += 1
         if used.replay:
-            self._done(self._cuda.cudaGraphLaunch(used.replay, self._stream))
+            self._cuda("cudaGraphLaunch", used.replay, self._stream)
         elif not used.context.execute_async_v3(int(self._stream)):
-            raise BuildError("The engine failed to run.", next_step="dinoexport doctor says what this machine has.")
+            raise self._said.error("The engine failed to run.", _DOCTOR)
 
     def _captured(self, context: Any) -> Any:
         """The kernels of one run as an executable graph; None where they cannot be captured."""
-        cuda = self._cuda
-        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._done(cuda.cudaStreamBeginCapture(self._stream, mode))
-        ran = context.execute_async_v3(int(self._stream))
-        error, captured = cuda.cudaStreamEndCapture(self._stream)
-        if not ran or int(error):
-            cuda.cudaGetLastError()  # a refused capture must not be blamed on the next call
-            return None
-        replay = self._done(cuda.cudaGraphInstantiate(captured, 0))
-        self._done(cuda.cudaGraphDestroy(captured))
-        return replay
-
-    def _done(self, result: tuple[Any, ...]) -> Any:
-        """A CUDA call's value; a BuildError when it failed."""
-        error, *values = result
+        api = self._cuda.api
+        self._cuda("cudaStreamBeginCapture", self._stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            ran = context.execute_async_v3(int(self._stream))
+        finally:
+            error, captured = api.cudaStreamEndCapture(self._stream)
+        replay = None
+        if not int(error):
+            if ran:
+                error, replay = api.cudaGraphInstantiate(captured, 0)
+            self._cuda("cudaGraphDestroy", captured)
         if int(error):
-            name = getattr(error, "name", str(error))
-            raise BuildError(f"CUDA failed: {name}.", next_step="dinoexport doctor says what this machine has.")
-        return values[0] if values else None
-
-
-def _item_bytes(dtype: str) -> int:
-    import numpy as np
-
-    return np.dtype(dtype).itemsize
+            api.cudaGetLastError()  # a refused capture must not be blamed on the next call
+            return None
+        return replay

@@ -7,6 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dinoexport.spec import Runtime
+
+# The packages that bring each engine's runtime, by their names on PyPI: one for each CUDA, and one that picks one.
+ENGINE_DISTRIBUTIONS = {
+    Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
+    Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -72,3 +80,8 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed_engine_runtime(runtime: Runtime) -> str | None:
+    """The installed version of what runs such engines, whichever package brought it; None when it is not there."""
+    return next(filter(None, map(installed, ENGINE_DISTRIBUTIONS[runtime])), None)

@@ -174,13 +174,13 @@ def judge_engines(
     watch: Callable[[Candidate], Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Evaluates the engines on this machine's GPU like any runtime; if it cannot run them, gives the reason.
+    """Evaluates engines that were just built, on this machine's GPU like any runtime; if it cannot, gives the reason.
 
     watch: wraps the candidate, for a caller that needs its outputs too.
     """
     facts = tuple(engines.values())
     try:
-        candidate, device = runners.open_engines(model, engines, graphs)
+        candidate, device = runners.open_engines(model, engines, graphs, trusted=True)  # they were built here
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
     report = judged(watch(candidate), reference, runners.engine_name(facts[0], device), progress=progress)

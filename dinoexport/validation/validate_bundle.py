@@ -61,6 +61,7 @@ def validate(
     explained: bool = False,
     signer: Signer | None = None,
     signed: Manifest | None = None,
+    trust_plan: bool = False,
     progress: Progress = silent,
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
@@ -69,14 +70,18 @@ def validate(
     checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
     need torch and the weights the bundle was made from: `weights`, or where the manifest says they came from. A bundle
     that passed is signed by `signer`; what its engines did here is recorded, in a signed bundle only with a `signer`.
+    A plan that holds code is run only when it is in what was `signed`, or with `trust_plan`.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
     """
     with changes.reading(folder, progress=progress):
         before = signed or bundle.read_manifest(folder)
+        trusted = trust_plan or signed is not None
         bundle.check_files(folder, before.files, progress=progress)
-        validated = _judged(folder, before, images, (weights, head_weights), runtime, judge_code, explained, progress)
+        validated = _judged(
+            folder, before, images, (weights, head_weights), runtime, trusted, judge_code, explained, progress
+        )
     passed = validated.report.passed
     records = validated.manifest != before
     if passed and signer is not None:
@@ -93,6 +98,7 @@ def _judged(
     images: Path | None,
     given: tuple[str | None, str | None],
     runtime: Runtime | None,
+    trusted: bool,
     judge_code: Judge,
     explained: bool,
     progress: Progress,
@@ -105,7 +111,7 @@ def _judged(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
             next_step="dinoexport build makes a judged bundle.",
         )
-    opened = _open(folder, manifest, model, runtime)
+    opened = _open(folder, manifest, model, runtime, trusted=trusted)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     cases: Iterable[Case]
     if images is None:
@@ -187,7 +193,7 @@ class _Opened:
     one_thread: Callable[[], Candidate] | None = None
 
 
-def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None) -> _Opened:
+def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None, *, trusted: bool) -> _Opened:
     has = {engine.runtime for engine in manifest.engines} | set(CPU_RUNTIMES)
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
@@ -196,7 +202,7 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
     if manifest.engines and runtime not in CPU_RUNTIMES:
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(model, engines, graphs)
+            candidate, device = runners.open_engines(model, engines, graphs, trusted=trusted)
             return _Opened(candidate=candidate, name=runners.engine_name(manifest.engines[0], device), device=device)
         except MissingRequirement as missing:
             if runtime is not None:

@@ -23,7 +23,7 @@ from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
 from dinoexport.family import HeadWeights, Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
-from dinoexport.weights import download, pins
+from dinoexport.weights import download, gguf_file, pins, shards
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
             f"The recipe {wanted.name} names no published weights for the head {head.name}.",
             next_step="Give a file as --head-weights PATH, or try it out with --head-weights synthetic:0.",
         )
-    shown, digest, found_shapes, read = _files_at(source, (published,) if published else (), progress)
+    shown, digest, found_shapes, read = _files_at(source, (published,) if published else (), head.tensors, progress)
     shapes, adapted = head.adapt(found_shapes, _finite(read, shown))
     problems = _compared(head.tensors, frozenset(), shapes)
     if problems:
@@ -145,14 +145,16 @@ def _open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *,
             f"The recipe {wanted.name} names no published weights.",
             next_step="Give a file as --weights PATH, or try it out with --weights synthetic:0.",
         )
-    shown, digest, found, read = _files_at(source, wanted.weights, progress)
+    shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, progress)
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
     _check(model, wanted, shapes, shown)
     return Checkpoint(source=shown, sha256=digest, read=adapted)
 
 
-def _files_at(source: str | None, published: Sequence[WeightFile], progress: Progress) -> tuple[str, str, Shapes, Read]:
+def _files_at(
+    source: str | None, published: Sequence[WeightFile], needed: Shapes, progress: Progress
+) -> tuple[str, str, Shapes, Read]:
     """What the user knows the files at `source` by, one hash for them, their tensors' shapes, and their reader.
 
     source: None for the published ones, downloaded once.
@@ -171,7 +173,9 @@ def _files_at(source: str | None, published: Sequence[WeightFile], progress: Pro
             raise WeightsError(
                 f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
             ) from None
-    found, read = _merged({path: _open(path) for path in paths})
+    if len(set(digests)) < len(digests):
+        raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
+    found, read = shards.merged({path: _open(path) for path in paths}, needed)
     if not found:
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -200,9 +204,9 @@ def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
 
 def _local(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
-        shards = tuple(sorted(path.glob("*.safetensors")))
-        if shards:
-            return shards
+        for pattern in ("*.safetensors", "consolidated.*.pth"):
+            if parts := tuple(sorted(path.glob(pattern))):
+                return parts
         raise WeightsError(f"{path} holds no .safetensors file.", next_step="Give the weights file itself.")
     if not path.is_file():
         raise WeightsError(
@@ -216,6 +220,8 @@ def _open(path: Path) -> tuple[Shapes, Read]:
         start = file.read(len(_ZIP_START))
     if len(start) < len(_ZIP_START):
         raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
+    if start == gguf_file.START:
+        return gguf_file.open_gguf(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if start == _ZIP_START:
@@ -334,22 +340,6 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> 
         return array
 
     return read
-
-
-def _merged(opened: Mapping[Path, tuple[Shapes, Read]]) -> tuple[Shapes, Read]:
-    """The shards of one checkpoint as one; a tensor that two of them hold is a WeightsError."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    holders: dict[str, Path] = {}
-    for path, (found, _) in opened.items():
-        if twice := shapes.keys() & found.keys():
-            name = min(twice)
-            raise WeightsError(
-                f"{path} and {holders[name]} both hold {name}: they are not parts of one checkpoint.",
-                next_step="Give the one file you want.",
-            )
-        shapes |= found
-        holders |= dict.fromkeys(found, path)
-    return shapes, lambda name: opened[holders[name]][1](name)
 
 
 def _finite(read: Read, source: str) -> Read:

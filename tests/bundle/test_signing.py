@@ -20,7 +20,7 @@ from dinoexport.pipeline import build as pipeline
 from dinoexport.validation import evaluate
 from tests.bundle.test_bundle import listed, manifest
 from tests.conftest import DATA
-from tests.runtime.test_trt import A100, with_engine
+from tests.runtime.test_engine_bundles import A100, with_engine
 
 TINY = str(DATA / "tiny_swiglu.toml")
 KEYS = {

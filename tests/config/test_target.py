@@ -11,7 +11,7 @@ from dinoexport.config import resources, target
 from dinoexport.config.recipe import EngineChoices, Recipe, load, load_target
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.runtime import engine_header
-from dinoexport.runtime.table import RuntimeFacts
+from dinoexport.runtime.table import TABLE, RuntimeFacts
 from dinoexport.spec import Precision, Runtime
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -128,6 +128,20 @@ def test_a_triton_image_wants_its_own_tensorrt(monkeypatch: pytest.MonkeyPatch) 
         choose("a100,triton:26.07", A100)
     with pytest.raises(UsageError, match="onnxruntime makes none"):
         choose("a100,triton:26.08", A100, runtime=Runtime.ONNXRUNTIME)
+
+
+@pytest.mark.parametrize("package", ["tensorrt", "tensorrt_cu12", "tensorrt_cu13"])
+def test_whichever_package_brought_tensorrt_counts(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three is enough to run a plan; an environment often has one alone."""
+    monkeypatch.setattr(hardware, "installed", {package: "11.2.1.2"}.get)
+    assert choose("a100,triton:26.08", A100).triton == target.Triton(tag="26.08", tensorrt="11.2.1")
+    assert TABLE[Runtime.TENSORRT].installed_version() == "11.2.1.2"
+
+
+def test_a_version_compatible_plan_keeps_its_weights() -> None:
+    """The lean runtime it is opened by cannot put any in."""
+    with pytest.raises(UsageError, match="cannot be stripped of its weights"):
+        choose("a100", A100, of=recipe(version_compatible=True, strip_weights=True))
 
 
 def test_shipped_targets_agree_with_what_is_known() -> None:

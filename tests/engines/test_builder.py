@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from dinoexport.system.hardware import Gpu
 from dinoexport.validation import validate_bundle
 from tests import conformance
 from tests.conftest import DATA, HEARING_SIGINT
+from tests.standin import compiler
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
 
@@ -72,7 +75,7 @@ def test_real_variants_compile(variant: str, precision: Precision, targets: tupl
     assert data_bytes < made.weight_bytes < 1.02 * data_bytes
     assert made.peak_memory_bytes > 10**8
     log = made.log.read_text()
-    assert "STRONGLY_TYPED" in log and "TF32" not in log
+    assert re.findall(r"Flags +\| \[(.*)\]", log) == ["REQUIRE_USER_ALLOCATION, STRONGLY_TYPED"], "and no TF32"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "model.rtx", "model.rtx.log"]
 
 
@@ -205,12 +208,14 @@ def test_an_engine_that_is_not_the_one_asked_for(
         built(*tiny, tmp_path, "8.0")
 
 
-@pytest.fixture
-def classic(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["10.13.3.9.post1", "11.4.0.106"])
+def classic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """`standin/tensorrt`, which is not TensorRT, where the build and its child process look for that."""
+    monkeypatch.setenv("STANDIN_TENSORRT", request.param)
     folder = Path(__file__).parents[1] / "standin"
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.syspath_prepend(str(folder))
+    return str(request.param).partition(".post")[0]
 
 
 A100 = Gpu(
@@ -218,15 +223,16 @@ A100 = Gpu(
 )
 
 
-def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_path: Path, classic: None) -> None:
+def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_path: Path, classic: str) -> None:
     """Polygraphy's classic loader and the worker's classic branch, with TensorRT-RTX's builder under them; no plan."""
     said: list[tuple[str, int, int]] = []
     made = built(*tiny, tmp_path, "8.0", runtime=Runtime.TENSORRT, gpu=A100, progress=lambda *what: said.append(what))
-    assert (made.path.name, made.runtime_version) == ("model.plan", "11.4.0.106")
+    assert (made.path.name, made.runtime_version) == ("model.plan", classic)
     assert (made.scratch_bytes, made.weight_bytes) == (12345, None), "what the opened plan says"
     assert made.fused_attentions == 2, "of the inspector's layers, each once whatever the profile"
     log = made.log.read_text()
-    assert re.findall(r"Flags +\| \[(.*)\]", log) == ["STRONGLY_TYPED"], "no precision flag, and no TF32"
+    wanted = "STRONGLY_TYPED" if classic.startswith("11") else "EXPLICIT_BATCH, STRONGLY_TYPED"
+    assert re.findall(r"Flags +\| \[(.*)\]", log) == [wanted], "no precision flag, and no TF32"
     (cache,) = (tmp_path / "cache" / "timing").glob("*.cache")
     assert cache.name.startswith("NVIDIA-A100-SXM4-580.1-tensorrt-")
     assert "Loading tactic timing cache" not in log
@@ -251,7 +257,7 @@ def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_pat
         ),
     ],
 )
-def test_choices_reach_polygraphys_classic_configuration(choices: EngineChoices, expected: Any, classic: None) -> None:
+def test_choices_reach_polygraphys_classic_configuration(choices: EngineChoices, expected: Any, classic: str) -> None:
     """In a process of its own, for Polygraphy reads at import which flavour it drives. Against the stand-in."""
     script = (
         "import json, sys; from dinoexport.engines.worker import _classic\n"
@@ -309,3 +315,50 @@ def test_progress_of_phases_inside_phases() -> None:
     lines = [json.loads(line) for line in said.getvalue().splitlines()]
     assert [line["done"] for line in lines if line["phase"] == "Building"] == [0, 250, 375, 500, 1000]
     assert {line["total"] for line in lines} == {1000}
+
+
+def test_progress_from_many_threads_never_cancels_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT tells it from several threads, and takes an error or a False for a wish to stop."""
+    report = io.StringIO()
+    monkeypatch.setattr(worker, "_trt", lambda: types.SimpleNamespace(IProgressMonitor=object))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        assert compiler.progress_from_many_threads(worker._monitor(report), threads=8, steps=300)
+    finally:
+        sys.setswitchinterval(interval)
+    lines = [json.loads(line) for line in report.getvalue().splitlines()]
+    done = [line["done"] for line in lines if line["phase"] == "Building"]
+    assert done == sorted(done) and done[-1] == 1000
+
+
+def test_a_report_nobody_reads_never_cancels_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(worker, "_trt", lambda: types.SimpleNamespace(IProgressMonitor=object))
+    assert compiler.progress_from_many_threads(worker._monitor(Closed()), threads=1, steps=3)
+
+
+def test_the_builder_needs_neither_torch_nor_a_checkpoint(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
+    """An engine is compiled from what a bundle holds, in a process that cannot import torch."""
+    path, _ = tiny
+    shutil.copytree(path.parent, tmp_path / "bundle")
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['safetensors'] = None\n"
+        "from pathlib import Path\n"
+        "from dinoexport.engines import builder, profiles\n"
+        "from dinoexport.spec import Dim, Graph, Runtime, Tensor\n"
+        "dims = (Dim(name='batch', min=1, opt=1, max=4), Dim(name='height', min=14, opt=28, max=56, step=14),\n"
+        "        Dim(name='width', min=14, opt=28, max=56, step=14))\n"
+        "pixels = Tensor(name='pixels', dtype='float32', shape=('batch', 3, 'height', 'width'), meaning='')\n"
+        "graph = Graph(name='model', inputs=(pixels,), outputs=(), dims=dims)\n"
+        "folder = Path(sys.argv[1])\n"
+        "made = builder.build(folder / 'model.onnx', graph, folder, runtime=Runtime.TENSORRT_RTX,\n"
+        "    profiles=[profiles.profile('whole', graph, {})], compute_capabilities=('8.0',))\n"
+        "print(made.fused_attentions)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "bundle")]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "3"

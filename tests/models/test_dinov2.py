@@ -368,7 +368,7 @@ def test_strict_sizes_are_refused_with_the_nearest_ones() -> None:
     assert "28 and 42" in refused.value.next_step
 
 
-@pytest.mark.parametrize("name", recipe.variants())
+@pytest.mark.parametrize("name", [v for v in recipe.variants() if recipe.load(v).family == "dinov2"])
 def test_every_variant_is_described(name: str) -> None:
     """Parameters as published: 21 M, 86 M, 0.3 B, 1.1 B, registers four."""
     model = model_of(name)

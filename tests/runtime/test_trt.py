@@ -1,12 +1,16 @@
 """How an engine is run: against a stand-in for GPU and TensorRT in host memory (`standin/gpu.py`), and labelled so.
 
-What this cannot show, that the calls do on a GPU what NVIDIA's pages say, `test_on_gpu.py` shows where there is one.
+What TensorRT offers by which name is each version's own, by the table of facts (`standin/face.py`). With
+STANDIN_BINDINGS in the environment NVIDIA's bindings themselves stand before it (`test_through_bindings.py`). What this
+cannot show, that the calls do on a GPU what NVIDIA's pages say, `test_on_gpu.py` shows where there is one.
 """
 
 from __future__ import annotations
 
+import importlib
+import math
+import os
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +18,18 @@ import numpy as np
 import pytest
 
 from dinoexport import bundle
-from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.config.recipe import Range
 from dinoexport.engines.profiles import profile
-from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile, UsageError
+from dinoexport.errors import BuildError, InputRefused, MissingRequirement, OutsideProfile
 from dinoexport.pipeline import build as pipeline
-from dinoexport.pipeline import preflight
-from dinoexport.report import html_report
-from dinoexport.runtime import engine_header, ort, trt
-from dinoexport.runtime.table import RuntimeFacts
-from dinoexport.spec import Graph, Precision, Runtime
-from dinoexport.system import hardware
-from dinoexport.system.hardware import Gpu
-from dinoexport.validation import validate_bundle
+from dinoexport.runtime import ort, trt
+from dinoexport.spec import Graph, Runtime
 from tests.conftest import DATA
+from tests.standin import face, gpu
 from tests.standin.gpu import Device
 
-A100 = Gpu(
-    index=0,
-    name="NVIDIA A100-SXM4-40GB",
-    uuid="GPU-1",
-    compute_capability="8.0",
-    memory_bytes=4 * 10**10,
-    driver="580.1",
-)
+BINDINGS = os.environ.get("STANDIN_BINDINGS")
+FACES = (BINDINGS,) if BINDINGS else (face.VERSIONS[0], face.VERSIONS[-1])
 SMALL = {
     "batch": Range(min=1, opt=1, max=1),
     "height": Range(min=14, opt=14, max=28),
@@ -48,6 +40,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny recipe with an fp32 graph."""
+    if made := os.environ.get("STANDIN_BUNDLE"):
+        return Path(made)
     out = tmp_path_factory.mktemp("published") / "bundle"
     pipeline.build(
         pipeline.build_request(str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", target="cpu", out=out)
@@ -55,15 +49,23 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+@pytest.fixture(params=FACES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     """The stand-in, where `runtime/trt.py` will look for CUDA and TensorRT."""
+    return stand_in(request.param, monkeypatch)
+
+
+def stand_in(version: str, monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
-    bindings: Any = types.ModuleType("cuda.bindings")
-    bindings.runtime = made.cuda()
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
-    monkeypatch.setitem(sys.modules, "tensorrt", made.tensorrt())
+    if version == BINDINGS:
+        module: Any = importlib.import_module("tensorrt")
+        assert module.__version__ == version, "the bindings themselves"
+        made.severity, module.driven.device = module.ILogger.Severity, made
+    else:
+        module = face.tensorrt(version, made)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx" if version == face.RTX else "tensorrt", module)
+    for name, stands_in in made.modules().items():
+        monkeypatch.setitem(sys.modules, name, stands_in)
     monkeypatch.setattr(trt, "require", lambda *_: None)
     return made
 
@@ -72,11 +74,12 @@ def graph_of(published: Path) -> Graph:
     return bundle.read_manifest(published).graphs[0].graph()
 
 
-def opened(published: Path, folder: Path, **named: dict[str, Range]) -> trt.Engine:
+def opened(published: Path, folder: Path, *, streamable_bytes: int = 0, **named: dict[str, Range]) -> trt.Engine:
     """The bundle's graph as the stand-in's engine, with these profiles."""
     graph = graph_of(published)
-    (folder / "model.plan").write_bytes(b"ONNX" + str(published / "model.onnx").encode())
     profiles = [profile(name, graph, ranges) for name, ranges in named.items()]
+    content = gpu.plan(published / "model.onnx", profiles, streamable_bytes=streamable_bytes)
+    (folder / "model.plan").write_bytes(content)
     return trt.open_engine(folder / "model.plan", graph, runtime=Runtime.TENSORRT, profiles=profiles)
 
 
@@ -156,143 +159,216 @@ def test_close_gives_everything_back(published: Path, tmp_path: Path, device: De
 
 def test_a_full_device_and_a_broken_engine_are_one_error(published: Path, tmp_path: Path, device: Device) -> None:
     device.memory_bytes = 1000
-    with pytest.raises(BuildError, match="cudaErrorMemoryAllocation"):
+    with pytest.raises(BuildError, match="cudaErrorMemoryAllocation from cudaMalloc"):
         opened(published, tmp_path, whole={})(pixels(1, 3, 28, 28))
+    for content in (b"", b"ftrt", b"ONNX" * 100):
+        (tmp_path / "model.plan").write_bytes(content)
+        with pytest.raises(BuildError, match=r"cannot open model\.plan"):
+            trt.open_engine(tmp_path / "model.plan", graph_of(published), runtime=Runtime.TENSORRT, profiles=[])
+
+
+def test_tensorrts_own_words_reach_the_user(published: Path, tmp_path: Path, device: Device) -> None:
+    engine = opened(published, tmp_path, whole={})
+    device.failing = "execute_async_v3"
+    with pytest.raises(BuildError, match=r"failed to run\. TensorRT said: Cask convolution execution failed\."):
+        engine(pixels(1, 3, 14, 14))
+    device.failing = "create_execution_context"
+    with pytest.raises(BuildError, match=r"profile whole cannot be used; .* TensorRT said: Out of device memory\.$"):
+        opened(published, tmp_path, whole={})(pixels(1, 3, 14, 14))
     (tmp_path / "model.plan").write_bytes(b"ftrt")
-    with pytest.raises(BuildError, match=r"cannot open model\.plan"):
+    with pytest.raises(BuildError, match="TensorRT said: Serialization assertion"):
         trt.open_engine(tmp_path / "model.plan", graph_of(published), runtime=Runtime.TENSORRT, profiles=[])
 
 
-def with_engine(published: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of the bundle that holds the stand-in's engine as well."""
-    folder.mkdir()
-    for path in published.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    manifest = bundle.read_manifest(folder)
-    (folder / "model.plan").write_bytes(b"ONNX" + str(folder / "model.onnx").encode())
-    (folder / "model.plan.log").write_text("built")
-    graph = manifest.graphs[0].graph()
-    facts: dict[str, Any] = {
-        "graph": "model", "file": "model.plan", "runtime": "tensorrt", "runtime_version": "11.4.0.106",
-        "compute_capabilities": ["8.0"], "device": A100.name, "precision": "fp32",
-        "profiles": {"whole": dict(profile("whole", graph, {}).shapes)}, "size_bytes": 1, "weight_bytes": None,
-        "scratch_bytes": 0, "attentions": 2, "fused_attentions": 0, "build_s": 1.0, "peak_memory_bytes": 1,
-        "log": "model.plan.log", "log_sha256": "0" * 64,
-    }  # fmt: skip
-    new = bundle.describe(folder, ["model.plan", "model.plan.log"], "engine")
-    engines = (EngineFacts.model_validate(facts | changes),)
-    manifest = manifest.model_copy(update={"engines": engines, "files": (*manifest.files, *new)})
-    assert bundle.rewrite_manifest(folder, manifest)
-    return folder
-
-
-@pytest.fixture
-def a100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: (A100,))
-    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _: "11.4.0.106")
-
-
-def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Path, device: Device, a100: None) -> None:
-    folder = with_engine(published, tmp_path / "bundle")
-    validated = validate_bundle.validate(folder)
-    assert validated.report.passed and validated.recorded and not validated.not_run
-    assert validated.report.candidate == "tensorrt 11.4.0.106 on NVIDIA A100-SXM4-40GB, fp32"
-    (facts,) = bundle.verify(folder).engines
-    assert facts.executed.startswith("on NVIDIA A100-SXM4-40GB at 20") and facts.report["passed"]
-    assert "replay" in device.calls, "what was asked again was answered by the graph that was captured"
-    assert validated.report.determinism is not None and validated.report.determinism.one_thread is None
-    assert validate_bundle.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(
-        ("ONNX Runtime", "OpenVINO")
-    )
-
-
-def test_without_a_gpu_the_graph_is_judged_and_it_is_said(published: Path, tmp_path: Path) -> None:
-    folder = with_engine(published, tmp_path / "bundle")
-    before = (folder / bundle.MANIFEST).read_bytes()
-    validated = validate_bundle.validate(folder)
-    assert validated.report.passed and not validated.recorded
-    assert validated.not_run == "model.plan was not run: no GPU here."
-    assert (folder / bundle.MANIFEST).read_bytes() == before
-    with pytest.raises(MissingRequirement, match="no GPU here"):
-        validate_bundle.validate(folder, runtime=Runtime.TENSORRT)
-    with pytest.raises(UsageError, match="nothing for tensorrt_rtx"):
-        validate_bundle.validate(folder, runtime=Runtime.TENSORRT_RTX)
-
-
-def test_a_wrong_engine_is_found_out_and_not_recorded(
-    published: Path, tmp_path: Path, device: Device, a100: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [
+        ("set_optimization_profile_async", "profile whole cannot be used"),
+        ("set_input_shape", r"refuses pixels of shape \(1, 3, 14, 14\)"),
+        ("get_tensor_shape", r"does not know the shape of class_token: \(-1,\)"),
+        ("set_tensor_address", "refuses the buffer of pixels"),
+        ("cudaMemcpyAsync", "cudaErrorInvalidValue from cudaMemcpyAsync"),
+        ("cudaStreamBeginCapture", None),
+    ],
+)
+def test_what_fails_is_one_error_and_the_next_call_is_right(
+    published: Path, tmp_path: Path, device: Device, failing: str, words: str | None
 ) -> None:
-    from tests.standin import gpu
+    """Nothing half done stays: the same engine answers as soon as the device does."""
+    engine = opened(published, tmp_path, whole={})
+    inputs = pixels(1, 3, 14, 14)
+    device.failing = failing
+    for _ in range(2):
+        if words is not None:
+            with pytest.raises(BuildError, match=words):
+                engine(inputs)
+    device.failing = ""
+    exact = ort.open_graph(published / "model.onnx", graph_of(published))(inputs)
+    for _ in range(3):
+        np.testing.assert_array_equal(engine(inputs)["class_token"], exact["class_token"])
+    engine.close()
+    assert not device.buffers and device.graphs == 0
 
-    right = gpu.Context._outputs
-    monkeypatch.setattr(gpu.Context, "_outputs", lambda self: {n: a * 1.001 for n, a in right(self).items()})
-    folder = with_engine(published, tmp_path / "bundle")
-    validated = validate_bundle.validate(folder)
-    assert not validated.report.passed and not validated.recorded
-    assert bundle.read_manifest(folder).engines[0].executed == "never"
+
+def test_a_buffer_that_cannot_grow_is_forgotten(published: Path, tmp_path: Path, device: Device) -> None:
+    """Its old place was given back: what writes there, or gives it back again, is stopped by the stand-in."""
+    engine = opened(published, tmp_path, whole={})
+    exact = ort.open_graph(published / "model.onnx", graph_of(published))
+    engine(pixels(1, 3, 28, 28))
+    device.memory_bytes = device.held_bytes()
+    with pytest.raises(BuildError, match="cudaErrorMemoryAllocation"):
+        engine(pixels(4, 3, 140, 140))
+    assert "error cleared" in device.calls, "the failure must not be blamed on the next call"
+    device.memory_bytes = 1 << 40
+    for seed in range(3):
+        inputs = pixels(1, 3, 14, 14, seed=seed)
+        np.testing.assert_array_equal(engine(inputs)["class_token"], exact(inputs)["class_token"])
+    engine.close()
+    engine.close()
+    assert not device.buffers and device.calls.count("destroy") == 1
 
 
-def test_cases_outside_the_profiles_are_listed_not_passed(
-    published: Path, tmp_path: Path, device: Device, a100: None
+def test_closing_goes_on_after_a_failure(published: Path, tmp_path: Path, device: Device) -> None:
+    engine = opened(published, tmp_path, whole={})
+    engine(pixels(1, 3, 14, 14))
+    device.failing = "cudaFree"
+    with pytest.raises(BuildError, match="cudaFree"):
+        engine.close()
+    assert device.calls[-1] == "destroy", "the stream is given back all the same"
+    engine.close()
+
+
+def test_a_graph_that_cannot_be_instantiated_leaks_nothing(published: Path, tmp_path: Path, device: Device) -> None:
+    device.instantiates = False
+    engine = opened(published, tmp_path, whole={})
+    for _ in range(4):
+        engine(pixels(1, 3, 14, 14))
+    assert device.graphs == 0 and device.calls.count("replay") == 0 and "error cleared" in device.calls
+
+
+def test_profiles_share_one_scratch_buffer_as_large_as_the_shapes_need(
+    published: Path, tmp_path: Path, device: Device
 ) -> None:
+    """TensorRT's own contexts would take the scratch of the largest profile, here 100 times more, each again."""
+    engine = opened(published, tmp_path, small=SMALL, whole={})
+    engine(pixels(1, 3, 14, 28))
+    engine(pixels(4, 3, 28, 28))
+    engine(pixels(1, 3, 14, 28))
+    assert [context.managed for context in device.opened[0].contexts] == [True, True]
+    tensors = sum(array.nbytes for array in (*pixels(4, 3, 28, 28).values(), *engine(pixels(4, 3, 28, 28)).values()))
+    needed = gpu.SCRATCH_PER_ITEM * 4 * 3 * 28 * 28
+    assert device.held_bytes() == tensors + needed
+    assert device.opened[0].device_memory_size_v2 > 100 * needed
+
+
+def test_scratch_of_unknown_size_is_the_profiles(published: Path, tmp_path: Path, device: Device) -> None:
+    device.failing = "update_device_memory_size_for_shapes"
+    engine = opened(published, tmp_path, small=SMALL, whole={})
+    engine(pixels(1, 3, 14, 14))
+    largest = gpu.SCRATCH_PER_ITEM * math.prod((1, 3, 28, 28))
+    assert largest in [memory.memory[1] for memory in device.opened[0].contexts if memory.memory]
+
+
+@pytest.mark.parametrize("fits_bytes", [0, 1000, 5000])
+def test_the_weights_budget_is_what_scratch_and_tensors_leave(
+    published: Path, tmp_path: Path, device: Device, fits_bytes: int
+) -> None:
+    """And then the largest shape runs on the very device it was counted for."""
+    engine = opened(published, tmp_path, streamable_bytes=5000, small=SMALL)
+    engine(pixels(1, 3, 28, 28))
+    held = device.held_bytes() - 5000
+    engine.close()
+    device.opened.clear()
+    streaming_scratch = 64
+    device.memory_bytes = held + streaming_scratch + fits_bytes
+    engine = opened(published, tmp_path, streamable_bytes=5000, small=SMALL)
+    assert device.opened[0].weight_streaming_budget_v2 == fits_bytes
+    engine(pixels(1, 3, 28, 28))
+    assert device.held_bytes() <= device.memory_bytes
+    device.memory_bytes = held - 1
+    device.opened.clear()
+    engine.close()
+    with pytest.raises(MissingRequirement, match="even with every weight streamed"):
+        opened(published, tmp_path, streamable_bytes=5000, small=SMALL)
+    assert not device.buffers
+
+
+def test_a_budget_that_is_not_taken_is_noticed(published: Path, tmp_path: Path, device: Device) -> None:
+    device.failing = "weight_streaming_budget_v2"
+    with pytest.raises(BuildError, match="keeps 5000 bytes of its weights on the device, not the 0 it was told"):
+        opened(published, tmp_path, streamable_bytes=5000, small=SMALL)
+
+
+def test_host_code_runs_only_where_it_is_allowed(published: Path, tmp_path: Path, device: Device) -> None:
+    device.host_code = True
+    with pytest.raises(BuildError, match="host code, which is not allowed"):
+        opened(published, tmp_path, whole={})
     graph = graph_of(published)
-    single = {"single": dict(profile("single", graph, {"batch": Range(min=1, opt=1, max=1)}).shapes)}
-    report = validate_bundle.validate(with_engine(published, tmp_path / "bundle", profiles=single)).report
-    assert report.passed and report.not_covered == ("batch",)
-    assert {row.case for row in report.rows} == {"cropped"}
-    none = {"none": dict(profile("none", graph, {"batch": Range(min=4, opt=4, max=4)}).shapes)}
-    report = validate_bundle.validate(with_engine(published, tmp_path / "other", profiles=none)).report
-    assert not report.passed and not report.rows, "an engine that answers nothing proves nothing"
+    profiles = [profile("whole", graph, {})]
+    plan = tmp_path / "model.plan"
+    engine = trt.open_engine(plan, graph, runtime=Runtime.TENSORRT, profiles=profiles, host_code=True)
+    assert engine(pixels(1, 3, 14, 14)).keys() == {tensor.name for tensor in graph.outputs}
 
 
-def test_build_on_a_gpu_judges_the_engine_or_rejects_it(
-    published: Path, device: Device, a100: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_stripped_plan_gets_the_weights_of_its_onnx(published: Path, tmp_path: Path, device: Device) -> None:
+    opened(published, tmp_path, whole={})
+    graph, plan = graph_of(published), tmp_path / "model.plan"
+    settings: dict[str, Any] = {"runtime": Runtime.TENSORRT, "profiles": [profile("whole", graph, {})]}
+    trt.open_engine(plan, graph, weights_from=published / "model.onnx", **settings)
+    assert device.calls[-1] != "destroy" and "refitted from model.onnx" in device.calls
+    device.failing = "refit_cuda_engine"
+    with pytest.raises(BuildError, match=r"weights in model\.onnx do not fit the plan"):
+        trt.open_engine(plan, graph, weights_from=published / "model.onnx", **settings)
+
+
+def test_a_plan_of_another_graph_or_with_other_profiles_is_refused(
+    published: Path, tmp_path: Path, device: Device
 ) -> None:
-    """The whole pipeline with the stand-in for compiler and GPU: passed and recorded, or rejected with its figures."""
-    from dinoexport.engines import builder
-    from dinoexport.system import subprocess_job
-    from tests.standin import gpu
+    engine = opened(published, tmp_path, whole={})
+    engine.close()
+    graph, plan = graph_of(published), tmp_path / "model.plan"
+    with pytest.raises(BuildError, match=r"1 profiles; the bundle says .* and 2"):
+        twice = [profile(name, graph, {}) for name in ("one", "two")]
+        trt.open_engine(plan, graph, runtime=Runtime.TENSORRT, profiles=twice)
+    fewer = Graph(name=graph.name, inputs=graph.inputs, outputs=graph.outputs[:1], dims=graph.dims)
+    with pytest.raises(BuildError, match="has the tensors class_token, patch_tokens, pixels, register_tokens"):
+        trt.open_engine(plan, fewer, runtime=Runtime.TENSORRT, profiles=[profile("whole", graph, {})])
 
-    def compiles(_module: str, job: dict[str, Any], log: Path, **_: Any) -> subprocess_job.Finished:
-        stays = tmp_path / "onnx"  # the stage's folder moves on
-        stays.mkdir(exist_ok=True)
-        for name in ("model.onnx", "model.onnx.data"):
-            (stays / name).write_bytes(Path(job["onnx"]).with_name(name).read_bytes())
-        Path(job["engine"]).write_bytes(b"ONNX" + str(stays / "model.onnx").encode())
-        log.write_text("[I] built")
-        said = {"scratch_bytes": 5, "weight_bytes": None, "layers": []}
-        return subprocess_job.Finished(said=said, peak_memory_bytes=7)
 
-    monkeypatch.setattr(subprocess_job, "run", compiles)
-    monkeypatch.setattr(builder, "require", lambda *_: None)
-    monkeypatch.setattr(preflight, "require", lambda *_: None)
-    header = engine_header.Header(runtime=Runtime.TENSORRT, version="11.4.0.106")
-    monkeypatch.setattr(engine_header, "read_header", lambda _: header)
-    request = pipeline.build_request(
-        str(DATA / "tiny_swiglu_reg.toml"), weights="synthetic:0", precision=Precision.FP32, out=tmp_path / "bundle"
-    )
-    assert (request.chosen.name, request.runtime) == ("a100", Runtime.TENSORRT), "the GPU that is here"
-    drawn: list[dict[str, html_report.Kept]] = []
-    render = html_report.render
-    monkeypatch.setattr(html_report, "render", lambda *args: drawn.append(args[-1]) or render(*args))
-    built = pipeline.build(request)
-    assert built.engines.report is not None and built.engines.report.passed
-    assert built.report is not None
-    assert list(drawn[0]) == [built.report.candidate, built.engines.report.candidate], "the page is given both answers"
-    assert drawn[0][built.engines.report.candidate].errors and built.engines.report.determinism is not None
-    manifest = bundle.verify(request.out)
-    assert manifest.engines[0].executed.startswith("on NVIDIA A100") and manifest.engines[0].scratch_bytes == 5
+def test_a_runtime_whose_libraries_are_broken_is_a_missing_requirement(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(MissingRequirement, match=r"tensorrt is installed and cannot be loaded: libnvinfer\.so\.11"):
+        trt.open_plan(tmp_path / "model.plan", Runtime.TENSORRT)
 
-    right = gpu.Context._outputs
-    monkeypatch.setattr(gpu.Context, "_outputs", lambda self: {n: a * 1.001 for n, a in right(self).items()})
-    before: Manifest = bundle.read_manifest(request.out)
-    with pytest.raises(pipeline.Rejected) as rejected:
-        pipeline.build(request)
-    assert rejected.value.report.candidate.startswith("tensorrt")
-    assert bundle.read_manifest(request.out) == before, "the good one stays"
-    with pytest.raises(pipeline.Rejected):
-        pipeline.build(request, keep_rejected=True)
-    rejected_manifest = bundle.read_manifest(request.out)
-    assert rejected_manifest.verdict == "rejected"
-    (facts,) = rejected_manifest.engines
-    assert facts.executed == "never" and not facts.report["passed"]
+
+def test_tensorrt_rtx_captures_its_own_graphs(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its runtime configuration, with kernels specialised before they run; a capture of ours could freeze others."""
+    device = stand_in(face.RTX, monkeypatch)
+    graph = graph_of(published)
+    profiles = [profile("whole", graph, {})]
+    (tmp_path / "model.rtx").write_bytes(gpu.plan(published / "model.onnx", profiles))
+    engine = trt.open_engine(tmp_path / "model.rtx", graph, runtime=Runtime.TENSORRT_RTX, profiles=profiles)
+    for _ in range(3):
+        engine(pixels(1, 3, 14, 14))
+    (context,) = device.opened[0].contexts
+    assert context.managed and context.config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE"
+    assert context.config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+    assert device.calls.count("run") == 3 and "replay" not in device.calls
+
+
+def test_the_plan_is_mapped_not_copied(published: Path, tmp_path: Path, device: Device) -> None:
+    seen: list[type] = []
+    opens = gpu.Runtime.deserialize_cuda_engine
+
+    def watched(self: gpu.Runtime, serialized_engine: Any) -> Any:
+        seen.append(type(serialized_engine))
+        return opens(self, serialized_engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.Runtime, "deserialize_cuda_engine", watched)
+        opened(published, tmp_path, whole={})
+    assert [kind.__name__ for kind in seen] == ["mmap"]

@@ -188,7 +188,7 @@ def cheaply(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     return {name: number.expand(shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("variant", recipe.variants())
+@pytest.mark.parametrize("variant", [v for v in recipe.variants() if recipe.load(v).family == "dinov2"])
 def test_another_variant_is_named(tmp_path: Path, variant: str) -> None:
     """Each published variant is taken for itself and called by its name when another one was asked for."""
     shapes = find("dinov2").model(recipe.load(variant)).tensors

@@ -56,6 +56,10 @@ class Dinov2:
                 f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {PATCH}.",
                 next_step=f"Patches are {PATCH} pixels a side; 14, 224, 518 and 1022 are legal.",
             )
+        if choices.interface == "transformers" and not recipe.head:
+            from dinoexport.models.dinov2.transformers_interface import TransformersModel
+
+            return TransformersModel(recipe=recipe, arch=arch, choices=choices)
         backbone = Dinov2Model(recipe=recipe, arch=arch, choices=choices)
         return joined(recipe, backbone) if recipe.head else backbone
 
@@ -303,6 +307,8 @@ class Dinov2Model:
     @property
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
         """As dinov2/eval has them: class token, or with the mean patch token behind it."""
+        if self.choices.interface == "transformers":
+            return {}
         token = ("class_token", "as is")
         return {"logreg": (token,), "linear": (token, ("patch_tokens", "mean")), "knn": (token,)}
 

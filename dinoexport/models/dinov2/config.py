@@ -81,6 +81,12 @@ class GraphChoices(Frozen):
         default="pixels",
         description="`pixels`: float32 NCHW, normalised. `images`: uint8 NHWC, normalised inside the graph.",
     )
+    interface: Literal["dinov2", "transformers"] = Field(
+        default="dinov2",
+        description="Names of input and outputs. `transformers`: `pixel_values` in, `last_hidden_state` and "
+        "`pooler_output` out, with config.json and preprocessor_config.json beside the graph, as optimum and "
+        "transformers.js load it.",
+    )
     sizes: Literal["crop", "strict"] = Field(
         default="crop",
         description="`crop`: other sizes lose their right and lower rest. `strict`: only multiples of 14 are accepted.",
@@ -99,6 +105,8 @@ class GraphChoices(Frozen):
     def _one_way_to_choose(self) -> Self:
         if self.blocks and self.last_blocks:
             raise ValueError("give blocks or last_blocks, not both")
+        if self.interface == "transformers" and (self.input != "pixels" or self.blocks or self.last_blocks):
+            raise ValueError("interface transformers takes normalised pixels and gives the last block's tokens alone")
         return self
 
     def fp32_parts(self, depth: int) -> frozenset[str]:

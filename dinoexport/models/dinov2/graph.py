@@ -185,3 +185,17 @@ class Head(nn.Module):
         normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
         registers = (normed[:, 1 : self.prefix_count],) if self.with_registers else ()
         return (normed[:, 0], *registers, normed[:, self.prefix_count :])
+
+
+class WholeHead(nn.Module):
+    """Tokens (B, 1 + R + N, D) through the final norm, in float32, left together; and the class token (B, D)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.dim = arch.embed_dim
+        self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
+
+    def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """(all tokens, class token)."""
+        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
+        return normed, normed[:, 0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture
 from dinoexport.runtime.decoding import LOGITS
 from dinoexport.spec import Array, Arrays, Progress
+
+# A model of so few weights is kept in memory while it is asked again and again: half a gigabyte in fp32.
+_KEPT_NUMBERS_MAX = 1 << 28
 
 
 def of(
@@ -34,12 +38,14 @@ def of(
         name = "embedded" if not blocks_done else f"layers.{blocks_done - 1}_stream"
         streams[places[at][0]].setdefault(name, []).append(stream.float().numpy())
 
+    load = _loader(arch, read, dtype)
+
     def ask(cases: Sequence[int], keep: Sequence[int], *, watch: bool) -> list[list[Array]]:
         """Logits (keep, V) of each prompt of each of `cases`."""
         rows = [(j, prompt) for j in cases for prompt in prompts[j]]
         answers = reference.logits_of(
             arch,
-            lambda name: torch.from_numpy(np.ascontiguousarray(read(name))).to(dtype),
+            load,
             [torch.from_numpy(prompt) for _, prompt in rows],
             first_positions=[setting(inputs[j], "first_position") for j, _ in rows],
             keep=[n for j, n in zip(cases, keep, strict=True) for _ in prompts[j]],
@@ -69,3 +75,19 @@ def of(
             logits = np.stack(seen[j], axis=1)
             results[j] |= {"rollout": logits.argmax(axis=2), "rollout_logits": logits}
     return results
+
+
+def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """What loads a tensor in `dtype`; all of a small model's stay in memory."""
+    loaded: dict[str, torch.Tensor] = {}
+    small = sum(math.prod(shape) for shape in arch.tensors.values()) <= _KEPT_NUMBERS_MAX
+
+    def load(name: str) -> torch.Tensor:
+        if name in loaded:
+            return loaded[name]
+        tensor = torch.from_numpy(np.ascontiguousarray(read(name))).to(dtype)
+        if small:
+            loaded[name] = tensor
+        return tensor
+
+    return load

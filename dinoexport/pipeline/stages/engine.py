@@ -82,7 +82,7 @@ def _compile(request: EngineRequest, onnx: Path, graph: Graph, folder: Path, pro
         peak_memory_bytes=made.peak_memory_bytes,
         log=made.log.name,
         log_sha256=files.sha256(made.log),
-        caution=target.cautions.get(request.runtime, ""),
+        caution=" ".join(filter(None, (target.cautions.get(request.runtime), made.not_looked_at))),
     )
 
 

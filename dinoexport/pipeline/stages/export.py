@@ -50,6 +50,9 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
         for graph in request.model.graphs:
             calls = request.model.calls(graph, checkpoint.read)
             onnx_writer.export(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
+        if isinstance(request.model, family.HasCompanionFiles):
+            for name, content in request.model.companion_files.items():
+                (folder / name).write_bytes(content)
 
     return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
 

@@ -11,6 +11,7 @@ from dinoexport.pipeline.versions import QUANTISERS, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Runtime
+from dinoexport.system import files
 
 # The same graphs as stages, by the runtime that takes them so.
 Forms = Mapping[Runtime, Stage]
@@ -33,5 +34,8 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
         for done, name in enumerate(onnx_files, start=1):
             form(source.folder / name, folder)
             work.progress("quantising", done, len(onnx_files))
+        for file in source.files:  # what lies beside the graphs for other people's tools
+            if not file.name.endswith((".onnx", ".onnx.data")):
+                files.copy(source.folder / file.name, folder / file.name, sha256=file.sha256)
 
     return work.stage("quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make)

@@ -1,0 +1,193 @@
+"""The verb `embed`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.escaping import printable
+from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
+
+if TYPE_CHECKING:
+    from dinoexport.embed.plan import Plan
+    from dinoexport.embed.run import Embedded, Layout, State
+
+# How often a log gets a line; a terminal's line is drawn anew each time.
+_LINE_EVERY_S = 10.0
+
+
+@app.command(epilog=EXIT_CODES)
+def embed(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    images: Annotated[
+        str,
+        typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call goes on there.")
+    ],
+    size: Annotated[
+        str, typer.Option(metavar="default|nearest", help="One size for all, or each near its own: local images only.")
+    ] = "default",
+    outputs: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Columns: outputs, or NAME_mean of NAME_tokens. Default: class_token."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="float32|float16", help="What vectors are stored as.")] = "float32",
+    normalise: Annotated[bool, typer.Option("--normalise", help="Make each vector's L2 norm 1.")] = False,
+    shards: Annotated[
+        int | None, typer.Option(min=1, max=100_000, metavar="N", help="Files. Default: of 50,000 rows at most.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes. Default: see the docs.")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only shards that are I modulo N, I from 0.")] = "0/1",
+    engine: Annotated[str, typer.Option(metavar="local|ray", help="ray: on the cluster RAY_ADDRESS names.")] = "local",
+    max_failed: Annotated[str, typer.Option(metavar="SHARE", help="Exit 1 when more images failed than this.")] = "1%",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed images of finished shards again.")
+    ] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="List again and add what is new.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Embed 0.1 % of the finished rows again, compare, and do nothing else.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed images into Parquet, resumably. With --json, progress goes to stderr as a JSON object a line."""
+    with reporting(as_json):
+        from dinoexport.embed import run
+
+        if verify:
+            _verify(bundle, images, out, as_json)
+            return
+        with _watching(as_json) as watch, progress_lines() as progress:
+            found = run.embed(
+                bundle,
+                images,
+                out,
+                size=choice("size", size, ("default", "nearest")),
+                outputs=None if outputs is None else [name.strip() for name in outputs.split(",")],
+                dtype=choice("dtype", dtype, ("float32", "float16")),
+                normalised=normalise,
+                shards=shards,
+                workers=workers,
+                part=run.part_of(shard),
+                engine=choice("engine", engine, ("local", "ray")),
+                max_failed=run.share_of(max_failed),
+                retry_failed=retry_failed,
+                extend=extend,
+                planned=lambda plans, layout: _say_plan(plans, layout, as_json),
+                watch=watch,
+                progress=progress,
+            )
+        if as_json:
+            say_json(_facts(found))
+            return
+        say(f"Rows:   {found.rows} in {found.shards} shards ({found.done_before} done before), {found.failed} failed")
+        say(f"Folder: {found.out}" + ("" if found.complete else "   not complete: other shards are still to be done"))
+
+
+def _facts(found: Embedded) -> dict[str, Any]:
+    return {
+        "out": found.out,
+        "rows": found.rows,
+        "failed": found.failed,
+        "shards": found.shards,
+        "done_before": found.done_before,
+        "complete": found.complete,
+        "workers": found.layout and found.layout.workers,
+    }
+
+
+def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
+    items, size = sum(plan.items for plan in plans), sum(plan.image_bytes for plan in plans)
+    settings = plans[0].settings
+    facts = {
+        "images": items,
+        "image_bytes": size,
+        "shards": sum(plan.shards for plan in plans),
+        "columns": list(settings.outputs),
+        "dtype": settings.dtype,
+        "preparation": f"{settings.front_end} {settings.preparation or ''}".strip(),
+        "batch": settings.batch,
+        "workers": layout.workers,
+        "threads_each": layout.threads,
+        "decoding_threads_each": layout.decoders,
+        "because": layout.why,
+    }
+    if as_json:
+        typer.echo(json.dumps({"plan": facts}), err=True)
+        return
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+    say(f"Plan:   {words}", to_stderr=True)
+
+
+@contextmanager
+def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
+    """How far it is, on stderr: a line that is drawn anew on a terminal, one every ten seconds in a log."""
+    import sys
+    import time
+    from dataclasses import asdict
+
+    terminal = sys.stderr.isatty() and not as_json
+    said = 0.0
+
+    def watch(state: State) -> None:
+        nonlocal said
+        now = time.monotonic()
+        last = state.shards == state.shards_total
+        if now - said < (0.2 if terminal else _LINE_EVERY_S) and not last:
+            return
+        said = now
+        if as_json:
+            typer.echo(json.dumps(asdict(state)), err=True)
+        else:
+            typer.echo(("\r\x1b[K" if terminal else "") + line_of(state), nl=not terminal, err=True)
+
+    try:
+        yield watch
+    finally:
+        if terminal and said:
+            typer.echo("", err=True)
+
+
+def line_of(state: State) -> str:
+    """How far it is, in one line."""
+    left = "unknown" if state.left_s is None else duration(state.left_s)
+    return (
+        f"{state.rows} of about {state.rows_total} rows, {state.shards} of {state.shards_total} shards, "
+        f"{state.failed} failed, {state.rate:.1f} rows/s, {left} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, hours = round(seconds / 60), seconds / 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _verify(bundle: Path, images: str, out: str, as_json: bool) -> None:
+    from dinoexport.embed import verify
+    from dinoexport.errors import ValidationFailed
+
+    with progress_lines() as progress:
+        found = verify.verify(bundle, images, out, progress=progress)
+    facts = {"sampled": found.sampled, "changed": list(found.changed), "parts": list(found.damaged)}
+    if found.report is not None:
+        show_report(found.report, to_stderr=as_json)
+    for line in found.lines:
+        say(printable(line), to_stderr=as_json)
+    if not found.passed:
+        failed = ValidationFailed(
+            f"{out} does not hold what the bundle gives for these images.",
+            next_step="The lines above say which parts or images; remove those parts and run embed again.",
+        )
+        fail(failed, as_json, **facts)
+    if as_json:
+        say_json({**facts, "report": found.report and found.report.to_json()})

@@ -1,0 +1,12 @@
+"""Images to Parquet with a judged bundle, however many: on one machine, on any scheduler's array of jobs, or on Ray.
+
+    OUT/part-00012-of-00064.parquet   the rows of one shard, complete or absent
+    OUT/_plan/0/plan.json             what is embedded and how; written first and once
+    OUT/_plan/0/00012.jsonl           the shard's items: name and size, a JSON array a line
+    OUT/_plan/0/00012.done.json       rows, failures and SHA-256 of the finished shard
+    OUT/_plan/1/...                   what --extend added
+    OUT/_SUCCESS.json                 when everything is done: counts and the hash of every part
+
+A shard is done when its part has its final name. Its content follows from the plan alone, so two workers that do the
+same shard write the same bytes, and no lock is needed. Names that begin with `_` are passed over by Parquet's readers.
+"""

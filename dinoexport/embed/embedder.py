@@ -1,0 +1,380 @@
+"""A bundle opened to embed shards: read, decode and prepare on threads, run in batches, write one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+
+import dinoexport
+from dinoexport import bundle, family, images
+from dinoexport.bundle import Manifest, reference_file
+from dinoexport.config.recipe import Frozen, Recipe, parse
+from dinoexport.embed import columns as tables
+from dinoexport.embed import plan as plans
+from dinoexport.embed.columns import Row
+from dinoexport.embed.plan import Done, Plan
+from dinoexport.embed.sources import Read, Source, Unusable, open_source
+from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.family import FrontEnd, Model
+from dinoexport.runtime import cpu, runners
+from dinoexport.spec import Array, Arrays, Candidate, Graph
+from dinoexport.system import files, store
+from dinoexport.validation import evaluate
+
+# So many batches are decoded ahead of the one that is run: a slow image then holds nobody up.
+_BATCHES_AHEAD = 3
+_GROUP_BYTES = 32 << 20
+_GROUP_ROWS = 4096
+# Addresses in an error's text would make two runs differ.
+_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
+# Called with the number of rows and of failures since the last call.
+Tick = Callable[[int, int], None]
+
+
+class Job(Frozen):
+    """What a worker needs to know to begin. threads: of its session. decoders: threads that prepare images."""
+
+    bundle: str
+    out: str
+    images: str
+    threads: int
+    decoders: int
+
+
+@dataclass(kw_only=True)
+class Item:
+    """An image on its way. inputs: of the graph, for this one image; None when `row` says why it failed."""
+
+    row: Row
+    inputs: Arrays | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """How items become inputs: the family's own preparation, which is what the bundle was validated with."""
+
+    model: Model
+    front_end: FrontEnd
+    graph: Graph
+
+    def of(self, name: str, read: Read) -> Item:
+        """The image's row and inputs; whatever is wrong with this one image is in its row."""
+        row = Row(name=name)
+        try:
+            encoded = read()
+            row.sha256 = hashlib.sha256(encoded).hexdigest()
+            inputs = self.model.prepare(self.front_end.name, self.front_end.settings, [encoded])
+            row.height, row.width = images.size_of(encoded, named=name)
+            row.grid = self._grid(inputs)
+        except Unusable as problem:
+            row.error = str(problem)
+        except UsageError as problem:
+            row.error = _ADDRESS.sub("it", re.sub(r"^image 1: ", "", problem.message)).rstrip(".")
+        except MemoryError:
+            row.error = "too large to decode in this machine's memory"
+        else:
+            return Item(row=row, inputs=inputs)
+        return Item(row=row)
+
+    def _grid(self, inputs: Arrays) -> tuple[int, int] | None:
+        """How many patches the image has, by the steps of the graph's dimensions; None for graphs without them."""
+        dims = {dim.name: dim for dim in self.graph.dims}
+        sizes: dict[str, int] = {}
+        for tensor in self.graph.inputs:
+            sizes |= {
+                axis: size
+                for axis, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True)
+                if isinstance(axis, str)
+            }
+        if not {"height", "width"} <= sizes.keys() & dims.keys():
+            return None
+        return (sizes["height"] // dims["height"].step, sizes["width"] // dims["width"].step)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """What decides a bundle's outputs: its graphs and their weights, and the recipe that prepares images."""
+    graphs = {graph.file for graph in manifest.graphs}
+    graphs |= {f"{name}.data" for name in graphs}
+    hashes = sorted((file.name, file.sha256) for file in manifest.files if file.name in graphs)
+    return hashlib.sha256(json.dumps([hashes, manifest.recipe], sort_keys=True).encode()).hexdigest()
+
+
+def model_of(manifest: Manifest) -> Model:
+    """The variant that a manifest describes."""
+    recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+    return family.find(manifest.family).model(recipe)
+
+
+class Embedder:
+    """An open bundle, which has just given PyTorch's outputs on one of its cases, and the images' source."""
+
+    def __init__(self, job: Job) -> None:
+        folder = Path(job.bundle)
+        manifest = bundle.read_manifest(folder)
+        self._place = store.open_place(job.out)
+        self._plans = plans.read_all(self._place)
+        settings = self._plans[0].settings
+        if fingerprint(manifest) != settings.model_sha256:
+            raise UsageError(
+                f"{folder} is not the bundle that the run in {job.out} was planned for.",
+                next_step="Give that bundle, or begin in another folder.",
+            )
+        self._settings, self._decoders = settings, job.decoders
+        self._source: Source = open_source(job.images)
+        self._model = model_of(manifest)
+        self._candidate, self.runtime = _opened(folder, manifest, self._model, job.threads)
+        prove(self._candidate, folder, self.runtime)
+        front_end = FrontEnd(
+            name=settings.front_end,
+            graph=front_end_graph(self._model).name,
+            meaning="",
+            settings=settings.preparation,
+        )
+        self._prepared = Prepared(model=self._model, front_end=front_end, graph=front_end_graph(self._model))
+        self.columns = tables.choose(self._prepared.graph, settings.outputs)
+
+    def embed(
+        self,
+        plan: Plan,
+        shard: int,
+        *,
+        known_bad: Mapping[str, str] = MappingProxyType({}),
+        tick: Tick = lambda _rows, _failed: None,
+        begins: Callable[[str], None] | None = None,
+    ) -> Done:
+        """Writes a shard's part. known_bad: items that killed a decoder, and how. begins: hears of each item first.
+
+        With `begins` items are decoded one at a time on this thread, so that the last one it heard of is to blame.
+        """
+        names = plans.items_of(self._place, plan, shard)
+        return self._write(plan, shard, self._rows(names, plan, tick, known_bad, begins))
+
+    def again(self, plan: Plan, shard: int, *, tick: Tick = lambda _rows, _failed: None) -> Done:
+        """Writes a finished shard's part anew with its failed rows tried again; the others stay as they are."""
+        import pyarrow.parquet as pq
+
+        local = self._place.local
+        draft = self._place.draft(plan.part(shard) + ".before")
+        if local is None:
+            draft.write_bytes(self._place.read(plan.part(shard)))
+        found = pq.ParquetFile(draft if local is None else local / plan.part(shard))
+
+        def groups() -> Iterator[list[Row]]:
+            for batch in (found.read_row_group(i) for i in range(found.num_row_groups)):
+                rows = [self.stored_row(values) for values in batch.to_pylist()]
+                failed = [row.name for row in rows if row.error]
+                tried = iter([row for group in self._rows(failed, plan, tick) for row in group])
+                yield [next(tried) if row.error else row for row in rows]
+
+        try:
+            return self._write(plan, shard, groups())
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def stored_row(self, values: Mapping[str, object]) -> Row:
+        """A row as it was read back from a part."""
+        import numpy as np
+
+        arrays: dict[str, Array] = {}
+        for column in self.columns:
+            if values[column.name] is not None:
+                array = np.asarray(values[column.name], self._settings.dtype)
+                shape = values.get(f"{column.name}_shape")
+                arrays[column.name] = array if shape is None else array.reshape(np.asarray(shape))
+        grid = (values.get("grid_height"), values.get("grid_width"))
+        return Row(
+            name=str(values["path"]),
+            sha256=values["sha256"],  # type: ignore[arg-type]
+            height=values["height"],  # type: ignore[arg-type]
+            width=values["width"],  # type: ignore[arg-type]
+            grid=None if None in grid else grid,  # type: ignore[arg-type]
+            values=arrays,
+            error=str(values["error"] or ""),
+        )
+
+    def answers(self, names: Iterable[str]) -> Iterator[Row]:
+        """Rows for these items, embedded now, one row a batch: what `verify` compares with."""
+        for name, read in self._source.readers(list(names)):
+            item = self._prepared.of(name, read)
+            if item.inputs is not None:
+                self._run([item])
+            yield item.row
+
+    def _write(self, plan: Plan, shard: int, groups: Iterable[list[Row]]) -> Done:
+        schema = tables.schema(self.columns, dtype=self._settings.dtype, metadata=self._metadata(plan))
+        draft = self._place.draft(plan.part(shard))
+        rows = failed = 0
+        try:
+            with files.disk_errors(draft.parent):
+                writer = tables.Writer(draft, schema, self.columns, dtype=self._settings.dtype)
+                for group in groups:
+                    if group:
+                        writer.write(tables.table(group, self.columns, schema))
+                    rows, failed = rows + len(group), failed + sum(bool(row.error) for row in group)
+                writer.close()
+                done = Done(rows=rows, failed=failed, sha256=files.sha256(draft), size_bytes=draft.stat().st_size)
+            self._place.publish(draft, plan.part(shard))
+        finally:
+            draft.unlink(missing_ok=True)
+        self._place.write(plan.done_name(shard), done.model_dump_json().encode())
+        return done
+
+    def _metadata(self, plan: Plan) -> dict[str, str]:
+        settings = self._settings
+        return {
+            "dinoexport.model": settings.model_sha256,
+            "dinoexport.variant": settings.variant,
+            "dinoexport.precision": settings.precision,
+            "dinoexport.runtime": self.runtime,
+            "dinoexport.preparation": f"{settings.front_end} {settings.preparation}",
+            "dinoexport.normalised": "L2" if settings.normalised else "no",
+            "dinoexport.plan": plan.sha256,
+            "dinoexport.version": dinoexport.__version__,
+        }
+
+    def _rows(
+        self,
+        names: list[str],
+        plan: Plan,
+        tick: Tick,
+        known_bad: Mapping[str, str] = MappingProxyType({}),
+        begins: Callable[[str], None] | None = None,
+    ) -> Iterator[list[Row]]:
+        """The items' rows, a row group at a time. Batches follow from the plan and from what cannot be decoded."""
+        size = self._group_rows(plan)
+        items = self._items(names, known_bad, begins)
+        while group := self._group(items, size, tick):
+            yield group
+
+    def _group(self, items: Iterator[Item], size: int, tick: Tick) -> list[Row]:
+        """The next rows, at most `size`, with their values. Images of one size are batched together."""
+        rows: list[Row] = []
+        told = bad = 0
+        waiting: dict[tuple[tuple[int, ...], ...], list[Item]] = {}
+        for item in islice(items, size):
+            rows.append(item.row)
+            if len(rows) - told == self._settings.batch:
+                failed = sum(bool(row.error) for row in rows)
+                tick(len(rows) - told, failed - bad)
+                told, bad = len(rows), failed
+            if item.inputs is None:
+                continue
+            alike = waiting.setdefault(tuple(array.shape for array in item.inputs.values()), [])
+            alike.append(item)
+            if len(alike) == self._settings.batch:
+                self._run(alike)
+                alike.clear()
+        for alike in waiting.values():
+            if alike:
+                self._run(alike)
+        tick(len(rows) - told, sum(bool(row.error) for row in rows) - bad)
+        return rows
+
+    def _group_rows(self, plan: Plan) -> int:
+        batch = plan.settings.batch
+        of_memory = _GROUP_BYTES // tables.row_bytes(self.columns, self._prepared.graph, plan.settings.dtype)
+        return max(1, min(_GROUP_ROWS, of_memory) // batch) * batch
+
+    def _items(
+        self, names: list[str], known_bad: Mapping[str, str], begins: Callable[[str], None] | None
+    ) -> Iterator[Item]:
+        """The items in their order, decoded ahead on threads."""
+        readers = self._source.readers(names)
+
+        def prepared(name: str, read: Read) -> Item:
+            if name in known_bad:
+                return Item(row=Row(name=name, error=known_bad[name]))
+            return self._prepared.of(name, read)
+
+        if begins is not None:
+            for name, read in readers:
+                begins(name)
+                yield prepared(name, read)
+            return
+        ahead = self._settings.batch * _BATCHES_AHEAD
+        under_way: deque[Future[Item]] = deque()
+        with ThreadPoolExecutor(self._decoders) as pool:
+            try:
+                for name, read in readers:
+                    under_way.append(pool.submit(prepared, name, read))
+                    if len(under_way) > ahead:
+                        yield under_way.popleft().result()
+                while under_way:
+                    yield under_way.popleft().result()
+            finally:
+                for future in under_way:
+                    future.cancel()
+
+    def _run(self, batch: list[Item]) -> None:
+        """Puts the values of a batch into its items' rows."""
+        import numpy as np
+
+        assert all(item.inputs is not None for item in batch)
+        inputs = [item.inputs for item in batch if item.inputs is not None]
+        merged = inputs[0] if len(inputs) == 1 else {n: np.concatenate([i[n] for i in inputs]) for n in inputs[0]}
+        answers = self._candidate(merged)
+        found = {column.name: column.of(answers) for column in self.columns}
+        for place, item in enumerate(batch):
+            item.inputs = None
+            values = {name: of_batch[place] for name, of_batch in found.items()}
+            if not all(np.isfinite(array).all() for array in values.values()):
+                item.row.error = "the model's output is not finite"
+                continue
+            item.row.values = {name: self._kept(item.row.name, name, array) for name, array in values.items()}
+
+    def _kept(self, item: str, name: str, values: Array) -> Array:
+        settings = self._settings
+        return tables.stored(values, dtype=settings.dtype, normalised=settings.normalised, name=f"{name} of {item}")
+
+
+def front_end_graph(model: Model) -> Graph:
+    """The graph that images go into; a UsageError for a model that takes none."""
+    ends = model.front_ends(None, progress=lambda *_: None)
+    graphs = {graph.name: graph for graph in model.graphs}
+    of_images = [graphs[end.graph] for end in ends if any(len(t.shape) == 4 for t in graphs[end.graph].inputs)]
+    if not of_images:
+        takes = "; ".join(f"{tensor.name}: {tensor.meaning}" for tensor in model.graphs[0].inputs)
+        raise UsageError(
+            f"This bundle's model takes no image files ({takes}), and embed reads images.",
+            next_step="Give a bundle of an image model whose profile holds its evaluation size.",
+        )
+    return of_images[0]
+
+
+def prove(candidate: Candidate, folder: Path, name: str) -> None:
+    """Raises ValidationFailed unless this machine gives PyTorch's outputs on the bundle's smallest case."""
+    reference = reference_file.read(folder / bundle.REFERENCE)
+    smallest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
+    alone = type(reference)(name=reference.name, limits=reference.limits, expectations=(smallest,), refusals=())
+    report = evaluate.judged(candidate, alone, name)
+    if not report.passed and not report.not_covered:
+        raise ValidationFailed(
+            f"On this machine the bundle does not give PyTorch's outputs (case {smallest.case.name}).",
+            next_step=f"dinoexport validate {folder} shows by how much.",
+        )
+
+
+def _opened(folder: Path, manifest: Manifest, model: Model, threads: int) -> tuple[Candidate, str]:
+    """The bundle's engines where this machine runs them, else its graphs; and what that is in words."""
+    graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
+    if manifest.engines:
+        try:
+            engines = {folder / engine.file: engine for engine in manifest.engines}
+            candidate, device = runners.open_engines(
+                model, engines, graphs, trusted=False
+            )  # no signature was asked for
+        except MissingRequirement:
+            pass
+        else:
+            return candidate, runners.engine_name(manifest.engines[0], device)
+    way = replace(runners.way_of(manifest), threads=threads)
+    opened = cpu.open_graphs(graphs, way)
+    return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})

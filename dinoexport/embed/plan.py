@@ -1,0 +1,268 @@
+"""What is embedded, how, and in which shards: written before the first row, and never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dinoexport.config.recipe import Frozen, Sha256
+from dinoexport.embed.sources import Item, Source
+from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.spec import Progress
+from dinoexport.system.store import Place
+
+FOLDER = "_plan"
+SUCCESS = "_SUCCESS.json"
+ROWS_MAX = 50_000
+_FILE_BYTES = 128 << 20
+_LEAST_ROWS = 64
+_SHARDS_MAX = 100_000
+# So many items are held before they are shared out to the shards' lists.
+_SHARED_OUT = 200_000
+
+
+class Settings(Frozen):
+    """What decides a row's content. images: as it was given, absolute where it is a path."""
+
+    images: str
+    model_sha256: Sha256
+    variant: str
+    precision: str
+    front_end: str
+    preparation: dict[str, Any]
+    outputs: tuple[str, ...]
+    dtype: Literal["float32", "float16"]
+    normalised: bool
+    batch: int = Field(ge=1)
+
+
+class Plan(Frozen):
+    """A listing cut into shards. generation: 0, or which extension it is. lists: where the shards' items are listed."""
+
+    version: Literal[1] = 1
+    generation: int = Field(ge=0)
+    shards: int = Field(ge=1, le=_SHARDS_MAX)
+    items: int = Field(ge=0)
+    image_bytes: int = Field(ge=0)
+    listing_sha256: Sha256
+    lists: str = Field(pattern=r"^\d+-[0-9a-f]{12}$")
+    settings: Settings
+
+    def part(self, shard: int) -> str:
+        """The file that holds a shard's rows."""
+        name = f"part-{shard:05d}-of-{self.shards:05d}.parquet"
+        return name if not self.generation else f"extension-{self.generation}-{name}"
+
+    def list_name(self, shard: int) -> str:
+        """The file that lists a shard's items."""
+        return f"{FOLDER}/{self.lists}/{shard:05d}.jsonl"
+
+    def done_name(self, shard: int) -> str:
+        """The file that says what a finished shard holds."""
+        return f"{FOLDER}/{self.lists}/{shard:05d}.done.json"
+
+    @property
+    def sha256(self) -> str:
+        """The plan's own hash, which each part carries."""
+        return hashlib.sha256(self.model_dump_json(exclude={"settings": {"images"}}).encode()).hexdigest()
+
+
+class Done(Frozen):
+    """What a finished shard holds."""
+
+    rows: int
+    failed: int
+    sha256: Sha256
+    size_bytes: int
+
+
+def items_of(place: Place, plan: Plan, shard: int) -> list[str]:
+    """The names of a shard's items, in the order of its rows."""
+    try:
+        raw = place.read(plan.list_name(shard)).decode()
+        return [str(json.loads(line)[0]) for line in raw.splitlines()]
+    except (FileNotFoundError, ValueError, IndexError, TypeError):
+        raise ValidationFailed(
+            f"{place}: {plan.list_name(shard)} is missing or damaged.", next_step="Begin again in another folder."
+        ) from None
+
+
+def read_all(place: Place) -> tuple[Plan, ...]:
+    """The plan and its extensions, in their order; empty when there is none."""
+    found: list[Plan] = []
+    while True:
+        try:
+            raw = place.read(f"{FOLDER}/{len(found)}.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return tuple(found)
+        try:
+            found.append(Plan.model_validate_json(raw))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValidationFailed(
+                f"{place}/{FOLDER}/{len(found)}.json is damaged, or of another version: {first['msg']}.",
+                next_step="Begin again in another folder.",
+            ) from None
+
+
+def make(
+    source: Source,
+    place: Place,
+    settings: Settings,
+    *,
+    before: tuple[Plan, ...],
+    shards: int | None,
+    workers: int,
+    row_bytes: int,
+    progress: Progress,
+) -> Plan | None:
+    """Lists the source and writes the next plan; None when it lists nothing that is not in the plans `before`.
+
+    Memory holds a part of the listing, however long it is. When another process has written a plan in the meantime,
+    that one is returned.
+    """
+    generation = len(before)
+    with TemporaryDirectory() as scratch:
+        listing = Path(scratch) / "listing.jsonl"
+        found = _listed(source.items(), listing, progress)
+        for i, plan in enumerate(before):
+            listing, found = _without(listing, plan, place, Path(scratch) / str(i))
+        items, image_bytes, digest = found
+        if not items:
+            return None
+        count = shards or _count(items, row_bytes, workers)
+        named = hashlib.sha256(f"{count} {digest} {settings.model_dump_json()}".encode()).hexdigest()[:12]
+        plan = Plan(
+            generation=generation,
+            shards=count,
+            items=items,
+            image_bytes=image_bytes,
+            listing_sha256=digest,
+            lists=f"{generation}-{named}",
+            settings=settings,
+        )
+        for shard, path in enumerate(_shared_out(_read_lines(listing), count, Path(scratch) / "shards")):
+            place.write(plan.list_name(shard), path.read_bytes() if path.exists() else b"")
+            progress("writing the plan", shard + 1, count)
+    try:
+        place.write(f"{FOLDER}/{generation}.json", plan.model_dump_json(indent=1).encode(), new=True)
+    except FileExistsError:
+        theirs = read_all(place)[generation]
+        if theirs.lists != plan.lists:
+            for shard in range(count):
+                place.remove(plan.list_name(shard))
+        return theirs
+    return plan
+
+
+def listing_hash(source: Source, progress: Progress) -> str:
+    """What `Plan.listing_sha256` of a first plan would be now."""
+    with TemporaryDirectory() as scratch:
+        return _listed(source.items(), Path(scratch) / "listing.jsonl", progress)[2]
+
+
+def refuse_others(plan: Plan, wanted: Settings, shards: int | None, place: Place) -> None:
+    """Raises UsageError when the run at `place` is another than is wanted now, and names what differs."""
+    theirs, ours = plan.settings.model_dump(), wanted.model_dump()
+    differing = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
+    if shards is not None and plan.generation == 0 and shards != plan.shards:
+        differing.append(f"{plan.shards} shards, not {shards}")
+    if differing:
+        raise UsageError(
+            f"{place} holds another run: it has {'; '.join(differing)}.",
+            next_step="Choose another --out, or ask for what that run was begun with.",
+        )
+
+
+def _count(items: int, row_bytes: int, workers: int) -> int:
+    """Files of 128 MB or 50,000 rows at most; and some for each worker, so that all end at about the same time."""
+    wanted = max(math.ceil(items / ROWS_MAX), math.ceil(items * row_bytes / _FILE_BYTES))
+    return min(_SHARDS_MAX, max(wanted, min(math.ceil(items / _LEAST_ROWS), 8 * workers)))
+
+
+def shard_of(key: str, shards: int) -> int:
+    """The shard that items of `key` belong in; whatever else is listed, and in whatever order."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % shards
+
+
+Found = tuple[int, int, str]  # items, their bytes, hash of the listing
+
+
+def _listed(items: Iterable[Item], listing: Path, progress: Progress) -> Found:
+    """Writes the listing to a file. The hash is of the names alone: a store may report other sizes later."""
+    count, image_bytes, digest = 0, 0, hashlib.sha256()
+    with listing.open("w", encoding="utf-8") as file:
+        for item in items:
+            count, image_bytes = count + 1, image_bytes + item.size_bytes
+            digest.update(json.dumps([item.name, item.key]).encode())
+            file.write(json.dumps([item.name, item.size_bytes, item.key]) + "\n")
+            if count % 10_000 == 0:
+                progress("listing images", count, 0)
+    return count, image_bytes, digest.hexdigest()
+
+
+def _read_lines(listing: Path) -> Iterator[tuple[str, str]]:
+    """(the item's key, its line) of each item in a listing."""
+    with listing.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)[2], line
+
+
+def _shared_out(lines: Iterable[tuple[str, str]], count: int, folder: Path) -> list[Path]:
+    """A file for each shard, its lines in the listing's order; a shard without items has no file."""
+    folder.mkdir()
+    paths = [folder / str(shard) for shard in range(count)]
+    held: dict[int, list[str]] = {}
+
+    def flush() -> None:
+        for shard, some in held.items():
+            with paths[shard].open("a", encoding="utf-8") as file:
+                file.writelines(some)
+        held.clear()
+
+    for number, (key, line) in enumerate(lines, start=1):
+        held.setdefault(shard_of(key, count), []).append(line)
+        if number % _SHARED_OUT == 0:
+            flush()
+    flush()
+    return paths
+
+
+def _without(listing: Path, plan: Plan, place: Place, folder: Path) -> tuple[Path, Found]:
+    """The listing without the items of `plan`, shard by shard: one shard's names are held at once."""
+    kept = listing.with_name(f"without-{plan.generation}.jsonl")
+    parts = _shared_out(_read_lines(listing), plan.shards, folder)
+
+    def remaining(exits: ExitStack) -> Iterator[Item]:
+        for shard, part in enumerate(parts):
+            if part.exists():
+                known = set(items_of(place, plan, shard))
+                for line in exits.enter_context(part.open(encoding="utf-8")):
+                    name, size_bytes, key = json.loads(line)
+                    if name not in known:
+                        yield Item(name=name, size_bytes=size_bytes, key=key)
+                exits.close()
+
+    with ExitStack() as exits:
+        return kept, _listed(remaining(exits), kept, lambda *_: None)
+
+
+def success(place: Place, plans: tuple[Plan, ...], done: Mapping[str, Done]) -> bytes:
+    """`_SUCCESS.json`: what is in the folder now that every shard is done."""
+    content = {
+        "rows": sum(part.rows for part in done.values()),
+        "failed": sum(part.failed for part in done.values()),
+        "plans": [plan.sha256 for plan in plans],
+        "parts": {name: part.model_dump() for name, part in sorted(done.items())},
+    }
+    raw = (json.dumps(content, indent=1) + "\n").encode()
+    place.write(SUCCESS, raw)
+    return raw

@@ -1,0 +1,290 @@
+"""A folder on disk or a prefix in an object store (S3, Google, Azure, HTTP) behind one interface of whole files.
+
+A file appears complete or not at all: on disk by rename, in a store by one PUT or a completed multipart upload. The
+stores are obstore's, which reads credentials and endpoints from the environment as each vendor's own tools do
+(AWS_ENDPOINT_URL, AWS_PROFILE is not read; GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from dinoexport.errors import MissingRequirement, UsageError, require
+from dinoexport.system import files
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+_READ_ONLY = ("http", "https")
+# A store that answers 503 is asked again, waiting longer each time, until this much time has passed.
+_RETRY_S = 60
+_DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.partial$")
+
+
+class Place(Protocol):
+    """Where files are read from and written to, by names relative to it with `/` between their parts."""
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where it is one on disk."""
+
+    def files(self, under: str = "") -> Iterator[tuple[str, int]]:
+        """(name, size in bytes) of every file below `under`, in no order that may be relied on."""
+
+    def read(self, name: str) -> bytes:
+        """A file's content; a FileNotFoundError when there is none."""
+
+    def write(self, name: str, content: bytes, *, new: bool = False) -> None:
+        """Puts a file in place as a whole. new: a FileExistsError when another one is there already."""
+
+    def draft(self, name: str) -> Path:
+        """A local path at which to write what `publish` then puts at `name`."""
+
+    def publish(self, draft: Path, name: str) -> None:
+        """Puts the finished draft at `name`, over what was there; the draft is gone afterwards."""
+
+    def remove(self, name: str) -> None:
+        """Removes a file; no error when there is none."""
+
+
+def is_url(place: str) -> bool:
+    """Whether `place` names an object store or a server instead of a path."""
+    return "://" in place
+
+
+def open_place(place: str) -> Place:
+    """The folder or the object-store prefix called `place`. Nothing is created, and nothing is asked of a store yet."""
+    return RemotePlace(place) if is_url(place) else LocalPlace(Path(place))
+
+
+class LocalPlace:
+    """A folder on disk. It and the folders inside it are made when something is written to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.local: Path | None = folder
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def files(self, under: str = "") -> Iterator[tuple[str, int]]:
+        """Every regular file; links are not followed."""
+        pending = [self._folder / under]
+        while pending:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(pending.pop()) as found:
+                for entry in found:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        name = Path(entry.path).relative_to(self._folder).as_posix()
+                        yield name, entry.stat(follow_symlinks=False).st_size
+
+    def read(self, name: str) -> bytes:
+        """The file's content."""
+        return (self._folder / name).read_bytes()
+
+    def write(self, name: str, content: bytes, *, new: bool = False) -> None:
+        """By rename, or where it must be new by a link, which fails on a name that is taken."""
+        draft = self.draft(name)
+        with files.disk_errors(self._folder):
+            try:
+                with draft.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if new:
+                    try:
+                        os.link(draft, self._folder / name)
+                    except FileExistsError:
+                        raise
+                    except OSError:  # a file system without links; two writers at once are then not told apart
+                        if (self._folder / name).exists():
+                            raise FileExistsError(name) from None
+                        os.replace(draft, self._folder / name)
+                else:
+                    os.replace(draft, self._folder / name)
+            except FileExistsError:
+                raise _Exists(name) from None
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def draft(self, name: str) -> Path:
+        """A hidden file beside the final one, named after this process so that what a dead one left can be told."""
+        path = self._folder / name
+        with files.disk_errors(self._folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+
+    def publish(self, draft: Path, name: str) -> None:
+        """By rename, after its bytes are on the disk."""
+        with files.disk_errors(self._folder):
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, self._folder / name)
+
+    def remove(self, name: str) -> None:
+        """Removes the file."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Removes drafts of processes of this machine that are dead."""
+        for path in self._folder.rglob(".*.partial"):
+            found = _DRAFT.match(path.name)
+            if found and found["host"] == _host() and not _alive(int(found["pid"])):
+                path.unlink(missing_ok=True)
+
+
+class _Exists(FileExistsError):
+    """Kept apart from the FileExistsError that a wrong path gives, which `disk_errors` puts into words."""
+
+
+class RemotePlace:
+    """A prefix of an object store, or a web server that is only read from."""
+
+    def __init__(self, url: str) -> None:
+        scheme = urlsplit(url).scheme
+        if scheme not in SCHEMES:
+            raise UsageError(
+                f"{url}: {scheme}:// is no kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
+            )
+        if "@" in urlsplit(url).netloc:
+            raise UsageError(
+                f"{scheme}:// with a user name or a password in it is not taken: it would be written into files.",
+                next_step="Give credentials through the environment, as the vendor's tools read them.",
+            )
+        require("store", "obstore")
+        self.local: Path | None = None
+        self._url, self._scheme = url.rstrip("/"), scheme
+        self._opened: Any = None
+        self._drafts = tempfile.gettempdir()
+
+    def __str__(self) -> str:
+        return self._url
+
+    @property
+    def _store(self) -> Any:
+        if self._opened is None:
+            from datetime import timedelta
+
+            from obstore.store import from_url
+
+            with self._errors():
+                open_url: Any = from_url  # its overloads ask which store it is, and this is where nobody knows
+                self._opened = open_url(
+                    self._url,
+                    client_options={"allow_http": self._scheme in ("s3", "http")},
+                    retry_config={"retry_timeout": timedelta(seconds=_RETRY_S), "max_retries": 8},
+                )
+        return self._opened
+
+    def files(self, under: str = "") -> Iterator[tuple[str, int]]:
+        """Every object below `under`, a thousand a request."""
+        import obstore
+
+        with self._errors():
+            for page in obstore.list(self._store, under or None, chunk_size=1000):
+                yield from ((str(found["path"]), int(found["size"])) for found in page)
+
+    def read(self, name: str) -> bytes:
+        """The object's content."""
+        import obstore
+
+        with self._errors(name):
+            return bytes(obstore.get(self._store, name).bytes())
+
+    def write(self, name: str, content: bytes, *, new: bool = False) -> None:
+        """One PUT; where it must be new, a conditional one."""
+        import obstore
+
+        self.check_writable()
+        with self._no_bucket(), self._errors(name):
+            obstore.put(self._store, name, content, mode="create" if new else "overwrite", use_multipart=False)
+
+    def draft(self, name: str) -> Path:
+        """A file in the folder for temporary files."""
+        self.check_writable()
+        return Path(self._drafts) / f".{name.replace('/', '_')}.{_host()}.{os.getpid()}.partial"
+
+    def publish(self, draft: Path, name: str) -> None:
+        """One PUT, or a multipart upload, which is invisible until it is complete."""
+        import obstore
+
+        self.check_writable()
+        with self._no_bucket(), self._errors(name), draft.open("rb") as file:
+            obstore.put(self._store, name, file)
+        draft.unlink()
+
+    def remove(self, name: str) -> None:
+        """Removes the object."""
+        import obstore
+
+        self.check_writable()
+        with self._errors(name), suppress(FileNotFoundError):
+            obstore.delete(self._store, name)
+
+    def check_writable(self) -> None:
+        """Raises UsageError for a place that is only read from."""
+        if self._scheme in _READ_ONLY:
+            raise UsageError(
+                f"{self._url} is a web server, which is only read from.", next_step="Write to s3://, gs:// or az://."
+            )
+
+    @contextmanager
+    def _no_bucket(self) -> Iterator[None]:
+        """What a store says to a PUT by "not found"."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise MissingRequirement(
+                f"{self._url}: there is no such bucket.", next_step="Make it, or check its name."
+            ) from None
+
+    @contextmanager
+    def _errors(self, name: str = "") -> Iterator[None]:
+        """Turns what a store answers into one sentence without a word of the answer: it may repeat credentials."""
+        from obstore import exceptions
+
+        where = f"{self._url}/{name}" if name else self._url
+        try:
+            yield
+        except (FileNotFoundError, exceptions.NotFoundError):
+            raise FileNotFoundError(where) from None
+        except exceptions.AlreadyExistsError:
+            raise FileExistsError(where) from None
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
+            raise MissingRequirement(
+                f"{where}: access denied.",
+                next_step="Check the credentials in the environment and what they are allowed to do.",
+            ) from None
+        except exceptions.BaseError as error:
+            said = str(error)
+            if re.search(r"credential|169\.254\.169\.254|metadata\.google|token", said, re.IGNORECASE):
+                raise MissingRequirement(
+                    f"{where}: no credentials were found.",
+                    next_step="Set them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+                ) from None
+            status = re.search(r"\b(?:status|HTTP(?: status)?(?: server error)?)\D{0,20}([45]\d\d)\b", said)
+            raise MissingRequirement(
+                f"{where}: the store {f'answers {status[1]}' if status else 'cannot be reached or broke off'}.",
+                next_step="Check the address and the network, and run it again: what is finished is kept.",
+            ) from None
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

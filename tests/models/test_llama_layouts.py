@@ -1,0 +1,121 @@
+"""Checkpoints of Llama-type models in every layout they are published in: the same weights give the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinoexport.errors import WeightsError
+from dinoexport.graph.onnx_writer import Traces, export
+from dinoexport.spec import silent
+from dinoexport.weights.checkpoint import open_checkpoint
+from tests import llama_files
+from tests.models.test_llama import model_of
+
+SEED = 7
+LAYOUTS: dict[str, Callable[[Path, Any], Path]] = {
+    "meta": lambda folder, arch: llama_files.write_meta(folder, arch, SEED),
+    "meta in two files": lambda folder, arch: llama_files.write_meta(folder, arch, SEED, shards=2),
+    "hf": lambda folder, arch: llama_files.write_hf(folder, arch, SEED),
+    "hf in three files": lambda folder, arch: llama_files.write_hf(folder, arch, SEED, shards=3),
+    **{
+        f"gguf {kind}": lambda folder, arch, kind=kind: llama_files.write_gguf(
+            folder.with_suffix(".gguf"), arch, SEED, kind
+        )
+        for kind in ("F32", "F16", "BF16")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return model_of("tiny_gqa")
+
+
+@pytest.fixture(scope="module")
+def digests_of(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], dict[str, str]]:
+    traces: Traces = {}
+
+    def of(read: Any) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("onnx")
+        export(model.graphs[0], model.calls(model.graphs[0], read), folder, metadata={}, traces=traces)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any, digests_of: Callable[[Any], dict[str, str]]) -> dict[str, str]:
+    return digests_of(lambda name: model.synthetic(name, SEED))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_bytes(
+    layout: str,
+    model: Any,
+    expected: dict[str, str],
+    digests_of: Callable[[Any], dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    source = LAYOUTS[layout](tmp_path / "weights", model.arch)
+    checkpoint = open_checkpoint(model, model.recipe, str(source), progress=silent)
+    assert digests_of(checkpoint.read) == expected
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_quantised_gguf_is_near(kind: str, model: Any, tmp_path: Path) -> None:
+    """The file's own values, in the right places: a permuted row would be off by more than one."""
+    source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, kind)
+    checkpoint = open_checkpoint(model, model.recipe, str(source), progress=silent)
+    limit = 0.01 if kind == "Q8_0" else 0.15
+    for name in model.tensors:
+        values = model.synthetic(name, SEED)
+        assert np.linalg.norm(checkpoint.read(name) - values) <= limit * np.linalg.norm(values), name
+
+
+def open_folder(model: Any, folder: Path) -> Any:
+    return open_checkpoint(model, model.recipe, str(folder), progress=silent)
+
+
+def test_a_missing_shard_is_named(model: Any, tmp_path: Path) -> None:
+    folder = llama_files.write_meta(tmp_path, model.arch, SEED, shards=2)
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(WeightsError, match="mis-shaped"):
+        open_folder(model, folder)
+
+
+def test_a_doubled_shard_is_refused(model: Any, tmp_path: Path) -> None:
+    folder = llama_files.write_meta(tmp_path, model.arch, SEED, shards=2)
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+    with pytest.raises(WeightsError, match="same file twice"):
+        open_folder(model, folder)
+
+
+def test_shards_that_do_not_add_up_are_refused(model: Any, tmp_path: Path) -> None:
+    folder = llama_files.write_meta(tmp_path, model.arch, SEED, shards=2)
+    shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
+    shard["norm.weight"] = shard["norm.weight"] + 1
+    torch.save(shard, folder / "consolidated.01.pth")
+    with pytest.raises(WeightsError, match=r"different copies of norm\.weight"):
+        open_folder(model, folder).read("norm.weight")
+
+
+def test_rounded_frequencies_are_ignored(model: Any, tmp_path: Path) -> None:
+    """The files hold `rope.freqs` of another base; no tensor of the model is made of it."""
+    folder = llama_files.write_meta(tmp_path, model.arch, SEED)
+    read = open_folder(model, folder).read
+    assert all(np.array_equal(read(name), model.synthetic(name, SEED)) for name in model.tensors)
+
+
+def test_a_damaged_gguf_is_refused(model: Any, tmp_path: Path) -> None:
+    source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, "F16")
+    source.write_bytes(source.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="damaged"):
+        open_folder(model, source)
