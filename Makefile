@@ -12,6 +12,7 @@
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
+# make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
 # All set themselves up in .venv; a second call does no set-up again.
 
@@ -28,7 +29,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak tensorrt-facts clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -46,7 +47,7 @@ check: $(READY)
 	$(BIN)/hadolint --failure-threshold info Dockerfile
 
 quick: check
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow' $(QUICK_TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
 
 test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
@@ -75,6 +76,10 @@ engines: $(READY)
 SOAK_S ?= 600
 soak: $(READY) $(TRITON_READY)
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
+
+BUNDLE ?= bundles/smollm2-135m-fp32-cpu
+soak-text: $(READY) $(TRITON_READY)
+	$(BIN)/python -m benchmarks.soak_text $(BUNDLE) --seconds $(SOAK_S)
 
 # The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
 PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt

@@ -274,9 +274,10 @@ def load(
 
 
 def build(
-    variant: str | PathLike[str],
+    variant: str | PathLike[str] | None = None,
     *,
     weights: str | PathLike[str] | None = None,
+    prefix: str | None = None,
     precision: str | None = None,
     target: str | None = None,
     runtime: str | None = None,
@@ -293,8 +294,9 @@ def build(
     """Builds a bundle like `dinoexport build`, and opens it. Needs torch.
 
     Args:
-        variant: A shipped variant, or the path of a recipe.
+        variant: A shipped variant, or the path of a recipe. None: made from the weights and the files beside them.
         weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
+        prefix: Which of several models in the file: what stands before its tensors' names.
         precision: "fp32", "fp16", "bf16", "int8" or "auto". None: the recipe's, else the target's first.
         target: The machine to build for. None: the GPU of this machine, else "cpu".
         runtime: One of the target's runtimes. None: the first that can be used.
@@ -315,14 +317,16 @@ def build(
     from dinoexport.pipeline import build as pipeline
 
     request = pipeline.build_request(
-        str(variant),
+        None if variant is None else str(variant),
         weights=None if weights is None else str(weights),
+        prefix=prefix,
         precision="auto" if precision == "auto" else _member(Precision, "precision", precision),
         target=target,
         runtime=_member(Runtime, "runtime", runtime),
         engine_choices=({"profiles": tuple(profiles)} if profiles else {}) | ({"preset": preset} if preset else {}),
         out=None if out is None else Path(out),
         judge_code=reference,
+        progress=progress,
     )
     built = pipeline.build(request, force=force, keep_rejected=keep_rejected, progress=progress)
     return Bundle(built.folder, built.manifest, threads=threads, device=device, trusted=True)

@@ -78,6 +78,26 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fact:
+    """Something about a model that a file of the user's says.
+
+    key: the recipe's, dotted, as `model.num_heads`. source: what says so, in words, as `config.json: num_heads`.
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What weights and the files beside them say of a model. notes: what was chosen or left out, a sentence each."""
+
+    facts: tuple[Fact, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrontEnd:
     """Preparation of users' files for a graph, served in front of it.
 
@@ -339,7 +359,28 @@ class Family(Protocol):
         """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
 
     def table_schemas(self) -> Mapping[str, Any]:
-        """JSON schemas of the recipe tables that are the family's own: `model` and `graph`."""
+        """JSON schemas of the recipe tables that are the family's own: `model` and `graph`, `preprocess` if any."""
+
+
+@runtime_checkable
+class DescribesWeights(Protocol):
+    """A family that reads what a user's weights, and the files beside them, say of the model they are of."""
+
+    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
+        """The recipe for the weights at `weights`, a file or a folder, by what they are and what lies beside them.
+
+        found: their tensors. None when they are not this family's; a UsageError when they are, and what a recipe needs
+        can be seen nowhere.
+        """
+
+    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
+        """What the weights and the files beside them say of what `recipe` describes.
+
+        The caller refuses facts that contradict the recipe or one another, and adds the rest to it.
+        """
+
+    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
+        """What no weights show, with the value it has unless the recipe or a file says otherwise, and why that one."""
 
 
 def installed() -> tuple[str, ...]:

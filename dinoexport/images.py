@@ -1,6 +1,6 @@
-"""Decode photographs safely, and prepare them like the models' authors: resized and cropped with Pillow.
+"""Decode photographs safely, and resize, crop and normalise them as a recipe says.
 
-Arrays are uint8 RGB, (height, width, 3).
+Pictures are uint8 RGB, (height, width, 3); normalised images are float32, (batch, channels, height, width).
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
+from pydantic import Field, model_validator
+
+from dinoexport.config.recipe import Frozen
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array
 
@@ -22,8 +26,109 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # A decoded image of 64 Mpx is 192 MB; what is larger is refused before it is decoded, or resized to that.
 MAX_PIXELS = 64_000_000
+# ImageNet's mean and deviation per RGB channel, on pixels in 0..1 (upstream dinov2/data/transforms.py).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # EXIF's tag and the four of its eight values that exchange height and width.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, frozenset({5, 6, 7, 8})
+
+
+Side = int
+Pair = tuple[int, int]  # (height, width) in pixels
+
+
+class Preprocessing(Frozen):
+    """The `[preprocess]` table: what a model was trained to be shown. Default: upstream's evaluation on ImageNet."""
+
+    mean: tuple[float, ...] = Field(
+        default=IMAGENET_MEAN,
+        min_length=1,
+        description="Per channel, on pixels in 0..1. No file of weights shows it.",
+    )
+    std: tuple[float, ...] = Field(
+        default=IMAGENET_STD, min_length=1, description="Deviation per channel, on pixels in 0..1; see mean."
+    )
+    resize: Side | Pair = Field(
+        default=256,
+        description="Pixels of the shorter side before the crop; or [height, width], whatever the image's aspect.",
+    )
+    crop: Side | Pair = Field(default=224, description="Pixels a side of the centre that is cut out, or both sides.")
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] = Field(
+        default="bicubic", description="How an image is resized."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}")
+        if not all(isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ValueError("mean and std need finite numbers, std greater than 0")
+        if min(*_pair(self.resize), *self.crop_size) < 1:
+            raise ValueError("resize and crop need at least one pixel a side")
+        return self
+
+    @property
+    def crop_size(self) -> Pair:
+        """(height, width) of what `prepared` gives."""
+        return _pair(self.crop)
+
+    def prepared(self, image: Image.Image) -> Array:
+        """The image resized and its centre cut out, (height, width, 3), with torchvision's rounding."""
+        import numpy as np
+
+        resized = _resized(image, self._resized_size(image), self.interpolation)
+        height, width = self.crop_size
+        left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+    def _resized_size(self, image: Image.Image) -> Pair:
+        if not isinstance(self.resize, int):
+            return self.resize
+        shorter, longer = sorted(image.size)
+        scaled = int(self.resize * longer / shorter)
+        return (scaled, self.resize) if image.width <= image.height else (self.resize, scaled)
+
+    def covering(self, image: Image.Image, size: Pair) -> Array:
+        """The image scaled until it covers `size`, and its centre cut out: nothing is stretched or padded."""
+        import numpy as np
+
+        height, width = size
+        scale = max(height / image.height, width / image.width)
+        scaled = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
+        resized = _resized(image, scaled, self.interpolation)
+        left, top = (resized.width - width) // 2, (resized.height - height) // 2
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+    def normalised(self, pictures_BHWC: Array) -> Array:
+        """uint8 (B, H, W, C) to float32 (B, C, H, W), as torchvision's ToTensor and Normalize."""
+        import numpy as np
+
+        scaled = pictures_BHWC.astype(np.float32) / np.float32(255)
+        values = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+    def shown(self, pixels_CHW: Array) -> Array:
+        """Normalised pixels back as colours in 0..1, (H, W, 3): the first three channels, or the only one as grey."""
+        import numpy as np
+
+        colours = pixels_CHW.transpose(1, 2, 0) * np.array(self.std) + np.array(self.mean)
+        rgb: Array = colours[..., :3] if colours.shape[-1] >= 3 else np.repeat(colours[..., :1], 3, axis=-1)
+        return rgb
+
+
+def _pair(side: Side | Pair) -> Pair:
+    return (side, side) if isinstance(side, int) else side
+
+
+def _resized(image: Image.Image, size: Pair, interpolation: str) -> Image.Image:
+    from PIL import Image
+
+    height, width = size
+    if height * width > MAX_PIXELS:
+        raise UsageError(
+            f"An image of {image.width}x{image.height} is too long and thin to resize.", next_step="Leave it out."
+        )
+    return image.resize((width, height), Image.Resampling[interpolation.upper()])
 
 
 class ImageError(UsageError):
@@ -93,23 +198,3 @@ def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
         raise ValueError("32-bit grey has no agreed range")
     values = np.asarray(image, dtype=np.float64)
     return Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
-
-
-def for_evaluation(image: Image.Image, *, resize: int = 256, crop: int = 224) -> Array:
-    """Shorter side to `resize`, bicubic, then the central `crop` x `crop`.
-
-    As dinov2/data/transforms.py make_classification_eval_transform, with torchvision's rounding.
-    """
-    import numpy as np
-    from PIL import Image
-
-    shorter, longer = sorted(image.size)
-    scaled = int(resize * longer / shorter)
-    if resize * scaled > MAX_PIXELS:
-        raise UsageError(
-            f"An image of {image.width}x{image.height} is too long and thin to resize.", next_step="Leave it out."
-        )
-    size = (resize, scaled) if image.width <= image.height else (scaled, resize)
-    resized = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((side - crop) / 2) for side in size)
-    return np.asarray(resized.crop((left, top, left + crop, top + crop)))

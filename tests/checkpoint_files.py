@@ -15,6 +15,7 @@ from dinoexport.errors import WeightsError
 from dinoexport.family import find
 from dinoexport.spec import silent
 from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights.settle import Settled, settle
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,10 +49,16 @@ def tiny_state() -> Tensors:
     return {name: torch.from_numpy(model.synthetic(name, 0)) for name in model.tensors}
 
 
-def opened(source: Path | str | None, wanted: Recipe = TINY) -> Checkpoint:
+def settled(source: Path | str | None, wanted: Recipe | None = TINY, prefix: str | None = None) -> Settled:
+    """The recipe with what the weights at `source` and the files beside them say."""
+    return settle(wanted, str(source) if isinstance(source, Path) else source, prefix=prefix, progress=silent)
+
+
+def opened(source: Path | str | None, wanted: Recipe = TINY, prefix: str | None = None) -> Checkpoint:
     """The checkpoint at `source`, as every verb opens it."""
     source = str(source) if isinstance(source, Path) else source
-    return open_checkpoint(find(wanted.family).model(wanted), wanted, source, progress=silent)
+    recipe = settled(source, wanted, prefix).recipe
+    return open_checkpoint(find(recipe.family).model(recipe), recipe, source, prefix=prefix, progress=silent)
 
 
 def refused(source: Path | str | None, wanted: Recipe = TINY) -> WeightsError:

@@ -31,6 +31,10 @@ DATA = Path(__file__).parent / "data"
 HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
+# What --quick leaves out, besides tests that begin a whole build: servers, browsers, devices, and what is marked slow.
+NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt"})
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
@@ -78,9 +82,10 @@ def _cannot_trace() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    slow = item.get_closest_marker("slow")
-    if slow is not None and item.config.getoption("--quick"):
-        pytest.skip(f"slow: {slow.args[0]}")
+    if item.config.getoption("--quick"):
+        for mark in item.iter_markers():
+            if mark.name in NOT_QUICK:
+                pytest.skip(f"{mark.name}: {mark.args[0] if mark.args else 'needs more than Python'}")
     for mark in item.iter_markers():
         if reason := _missing(mark.name):
             if mark.name in item.config.getoption("--require"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -19,9 +20,10 @@ from dinoexport import api, bundle, images
 from dinoexport.bundle import reference_file
 from dinoexport.config import resources
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
-from dinoexport.models.dinov2 import cases
+from dinoexport.images import Preprocessing
 from dinoexport.pipeline import build as pipeline
 from tests.conftest import DATA, as_if_chosen
+from tests.image_inputs import taken
 
 PHOTOGRAPH = resources.folder("validate") / "images" / "rocket.jpg"
 OTHER = resources.folder("validate") / "images" / "chelsea.png"
@@ -76,7 +78,7 @@ def test_arrays_are_the_graphs_inputs(folder: Path, loaded: dinoexport.Bundle) -
 
 def test_images_are_prepared_as_the_validation_does(loaded: dinoexport.Bundle) -> None:
     """A path, its bytes, a Pillow image and the pixels made by hand give the same tokens."""
-    pixels = cases.inputs_of(images.for_evaluation(images.load(PHOTOGRAPH))[None], as_bytes=True)
+    pixels = taken(as_bytes=True).of(Preprocessing().prepared(images.load(PHOTOGRAPH))[None])
     expected = loaded(pixels)
     with Image.open(PHOTOGRAPH) as picture:
         for way in (str(PHOTOGRAPH), PHOTOGRAPH, PHOTOGRAPH.read_bytes(), picture, [PHOTOGRAPH], (picture,)):
@@ -325,3 +327,19 @@ def test_no_torch_no_onnx_no_network(folder: Path) -> None:
         "    assert bundle.validate().report.passed\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_onnx_runtime_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The documented lines, on a smaller model and image; their tokens are the bundle's."""
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    (example,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime\n.*?)```", page, flags=re.DOTALL)
+    assert "dinoexport" not in example.replace("bundles/vits14-fp32-cpu", "") and len(example.splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photograph.jpg").write_bytes(PHOTOGRAPH.read_bytes())
+    built = dinoexport.build(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out="bundles/vits14-fp32-cpu")
+    found: dict[str, Any] = {}
+    exec(example.replace("518", "56"), found)
+    assert capsys.readouterr().out == "(1, 96) (1, 16, 96)\n"
+    assert np.array_equal(found["class_token"], built(found["pixels"].transpose(2, 0, 1)[None])["class_token"])

@@ -20,6 +20,7 @@ from dinoexport.runtime import cpu
 from dinoexport.spec import Precision, Workload, silent
 from dinoexport.system import timing
 from tests.conftest import DATA
+from tests.image_inputs import taken
 
 TINY = str(DATA / "tiny_swiglu.toml")
 
@@ -158,8 +159,8 @@ def test_shipped_loads_fit_the_profile() -> None:
     from dinoexport.models.dinov2 import cases
 
     small: Any = {name: recipe.load(TINY).profile[name].model_copy(update={"max": 70}) for name in ("height", "width")}
-    names = [found.name for found in cases.workloads(recipe.load(TINY).profile | small, as_bytes=False)]
+    names = [found.name for found in cases.workloads(recipe.load(TINY).profile | small, taken(as_bytes=False))]
     assert names == ["1 x 70 x 70", "4 x 70 x 70"]
-    shipped = cases.workloads(recipe.load("vits14").profile, as_bytes=True)
+    shipped = cases.workloads(recipe.load("vits14").profile, taken(as_bytes=True))
     assert [found.name for found in shipped] == ["1 x 224 x 224", "1 x 518 x 518", "8 x 224 x 224", "8 x 518 x 518"]
     assert shipped[3].inputs["images"].shape == (8, 518, 518, 3)

@@ -119,7 +119,7 @@ def test_paths_named_in_code_exist() -> None:
 
 @pytest.mark.parametrize("page", list(EVERYWHERE))
 def test_python_examples_are_python(page: str) -> None:
-    """They compile, and what they import from dinoexport is there; test_api runs those of the Python page."""
+    """They compile, and what they import from dinoexport is there; test_api runs the one of ONNX Runtime alone."""
     for block in blocks(page, "python"):
         tree = compile(block, page, "exec", flags=ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -182,6 +182,7 @@ def test_pictures_are_small_and_used(path: Path) -> None:
     assert any(f"images/{path.name}" in text for text in PAGES.values())
 
 
+@pytest.mark.slow("builds ViT-S/14, compiles its engine and validates it: the README's first command, as it is")
 def test_make_demo_does_what_it_shows(tmp_path: Path) -> None:
     """The demo's own command, then the two it names as next."""
     line = re.search(r"^demo:.*\n\t\$\(BIN\)/(dinoexport .*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

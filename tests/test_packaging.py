@@ -44,6 +44,7 @@ def test_wheel_contents(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow("installs the wheel and its dependencies, torch among them, in a new environment, and builds there")
 def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """With the serving extra alone a bundle validates; with the export extra it is built. Versions are CI's."""
     environment = tmp_path / "venv"

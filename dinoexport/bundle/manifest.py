@@ -12,7 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
@@ -46,11 +53,24 @@ class BundleFile(Frozen):
 
 
 class CheckpointFacts(Frozen):
-    """Where the weights came from. sha256 is the file's, or that of the rule for synthetic weights."""
+    """Where the weights came from. sha256 is the file's, or that of the rule for synthetic weights.
+
+    prefix: what stands before the model's tensors in the file, where that was asked for. assumed: the recipe's key ->
+    its value and why it was taken, for what no file says and no weights show. notes: what was chosen and left out.
+    """
 
     source: str
     sha256: Sha256
     licence: str
+    prefix: str | None = None
+    assumed: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A bundle that is older than these keys is still what it was written as."""
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if value or key not in ("prefix", "assumed", "notes")}
 
 
 class HeadManifest(Frozen):

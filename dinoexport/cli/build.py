@@ -25,7 +25,16 @@ from dinoexport.cli.terminal import (
 )
 
 Variant = Annotated[
-    str, typer.Argument(metavar="VARIANT|RECIPE.toml", help="A shipped variant, or the path of your own recipe.")
+    str | None,
+    typer.Argument(
+        metavar="[VARIANT|RECIPE.toml]",
+        help="A shipped variant, or the path of your own recipe. Default: made from --weights and the files beside.",
+        show_default=False,
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which of several models in the file: what stands before its tensors' names."),
 ]
 Weights = Annotated[
     str | None,
@@ -89,10 +98,11 @@ def list_(as_json: Json = False) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def build(
-    variant: Variant,
+    variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
     head_weights: HeadWeights = None,
+    prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
     runtime: RuntimeOption = None,
@@ -117,18 +127,22 @@ def build(
         from dinoexport.cli import formatting
         from dinoexport.pipeline import build as pipeline
 
-        request = pipeline.build_request(
-            variant,
-            weights=weights,
-            head=head,
-            head_weights=head_weights,
-            precision=precision_of(precision),
-            target=target,
-            runtime=runtime_of(runtime),
-            engine_choices=engine_choices(profile, preset),
-            out=out,
-            judge_code=choice("reference", reference, ("plain", "hub")),
-        )
+        with progress_lines() as progress:
+            request = pipeline.build_request(
+                variant,
+                weights=weights,
+                prefix=prefix,
+                head=head,
+                head_weights=head_weights,
+                precision=precision_of(precision),
+                target=target,
+                runtime=runtime_of(runtime),
+                engine_choices=engine_choices(profile, preset),
+                out=out,
+                judge_code=choice("reference", reference, ("plain", "hub")),
+                progress=progress,
+            )
+        _say_settled(request.settled, to_stderr=as_json)
         signer = signer_of(sign)
         try:
             with progress_lines() as progress:
@@ -162,10 +176,11 @@ def build(
 
 @app.command(epilog=EXIT_CODES)
 def export(
-    variant: Variant,
+    variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
     head_weights: HeadWeights = None,
+    prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
     out: Out = None,
@@ -181,10 +196,12 @@ def export(
             weights=weights,
             head=head,
             head_weights=head_weights,
+            prefix=prefix,
             precision=precision_of(precision),
             target=target,
             out=out,
         )
+        _say_settled(request.settled, to_stderr=as_json)
         with progress_lines() as progress:
             built = pipeline.export_only(request, progress=progress, force=force)
         if as_json:
@@ -251,10 +268,27 @@ def _built_facts(built: Any) -> dict[str, Any]:
         "bundle": str(built.folder),
         "verdict": built.manifest.verdict,
         "reused": list(built.reused),
+        "assumed": built.manifest.checkpoint.assumed,
+        "notes": list(built.manifest.checkpoint.notes),
+        "recipe": built.manifest.recipe,
         "cpu": built.manifest.cpu and built.manifest.cpu.model_dump(mode="json"),
         "engines": [engine.model_dump(mode="json") for engine in built.manifest.engines],
         "not_run": built.engines.not_run,
     }
+
+
+def _say_settled(settled: Any, *, to_stderr: bool) -> None:
+    """What the weights are built as: the recipe that was made for them, and what was chosen and assumed."""
+    from dinoexport.config.recipe import to_toml
+
+    if settled.made:
+        say("Recipe made from the weights:", to_stderr=to_stderr)
+        for line in to_toml(settled.recipe).splitlines():
+            say(f"  {line}" if line else "", to_stderr=to_stderr)
+    for note in settled.notes:
+        say(f"Weights: {note}", to_stderr=to_stderr)
+    for key, value in settled.assumed.items():
+        say(f"ASSUMED: {key} = {value}; nothing beside the weights says so", to_stderr=to_stderr)
 
 
 def _say_reused(built: Any) -> None:

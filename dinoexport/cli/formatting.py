@@ -81,10 +81,9 @@ def recipe_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A shipped recipe to start from; this file then holds only what differs.",
     }
-    for table in ("model", "graph", "head"):
-        options = [
-            schemas[table] for name in family.installed() if table in (schemas := family.find(name).table_schemas())
-        ]
+    schemas = [family.find(name).table_schemas() for name in family.installed()]
+    for table in ("model", "graph", "preprocess", "head"):
+        options = [tables[table] for tables in schemas if table in tables]
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
     # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
     required = schema.pop("required")
@@ -112,6 +111,8 @@ def of_path(path: Path) -> dict[str, Any]:
             "target": manifest.target,
             "weights": manifest.checkpoint.source,
             "weights' SHA-256": manifest.checkpoint.sha256,
+            **({"assumed": _assumed(manifest)} if manifest.checkpoint.assumed else {}),
+            **({"about the weights": " ".join(manifest.checkpoint.notes)} if manifest.checkpoint.notes else {}),
             "licence": manifest.checkpoint.licence,
             **_head(manifest),
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
@@ -154,6 +155,10 @@ def _head(manifest: bundle.Manifest) -> dict[str, str]:
         **({"head's SHA-256": head.sha256} if head.sha256 else {}),
         **({"classes": classes} if head.classes else {}),
     }
+
+
+def _assumed(manifest: bundle.Manifest) -> str:
+    return "; ".join(f"{key} = {value}" for key, value in manifest.checkpoint.assumed.items())
 
 
 def page_of(folder: Path) -> Path:

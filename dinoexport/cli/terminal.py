@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dinoexport.spec import Progress
     from dinoexport.validation.judge import Report
 
+_LINES_MAX = 19  # of an error's message; the next step is one more
 Sign = Annotated[
     Path | None,
     typer.Option(
@@ -55,10 +56,18 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
     """Exits with the error's code; with --json the known facts are printed to stdout."""
     if as_json:
         say_json({"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code} | facts)
-    typer.echo(f"error: {paragraph(error.message)}", err=True)
+    typer.echo(f"error: {paragraph(_shortened(error.message))}", err=True)
     if error.next_step:
         typer.echo(f"  next: {paragraph(error.next_step)}", err=True)
     sys.exit(error.exit_code)
+
+
+def _shortened(text: str) -> str:
+    """At most so many lines as a person looks at; --json has them all."""
+    lines = text.rstrip("\n").split("\n")
+    if len(lines) <= _LINES_MAX:
+        return text
+    return "\n".join((*lines[: _LINES_MAX - 1], f"  and {len(lines) - _LINES_MAX + 1} more; --json lists them all"))
 
 
 @contextmanager

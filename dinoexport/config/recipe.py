@@ -6,6 +6,7 @@ Three kinds of file: recipes (`recipes/*.toml` or a user's own path), targets (`
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,7 @@ class EngineChoices(Frozen):
 
 
 class Recipe(Frozen):
-    """Everything that determines the result of a build. `model` and `graph` are the family's own tables."""
+    """All that determines the result of a build. `model`, `graph` and `preprocess` are the family's own tables."""
 
     name: Name = Field(description="The variant's name.")
     family: Name = Field(description="The model family that understands `model` and `graph`.")
@@ -125,6 +126,9 @@ class Recipe(Frozen):
     head: dict[str, Any] = Field(
         default_factory=dict,
         description="What turns the backbone's outputs into answers, in the family's terms. Default: nothing does.",
+    )
+    preprocess: dict[str, Any] = Field(
+        default_factory=dict, description="How inputs are made of files as users have them, in the family's terms."
     )
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
     profiles: dict[Name, dict[str, Range]] = Field(
@@ -264,6 +268,31 @@ def _keys(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         if reference := next(filter(None, references), None):
             table = schema["$defs"][reference.rpartition("/")[2]]
     return sorted(table.get("properties", {}))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a file that `load` reads, without what is as it is by default."""
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    plain = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
+    for name, table in tables.items():
+        inner = {key: value for key, value in table.items() if isinstance(value, dict)} if name == "profiles" else {}
+        outer = {key: value for key, value in table.items() if key not in inner}
+        if outer:
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in outer.items())]
+        for key, value in inner.items():
+            lines += ["", f"[{name}.{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # JSON's strings, numbers, true and false are TOML's.
+    return json.dumps(value)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

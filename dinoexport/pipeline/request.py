@@ -14,10 +14,11 @@ from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
 from dinoexport.family import Model
-from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Runtime
+from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Progress, Runtime, silent
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
+from dinoexport.weights.settle import Settled, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class BuildRequest:
     """A resolved build request: every decision is made, and impossible ones are refused.
 
     engine: what to compile from the graphs; None where the ONNX is what runs. cpu_runtimes: those a CPU's bundle may be
-    for. auto: whether parts of the graph go back to fp32 until the limits hold.
+    for. auto: whether parts of the graph go back to fp32 until the limits hold. prefix: what stands before the model's
+    tensors in the file of weights. settled: how recipe and weights were brought together.
     """
 
     recipe: Recipe
@@ -57,6 +59,8 @@ class BuildRequest:
     judge_code: evaluate.Judge
     out: Path
     cpu_runtimes: tuple[Runtime, ...]
+    prefix: str | None
+    settled: Settled
     auto: bool = False
 
     @property
@@ -75,25 +79,30 @@ class BuildRequest:
 
 
 def build_request(
-    variant_or_path: str,
+    variant_or_path: str | None,
     *,
     weights: str | None = None,
     head: str | None = None,
     head_weights: str | None = None,
+    prefix: str | None = None,
     precision: Precision | Literal["auto"] | None = None,
     target: str | None = None,
     runtime: Runtime | None = None,
     engine_choices: Mapping[str, Any] = MappingProxyType({}),
     out: Path | None = None,
     judge_code: evaluate.Judge = "plain",
+    progress: Progress = silent,
 ) -> BuildRequest:
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
-    target: None means this machine's GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`. head: turns
-    the model's outputs into answers; head_weights: its file, if it is not the published one.
+    variant_or_path: None where `weights` and the files beside them make the recipe. target: None means this machine's
+    GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`. head: turns the
+    model's outputs into answers; head_weights: its file, if it is not the published one.
     """
-    recipe, gpus = load(variant_or_path), hardware.gpus()
-    recipe = recipe if head is None else recipe.with_head(head)
+    settled = settle(
+        None if variant_or_path is None else load(variant_or_path), weights, prefix=prefix, progress=progress
+    )
+    recipe, gpus = settled.recipe if head is None else settled.recipe.with_head(head), hardware.gpus()
     recipe = recipe.changed(
         engine=parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
     )
@@ -102,7 +111,8 @@ def build_request(
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
     recipe = recipe.changed(precision=chosen.precision)
     model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
-    beside = Path(variant_or_path).parent if variant_or_path.endswith(".toml") else None
+    own_file = variant_or_path is not None and variant_or_path.endswith(".toml")
+    beside = Path(str(variant_or_path)).parent if own_file else None
     validation, folder = load_validation(recipe.judged_by, beside=beside)
     return BuildRequest(
         recipe=recipe,
@@ -116,6 +126,8 @@ def build_request(
         judge_code=judge_code,
         cpu_runtimes=(runtime,) if runtime in CPU_RUNTIMES else CPU_RUNTIMES,
         out=out or Path("bundles") / f"{recipe.title}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
+        prefix=prefix,
+        settled=settled,
         auto=auto,
     )
 

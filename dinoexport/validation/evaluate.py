@@ -37,7 +37,7 @@ from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.answers import as_vectors
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import centred, distance, divergence
-from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
 # Ends the name under which a model's reference gives how far each label's best score is ahead: `labels/lead`.
@@ -290,12 +290,14 @@ def same_weights(
     made_from, head = manifest.checkpoint, manifest.head
     published = any(file.sha256 == made_from.sha256 or file.url == made_from.source for file in recipe.weights)
     source = weights or (None if published else made_from.source)
+    local = source is not None and not source.startswith(SYNTHETIC)
+    prefix = made_from.prefix if local else None
     head_source = head_weights
     if head is not None and head.sha256 is not None and head_weights is None:
         of_recipe = recipe.heads.get(head.kind)
         inside = str(folder / head.file) if folder is not None and head.file else head.source
         head_source = None if of_recipe is not None and of_recipe.url == head.source else inside
-    checkpoint = open_checkpoint(model, recipe, source, head_source=head_source, progress=progress)
+    checkpoint = open_checkpoint(model, recipe, source, prefix=prefix, head_source=head_source, progress=progress)
     if head is not None and checkpoint.head is not None and checkpoint.head.sha256 != head.sha256:
         raise ValidationFailed(
             f"{checkpoint.head.source} is not the head the bundle was made from: {head.source}, SHA-256 {head.sha256}.",

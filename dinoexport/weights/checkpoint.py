@@ -10,36 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dinoexport.config import recipe
 from dinoexport.config.recipe import Recipe, WeightFile
-from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
+from dinoexport.errors import DinoexportError, UsageError, WeightsError
 from dinoexport.family import HeadWeights, Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
-from dinoexport.weights import download, gguf_file, pins, shards
+from dinoexport.weights import download, formats, pins
 
-if TYPE_CHECKING:
-    import torch
-
-# How much of a mapped file may be read before it is mapped anew.
-_MAPPED_BYTES_MAX = 64 * 2**20
+# Ends the name of a shipped variant that is built with other weights than its published ones.
+YOURS = "-yours"
 SYNTHETIC = ("synthetic:", "synthetic-stress:")
 _SYNTHETIC = re.compile(
     r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII
 )
 # Hundreds of times the median, as published for large ViTs; fp16 still holds it.
 _STRESS_PEAK = 300
-_ZIP_START = b"PK\x03\x04"
-# Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
-_DICTS_DEEP_MAX = 8
-_ENTRIES_MAX = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +62,21 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: WeightLayout, wanted: Recipe, source: str | None, *, head_source: str | None = None, progress: Progress
+    model: WeightLayout,
+    wanted: Recipe,
+    source: str | None,
+    *,
+    prefix: str | None = None,
+    head_source: str | None = None,
+    progress: Progress,
 ) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
 
-    head_source: the same for the head's own file, where the model has one.
+    prefix: what stands before the names of the model's tensors, where the file holds several models. head_source: the
+    head's own file, where the model has one.
     Raises WeightsError when they cannot be had, are damaged, hold code, or are not this variant's.
     """
-    checkpoint = _open_checkpoint(model, wanted, source, progress=progress)
+    checkpoint = _open_checkpoint(model, wanted, source, prefix, progress=progress)
     head = model.head_weights
     if head is None:
         if head_source is not None:
@@ -119,7 +116,9 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
             f"The recipe {wanted.name} names no published weights for the head {head.name}.",
             next_step="Give a file as --head-weights PATH, or try it out with --head-weights synthetic:0.",
         )
-    shown, digest, found_shapes, read = _files_at(source, (published,) if published else (), head.tensors, progress)
+    shown, digest, found_shapes, read = _files_at(
+        source, (published,) if published else (), head.tensors, None, progress
+    )
     shapes, adapted = head.adapt(found_shapes, _finite(read, shown))
     problems = _compared(head.tensors, frozenset(), shapes)
     if problems:
@@ -137,7 +136,9 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
     return Checkpoint(source=shown, sha256=digest, read=adapted)
 
 
-def _open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *, progress: Progress) -> Checkpoint:
+def _open_checkpoint(
+    model: WeightLayout, wanted: Recipe, source: str | None, prefix: str | None, *, progress: Progress
+) -> Checkpoint:
     if source is not None and source.startswith(SYNTHETIC):
         return _synthetic(model, source)
     if source is None and not wanted.weights:
@@ -145,7 +146,7 @@ def _open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *,
             f"The recipe {wanted.name} names no published weights.",
             next_step="Give a file as --weights PATH, or try it out with --weights synthetic:0.",
         )
-    shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, progress)
+    shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, prefix, progress)
     # Checked as the file has it, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
     _check(model, wanted, shapes, shown)
@@ -153,7 +154,7 @@ def _open_checkpoint(model: WeightLayout, wanted: Recipe, source: str | None, *,
 
 
 def _files_at(
-    source: str | None, published: Sequence[WeightFile], needed: Shapes, progress: Progress
+    source: str | None, published: Sequence[WeightFile], needed: Shapes, prefix: str | None, progress: Progress
 ) -> tuple[str, str, Shapes, Read]:
     """What the user knows the files at `source` by, one hash for them, their tensors' shapes, and their reader.
 
@@ -166,20 +167,33 @@ def _files_at(
         shown = ", ".join(file.url for file in published)
     else:
         shown = source
-        try:
-            paths = _local(Path(source))
-            digests = [files.sha256(path, progress=progress) for path in paths]
-        except OSError as error:
-            raise WeightsError(
-                f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
-            ) from None
+        with formats.readable(source):
+            paths = formats.local(Path(source))
+            digests = [_sha256(path, progress) for path in paths]
     if len(set(digests)) < len(digests):
         raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
-    found, read = shards.merged({path: _open(path) for path in paths}, needed)
-    if not found:
-        raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
+    found, read = formats.opened(paths, prefix=prefix, wanted=needed)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return shown, digest, found, read
+
+
+def digest_of(source: str, *, progress: Progress) -> str:
+    """The SHA-256 of the local checkpoint at `source`; of several files, that of theirs."""
+    with formats.readable(source):
+        digests = [_sha256(path, progress) for path in formats.local(Path(source))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+# One build asks twice: whether the weights are published ones, and what they are.
+_HASHED: dict[tuple[str, int, int], str] = {}
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    status = path.stat()
+    key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+    if key not in _HASHED:
+        _HASHED[key] = files.sha256(path, progress=progress)
+    return _HASHED[key]
 
 
 def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
@@ -200,146 +214,6 @@ def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
         sha256=hashlib.sha256(identity.encode()).hexdigest(),
         read=lambda name: model.synthetic(name, seed, peak=peak),
     )
-
-
-def _local(path: Path) -> tuple[Path, ...]:
-    if path.is_dir():
-        for pattern in ("*.safetensors", "consolidated.*.pth"):
-            if parts := tuple(sorted(path.glob(pattern))):
-                return parts
-        raise WeightsError(f"{path} holds no .safetensors file.", next_step="Give the weights file itself.")
-    if not path.is_file():
-        raise WeightsError(
-            f"There is no file {path}.", next_step="Check --weights, or leave it out for the published ones."
-        )
-    return (path,)
-
-
-def _open(path: Path) -> tuple[Shapes, Read]:
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
-    if len(start) < len(_ZIP_START):
-        raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
-    if start == gguf_file.START:
-        return gguf_file.open_gguf(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if start == _ZIP_START:
-        return _open_zip(path)
-    raise WeightsError(
-        f"{path} is neither a .safetensors file nor the zip that torch.save writes since PyTorch 1.6.",
-        next_step="Save its state dict again: torch.save(model.state_dict(), 'weights.pth').",
-    )
-
-
-def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
-    require("export", "safetensors", "torch")  # NumPy has no bfloat16, so the tensors are torch's
-    import safetensors
-
-    try:
-        file = safetensors.safe_open(path, framework="pt")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
-        ) from None
-    return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor)
-
-
-def _open_zip(path: Path) -> tuple[Shapes, Read]:
-    """The tensors of a `torch.save` file, mapped from disk; nested dicts become dotted names."""
-    require("export", "torch")
-    import torch
-
-    _check_zip(path)
-
-    def tensors() -> dict[str, torch.Tensor]:
-        return _tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-
-    try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
-    except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
-        # Torch's own text advises to load it unsafely.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise WeightsError(
-                f"{path} holds pickled objects besides tensors ({code[1]}); nothing of it was run.",
-                next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
-            ) from None
-        raise WeightsError(
-            f"{path} is damaged or no torch.save file ({_first_line(error)}).", next_step="Get the file again."
-        ) from None
-    return shapes, _reader(path, lambda: tensors().__getitem__)
-
-
-def _check_zip(path: Path) -> None:
-    """Refuses a truncated file and a zip bomb: torch.save compresses nothing, so no entry may be compressed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception as error:  # zipfile raises seven classes on damaged directories
-        raise WeightsError(f"{path} is truncated or damaged ({error}).", next_step="Get the file again.") from None
-    size = path.stat().st_size
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
-        raise WeightsError(
-            f"{path} is a compressed zip, which torch.save never writes; it was not unpacked.",
-            next_step="Use the file as it was published.",
-        )
-
-
-def _tensors(content: Any) -> dict[str, torch.Tensor]:
-    """The tensors in nested dicts by dotted name; a ValueError when the nesting does not end."""
-    import torch
-
-    tensors: dict[str, torch.Tensor] = {}
-    level: list[tuple[str, Any]] = [("", content)]
-    for _depth in range(_DICTS_DEEP_MAX):
-        tensors |= {name: value for name, value in level if isinstance(value, torch.Tensor)}
-        inside = (
-            (f"{name}.{key}" if name else str(key), value)
-            for name, entries in level
-            if isinstance(entries, Mapping)
-            for key, value in entries.items()
-        )
-        level = list(islice(inside, _ENTRIES_MAX + 1))
-        if not level:
-            return tensors
-        if len(level) > _ENTRIES_MAX:
-            break
-    raise ValueError(f"dicts more than {_DICTS_DEEP_MAX} deep or of more than {_ENTRIES_MAX} entries")
-
-
-def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> Read:
-    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
-
-    mapped: maps the file and returns what gets a tensor of it. It is mapped anew now and then, for a page that was once
-    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights. Two threads may read
-    at once: at worst it is mapped anew twice.
-    """
-    get, read_bytes = mapped(), 0
-
-    def read(name: str) -> Array:
-        nonlocal get, read_bytes
-        try:
-            if read_bytes > _MAPPED_BYTES_MAX:
-                get, read_bytes = mapped(), 0
-            tensor = get(name)
-            read_bytes += tensor.nbytes
-            floating = tensor.is_floating_point()
-            array: Array | None = tensor.detach().float().contiguous().numpy() if floating else None
-        except Exception as error:  # what a format can hold but NumPy cannot
-            raise WeightsError(
-                f"The tensor {name} of {path} cannot be read ({_first_line(error)}).",
-                next_step="Give plain float weights.",
-            ) from None
-        if array is None:
-            raise WeightsError(
-                f"The tensor {name} of {path} is {tensor.dtype}, not floating point.",
-                next_step="Give unquantised weights.",
-            )
-        return array
-
-    return read
 
 
 def _finite(read: Read, source: str) -> Read:
@@ -377,16 +251,18 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     problems = _problems(model, shapes)
     if not problems:
         return
+    name = wanted.name.removesuffix(YOURS)
     other = _recognised(wanted, shapes)
     if other:
         raise WeightsError(
-            f"{source} is not {wanted.name}: this is {' or '.join(other)}.",
+            f"{source} is not {name}: this is {' or '.join(other)}.",
             next_step=f"dinoexport build {other[0]} --weights {source}",
         )
     listed = "\n  ".join(problems)
     raise WeightsError(
-        f"{source} does not fit {wanted.name}:\n  {listed}\n",
-        next_step="Give an official, Hugging Face, timm or upstream training checkpoint of this variant.",
+        f"{source} does not fit {name}:\n  {listed}\n",
+        next_step="Give a checkpoint of this architecture, or a recipe that says what differs: [model] keys are in "
+        "dinoexport schema. Without a variant one is made from the weights and the files beside them.",
     )
 
 
@@ -395,7 +271,7 @@ def _recognised(wanted: Recipe, shapes: Shapes) -> list[str]:
     found = []
     for name in recipe.variants():
         candidate = recipe.load(name)
-        if candidate.family != wanted.family or name == wanted.name:
+        if candidate.family != wanted.family or name == wanted.name.removesuffix(YOURS):
             continue
         try:
             if not _problems(find(candidate.family).model(candidate), shapes):
@@ -403,8 +279,3 @@ def _recognised(wanted: Recipe, shapes: Shapes) -> list[str]:
         except DinoexportError:
             continue
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -91,7 +91,7 @@ def test_official_numbers_catch_a_wrong_reference(name: str, monkeypatch: pytest
     """The goldens pin the judge too: it fails them without the native-grid rule, or with the other kind's resize."""
     golden, model = Golden(name), model_of(name, last_blocks=3)
     right = reference.position_embedding
-    other_kind = lambda table, height, width, registers: right(table, height, width, registers=not registers)  # noqa: E731
+    other_kind = lambda table, h, w, offset, antialias: right(table, h, w, offset=0.1 - offset, antialias=not antialias)  # noqa: E731
     monkeypatch.setattr(reference, "position_embedding", other_kind)
     with pytest.raises(AssertionError):
         golden.check(conformance.reference(model, lambda t: model.synthetic(t, SEED), golden.inputs()), 3)
@@ -228,19 +228,17 @@ def test_judge_passes_the_graph_as_it_is(judged_model: Any) -> None:
 def test_judge_fails_a_wrong_resize(judged_model: Any, monkeypatch: pytest.MonkeyPatch, mutation: str) -> None:
     """The offset or the antialias left out; the native-grid rule forgotten; edges not replicated or not normalised."""
     registers = judged_model[0].arch.register_count > 0
+    weights = graph.Stem._weights
     if mutation == "edges":
-        monkeypatch.setattr(graph.Stem, "_offset_weights", _without_edges(graph.Stem._offset_weights))
-        monkeypatch.setattr(graph.Stem, "_antialiased_weights", _unnormalised)
+        changed = _unnormalised if registers else _without_edges(weights)
     elif mutation == "native_grid":
         # Without registers: the offset on the native grid too. With registers: an offset, which those never have.
-        method = "_antialiased_weights" if registers else "_offset_weights"
-        weights = getattr(graph.Stem, method)
-        monkeypatch.setattr(graph.Stem, method, lambda self, i, n: weights(self, i, n.floor() + 0.1))
+        changed = lambda self, i, tenths: weights(self, i, tenths // 10 * 10 + 1)  # noqa: E731
     elif registers:
-        monkeypatch.setattr(graph.Stem, "_antialiased_weights", _without_antialias)
+        changed = _without_antialias
     else:
-        weights = graph.Stem._offset_weights
-        monkeypatch.setattr(graph.Stem, "_offset_weights", lambda self, i, tenths: weights(self, i, tenths // 10 * 10))
+        changed = lambda self, i, tenths: weights(self, i, tenths // 10 * 10)  # noqa: E731
+    monkeypatch.setattr(graph.Stem, "_weights", changed)
     assert not verdict(judged_model)
 
 

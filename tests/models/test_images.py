@@ -21,11 +21,12 @@ from dinoexport import images
 from dinoexport.config import resources
 from dinoexport.config.recipe import parse
 from dinoexport.errors import UsageError
-from dinoexport.images import ImageError, for_evaluation, load
+from dinoexport.images import ImageError, Preprocessing, load
 from dinoexport.models.dinov2 import cases, serving
-from dinoexport.models.dinov2.cases import CaseTable, from_folder, normalised, read_case
+from dinoexport.models.dinov2.cases import CaseTable, from_folder, read_case
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Array, silent
+from tests.image_inputs import taken
 
 PHOTOGRAPHS = {
     "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
@@ -95,7 +96,7 @@ def test_lossless_files_come_back_as_they_were(tmp_path: Path, suffix: str) -> N
 
 def test_one_pixel(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.png", Image.new("RGB", (1, 1), (10, 20, 30)))
-    prepared = for_evaluation(load(path))
+    prepared = Preprocessing().prepared(load(path))
     assert prepared.shape == (224, 224, 3)
     assert (prepared == (10, 20, 30)).all()
 
@@ -274,7 +275,7 @@ def test_a_thin_image_is_refused_before_it_is_resized() -> None:
     """1x1000 would become 256x256000: 200 MB out of a kilobyte."""
     for size in ((1, 1000), (1000, 1), (3, 10**7)):
         with pytest.raises(UsageError, match="too long and thin"):
-            for_evaluation(Image.new("L", size))
+            Preprocessing().prepared(Image.new("L", size))
 
 
 SEEDS: list[bytes] = []
@@ -338,7 +339,7 @@ def test_evaluation_resizes_and_crops_as_torchvision(
 ) -> None:
     picture = noise(*size)
     expected = picture.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-    found = for_evaluation(picture)
+    found = Preprocessing().prepared(picture)
     assert (found.shape, found.dtype) == ((224, 224, 3), np.uint8)
     assert np.array_equal(found, np.asarray(expected))
 
@@ -347,13 +348,15 @@ def test_other_sizes_of_the_same_rule() -> None:
     picture = noise(640, 427)
     expected = picture.resize((776, 518), Image.Resampling.BICUBIC).crop((0, 0, 776, 518))
     # int(518 * 640 / 427) = 776; (776 - 518) / 2 = 129
-    assert np.array_equal(for_evaluation(picture, resize=518, crop=518), np.asarray(expected)[:, 129 : 129 + 518])
+    assert np.array_equal(
+        Preprocessing(resize=518, crop=518).prepared(picture), np.asarray(expected)[:, 129 : 129 + 518]
+    )
 
 
 def test_normalisation_is_imagenets() -> None:
     pictures = np.random.RandomState(0).randint(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     pictures[0, 0, 0], pictures[1, 4, 6] = (0, 0, 0), (255, 255, 255)
-    found = normalised(pictures)
+    found = Preprocessing().normalised(pictures)
     assert (found.shape, found.dtype) == ((2, 3, 5, 7), np.float32)
     for channel, (mean, deviation) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         expected = (pictures[..., channel] / 255.0 - mean) / deviation
@@ -376,13 +379,13 @@ def case_folder(tmp_path: Path, **pictures: Image.Image) -> Path:
 def test_photographs_make_a_batch_in_their_order(tmp_path: Path) -> None:
     folder = case_folder(tmp_path, a=noise(300, 225, seed=1), b=noise(225, 300, seed=2))
     table = {"name": "both", "why": "two of the tests' pictures", "photographs": ["b.png", "a.png"]}
-    case = read_case(table, folder, as_bytes=True, strict=False)
+    case = read_case(table, folder, taken(as_bytes=True, strict=False))
     assert case.inputs["images"].shape == (2, 224, 224, 3)
     for place, name in enumerate(("b", "a")):
-        expected = for_evaluation(load(folder / "images" / f"{name}.png"))
+        expected = Preprocessing().prepared(load(folder / "images" / f"{name}.png"))
         assert np.array_equal(case.inputs["images"][place], expected)
-    pixels = read_case(table, folder, as_bytes=False, strict=False).inputs["pixels"]
-    assert np.array_equal(pixels, normalised(case.inputs["images"]))
+    pixels = read_case(table, folder, taken(as_bytes=False, strict=False)).inputs["pixels"]
+    assert np.array_equal(pixels, Preprocessing().normalised(case.inputs["images"]))
 
 
 def test_a_photograph_of_its_own_size(tmp_path: Path) -> None:
@@ -390,26 +393,28 @@ def test_a_photograph_of_its_own_size(tmp_path: Path) -> None:
     folder = case_folder(tmp_path, a=picture, tiny=noise(40, 13))
     table = {"name": "own", "why": "one of the tests' pictures", "photographs": ["a.png"], "prepare": "own_size"}
     assert np.array_equal(
-        read_case(table, folder, as_bytes=True, strict=False).inputs["images"][0], np.asarray(picture)
+        read_case(table, folder, taken(as_bytes=True, strict=False)).inputs["images"][0], np.asarray(picture)
     )
-    strict = read_case(table, folder, as_bytes=True, strict=True).inputs["images"][0]
+    strict = read_case(table, folder, taken(as_bytes=True, strict=True)).inputs["images"][0]
     assert np.array_equal(strict, np.asarray(picture)[:28, :42])
     with pytest.raises(ImageError, match=r"tiny\.png: smaller than one patch"):
-        read_case(table | {"photographs": ["tiny.png"]}, folder, as_bytes=True, strict=False)
+        read_case(table | {"photographs": ["tiny.png"]}, folder, taken(as_bytes=True, strict=False))
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_noise_cases(strict: bool, as_bytes: bool, tmp_path: Path) -> None:
     table = {"name": "odd", "why": "noise of the tests", "batch": 3, "height": 28, "width": 43}
-    case = read_case(table, tmp_path, as_bytes=as_bytes, strict=strict)
+    case = read_case(table, tmp_path, taken(as_bytes=as_bytes, strict=strict))
     (array,) = case.inputs.values()
     assert (array.shape, array.dtype) == (((3, 28, 43, 3), np.uint8) if as_bytes else ((3, 3, 28, 43), np.float32))
     assert case.expect_refusal == strict
-    assert not read_case(table | {"width": 42}, tmp_path, as_bytes=as_bytes, strict=strict).expect_refusal
-    again = next(iter(read_case(table, tmp_path, as_bytes=as_bytes, strict=strict).inputs.values()))
+    assert not read_case(table | {"width": 42}, tmp_path, taken(as_bytes=as_bytes, strict=strict)).expect_refusal
+    again = next(iter(read_case(table, tmp_path, taken(as_bytes=as_bytes, strict=strict)).inputs.values()))
     assert np.array_equal(array, again)
-    other = next(iter(read_case(table | {"seed": 1}, tmp_path, as_bytes=as_bytes, strict=strict).inputs.values()))
+    other = next(
+        iter(read_case(table | {"seed": 1}, tmp_path, taken(as_bytes=as_bytes, strict=strict)).inputs.values())
+    )
     assert not np.array_equal(array, other)
     assert not np.array_equal(array[0], array[1])
 
@@ -419,7 +424,7 @@ def test_a_photograph_is_a_name_not_a_path(name: str, tmp_path: Path) -> None:
     case_folder(tmp_path)
     table = {"name": "one", "why": "a picture of the tests", "photographs": [name]}
     with pytest.raises(UsageError, match="not paths"):
-        read_case(table, tmp_path, as_bytes=True, strict=False)
+        read_case(table, tmp_path, taken(as_bytes=True, strict=False))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +432,7 @@ def test_a_photograph_is_a_name_not_a_path(name: str, tmp_path: Path) -> None:
     [
         ({}, "give height and width, or photographs"),
         ({"height": 28}, "give height and width, or photographs"),
-        ({"height": 28, "width": 13}, "'width'"),
+        ({"height": 28, "width": 0}, "'width"),
         ({"height": 28, "width": 28, "batch": 0}, "'batch'"),
         ({"height": 28, "width": 28, "prepare": "own_size"}, "give height and width, or photographs"),
         ({"photographs": ["a.png"], "height": 28, "width": 28}, "height, width: of noise only"),
@@ -458,7 +463,7 @@ def test_a_folder_gives_sorted_cases_and_says_what_it_left_out(tmp_path: Path) -
     (tmp_path / ".DS_Store").write_text("hidden")
     told: list[tuple[int, int]] = []
     everything = list(
-        from_folder(tmp_path, as_bytes=True, progress=lambda doing, done, total: told.append((done, total)))
+        from_folder(tmp_path, taken(as_bytes=True), progress=lambda doing, done, total: told.append((done, total)))
     )
     found = [case for case in everything if not isinstance(case, str)]
     skipped = [line for line in everything if isinstance(line, str)]
@@ -467,21 +472,23 @@ def test_a_folder_gives_sorted_cases_and_says_what_it_left_out(tmp_path: Path) -
         str(tmp_path / name) for name in ("b/broken.jpg", "broken.jpg", "gone.png", "moving.gif", "thin.png", "zz.txt")
     ]
     assert told == [(i, 9) for i in range(1, 10)]
-    picture = for_evaluation(load(tmp_path / "z.png"))
+    picture = Preprocessing().prepared(load(tmp_path / "z.png"))
     assert np.array_equal(found[2].inputs["images"], picture[np.newaxis])
-    as_pixels = [case for case in from_folder(tmp_path, as_bytes=False, progress=silent) if not isinstance(case, str)]
-    assert np.array_equal(as_pixels[2].inputs["pixels"], normalised(picture[np.newaxis]))
+    as_pixels = [
+        case for case in from_folder(tmp_path, taken(as_bytes=False), progress=silent) if not isinstance(case, str)
+    ]
+    assert np.array_equal(as_pixels[2].inputs["pixels"], Preprocessing().normalised(picture[np.newaxis]))
 
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
-    assert list(from_folder(tmp_path, as_bytes=True, progress=silent)) == []
+    assert list(from_folder(tmp_path, taken(as_bytes=True), progress=silent)) == []
 
 
 def test_images_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     """However many there are, the first is there before the second is opened."""
     for i in range(3):
         saved(tmp_path / f"{i}.png", noise(20, 20, seed=i))
-    reading = from_folder(tmp_path, as_bytes=True, progress=silent)
+    reading = from_folder(tmp_path, taken(as_bytes=True), progress=silent)
     next(reading)
     (tmp_path / "1.png").write_bytes(b"gone meanwhile")
     assert isinstance(next(reading), str) and not isinstance(next(reading), str)
@@ -499,5 +506,5 @@ def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes],
         (tmp_path / name).write_bytes(content)
     (graph,) = pipeline.build_request("vits14").model.graphs
     with pytest.raises(UsageError, match="holds no image") as caught:
-        serving.front_ends(graph, tmp_path, progress=silent)
+        serving.front_ends(graph, taken(as_bytes=False), tmp_path, progress=silent)
     assert "--samples" in caught.value.next_step

@@ -18,7 +18,8 @@ import pytest
 
 from dinoexport import bundle, images
 from dinoexport.errors import UsageError
-from dinoexport.models.dinov2 import cases, synthetic
+from dinoexport.images import Preprocessing
+from dinoexport.models.dinov2 import synthetic
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Precision
 from dinoexport.validation import validate_bundle
@@ -107,7 +108,7 @@ def test_optimum_gives_the_same_tokens(built: Path, tmp_path: Path) -> None:
     for name, pixels in inputs.items():
         assert distance(found[f"{name}/last_hidden_state"], expected(built, pixels)).relative_l2 <= LIMIT, name
     # Their processor, told by our preprocessor_config.json, prepares a photograph as ours does: to a step of a byte.
-    ours = cases.normalised(images.for_evaluation(images.load(PHOTOGRAPH))[None])
+    ours = Preprocessing().normalised(Preprocessing().prepared(images.load(PHOTOGRAPH))[None])
     assert found["photo/pixels"].shape == ours.shape
     assert np.abs(found["photo/pixels"] - ours).max() <= 1.01 / 255 / 0.224
 

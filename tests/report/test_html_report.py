@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import webbrowser
+from functools import partial
 from html import unescape
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from dinoexport import bundle, cli, family
 from dinoexport.bundle import reference_file
 from dinoexport.config import resources
 from dinoexport.config.recipe import Recipe
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import pictures
 from dinoexport.pipeline import build as pipeline
 from dinoexport.report import html_report, mismatches
@@ -30,6 +32,7 @@ from dinoexport.weights import checkpoint
 from tests.conftest import DATA, chromium
 
 HOSTILE = "<script>alert(1)</script> & 'quotes'"
+of_case = partial(pictures.of_case, patch=14, preprocessing=Preprocessing())
 
 
 def recipe_with_photographs(folder: Path) -> str:
@@ -178,9 +181,7 @@ def test_errors_of_one_image_share_a_scale() -> None:
     near, far = tokens.copy(), tokens.copy()
     near[0, 0, 0] += 0.1
     far[0, 0, 0] += 1.0
-    ((*_, dark, _, bright),) = pictures.of_case(
-        np.zeros((1, 3, 28, 42), np.float32), tokens, {"near": near, "far": far}
-    )
+    ((*_, dark, _, bright),) = of_case(np.zeros((1, 3, 28, 42), np.float32), tokens, {"near": near, "far": far})
     first = [np.asarray(Image.open(BytesIO(picture.data))).reshape(-1, 3)[0] for picture in (dark, bright)]
     assert first[1].tolist() == [253, 231, 37] and first[0][0] < 80, "the smaller error is nearly dark"
     assert bright.caption.startswith("of far: dark 0") and dark.caption.startswith("of near: dark 0")
@@ -193,7 +194,7 @@ def test_colours_of_known_tokens() -> None:
     pixels = np.zeros((1, 3, 30, 43), np.float32)  # 2 x 3 patches and a rest that is cropped
     shifted = tokens.copy()
     shifted[0, 4] = [0, 5, 0, 0, 0]
-    ((photograph, exact, ours, heat),) = pictures.of_case(pixels, tokens, {"ours": shifted})
+    ((photograph, exact, ours, heat),) = of_case(pixels, tokens, {"ours": shifted})
     assert Image.open(BytesIO(photograph.data)).size == (42, 28)
     reds = np.asarray(Image.open(BytesIO(exact.data)))[..., 0].reshape(-1)
     assert list(reds) == sorted(reds) and reds[0] == 0 and reds[-1] == 255
@@ -208,7 +209,7 @@ def test_tokens_that_are_not_finite_are_drawn_and_counted() -> None:
     tokens = np.random.RandomState(0).standard_normal((1, 6, 5))
     broken = tokens.copy()
     broken[0, 3] = np.nan
-    ((_, _, _, heat),) = pictures.of_case(np.zeros((1, 3, 28, 42), np.float32), tokens, {"ours": broken})
+    ((_, _, _, heat),) = of_case(np.zeros((1, 3, 28, 42), np.float32), tokens, {"ours": broken})
     assert "1 patches are not finite" in heat.caption
 
 
@@ -305,7 +306,7 @@ def test_rendered(width: int, scheme: Any, which: str, request: pytest.FixtureRe
 def test_the_page_of_images_that_differ_is_rendered(width: int, tmp_path: Path, browser: Any) -> None:
     """A long name without a space, more neighbours than are shown, a picture for each: nothing cut off or missing."""
     name = f"{'n' * 120}.png"
-    ((photograph, *_),) = pictures.of_case(np.zeros((1, 3, 28, 42), np.float32), np.ones((1, 6, 5)), {})
+    ((photograph, *_),) = of_case(np.zeros((1, 3, 28, 42), np.float32), np.ones((1, 6, 5)), {})
     differs = downstream.Differs(item=name, how="otherwise", lost=(name,) * 9, instead=(name,) * 9)
     measure = downstream.Measure(
         figure="recall", of="v", value=0.5, items=3, detail="by chance", bound=None, differs=(differs,) * 2

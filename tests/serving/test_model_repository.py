@@ -23,6 +23,7 @@ from dinoexport import bundle, images
 from dinoexport.bundle import reference_file
 from dinoexport.cli import formatting
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import serving
 from dinoexport.pipeline import build as pipeline
 from dinoexport.serving.triton import batching, model_repository, served_models
@@ -652,7 +653,7 @@ def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(m
     assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
 
 
-SIDE = Dim(name="height", min=14, opt=518, max=1022)
+SIDE = Dim(name="height", min=14, opt=518, max=1022, step=14)
 
 
 def test_sizes_follow_the_histogram() -> None:
@@ -680,11 +681,13 @@ def test_covering_neither_stretches_nor_pads() -> None:
     from PIL import Image
 
     picture = Image.new("RGB", (300, 200), (10, 20, 30))
-    assert (serving.covering(picture, (140, 280)) == (10, 20, 30)).all()
+    assert (Preprocessing().covering(picture, (140, 280)) == (10, 20, 30)).all()
     halves = Image.fromarray(np.repeat([[[0, 0, 0]], [[200, 200, 200]]], [1, 1], axis=0).astype(np.uint8)).resize(
         (40, 80), 0
     )
-    covered = serving.covering(halves, (28, 28))  # the middle of a tall image: its two halves meet in the centre
+    covered = Preprocessing().covering(
+        halves, (28, 28)
+    )  # the middle of a tall image: its two halves meet in the centre
     assert covered.shape == (28, 28, 3) and (covered[:10] < 20).all() and (covered[-10:] > 180).all()
 
 

@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 from dinoexport import bundle, cli, images
 from dinoexport.bundle import reference_file
 from dinoexport.errors import InputRefused, UsageError
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import cases, serving
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import openvino, ort
@@ -42,6 +43,7 @@ from dinoexport.serving.triton import batching, model_repository
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.validation import evaluate
 from tests.conftest import DATA, as_if_chosen
+from tests.image_inputs import taken
 from tests.serving.test_serving_files import GPU_METRICS, metrics_asked_for
 from tests.test_docs import PAGES
 from tests.triton_server import Server
@@ -127,7 +129,7 @@ def test_front_end_answers_as_the_validator_does(server: Server, bundles: dict[s
     names = ["chelsea.png", "china.jpg", "coffee.png", "rocket.jpg"]
     case = cases.read_case(
         {"name": "photographs", "why": "as the validation has them", "photographs": names},
-        IMAGES.parent, as_bytes=False, strict=False,
+        IMAGES.parent, taken(as_bytes=False),
     )  # fmt: skip
     expected = run(case.inputs)
     for url in (server.http, server.grpc):
@@ -184,7 +186,7 @@ def test_size_router(server: Server, bundles: dict[str, Path]) -> None:
     for path in PHOTOGRAPHS:
         image = images.load(path)
         size = serving.nearest((image.height, image.width), sizes)
-        expected = run({"images": serving.covering(image, size)[np.newaxis]})
+        expected = run({"images": Preprocessing().covering(image, size)[np.newaxis]})
         answer = client.encoded([path.read_bytes()], front_end="sized_images")
         assert answer["patch_tokens"].shape[1] == size[0] // 14 * (size[1] // 14)
         np.testing.assert_allclose(answer["class_token"], expected["class_token"], atol=1e-5)

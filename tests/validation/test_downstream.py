@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dinoexport.config.recipe import Limit, Limits, load_validation
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.validation import downstream, judge
 from dinoexport.validation.downstream import Agreement, Item, Measure, neighbours_for
@@ -302,7 +303,7 @@ def test_the_json_names_every_item_that_differs() -> None:
 def test_features_are_the_class_token_and_the_mean_patch_token() -> None:
     rng = np.random.RandomState(8)
     outputs = {"class_token": rng.standard_normal((1, 6)), "patch_tokens": rng.standard_normal((1, 5, 6))}
-    found = ImageUses().features(outputs)
+    found = ImageUses(preprocessing=Preprocessing()).features(outputs)
     assert found.keys() == set(ImageUses.classified_by) and ImageUses.neighbours_by == ("class_token",)
     assert found["class_token"] == pytest.approx(outputs["class_token"][0])
     assert found["mean_patch_token"] == pytest.approx(sum(outputs["patch_tokens"][0]) / 5)
@@ -311,9 +312,9 @@ def test_features_are_the_class_token_and_the_mean_patch_token() -> None:
 def test_the_second_view_is_the_mirror_image() -> None:
     rng = np.random.RandomState(9)
     pixels, pictures = rng.standard_normal((1, 3, 4, 6)), rng.randint(0, 256, (1, 4, 6, 3), dtype=np.uint8)
-    (mirrored,) = ImageUses().second_view({"pixels": pixels}).values()
+    (mirrored,) = ImageUses(preprocessing=Preprocessing()).second_view({"pixels": pixels}).values()
     assert all(np.array_equal(mirrored[..., x], pixels[..., 5 - x]) for x in range(6))
-    (mirrored,) = ImageUses().second_view({"images": pictures}).values()
+    (mirrored,) = ImageUses(preprocessing=Preprocessing()).second_view({"images": pictures}).values()
     assert all(np.array_equal(mirrored[:, :, x], pictures[:, :, 5 - x]) for x in range(6))
 
 
@@ -322,7 +323,9 @@ def test_matches_are_the_nearest_patches_by_cosine() -> None:
     tokens = np.random.RandomState(10).standard_normal((1, 12, 8))
     order = np.random.RandomState(11).permutation(12)
     lengths = np.linspace(0.1, 9, 12)[:, None]  # of no account to a cosine
-    found = ImageUses().matches({"patch_tokens": tokens}, {"patch_tokens": tokens[:, order] * lengths})
+    found = ImageUses(preprocessing=Preprocessing()).matches(
+        {"patch_tokens": tokens}, {"patch_tokens": tokens[:, order] * lengths}
+    )
     assert [order[j] for j in found] == list(range(12))
 
 

@@ -31,6 +31,7 @@ from dinoexport.validation import downstream, evaluate, judge, user_files, valid
 from dinoexport.validation.user_files import Aggregate
 from dinoexport.weights import download
 from tests.conftest import DATA, HEARING_SIGINT
+from tests.image_inputs import taken
 
 LIMITS = load_validation("dinov2", beside=None)[0].limits[Precision.FP32]
 
@@ -441,7 +442,9 @@ def test_classes_are_the_folders_directly_within(tmp_path: Path) -> None:
         noise(1, side=14).save(tmp_path / name)
     (tmp_path / "b" / "7.png").symlink_to(tmp_path / "a" / "1.png")
     found = {
-        c.name: c.label for c in cases.from_folder(tmp_path, as_bytes=True, progress=silent) if isinstance(c, Case)
+        c.name: c.label
+        for c in cases.from_folder(tmp_path, taken(as_bytes=True), progress=silent)
+        if isinstance(c, Case)
     }
     assert found == {"4.png": "", "a/1.png": "a", "a/deep/er/2.png": "a", "b/3.png": "b", "b/7.png": "b"}
 
@@ -514,6 +517,6 @@ def test_only_the_cases_that_are_wanted_are_read(pictures: Path, monkeypatch: py
     opened: list[str] = []
     load = images.load
     monkeypatch.setattr(images, "load", lambda path: opened.append(path.name) or load(path))
-    found = list(cases.from_folder(pictures, as_bytes=True, progress=silent, only={"cats/3.png", "absent.png"}))
+    found = list(cases.from_folder(pictures, taken(as_bytes=True), progress=silent, only={"cats/3.png", "absent.png"}))
     assert [case.name for case in found if isinstance(case, Case)] == ["cats/3.png"] and opened == ["3.png"]
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193; registers: Darcet et al. 2023, arXiv:2309.16588): ViT-S/B/L/g, patch 14.
+"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193; registers: Darcet et al. 2023, arXiv:2309.16588): ViT-S/B/L/g and kin.
 
 The family's contract with dinoexport. Upstream code: github.com/facebookresearch/dinov2.
 """
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinoexport import images
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
-from dinoexport.models.dinov2 import cases, layouts, serving, synthetic
-from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH, Architecture, GraphChoices
+from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.images import Preprocessing
+from dinoexport.models.dinov2 import cases, described, layouts, serving, synthetic
+from dinoexport.models.dinov2.config import Architecture, GraphChoices
 from dinoexport.models.dinov2.heads.kinds import HeadTable
 from dinoexport.models.dinov2.heads.model import HeadedModel, backbone_graph, joined
 from dinoexport.models.dinov2.uses import ImageUses
@@ -25,9 +27,6 @@ from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Prog
 
 if TYPE_CHECKING:
     import torch
-
-_PIXELS = f"RGB scaled to 0..1, minus mean {IMAGE_MEAN}, divided by deviation {IMAGE_STD}"
-_BYTES = "RGB bytes 0..255; the graph normalises them with ImageNet's mean and deviation"
 
 
 class Dinov2:
@@ -51,16 +50,18 @@ class Dinov2:
                 next_step="Give each dynamic dimension its min, opt and max.",
             )
         ends = [(d, r.min, r.max) for d, r in recipe.profile.items() if d != "batch"]
-        if wrong := [f"{d} {low}..{high}" for d, low, high in ends if low % PATCH or high % PATCH]:
+        patch = arch.patch_size
+        if wrong := [f"{d} {low}..{high}" for d, low, high in ends if low % patch or high % patch]:
             raise UsageError(
-                f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {PATCH}.",
-                next_step=f"Patches are {PATCH} pixels a side; 14, 224, 518 and 1022 are legal.",
+                f"recipe {recipe.name}, [profile]: {', '.join(wrong)} must begin and end at multiples of {patch}.",
+                next_step=f"Patches are {patch} pixels a side; {patch}, {16 * patch} and {73 * patch} are legal.",
             )
+        kind = Dinov2Model
         if choices.interface == "transformers" and not recipe.head:
             from dinoexport.models.dinov2.transformers_interface import TransformersModel
 
-            return TransformersModel(recipe=recipe, arch=arch, choices=choices)
-        backbone = Dinov2Model(recipe=recipe, arch=arch, choices=choices)
+            kind = TransformersModel
+        backbone = kind(recipe=recipe, arch=arch, choices=choices, preprocessing=_preprocessing(recipe, arch, choices))
         return joined(recipe, backbone) if recipe.head else backbone
 
     def table_schemas(self) -> Mapping[str, Any]:
@@ -69,7 +70,39 @@ class Dinov2:
             "model": Architecture.model_json_schema(),
             "graph": GraphChoices.model_json_schema(),
             "head": HeadTable.model_json_schema(),
+            "preprocess": Preprocessing.model_json_schema(),
         }
+
+    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
+        """See `described`."""
+        return described.recipe_from(weights, found)
+
+    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
+        """See `described`."""
+        return described.described(recipe, weights, found)
+
+    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
+        """See `described`."""
+        return described.assumed(recipe)
+
+
+def _preprocessing(recipe: Recipe, arch: Architecture, choices: GraphChoices) -> Preprocessing:
+    """The table `[preprocess]`, with a mean and a deviation for each channel."""
+    table = dict(recipe.preprocess)
+    if arch.in_chans != serving.RGB and not {"mean", "std"} & table.keys() and choices.input == "pixels":
+        # The graph takes normalised pixels, so these only prepare the photographs it is validated on.
+        table |= {
+            name: [values[i % len(values)] for i in range(arch.in_chans)]
+            for name, values in (("mean", images.IMAGENET_MEAN), ("std", images.IMAGENET_STD))
+        }
+    read = parse(Preprocessing, table, where=f"recipe {recipe.name}, [preprocess]")
+    if len(read.mean) != arch.in_chans:
+        raise UsageError(
+            f"recipe {recipe.name}, [preprocess]: mean and std have {len(read.mean)} channels, "
+            f"[model] in_chans is {arch.in_chans}.",
+            next_step="Give mean and std a value for each channel.",
+        )
+    return read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +112,34 @@ class Dinov2Model:
     recipe: Recipe
     arch: Architecture
     choices: GraphChoices
+    preprocessing: Preprocessing
+
+    @property
+    def taken(self) -> cases.ImageInput:
+        """How the graph takes images."""
+        return cases.ImageInput(
+            arch=self.arch,
+            preprocessing=self.preprocessing,
+            as_bytes=self.choices.input == "images",
+            strict=self.choices.sizes == "strict",
+        )
 
     @cached_property
     def graphs(self) -> tuple[Graph, ...]:
         """One graph, `model`: images in, class, register and patch tokens out."""
         dim, registers = self.arch.embed_dim, self.arch.register_count
-        multiple = PATCH if self.choices.sizes == "strict" else 1
+        patch, channels = self.arch.patch_size, self.arch.in_chans
+        multiple = patch if self.choices.sizes == "strict" else 1
         dims = tuple(
-            limits.dim(name) if name == "batch" else limits.dim(name, multiple_of=multiple, step=PATCH)
+            limits.dim(name) if name == "batch" else limits.dim(name, multiple_of=multiple, step=patch)
             for name, limits in sorted(self.recipe.profile.items())
         )
         if self.choices.input == "pixels":
-            image = Tensor(name="pixels", dtype="float32", shape=("batch", 3, "height", "width"), meaning=_PIXELS)
+            nchw = ("batch", channels, "height", "width")
+            image = Tensor(name="pixels", dtype="float32", shape=nchw, meaning=self._pixels_meaning)
         else:
-            image = Tensor(name="images", dtype="uint8", shape=("batch", "height", "width", 3), meaning=_BYTES)
+            nhwc = ("batch", "height", "width", channels)
+            image = Tensor(name="images", dtype="uint8", shape=nhwc, meaning=self._bytes_meaning)
         outputs = []
         for block, prefix in self.token_outputs:
             last = not prefix
@@ -104,6 +151,19 @@ class Dinov2Model:
                 _tokens(f"{prefix}patch_tokens", ("batch", "patches", dim), f"patch tokens of {where}, row by row")
             )
         return (Graph(name="model", inputs=(image,), outputs=tuple(outputs), dims=dims),)
+
+    @property
+    def _pixels_meaning(self) -> str:
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        colours = "RGB" if self.arch.in_chans == serving.RGB else f"{self.arch.in_chans} channels"
+        return f"{colours} scaled to 0..1, minus mean {mean}, divided by deviation {std}"
+
+    @property
+    def _bytes_meaning(self) -> str:
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        if (mean, std) == (images.IMAGENET_MEAN, images.IMAGENET_STD):
+            return "RGB bytes 0..255; the graph normalises them with ImageNet's mean and deviation"
+        return f"bytes 0..255; the graph scales them to 0..1, takes mean {mean} off and divides by deviation {std}"
 
     @cached_property
     def token_outputs(self) -> tuple[tuple[int, str], ...]:
@@ -133,7 +193,7 @@ class Dinov2Model:
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
-        return layouts.adapt(found, read)
+        return layouts.adapt(found, read, width=self.arch.embed_dim, depth=self.arch.depth)
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
         """See `synthetic`; with a `peak`, the massive activations of trained large ViTs."""
@@ -166,17 +226,23 @@ class Dinov2Model:
             )
 
         from_bytes = self.choices.input == "images"
-        height, width = 17 * PATCH, 19 * PATCH  # neither native nor square: nothing to specialise on
-        example = (
-            torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
-        )
+        patch, channels = self.arch.patch_size, self.arch.in_chans
+        height, width = 17 * patch, 19 * patch  # neither native nor square: nothing to specialise on
+        if from_bytes:
+            example = torch.zeros(2, height, width, channels, dtype=torch.uint8)
+            # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
+            mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
+            stem_module = Stem(self.arch, residual=residual, byte_scale=1 / (255 * std), byte_shift=-mean / std)
+        else:
+            example = torch.zeros(2, channels, height, width)
+            stem_module = Stem(self.arch, residual=residual)
         image_name = graph.inputs[0].name
         stem = Piece(
             name=f"stem, {form}",
-            module=Stem(self.arch, from_bytes=from_bytes, residual=residual),
+            module=stem_module,
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
-            least_sizes={"height": PATCH, "width": PATCH},
+            least_sizes={"height": patch, "width": patch},
         )
         block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
         exact = over_tokens(
@@ -270,10 +336,10 @@ class Dinov2Model:
         return _dtype(precision)
 
     def normalised(self, arrays: Arrays) -> Array:
-        """The case's image as normalised pixels (B, 3, H, W), whichever input the graph takes."""
+        """The case's image as normalised pixels (B, C, H, W), whichever input the graph takes."""
         if "pixels" in arrays:
             return arrays["pixels"]
-        return cases.normalised(arrays["images"])
+        return self.preprocessing.normalised(arrays["images"])
 
     def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """Normalised tokens by block, under the graph's output names."""
@@ -288,21 +354,24 @@ class Dinov2Model:
         return outputs
 
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
-        """A noise image of a given size, or a photograph prepared as upstream's evaluation does; see `cases`."""
-        return cases.read_case(
-            table, folder, as_bytes=self.choices.input == "images", strict=self.choices.sizes == "strict"
-        )
+        """A noise image of a given size, or a photograph prepared as the recipe says; see `cases`."""
+        return cases.read_case(table, folder, self.taken)
 
     def cases_from(
         self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
     ) -> Iterator[Case | str]:
-        """A case for each readable image in `folder`, prepared as upstream's evaluation does."""
-        return cases.from_folder(folder, as_bytes=self.choices.input == "images", progress=progress, only=only)
+        """A case for each readable image in `folder`, prepared as the recipe says."""
+        if self.arch.in_chans != serving.RGB:
+            raise UsageError(
+                f"{self.recipe.name} takes images of {self.arch.in_chans} channels; no image file has them.",
+                next_step="Validate it without --images.",
+            )
+        return cases.from_folder(folder, self.taken, progress=progress, only=only)
 
     @property
     def uses(self) -> ImageUses:
         """Class tokens, mean patch tokens, and patches found again in the mirrored image; see `uses`."""
-        return ImageUses()
+        return ImageUses(preprocessing=self.preprocessing)
 
     @property
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
@@ -325,24 +394,27 @@ class Dinov2Model:
         expected = reference["patch_tokens"]
         tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
         drawable = {name: ours for name, ours in tokens.items() if ours.shape == expected.shape}
-        return pictures.of_case(self.normalised(case.inputs), expected, drawable)
+        pixels = self.normalised(case.inputs)
+        return pictures.of_case(
+            pixels, expected, drawable, patch=self.arch.patch_size, preprocessing=self.preprocessing
+        )
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
         return runners["model"](inputs)
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-        """Encoded images in, as upstream's evaluation prepares them or near their own size; see `serving`."""
-        return serving.front_ends(self.graphs[0], samples, progress=progress)
+        """Encoded images in, prepared as the recipe says or near their own size; see `serving`."""
+        return serving.front_ends(self.graphs[0], self.taken, samples, progress=progress)
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """Decoded, brought to one size, normalised where the graph does not do that itself; see `serving`."""
-        return serving.prepare(front_end, settings, encoded, as_bytes=self.choices.input == "images")
+        return serving.prepare(front_end, settings, encoded, self.taken)
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """Noise images at upstream's evaluation size and at the native one, alone and eight at a time."""
-        return cases.workloads(self.recipe.profile, as_bytes=self.choices.input == "images")
+        """Noise images at the evaluation's size and at the native one, alone and eight at a time."""
+        return cases.workloads(self.recipe.profile, self.taken)
 
     @property
     def text(self) -> None:
@@ -362,14 +434,26 @@ class Dinov2Model:
 
     @property
     def card(self) -> Mapping[str, str]:
-        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md)."""
+        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md), where it is one of them."""
+        patch = self.arch.patch_size
+        crop = f"An image whose sides are no multiples of {patch} is cropped to the closest smaller multiple."
+        if not self.recipe.weights:
+            return {
+                "model": f"yours: {self.recipe.name}, a {self.arch.native_size}-pixel ViT of DINOv2's architecture, "
+                f"patch {patch}",
+                "training_data": "yours: nothing is known of it here",
+                "intended_use": "yours to say",
+                "limits": crop,
+                "bias": "yours to measure; the published models' biases are in their model card, not here",
+            }
         return {
-            "model": f"DINOv2 {self.recipe.name}: {GRID * PATCH}-pixel ViT, patch {PATCH}, trained on LVD-142M",
+            "model": f"DINOv2 {self.recipe.name}: {self.arch.native_size}-pixel ViT, patch {patch}, "
+            "trained on LVD-142M",
             "intended_use": "Vision backbone: k-NN and linear classification on the class token (alone or with the "
             "mean patch token), retrieval by nearest neighbours, depth and segmentation by linear layers on "
             "patch tokens.",
-            "limits": f"An image whose sides are no multiples of {PATCH} is cropped to the closest smaller multiple. "
-            "Fine-tuning is possible for small gains and increases bias towards the fine-tuning labels.",
+            "limits": f"{crop} Fine-tuning is possible for small gains and increases bias towards the "
+            "fine-tuning labels.",
             "bias": "Despite training without annotations, significant biases remain toward rich households from "
             "Western countries.",
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -12,29 +13,63 @@ from pydantic import Field, model_validator
 from dinoexport import images
 from dinoexport.config.recipe import Frozen, Range, parse
 from dinoexport.errors import UsageError
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import synthetic
-from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH
+from dinoexport.models.dinov2.config import PATCH, Architecture
 from dinoexport.spec import Array, Case, Progress, Workload
 
-_EVALUATION_SIDE = 224  # pixels, upstream's make_classification_eval_transform
 _BATCH = 8
+Pixels = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """How a model takes images: its one input, made of pictures or of noise.
+
+    as_bytes: uint8 (B, H, W, C) instead of normalised pixels (B, C, H, W). strict: sizes that are no multiples of the
+    patch are refused.
+    """
+
+    arch: Architecture
+    preprocessing: Preprocessing
+    as_bytes: bool
+    strict: bool
+
+    def of(self, pictures_BHW3: Array) -> dict[str, Array]:
+        """RGB pictures as the input, under its name. Further channels repeat the colours: no file has more."""
+        channels = self.arch.in_chans
+        if channels != pictures_BHW3.shape[-1]:
+            pictures_BHW3 = pictures_BHW3[..., np.arange(channels) % pictures_BHW3.shape[-1]]
+        if self.as_bytes:
+            return {"images": np.ascontiguousarray(pictures_BHW3)}
+        return {"pixels": self.preprocessing.normalised(pictures_BHW3)}
+
+    def noise(self, batch: int, height: int, width: int, seed: int) -> dict[str, Array]:
+        """Noise as the input."""
+        size = (batch, height, width, seed, self.arch.in_chans)
+        return {"images": synthetic.images(*size)} if self.as_bytes else {"pixels": synthetic.pixels(*size)}
 
 
 class CaseTable(Frozen):
-    """One `[[cases]]` entry: noise with batch, height and width, or photographs."""
+    """One `[[cases]]` entry: noise with batch, height and width, or photographs.
+
+    `native` is the side of the image whose grid is the position table's own. patch_size: what the other sizes were
+    chosen for; a model with other patches takes as many of its own. Without it they are pixels, whatever the model.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     why: str = Field(min_length=10)
     batch: int = Field(default=1, ge=1)
-    height: int | None = Field(default=None, ge=PATCH)
-    width: int | None = Field(default=None, ge=PATCH)
+    height: Pixels | Literal["native"] | None = None
+    width: Pixels | Literal["native"] | None = None
+    patch_size: int | None = Field(default=None, gt=0, le=64)
     seed: int = 0
     photographs: tuple[str, ...] = ()
     prepare: Literal["evaluation", "own_size"] = "evaluation"
 
     @model_validator(mode="after")
     def _noise_or_photographs(self) -> Self:
-        of_noise, given = {"batch", "height", "width", "seed"}, self.model_fields_set
+        of_noise, given = {"batch", "height", "width", "patch_size", "seed"}, self.model_fields_set
         if self.photographs and (stray := sorted(of_noise & given)):
             raise ValueError(f"{', '.join(stray)}: of noise only, not of photographs")
         if not self.photographs and ("prepare" in given or self.height is None or self.width is None):
@@ -45,47 +80,65 @@ class CaseTable(Frozen):
             raise ValueError("photographs are names of files in the folder `images`, not paths")
         return self
 
+    def side(self, length: int | Literal["native"], arch: Architecture) -> int:
+        """A side in pixels of `arch`; what was over a multiple stays over a multiple."""
+        if length == "native":
+            return arch.native_size
+        if self.patch_size is None or self.patch_size == arch.patch_size:
+            return length
+        patches, rest = divmod(length, self.patch_size)
+        return patches * arch.patch_size + (max(1, rest * arch.patch_size // self.patch_size) if rest else 0)
 
-def read_case(table: Mapping[str, Any], folder: Path, *, as_bytes: bool, strict: bool) -> Case:
-    """The case `table` describes; photographs lie in `folder`/images.
 
-    as_bytes: the model takes uint8 (B, H, W, 3) instead of normalised pixels (B, 3, H, W).
-    strict: the model refuses sizes that are no multiples of 14, so noise of such a size is a case of refusal.
+def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case:
+    """The case `table` describes, for a model that takes images as `taken`; photographs lie in `folder`/images.
+
+    Where it refuses sizes that are no multiples of the patch, noise of such a size is a case of refusal.
     """
+    patch = taken.arch.patch_size
     entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
     if entry.photographs:
         paths = [folder / "images" / name for name in entry.photographs]
         if entry.prepare == "evaluation":
-            pictures = np.stack([_prepared(path) for path in paths])
+            pictures = np.stack([_prepared(path, taken.preprocessing) for path in paths])
         else:
             pictures = np.asarray(images.load(paths[0]))[np.newaxis]
-            if min(pictures.shape[1:3]) < PATCH:
-                raise images.ImageError(paths[0], f"smaller than one patch of {PATCH} pixels")
-            if strict:
-                pictures = cropped(pictures)
-        inputs = inputs_of(pictures, as_bytes)
+            if min(pictures.shape[1:3]) < patch:
+                raise images.ImageError(paths[0], f"smaller than one patch of {patch} pixels")
+            if taken.strict:
+                pictures = cropped(pictures, patch)
+        inputs = taken.of(pictures)
         return Case(name=entry.name, why=entry.why, inputs=inputs, neighbours=len(pictures) > 1, shown=True)
     assert entry.height is not None and entry.width is not None
-    refused = strict and bool(entry.height % PATCH or entry.width % PATCH)
-    noise = _noise(entry.batch, entry.height, entry.width, entry.seed, as_bytes)
+    height, width = entry.side(entry.height, taken.arch), entry.side(entry.width, taken.arch)
+    if min(height, width) < patch:
+        raise UsageError(
+            f"case {entry.name}: {height}x{width} is smaller than one patch of {patch} pixels.",
+            next_step="Give larger sizes.",
+        )
+    refused = taken.strict and bool(height % patch or width % patch)
+    noise = taken.noise(entry.batch, height, width, entry.seed)
     return Case(name=entry.name, why=entry.why, inputs=noise, expect_refusal=refused)
 
 
-def workloads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Workload, ...]:
-    """Noise images to time: 224 and 518 a side, alone and eight at a time, or what the profile has closest to that."""
+def workloads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Workload, ...]:
+    """Noise images to time: as large as evaluated and on the position table's own grid, alone and eight at a time.
+
+    Where the profile does not have that, what it has closest to it.
+    """
 
     def within(dimension: str, size: int) -> int:
         return min(max(size, profile[dimension].min), profile[dimension].max)
 
     shapes = {
-        (within("batch", batch), within("height", side), within("width", side)): None
+        (within("batch", batch), within("height", height), within("width", width)): None
         for batch in (1, _BATCH)
-        for side in (_EVALUATION_SIDE, GRID * PATCH)
+        for height, width in (taken.preprocessing.crop_size, (taken.arch.native_size, taken.arch.native_size))
     }
     return tuple(
         Workload(
             name=f"{batch} x {height} x {width}",
-            inputs=_noise(batch, height, width, 0, as_bytes),
+            inputs=taken.noise(batch, height, width, 0),
             items=batch,
             unit="images",
         )
@@ -94,7 +147,7 @@ def workloads(profile: Mapping[str, Range], *, as_bytes: bool) -> tuple[Workload
 
 
 def from_folder(
-    folder: Path, *, as_bytes: bool, progress: Progress, only: Collection[str] | None = None
+    folder: Path, taken: ImageInput, *, progress: Progress, only: Collection[str] | None = None
 ) -> Iterator[Case | str]:
     """A case for each image directly in `folder` or below, or a line for a file that is none; hidden ones aside.
 
@@ -112,7 +165,7 @@ def from_folder(
                 _check_link(path, folder)
             if path.suffix.lower() not in images.SUFFIXES:
                 raise images.ImageError(path, f"not one of {', '.join(images.FORMATS)} by its name")
-            picture = _prepared(path)[np.newaxis]
+            picture = _prepared(path, taken.preprocessing)[np.newaxis]
         except images.ImageError as error:
             yield error.message
             continue
@@ -120,7 +173,7 @@ def from_folder(
         yield Case(
             name=name.as_posix(),
             why="a photograph of the user's",
-            inputs=inputs_of(picture, as_bytes),
+            inputs=taken.of(picture),
             label=name.parts[0] if len(name.parts) > 1 else "",
         )
 
@@ -143,33 +196,16 @@ def _check_link(path: Path, folder: Path) -> None:
         raise images.ImageError(path, "a link that leads out of the folder")
 
 
-def _prepared(path: Path) -> Array:
-    """The photograph as upstream's evaluation prepares it; an ImageError that names the file otherwise."""
+def _prepared(path: Path, preprocessing: Preprocessing) -> Array:
+    """The photograph resized and cropped; an ImageError that names the file when it cannot be."""
     image = images.load(path)
     try:
-        return images.for_evaluation(image)
+        return preprocessing.prepared(image)
     except UsageError as error:
         raise images.ImageError(path, error.message.rstrip(".")) from None
 
 
-def cropped(pictures_BHW3: Array) -> Array:
-    """The closest smaller multiple of 14 of each side, top left kept, as the model card says."""
-    height, width = (side // PATCH * PATCH for side in pictures_BHW3.shape[1:3])
+def cropped(pictures_BHW3: Array, patch: int = PATCH) -> Array:
+    """The closest smaller multiple of the patch of each side, top left kept, as the model card says."""
+    height, width = (side // patch * patch for side in pictures_BHW3.shape[1:3])
     return np.ascontiguousarray(pictures_BHW3[:, :height, :width])
-
-
-def normalised(pictures_BHW3: Array) -> Array:
-    """uint8 RGB (B, H, W, 3) to float32 (B, 3, H, W), as torchvision's ToTensor and Normalize."""
-    scaled = pictures_BHW3.astype(np.float32) / np.float32(255)
-    values = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-
-
-def _noise(batch: int, height: int, width: int, seed: int, as_bytes: bool) -> dict[str, Array]:
-    size = (batch, height, width, seed)
-    return {"images": synthetic.images(*size)} if as_bytes else {"pixels": synthetic.pixels(*size)}
-
-
-def inputs_of(pictures_BHW3: Array, as_bytes: bool) -> dict[str, Array]:
-    """RGB pictures as the graph's one input, under its name."""
-    return {"images": np.ascontiguousarray(pictures_BHW3)} if as_bytes else {"pixels": normalised(pictures_BHW3)}

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoexport.config.recipe import Frozen
 from dinoexport.spec import closest
 
 PATCH = 14  # pixels a side; every published DINOv2 backbone
-GRID = 37  # patches a side of the position table: trained at 518 = 37 * 14 pixels
-# ImageNet's mean and deviation per RGB channel, on pixels in 0..1 (upstream dinov2/data/transforms.py).
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
+GRID = 37  # patches a side of the published position tables: trained at 518 = 37 * 14 pixels
 NORM_EPSILON = 1e-6  # upstream dinov2/models/vision_transformer.py: partial(nn.LayerNorm, eps=1e-6)
+# Upstream's `interpolate_offset` of its published models: without registers, with registers (dinov2/hub/backbones.py).
+_PUBLISHED_OFFSETS = (0.1, 0.0)
+# An offset is a fraction with at most this denominator, so that the graph can count in whole numbers.
+_OFFSET_DENOMINATOR_MAX = 1000
+Activation = Literal["gelu", "gelu_tanh", "relu"]
 
 
 class Architecture(Frozen):
@@ -25,6 +28,40 @@ class Architecture(Frozen):
     num_heads: int = Field(gt=0, description="Attention heads; they divide embed_dim.")
     feed_forward: Literal["mlp", "swiglu"] = Field(description="`swiglu` is ViT-g's.")
     register_count: int = Field(ge=0, description="Register tokens R.")
+    patch_size: int = Field(default=PATCH, gt=0, le=64, description="Pixels a side of a patch.")
+    in_chans: int = Field(default=3, gt=0, le=32, description="Channels of the image.")
+    position_side: int = Field(
+        default=GRID,
+        gt=0,
+        le=512,
+        description="Patches a side of the position table. Read off the checkpoint where there is a file.",
+    )
+    interpolate_offset: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="What upstream adds to the grid's size before it resizes the position table; no file of weights "
+        "shows it. Default: as published, 0.1 without registers and 0.0 with them.",
+    )
+    interpolate_antialias: bool | None = Field(
+        default=None,
+        description="Whether the position table is resized with antialiasing; no file of weights shows it. "
+        "Default: as published, without registers no and with them yes.",
+    )
+    layer_norm_eps: float = Field(default=NORM_EPSILON, gt=0, lt=0.1, description="LayerNorm's epsilon.")
+    qkv_bias: bool = Field(default=True, description="Whether q, k and v have biases. Read off the checkpoint.")
+    layer_scale: bool = Field(default=True, description="Whether blocks have LayerScale. Read off the checkpoint.")
+    mlp_hidden: int | None = Field(
+        default=None, gt=0, description="Width of the feed-forward. Read off the checkpoint. Default: upstream's rule."
+    )
+    activation: Activation = Field(default="gelu", description="Of the feed-forward `mlp`.")
+
+    @field_validator("interpolate_offset")
+    @classmethod
+    def _offset_is_a_fraction(cls, offset: float | None) -> float | None:
+        if offset is not None and float(_fraction(offset)) != offset:
+            raise ValueError(f"needs a fraction of at most {_OFFSET_DENOMINATOR_MAX} parts, as 0.1, has {offset!r}")
+        return offset
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -33,22 +70,40 @@ class Architecture(Frozen):
         return self
 
     @property
+    def offset(self) -> Fraction:
+        """Upstream's `interpolate_offset`, exactly."""
+        published = _PUBLISHED_OFFSETS[self.register_count > 0]
+        return _fraction(published if self.interpolate_offset is None else self.interpolate_offset)
+
+    @property
+    def antialias(self) -> bool:
+        """Upstream's `interpolate_antialias`."""
+        return self.register_count > 0 if self.interpolate_antialias is None else self.interpolate_antialias
+
+    @property
+    def native_size(self) -> int:
+        """Pixels a side of the image whose grid is the position table's own."""
+        return self.position_side * self.patch_size
+
+    @property
     def hidden_dim(self) -> int:
         """Width of the feed-forward: 4 D, or upstream's SwiGLU rounding (dinov2/layers/swiglu_ffn.py)."""
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
         if self.feed_forward == "mlp":
             return 4 * self.embed_dim
         return (int(4 * self.embed_dim * 2 / 3) + 7) // 8 * 8
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the published checkpoint and its shape, in the published order."""
+        """Every tensor of the checkpoint and its shape, under the published names and in the published order."""
         dim, hidden = self.embed_dim, self.hidden_dim
         shapes: dict[str, tuple[int, ...]] = {
             "cls_token": (1, 1, dim),
-            "pos_embed": (1, 1 + GRID * GRID, dim),
+            "pos_embed": (1, 1 + self.position_side**2, dim),
             **({"register_tokens": (1, self.register_count, dim)} if self.register_count else {}),
             "mask_token": (1, dim),
-            "patch_embed.proj.weight": (dim, 3, PATCH, PATCH),
+            "patch_embed.proj.weight": (dim, self.in_chans, self.patch_size, self.patch_size),
             "patch_embed.proj.bias": (dim,),
         }
         swiglu = self.feed_forward == "swiglu"
@@ -57,21 +112,25 @@ class Architecture(Frozen):
             "norm1.weight": (dim,),
             "norm1.bias": (dim,),
             "attn.qkv.weight": (3 * dim, dim),
-            "attn.qkv.bias": (3 * dim,),
+            **({"attn.qkv.bias": (3 * dim,)} if self.qkv_bias else {}),
             "attn.proj.weight": (dim, dim),
             "attn.proj.bias": (dim,),
-            "ls1.gamma": (dim,),
+            **({"ls1.gamma": (dim,)} if self.layer_scale else {}),
             "norm2.weight": (dim,),
             "norm2.bias": (dim,),
             f"{first}.weight": (packed, dim),
             f"{first}.bias": (packed,),
             f"{last}.weight": (dim, hidden),
             f"{last}.bias": (dim,),
-            "ls2.gamma": (dim,),
+            **({"ls2.gamma": (dim,)} if self.layer_scale else {}),
         }
         for i in range(self.depth):
             shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
         return shapes | {"norm.weight": (dim,), "norm.bias": (dim,)}
+
+
+def _fraction(offset: float) -> Fraction:
+    return Fraction(str(offset)).limit_denominator(_OFFSET_DENOMINATOR_MAX)
 
 
 class GraphChoices(Frozen):
@@ -89,7 +148,8 @@ class GraphChoices(Frozen):
     )
     sizes: Literal["crop", "strict"] = Field(
         default="crop",
-        description="`crop`: other sizes lose their right and lower rest. `strict`: only multiples of 14 are accepted.",
+        description="`crop`: other sizes lose their right and lower rest. `strict`: only multiples of the patch size "
+        "are accepted.",
     )
     residual: Literal["fp16", "fp32"] = Field(
         default="fp16", description="What an fp16 graph adds its blocks up in. An fp32 graph always uses fp32."

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoexport.family import Read
-from dinoexport.models.dinov2.config import GRID, PATCH, Architecture
-from dinoexport.models.dinov2.graph import TABLE_BORDER
+from dinoexport.models.dinov2.config import Architecture
+from dinoexport.models.dinov2.graph import table_border
 from dinoexport.spec import Array, Weight
 
 
@@ -29,9 +29,10 @@ class Folded:
     def stem(self) -> Mapping[str, Weight]:
         """Patch kernel, prefix tokens and position table."""
         dim, registers = self.arch.embed_dim, self.arch.register_count
-        size = GRID if registers else GRID + 2 * TABLE_BORDER
+        size = self.arch.position_side + 2 * table_border(self.arch)
+        patch = self.arch.patch_size
         return {
-            "kernel_OIHW": self._as_is("patch_embed.proj.weight", dim, 3, PATCH, PATCH),
+            "kernel_OIHW": self._as_is("patch_embed.proj.weight", dim, self.arch.in_chans, patch, patch),
             "bias_O": self._as_is("patch_embed.proj.bias", dim),
             "prefix_1RD": Weight(shape=(1, 1 + registers, dim), read=self._prefix),
             "table_hwD": Weight(shape=(size, size * dim), read=self._table),
@@ -49,7 +50,7 @@ class Folded:
             "qkv_weight_IO": Weight(
                 shape=(dim, 3 * dim), read=lambda: (self.read(f"{at}attn.qkv.weight") * self._qkv_scale()[:, None]).T
             ),
-            "qkv_bias_O": Weight(shape=(3 * dim,), read=lambda: self.read(f"{at}attn.qkv.bias") * self._qkv_scale()),
+            **self._qkv_bias(f"{at}attn.qkv.bias"),
             **self._scaled(f"{at}attn.proj", f"{at}ls1.gamma", "proj", dim, dim),
             "norm2_weight_D": self._as_is(f"{at}norm2.weight", dim),
             "norm2_bias_D": self._as_is(f"{at}norm2.bias", dim),
@@ -67,12 +68,22 @@ class Folded:
         return Weight(shape=shape, read=lambda: self.read(name))
 
     def _scaled(self, linear: str, gamma: str, name: str, inputs: int, outputs: int) -> Mapping[str, Weight]:
-        """A projection with the LayerScale `gamma` behind it inside."""
-        weight: Callable[[], Array] = lambda: (self.read(f"{linear}.weight") * self.read(gamma)[:, None]).T  # noqa: E731
+        """A projection, with the LayerScale `gamma` behind it inside where the model has one."""
+        weight: Callable[[], Array] = lambda: self.read(f"{linear}.weight").T  # noqa: E731
+        bias: Callable[[], Array] = lambda: self.read(f"{linear}.bias")  # noqa: E731
+        if self.arch.layer_scale:
+            weight = lambda: (self.read(f"{linear}.weight") * self.read(gamma)[:, None]).T  # noqa: E731
+            bias = lambda: self.read(f"{linear}.bias") * self.read(gamma)  # noqa: E731
         return {
             f"{name}_weight_IO": Weight(shape=(inputs, outputs), read=weight),
-            f"{name}_bias_O": Weight(shape=(outputs,), read=lambda: self.read(f"{linear}.bias") * self.read(gamma)),
+            f"{name}_bias_O": Weight(shape=(outputs,), read=bias),
         }
+
+    def _qkv_bias(self, name: str) -> Mapping[str, Weight]:
+        if not self.arch.qkv_bias:
+            return {}
+        shape = (3 * self.arch.embed_dim,)
+        return {"qkv_bias_O": Weight(shape=shape, read=lambda: self.read(name) * self._qkv_scale())}
 
     def _qkv_scale(self) -> Array:
         """(3 D,): attention's 1/sqrt(head width) over q, one over k and v."""
@@ -90,7 +101,8 @@ class Folded:
 
     def _table(self) -> Array:
         """The position table as rows (h, w*D), its edges replicated where the kernel may reach past them."""
-        table = self.read("pos_embed")[0, 1:].reshape(GRID, GRID, -1)
-        if not self.arch.register_count:
-            table = np.pad(table, ((TABLE_BORDER, TABLE_BORDER), (TABLE_BORDER, TABLE_BORDER), (0, 0)), mode="edge")
+        side, border = self.arch.position_side, table_border(self.arch)
+        table = self.read("pos_embed")[0, 1:].reshape(side, side, -1)
+        if border:
+            table = np.pad(table, ((border, border), (border, border), (0, 0)), mode="edge")
         return table.reshape(table.shape[0], -1)

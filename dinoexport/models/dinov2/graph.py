@@ -7,15 +7,26 @@ The plain formulation that judges this one is in `reference.py`; they share no c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, NORM_EPSILON, PATCH, Architecture
+from dinoexport.models.dinov2.config import Architecture
 
-# The position table is extended by this many replicated rows and columns on each side: a bicubic kernel reaches two
-# samples past the edge, and PyTorch's interpolate clamps indices there.
-TABLE_BORDER = 2
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+# Without antialiasing a bicubic kernel reaches two samples past the table's edge.
+_REACH = 2
+
+
+def table_border(arch: Architecture) -> int:
+    """How many rows and columns replicate the position table's edge on each side: where PyTorch clamps indices."""
+    return 0 if arch.antialias else _REACH
 
 
 def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -36,38 +47,47 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 class Stem(nn.Module):
     """Pixels (B, 3, H, W) to tokens (B, 1 + R + h*w, D), in float32 throughout.
 
-    A stride-14 convolution floors, so a size that is no multiple of 14 loses its right and lower rest, as the model
-    card asks. With `from_bytes` the input is uint8 (B, H, W, 3) instead.
+    The patch convolution floors, so a size that is no multiple of its stride loses its right and lower rest, as the
+    model card asks. byte_scale and byte_shift: per channel; with them the input is uint8 (B, H, W, 3) instead, and each
+    byte is multiplied by the one and shifted by the other.
     """
 
     byte_scale: Tensor
     byte_shift: Tensor
 
-    def __init__(self, arch: Architecture, *, from_bytes: bool, residual: torch.dtype) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        residual: torch.dtype,
+        byte_scale: Tensor | None = None,
+        byte_shift: Tensor | None = None,
+    ) -> None:
         super().__init__()
         dim = arch.embed_dim
-        self.antialias = arch.register_count > 0
+        self.antialias, self.side, self.patch = arch.antialias, arch.position_side, arch.patch_size
+        # Sizes are counted in such parts of a patch that the offset is a whole number of them; tenths at least.
+        parts = arch.offset.denominator
+        self.parts = 10 if 10 % parts == 0 else parts
+        self.offset_parts = int(arch.offset * self.parts)
         self.prefix_count = 1 + arch.register_count
         self.residual = residual
-        border = 0 if self.antialias else TABLE_BORDER
-        self.table_size = GRID + 2 * border
-        self.from_bytes = from_bytes
-        self.kernel_OIHW = _parameter(dim, 3, PATCH, PATCH)
+        self.table_size = self.side + 2 * table_border(arch)
+        self.from_bytes = byte_scale is not None
+        self.kernel_OIHW = _parameter(dim, arch.in_chans, self.patch, self.patch)
         self.bias_O = _parameter(dim)
         self.prefix_1RD = _parameter(1, self.prefix_count, dim)
         self.table_hwD = _parameter(self.table_size, self.table_size * dim)
-        if from_bytes:
-            # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
-            std = torch.tensor(IMAGE_STD)
-            self.register_buffer("byte_scale", (1 / (255 * std)).view(3, 1, 1))
-            self.register_buffer("byte_shift", (-torch.tensor(IMAGE_MEAN) / std).view(3, 1, 1))
+        if byte_scale is not None and byte_shift is not None:
+            self.register_buffer("byte_scale", byte_scale.view(-1, 1, 1))
+            self.register_buffer("byte_shift", byte_shift.view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Tokens (B, 1 + R + h*w, D) in the residual stream's dtype."""
         if self.from_bytes:
             # Cast before Transpose: TensorRT does not transpose uint8.
             image = image.float().permute(0, 3, 1, 2) * self.byte_scale + self.byte_shift
-        patches_BDhw = F.conv2d(image, self.kernel_OIHW, self.bias_O, stride=PATCH)
+        patches_BDhw = F.conv2d(image, self.kernel_OIHW, self.bias_O, stride=self.patch)
         h, w = patches_BDhw.shape[2:]
         patches_BND = patches_BDhw.flatten(2).transpose(1, 2)
         tokens_BND = F.pad(patches_BND, (0, 0, self.prefix_count, 0)) + self._positions(h, w)
@@ -80,38 +100,58 @@ class Stem(nn.Module):
         (vision_transformer.py, interpolate_pos_encoding) takes the table untouched on its native grid.
         """
         index_h, index_w = torch.arange(h), torch.arange(w)
-        tenths_h, tenths_w = 10 * torch.full((1,), h), 10 * torch.full((1,), w)
-        if self.antialias:
-            weights_h = self._antialiased_weights(index_h, tenths_h)
-            weights_w = self._antialiased_weights(index_w, tenths_w)
+        parts_h, parts_w = self.parts * torch.full((1,), h), self.parts * torch.full((1,), w)
+        if self.offset_parts:
+            off_h, off_w = self._off_grid(parts_h, parts_w)
+            weights_h = self._weights(index_h, parts_h + off_h)
+            weights_w = self._weights(index_w, parts_w + off_w)
         else:
-            # A tenth everywhere but on the native grid: upstream's "historical kludge", interpolate_offset. Squares and
-            # no Abs: OpenVINO 2026.4 takes a count less the grid for positive and drops it; tokens were off by a fifth.
-            off_grid = ((tenths_h - 10 * GRID).square() + (tenths_w - 10 * GRID).square()).clamp(max=1)
-            weights_h = self._offset_weights(index_h, tenths_h + off_grid)
-            weights_w = self._offset_weights(index_w, tenths_w + off_grid)
+            weights_h, weights_w = self._weights(index_h, parts_h), self._weights(index_w, parts_w)
         rows = (weights_h @ self.table_hwD).unflatten(-1, (self.table_size, -1))
         patches = (weights_w @ rows).flatten(0, 1).unsqueeze(0)
         return torch.cat((self.prefix_1RD, patches), dim=1)
 
-    def _offset_weights(self, index: Tensor, tenths: Tensor) -> Tensor:
-        """Bicubic weights (n, 41) of models without registers: scale (n + 0.1) / 37, a = -0.75, edges replicated."""
-        return _cubic(self._distances(index, tenths), a=-0.75)
+    def _off_grid(self, parts_h: Tensor, parts_w: Tensor) -> tuple[Tensor, Tensor]:
+        """Upstream's "historical kludge", interpolate_offset, of each side: on every grid but the native one.
 
-    def _antialiased_weights(self, index: Tensor, tenths: Tensor) -> Tensor:
-        """Bicubic weights (n, 37) of models with registers: antialiased, a = -0.5, each row normalised to one."""
-        weights = _cubic(self._distances(index, tenths) / (10 * GRID / tenths.float()).clamp(min=1), a=-0.5)
+        Squares and no Abs: OpenVINO 2026.4 takes a count less the grid for positive and drops it; tokens were off by a
+        fifth. With antialiasing PyTorch leaves a side alone that is as long as the table's, whatever the scale.
+        """
+        native = self.parts * self.side
+        off_h, off_w = (parts_h - native).square(), (parts_w - native).square()
+        if self.antialias:
+            off_h, off_w = off_h.clamp(max=1), off_w.clamp(max=1)
+        else:
+            off_h = off_w = (off_h + off_w).clamp(max=1)
+        if self.offset_parts != 1:
+            off_h, off_w = off_h * self.offset_parts, off_w * self.offset_parts
+        return off_h, off_w
+
+    def _weights(self, index: Tensor, parts: Tensor) -> Tensor:
+        """Bicubic weights (n, table's size) of an image side of `parts` parts of a patch.
+
+        Antialiased: a = -0.5, widened where the table shrinks, each row normalised to one. Else a = -0.75, and the
+        table's edges are replicated.
+        """
+        distances = self._distances(index, parts)
+        if not self.antialias:
+            return _cubic(distances, a=-0.75)
+        weights = _cubic(distances / (self.parts * self.side / parts.float()).clamp(min=1), a=-0.5)
         return weights / weights.sum(dim=1, keepdim=True)
 
-    def _distances(self, index: Tensor, tenths: Tensor) -> Tensor:
-        """How far patch i lies from each sample of the table, in samples; the image has `tenths` / 10 patches.
+    def _distances(self, index: Tensor, parts: Tensor) -> Tensor:
+        """How far patch i lies from each sample of the table, in samples; the image has `parts` parts of patches.
 
-        (i + 1/2 - n/2) 37/n - sample, measured from the middle, in whole numbers up to the one division: what cancels
-        does so exactly, even in a runtime that computes in bf16. In floating point that cost a token 6 % there.
+        (i + 1/2 - n/2) side/n - sample, measured from the middle, in whole numbers up to the one division: what cancels
+        does so exactly, even in a runtime that computes in bf16. In floating point that cost a token 6 % there. The
+        middle of an even side lies between two samples, so twice the distance from it is what is whole.
         """
-        samples = torch.arange(self.table_size) - self.table_size // 2
-        from_middle = (20 * index + 10 - tenths) * GRID
-        return ((from_middle.unsqueeze(1) - 2 * tenths * samples).float() / (2 * tenths).float()).abs()
+        if self.table_size % 2:
+            samples, unit = torch.arange(self.table_size) - self.table_size // 2, 2
+        else:
+            samples, unit = 2 * torch.arange(self.table_size) - (self.table_size - 1), 1
+        from_middle = (2 * self.parts * index + self.parts - parts) * self.side
+        return ((from_middle.unsqueeze(1) - unit * parts * samples).float() / (2 * parts).float()).abs()
 
 
 class Block(nn.Module):
@@ -133,11 +173,13 @@ class Block(nn.Module):
         super().__init__()
         dim, hidden = arch.embed_dim, arch.hidden_dim
         self.norms, self.scores = norms, scores
+        self.epsilon, self.activation = arch.layer_norm_eps, arch.activation
         self.dim, self.num_heads, self.body, self.swiglu = dim, arch.num_heads, body, arch.feed_forward == "swiglu"
         for norm in ("norm1", "norm2"):
             self.register_parameter(f"{norm}_weight_D", _parameter(dim, dtype=self.norms))
             self.register_parameter(f"{norm}_bias_D", _parameter(dim, dtype=self.norms))
-        self.qkv_weight_IO, self.qkv_bias_O = _parameter(dim, 3 * dim, dtype=body), _parameter(3 * dim, dtype=body)
+        self.qkv_weight_IO = _parameter(dim, 3 * dim, dtype=body)
+        self.qkv_bias_O = _parameter(3 * dim, dtype=body) if arch.qkv_bias else None
         self.proj_weight_IO, self.proj_bias_O = _parameter(dim, dim, dtype=body), _parameter(dim, dtype=body)
         first = 2 * hidden if self.swiglu else hidden
         self.first_weight_IO, self.first_bias_O = _parameter(dim, first, dtype=body), _parameter(first, dtype=body)
@@ -152,10 +194,12 @@ class Block(nn.Module):
 
     def _norm(self, tokens_BND: Tensor, name: str) -> Tensor:
         weight, bias = self.get_parameter(f"{name}_weight_D"), self.get_parameter(f"{name}_bias_D")
-        return F.layer_norm(tokens_BND.to(self.norms), (self.dim,), weight, bias, NORM_EPSILON).to(self.body)
+        return F.layer_norm(tokens_BND.to(self.norms), (self.dim,), weight, bias, self.epsilon).to(self.body)
 
     def _attention(self, x_BND: Tensor) -> Tensor:
-        qkv = x_BND @ self.qkv_weight_IO + self.qkv_bias_O
+        qkv = x_BND @ self.qkv_weight_IO
+        if self.qkv_bias_O is not None:
+            qkv = qkv + self.qkv_bias_O
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split(self.dim, dim=-1))
         scores = q.transpose(1, 2).to(self.scores) @ k.permute(0, 2, 3, 1).to(self.scores)
         mixed: Tensor = scores.softmax(dim=-1).to(self.body) @ v.transpose(1, 2)
@@ -167,7 +211,7 @@ class Block(nn.Module):
             gate, value = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * value
         else:
-            hidden = F.gelu(hidden)
+            hidden = _ACTIVATIONS[self.activation](hidden)
         return hidden @ self.last_weight_IO + self.last_bias_O
 
 
@@ -177,12 +221,13 @@ class Head(nn.Module):
     def __init__(self, arch: Architecture, *, with_registers: bool) -> None:
         super().__init__()
         self.dim, self.prefix_count = arch.embed_dim, 1 + arch.register_count
+        self.epsilon = arch.layer_norm_eps
         self.with_registers = with_registers and arch.register_count > 0
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
         """(class tokens, register tokens if they are wanted, patch tokens)."""
-        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
+        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, self.epsilon)
         registers = (normed[:, 1 : self.prefix_count],) if self.with_registers else ()
         return (normed[:, 0], *registers, normed[:, self.prefix_count :])
 
@@ -192,10 +237,10 @@ class WholeHead(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.dim = arch.embed_dim
+        self.dim, self.epsilon = arch.embed_dim, arch.layer_norm_eps
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
         """(all tokens, class token)."""
-        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, NORM_EPSILON)
+        normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, self.epsilon)
         return normed, normed[:, 0]

@@ -14,7 +14,7 @@ import torch
 
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import Read
-from dinoexport.models.dinov2.config import PATCH, Architecture
+from dinoexport.models.dinov2.config import Architecture
 from dinoexport.spec import Array, Progress
 
 _FETCH = "python -c \"import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14', pretrained=False)\""
@@ -69,8 +69,8 @@ def tokens_of(
     wanted = sorted(set(blocks))  # upstream answers in ascending order, a block once
     answers = []
     for done, image in enumerate(images_B3HW, start=1):
-        # Upstream's PatchEmbed asserts multiples of 14; the model card's crop is the caller's there.
-        height, width = (side // PATCH * PATCH for side in image.shape[-2:])
+        # Upstream's PatchEmbed asserts multiples of the patch; the model card's crop is the caller's there.
+        height, width = (side // arch.patch_size * arch.patch_size for side in image.shape[-2:])
         pixels = torch.from_numpy(image[..., :height, :width].copy())
         streams = model._get_intermediate_layers_not_chunked(pixels, wanted)
         answers.append({i: model.norm(stream).numpy() for i, stream in zip(wanted, streams, strict=True)})

@@ -1,25 +1,23 @@
 """Checkpoints of DINOv2 in the layouts people have, seen in the one upstream publishes.
 
-Known: upstream training checkpoints (a `teacher` dict, `backbone.` prefix, blocks in chunks), Hugging Face's
-`Dinov2Model` and `Dinov2WithRegistersModel`, and timm's. What a layout is, is read off its names and shapes alone; a
-name nobody knows stays as it is, so the loader can list it.
+Known: upstream's own (published or from its training, blocks in chunks), Hugging Face's `Dinov2Model` and
+`Dinov2WithRegistersModel`, and timm's, each in any wrapping `search` finds them in. What a layout is, is read off its
+names and shapes alone; a name nobody knows stays as it is, so the loader can list it.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dinoexport.family import Read, Shapes
+from dinoexport.models.dinov2.search import Found, search
 from dinoexport.spec import Array
 
-# Parts of training checkpoints and of classifiers built on the backbone that are not the backbone.
-_NOT_BACKBONE = re.compile(r"^(dino_head|ibot_head|classifier|head|optimizer)\.")
-_WRAPPERS = re.compile(r"^(?:(?:teacher|state_dict|model|module|backbone|dinov2_with_registers|dinov2)\.)*")
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 _HF_BLOCK = re.compile(r"^encoder\.layer\.(\d+)\.(.+)$")
 
 _HF_OUTSIDE = {
@@ -50,17 +48,23 @@ class _View:
     read: Callable[[], Array]
 
 
-def adapt(found: Shapes, read: Read) -> tuple[Shapes, Read]:
-    """(name -> shape, reader) in the published layout for a checkpoint whose tensors are `found`."""
-    views: dict[str, _View] = {}
-    # In a training checkpoint only the teacher counts: it is what upstream evaluates and publishes.
-    for name in [name for name in found if _is_teacher(name)] or found:
-        bare = _CHUNKED_BLOCK.sub(r"blocks.\1.", _WRAPPERS.sub("", name))
-        if not _NOT_BACKBONE.match(bare):
-            # The second tensor of one name keeps the file's own, so that the loader lists it.
-            views[name if bare in views else bare] = _View(shape=found[name], read=_reader(read, name))
-    if any(_HF_BLOCK.match(name) for name in views):
-        views = _from_hugging_face(views)
+def adapt(found: Shapes, read: Read, *, width: int | None = None, depth: int | None = None) -> tuple[Shapes, Read]:
+    """(name -> shape, reader) in the published layout for a checkpoint whose tensors are `found`.
+
+    width and depth: of the model that is wanted, where the checkpoint holds several. What is no part of the backbone is
+    left out; what is, and no DINOv2 has, keeps the file's name.
+    """
+    return adapted(search(found, width=width, depth=depth), found, read)
+
+
+def adapted(chosen: Found | None, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+    """The same of the backbone that was chosen; all of the file as it is where there is none."""
+    if chosen is None:
+        return found, read
+    named = chosen.backbone.names | {name: name for name in chosen.strays}
+    views = {own: _View(shape=found[name], read=_reader(read, name)) for own, name in named.items()}
+    if chosen.backbone.layout == "hugging face":
+        views = _from_hugging_face(views, chosen.backbone.names)
     views = _from_timm(views)
     return {name: view.shape for name, view in views.items()}, lambda name: views[name].read()
 
@@ -69,12 +73,8 @@ def _reader(read: Read, name: str) -> Callable[[], Array]:
     return lambda: read(name)
 
 
-def _is_teacher(name: str) -> bool:
-    wrappers = _WRAPPERS.match(name)
-    return wrappers is not None and "teacher" in wrappers[0].split(".")
-
-
-def _from_hugging_face(views: dict[str, _View]) -> dict[str, _View]:
+def _from_hugging_face(views: dict[str, _View], names: Mapping[str, str]) -> dict[str, _View]:
+    """A query, key or value without its like keeps the file's name, of `names`, so that it is listed."""
     renamed: dict[str, _View] = {}
     for name, view in views.items():
         if name in _HF_OUTSIDE:
@@ -90,7 +90,7 @@ def _from_hugging_face(views: dict[str, _View]) -> dict[str, _View]:
             if len(whole) == len(parts):
                 renamed[f"blocks.{block[1]}.attn.qkv.{attention[2]}"] = _stacked(whole)
             else:
-                renamed[name] = view
+                renamed[names[name]] = view
             continue
         for theirs, ours in _HF_INSIDE.items():
             inside = inside.replace(theirs, ours)
@@ -112,15 +112,33 @@ def _from_timm(views: dict[str, _View]) -> dict[str, _View]:
         block = re.match(r"(blocks\.\d+\.mlp)\.(fc1|fc2)\.(weight|bias)$", name)
         packed = block and _is_packed(views, block[1])
         renamed[f"{block[1]}.{'w12' if block[2] == 'fc1' else 'w3'}.{block[3]}" if block and packed else name] = view
+    registers = renamed.pop("reg_token", None)
+    if registers is not None:
+        renamed["register_tokens"] = registers
     positions = renamed.get("pos_embed")
-    if "reg_token" in renamed and positions is not None and len(positions.shape) == 3:
-        renamed["register_tokens"] = renamed.pop("reg_token")
-        batch, count, dim = positions.shape
-        renamed["pos_embed"] = _View(
+    if positions is not None and len(positions.shape) == 3:
+        renamed |= _with_class_position(positions, registers)
+    return renamed
+
+
+def _with_class_position(positions: _View, registers: _View | None) -> dict[str, _View]:
+    """Timm's table has no position for class token and registers, which it adds up itself, or one for each of them."""
+    batch, count, dim = positions.shape
+    prefix = 0 if registers is None or len(registers.shape) != 3 else registers.shape[1]
+    if math.isqrt(count) ** 2 == count:
+        view = _View(
             shape=(batch, 1 + count, dim),
             read=lambda: np.concatenate((np.zeros((batch, 1, dim), np.float32), positions.read()), axis=1),
         )
-    return renamed
+        return {"pos_embed": view}
+    if registers is not None and prefix and math.isqrt(max(count - 1 - prefix, 0)) ** 2 == count - 1 - prefix:
+        of_patches = _View(
+            shape=(batch, count - prefix, dim),
+            read=lambda: np.concatenate((positions.read()[:, :1], positions.read()[:, 1 + prefix :]), axis=1),
+        )
+        shifted = _View(shape=registers.shape, read=lambda: registers.read() + positions.read()[:, 1 : 1 + prefix])
+        return {"pos_embed": of_patches, "register_tokens": shifted}
+    return {}
 
 
 def _is_packed(views: dict[str, _View], mlp: str) -> bool:

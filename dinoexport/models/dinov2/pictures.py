@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 
-from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, PATCH
+from dinoexport.images import Preprocessing
 from dinoexport.spec import Array, Picture
 from dinoexport.validation.metrics import vector_cosines
 
@@ -25,17 +25,22 @@ _VIRIDIS = np.array(
 
 
 def of_case(
-    pixels_B3HW: Array, reference_BND: Array, candidates_BND: Mapping[str, Array]
+    pixels_BCHW: Array,
+    reference_BND: Array,
+    candidates_BND: Mapping[str, Array],
+    *,
+    patch: int,
+    preprocessing: Preprocessing,
 ) -> tuple[tuple[Picture, ...], ...]:
     """A row for each image: itself, PyTorch's patch tokens, then each candidate's and its error per patch.
 
     The errors of one image share a scale, so that candidates can be compared.
     """
-    h, w = (side // PATCH for side in pixels_B3HW.shape[2:])
+    h, w = (side // patch for side in pixels_BCHW.shape[2:])
     project = _colours(reference_BND)
     rows = []
-    for i, pixels_3HW in enumerate(pixels_B3HW):
-        row = [photograph(pixels_3HW[:, : h * PATCH, : w * PATCH])]
+    for i, pixels_CHW in enumerate(pixels_BCHW):
+        row = [photograph(pixels_CHW[:, : h * patch, : w * patch], preprocessing)]
         row.append(_map(project(reference_BND[i]).reshape(h, w, 3), "PyTorch", "three principal components as colours"))
         errors = {name: 1 - vector_cosines(ours[i], reference_BND[i]) for name, ours in candidates_BND.items()}
         largest = max((float(e[np.isfinite(e)].max(initial=0.0)) for e in errors.values()), default=0.0)
@@ -65,16 +70,15 @@ def _colours(reference_BND: Array) -> Callable[[Array], Array]:
     return project
 
 
-def photograph(pixels_3HW: Array, *, side_max: int = _PHOTOGRAPH_SIDE_MAX) -> Picture:
+def photograph(pixels_CHW: Array, preprocessing: Preprocessing, *, side_max: int = _PHOTOGRAPH_SIDE_MAX) -> Picture:
     """The image that normalised pixels are, as a JPEG of at most `side_max` pixels a side."""
     from PIL import Image
 
-    colours = pixels_3HW.transpose(1, 2, 0) * np.array(IMAGE_STD) + np.array(IMAGE_MEAN)
-    image = Image.fromarray(_bytes(255 * colours))
+    image = Image.fromarray(_bytes(255 * preprocessing.shown(pixels_CHW)))
     image.thumbnail((side_max, side_max))
     stored = BytesIO()
     image.save(stored, "JPEG", quality=85)
-    caption = f"{pixels_3HW.shape[1]} x {pixels_3HW.shape[2]} pixels, as the model sees it"
+    caption = f"{pixels_CHW.shape[1]} x {pixels_CHW.shape[2]} pixels, as the model sees it"
     return Picture(title="Photograph", caption=caption, data=stored.getvalue(), media_type="image/jpeg")
 
 

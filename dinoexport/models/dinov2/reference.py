@@ -11,15 +11,20 @@ ViT-g in fp32 needs the memory of one block and of the cases' tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoexport.models.dinov2.config import GRID, NORM_EPSILON, PATCH, Architecture
+from dinoexport.models.dinov2.config import Architecture
 
 Load = Callable[[str], Tensor]
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 @torch.inference_mode()
@@ -53,41 +58,45 @@ def tokens_of(
             if keep_stream is not None:
                 keep_stream(j, i + 1, streams[j])
             if i in blocks:
-                kept[j][i] = F.layer_norm(streams[j], (arch.embed_dim,), norm_weight, norm_bias, NORM_EPSILON)
+                kept[j][i] = F.layer_norm(streams[j], (arch.embed_dim,), norm_weight, norm_bias, arch.layer_norm_eps)
         block_done(i + 1)
     return kept
 
 
 def _embed(arch: Architecture, load: Load, image: Tensor) -> Tensor:
     """prepare_tokens_with_masks: patch embedding, class token, position embedding, then registers after the class."""
-    height, width = (side // PATCH * PATCH for side in image.shape[-2:])
+    patch = arch.patch_size
+    height, width = (side // patch * patch for side in image.shape[-2:])
     kernel = load("patch_embed.proj.weight")
     image = image[..., :height, :width].to(kernel.dtype)
-    patches = F.conv2d(image, kernel, load("patch_embed.proj.bias"), stride=PATCH).flatten(2).transpose(1, 2)
+    patches = F.conv2d(image, kernel, load("patch_embed.proj.bias"), stride=patch).flatten(2).transpose(1, 2)
     batch = patches.shape[0]
     tokens = torch.cat((load("cls_token").expand(batch, -1, -1), patches), dim=1)
-    tokens = tokens + position_embedding(load("pos_embed"), height, width, registers=arch.register_count > 0)
+    tokens = tokens + position_embedding(
+        load("pos_embed"), height // patch, width // patch, offset=float(arch.offset), antialias=arch.antialias
+    )
     if arch.register_count:
         registers = load("register_tokens").expand(batch, -1, -1)
         tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
     return tokens
 
 
-def position_embedding(table: Tensor, height: int, width: int, *, registers: bool) -> Tensor:
-    """interpolate_pos_encoding: the table (1, 1 + 37*37, D) for an image of height x width pixels.
+def position_embedding(table: Tensor, h: int, w: int, *, offset: float, antialias: bool) -> Tensor:
+    """interpolate_pos_encoding: the table (1, 1 + side*side, D) for an image of h x w patches.
 
-    Published without registers: interpolate_offset 0.1, no antialias; with registers: offset 0, antialias (dinov2/hub).
+    Upstream resizes by a scale where it has an offset and by size where it has none. An image of as many patches as the
+    table has, and square, takes the table untouched.
     """
-    h, w = height // PATCH, width // PATCH
-    if h == w == GRID:
-        return table
     class_position, patch_positions = table[:, :1], table[:, 1:]
     side = math.isqrt(patch_positions.shape[1])
+    if h == w == side:
+        return table
     grid = patch_positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    if registers:
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+    if offset:
+        scale = ((h + offset) / side, (w + offset) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
-        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=antialias)
     assert grid.shape[-2:] == (h, w)
     return torch.cat((class_position, grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)
 
@@ -96,21 +105,25 @@ def _block(arch: Architecture, weights: dict[str, Tensor], tokens: Tensor) -> Te
     """dinov2/layers/block.py in evaluation: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
     def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     def norm(name: str, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (arch.embed_dim,), weights[f"{name}.weight"], weights[f"{name}.bias"], NORM_EPSILON)
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return F.layer_norm(x, (arch.embed_dim,), weight, bias, arch.layer_norm_eps)
+
+    def layer_scale(name: str, x: Tensor) -> Tensor:
+        return x * weights[f"{name}.gamma"] if arch.layer_scale else x
 
     batch, count, dim = tokens.shape
     qkv = linear("attn.qkv", norm("norm1", tokens)).reshape(batch, count, 3, arch.num_heads, dim // arch.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, dim)
-    tokens = tokens + linear("attn.proj", attended) * weights["ls1.gamma"]
+    tokens = tokens + layer_scale("ls1", linear("attn.proj", attended))
 
     x = norm("norm2", tokens)
     if arch.feed_forward == "swiglu":
         gate, value = linear("mlp.w12", x).chunk(2, dim=-1)
         fed = linear("mlp.w3", F.silu(gate) * value)
     else:
-        fed = linear("mlp.fc2", F.gelu(linear("mlp.fc1", x)))
-    return tokens + fed * weights["ls2.gamma"]
+        fed = linear("mlp.fc2", _ACTIVATIONS[arch.activation](linear("mlp.fc1", x)))
+    return tokens + layer_scale("ls2", fed)

@@ -1,7 +1,8 @@
 """DINOv2 behind a server: encoded images in, prepared by the very code that prepares the validation's photographs.
 
-Two front ends. `images` is upstream's evaluation: every image becomes 224x224. `sized_images` keeps images near their
-own size: each is brought to the nearest of a few legal sizes, because Triton merges only requests of equal shape.
+Two front ends. `images` is the recipe's `[preprocess]`: every image becomes as large as its crop. `sized_images` keeps
+images near their own size: each is brought to the nearest of a few legal sizes, because Triton merges only requests of
+equal shape.
 """
 
 from __future__ import annotations
@@ -9,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
-from dinoexport.models.dinov2.cases import inputs_of
-from dinoexport.models.dinov2.config import PATCH
+from dinoexport.models.dinov2.cases import ImageInput, cropped
 from dinoexport.spec import Array, Dim, Graph, Progress
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-EVALUATION = 224  # pixels a side, as images.for_evaluation leaves them
+RGB = 3  # channels
 SIZES_MAX = 8  # each more splits the traffic into smaller batches
 # A further size must bring the images this much nearer, as the mean of |log| of the factors they are resized by.
 _WORTHWHILE = 0.01
@@ -31,11 +28,16 @@ _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
 Size = tuple[int, int]  # (height, width) in pixels
 
 
-def front_ends(graph: Graph, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-    """`images` where the graph takes 224x224; `sized_images` too where a folder of images says which sizes occur."""
+def front_ends(graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+    """`images` where the graph takes the crop; `sized_images` too where a folder of images says which sizes occur.
+
+    None for a model of other channels than RGB: no encoded image has them.
+    """
+    if taken.arch.in_chans != RGB:
+        return ()
     height, width = (next(dim for dim in graph.dims if dim.name == name) for name in ("height", "width"))
     ends = []
-    if height.min <= EVALUATION <= height.max and width.min <= EVALUATION <= width.max:
+    if all(dim.min <= side <= dim.max for dim, side in zip((height, width), _whole(taken), strict=True)):
         ends.append(FrontEnd(name="images", graph=graph.name, meaning=_ENCODED, settings={}))
     if samples is not None:
         sizes = sizes_for(_sizes_in(samples, progress), height, width)
@@ -44,21 +46,31 @@ def front_ends(graph: Graph, samples: Path | None, *, progress: Progress) -> tup
 
 
 def prepare(
-    front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], *, as_bytes: bool
+    front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], taken: ImageInput
 ) -> dict[str, Array]:
     """The images as one batch of the graph's input; an ImageError or InputRefused names the one that is no good."""
     decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
     if front_end == "images":
-        pictures = [images.for_evaluation(image) for image in decoded]
+        pictures = [taken.preprocessing.prepared(image) for image in decoded]
     else:
         sizes = [(int(height), int(width)) for height, width in settings["sizes"]]
-        pictures = [covering(image, nearest((image.height, image.width), sizes)) for image in decoded]
+        pictures = [
+            taken.preprocessing.covering(image, nearest((image.height, image.width), sizes)) for image in decoded
+        ]
     if len(shapes := {picture.shape for picture in pictures}) > 1:
         listed = ", ".join(f"{height}x{width}" for height, width, _ in sorted(shapes))
         raise InputRefused(
             f"The images of one request go to different sizes: {listed}.", next_step="Send each in its own request."
         )
-    return inputs_of(np.stack(pictures), as_bytes)
+    batch = np.stack(pictures)
+    return taken.of(cropped(batch, taken.arch.patch_size) if taken.strict else batch)
+
+
+def _whole(taken: ImageInput) -> Size:
+    """The crop, or what of it is whole patches where the graph takes nothing else."""
+    height, width = taken.preprocessing.crop_size
+    patch = taken.arch.patch_size
+    return (height // patch * patch, width // patch * patch) if taken.strict else (height, width)
 
 
 def sizes_for(real: Sequence[Size], height: Dim, width: Dim) -> list[Size]:
@@ -84,33 +96,17 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda candidate: (_factor(size, candidate), candidate))
 
 
-def covering(image: Image.Image, size: Size) -> Array:
-    """The image scaled, bicubic, until it covers `size`, and its centre cut out: nothing is stretched or padded."""
-    from PIL import Image
-
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if scaled[0] * scaled[1] > images.MAX_PIXELS:
-        raise UsageError(
-            f"An image of {image.width}x{image.height} is too long and thin to resize.", next_step="Leave it out."
-        )
-    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    resized = image.resize(scaled, Image.Resampling.BICUBIC)
-    return np.asarray(resized.crop((left, top, left + width, top + height)))
-
-
 def _factor(size: Size, other: Size) -> float:
     """How far one size is from another: the sum of |log| of the factors of both sides."""
     return abs(log(size[0] / other[0])) + abs(log(size[1] / other[1]))
 
 
 def _legal(size: Size, height: Dim, width: Dim) -> Size:
-    """The size, made smaller as a whole until it fits the profile, on multiples of 14, nearest below."""
+    """The size, made smaller as a whole until it fits the profile, on whole patches, nearest below."""
     shrink = min(1.0, height.max / size[0], width.max / size[1])
 
     def side(length: int, dim: Dim) -> int:
-        return max(ceil(dim.min / PATCH), int(length * shrink) // PATCH) * PATCH
+        return max(ceil(dim.min / dim.step), int(length * shrink) // dim.step) * dim.step
 
     return side(size[0], height), side(size[1], width)
 

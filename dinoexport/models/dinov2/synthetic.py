@@ -72,12 +72,12 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
     return values
 
 
-def pixels(batch: int, height: int, width: int, seed: int) -> Array:
-    """Normalised noise images (B, 3, H, W), float32, all different from one another."""
-    return _noise(f"{seed}:{batch}x{height}x{width}", (batch, 3, height, width)).astype(np.float32)
+def pixels(batch: int, height: int, width: int, seed: int, channels: int = 3) -> Array:
+    """Normalised noise images (B, C, H, W), float32, all different from one another."""
+    return _noise(f"{seed}:{batch}x{height}x{width}", (batch, channels, height, width)).astype(np.float32)
 
 
-def images(batch: int, height: int, width: int, seed: int) -> Array:
-    """Noise images as uint8 (B, H, W, 3), all different from one another."""
-    key = f"{seed}:{batch}x{height}x{width}"
-    return np.random.RandomState(zlib.crc32(key.encode())).randint(0, 256, (batch, height, width, 3), dtype=np.uint8)
+def images(batch: int, height: int, width: int, seed: int, channels: int = 3) -> Array:
+    """Noise images as uint8 (B, H, W, C), all different from one another."""
+    random = np.random.RandomState(zlib.crc32(f"{seed}:{batch}x{height}x{width}".encode()))
+    return random.randint(0, 256, (batch, height, width, channels), dtype=np.uint8)

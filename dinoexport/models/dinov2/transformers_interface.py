@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dinoexport.family import Call, Piece, Read
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import Dinov2Model
-from dinoexport.models.dinov2.config import GRID, IMAGE_MEAN, IMAGE_STD, NORM_EPSILON, PATCH
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Progress, Tensor, Workload
 
@@ -51,7 +51,7 @@ class TransformersModel(Dinov2Model):
         """`config.json` and `preprocessor_config.json`, as the published models have them."""
         return {
             "config.json": _json(self._config),
-            "preprocessor_config.json": _json(_PREPARATION),
+            "preprocessor_config.json": _json(_preparation(self.preprocessing)),
         }
 
     @property
@@ -67,12 +67,12 @@ class TransformersModel(Dinov2Model):
             "num_attention_heads": arch.num_heads,
             "mlp_ratio": 4,
             "use_swiglu_ffn": arch.feed_forward == "swiglu",
-            "hidden_act": "gelu",
-            "qkv_bias": True,
-            "layer_norm_eps": NORM_EPSILON,
-            "image_size": GRID * PATCH,
-            "patch_size": PATCH,
-            "num_channels": 3,
+            "hidden_act": _ACTIVATIONS[arch.activation],
+            "qkv_bias": arch.qkv_bias,
+            "layer_norm_eps": arch.layer_norm_eps,
+            "image_size": arch.native_size,
+            "patch_size": arch.patch_size,
+            "num_channels": arch.in_chans,
             "torch_dtype": "float32",
         }
 
@@ -120,7 +120,7 @@ class TransformersModel(Dinov2Model):
     @property
     def uses(self) -> ImageUses:
         """As the other form's, of the tokens taken apart."""
-        return _Uses(self.arch.register_count)
+        return _Uses(preprocessing=self.preprocessing, register_count=self.arch.register_count)
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
@@ -132,18 +132,18 @@ class TransformersModel(Dinov2Model):
         return super().pictures(case, _apart(reference, self.arch.register_count), apart)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Uses(ImageUses):
-    def __init__(self, register_count: int) -> None:
-        self._register_count = register_count
+    register_count: int
 
     def features(self, outputs: Arrays) -> dict[str, Array]:
-        return super().features(_apart(outputs, self._register_count))
+        return super().features(_apart(outputs, self.register_count))
 
     def second_view(self, inputs: Arrays) -> dict[str, Array]:
         return {_THEIRS: super().second_view({_OURS: inputs[_THEIRS]})[_OURS]}
 
     def matches(self, outputs: Arrays, of_view: Arrays) -> Array:
-        return super().matches(*(_apart(arrays, self._register_count) for arrays in (outputs, of_view)))
+        return super().matches(*(_apart(arrays, self.register_count) for arrays in (outputs, of_view)))
 
 
 def _apart(outputs: Arrays, register_count: int) -> dict[str, Array]:
@@ -156,21 +156,30 @@ def _renamed(case: Case) -> Case:
     return replace(case, inputs={_THEIRS: case.inputs[_OURS]})
 
 
-# Upstream's evaluation in the terms of transformers' BitImageProcessor; 3 is Pillow's number for bicubic.
-_PREPARATION: dict[str, Any] = {
-    "image_processor_type": "BitImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": 256},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(IMAGE_MEAN),
-    "image_std": list(IMAGE_STD),
-}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+# Pillow's numbers, which Hugging Face stores.
+_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+def _preparation(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The recipe's `[preprocess]` in the terms of transformers' BitImageProcessor."""
+    height, width = preprocessing.crop_size
+    resize = preprocessing.resize
+    size = {"shortest_edge": resize} if isinstance(resize, int) else dict(zip(("height", "width"), resize, strict=True))
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": _RESAMPLING[preprocessing.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -6,20 +6,25 @@ the mean patch token (dinov2/eval/linear.py, create_linear_input); dense matchin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
-from dinoexport.models.dinov2.cases import normalised
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.pictures import photograph
 from dinoexport.spec import Array, Arrays, Picture
 
 _THUMBNAIL_SIDE = 128  # pixels
 
 
+@dataclass(frozen=True, kw_only=True)
 class ImageUses:
     """What `dinoexport.family.Uses` asks for."""
 
-    neighbours_by = ("class_token",)
-    classified_by = ("class_token", "mean_patch_token")
+    preprocessing: Preprocessing
+    neighbours_by: ClassVar = ("class_token",)
+    classified_by: ClassVar = ("class_token", "mean_patch_token")
 
     def features(self, outputs: Arrays) -> dict[str, Array]:
         """The class token and the mean of the patch tokens, (D,) each, float32."""
@@ -41,8 +46,10 @@ class ImageUses:
 
     def thumbnail(self, inputs: Arrays) -> Picture:
         """The image as the model sees it, small."""
-        ((pixels_3HW,),) = (normalised(array) if name == "images" else array for name, array in inputs.items())
-        return photograph(pixels_3HW, side_max=_THUMBNAIL_SIDE)
+        ((pixels_CHW,),) = (
+            self.preprocessing.normalised(array) if name == "images" else array for name, array in inputs.items()
+        )
+        return photograph(pixels_CHW, self.preprocessing, side_max=_THUMBNAIL_SIDE)
 
 
 def _unit(tokens_ND: Array) -> Array:

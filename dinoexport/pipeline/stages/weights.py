@@ -14,7 +14,12 @@ from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 def open_weights(request: BuildRequest, progress: Progress) -> Checkpoint:
     """The checkpoint with the head's weights in it; see `open_checkpoint`."""
     return open_checkpoint(
-        request.model, request.recipe, request.weights, head_source=request.head_weights, progress=progress
+        request.model,
+        request.recipe,
+        request.weights,
+        prefix=request.prefix,
+        head_source=request.head_weights,
+        progress=progress,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoexport.models.dinov2.config import IMAGE_MEAN, IMAGE_STD, NORM_EPSILON, PATCH
+from dinoexport.models.dinov2.config import NORM_EPSILON, PATCH
 from dinoexport.models.dinov2.heads.kinds import BINS, DPT_CHANNELS, RESIZES, Head, dpt_widths
 
 _UPSAMPLED = 4  # the linear depth heads' own factor before their bins are weighed
@@ -51,13 +51,12 @@ class Pad(nn.Module):
     byte_scale: Tensor
     byte_shift: Tensor
 
-    def __init__(self, *, from_bytes: bool) -> None:
+    def __init__(self, *, byte_scale: Tensor | None = None, byte_shift: Tensor | None = None) -> None:
         super().__init__()
-        self.from_bytes = from_bytes
-        if from_bytes:
-            std = torch.tensor(IMAGE_STD)
-            self.register_buffer("byte_scale", (1 / (255 * std)).view(3, 1, 1))
-            self.register_buffer("byte_shift", (-torch.tensor(IMAGE_MEAN) / std).view(3, 1, 1))
+        self.from_bytes = byte_scale is not None
+        if byte_scale is not None and byte_shift is not None:
+            self.register_buffer("byte_scale", byte_scale.view(-1, 1, 1))
+            self.register_buffer("byte_shift", byte_shift.view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Padding comes after normalising: what is added is the mean colour."""

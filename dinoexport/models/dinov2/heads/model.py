@@ -122,7 +122,7 @@ class HeadedModel:
         if head.pads:
             pad = Piece(
                 name=f"pad, from {image.name}",
-                module=traced.Pad(from_bytes=from_bytes),
+                module=traced.Pad(**self._byte_scaling(from_bytes)),
                 example_inputs={image.name: example},
                 dynamic={image.name: dynamic},
             )
@@ -157,6 +157,22 @@ class HeadedModel:
             )
         )
         return tuple(calls)
+
+    def _byte_scaling(self, from_bytes: bool) -> dict[str, torch.Tensor]:
+        """What normalises bytes inside the graph, for each channel."""
+        import torch
+
+        if not from_bytes:
+            return {}
+        mean, std = (
+            torch.tensor(values) for values in (self.backbone.preprocessing.mean, self.backbone.preprocessing.std)
+        )
+        return {"byte_scale": 1 / (255 * std), "byte_shift": -mean / std}
+
+    @property
+    def text(self) -> None:
+        """None: it writes no text."""
+        return None
 
     def _body(self) -> torch.dtype:
         """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
@@ -274,7 +290,9 @@ class HeadedModel:
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
         """Depth as colours, label maps, best classes, and where a candidate differs; see `pictures`."""
-        return pictures.of_case(self.head, self.backbone.normalised(case.inputs), reference, candidates)
+        return pictures.of_case(
+            self.head, self.backbone.normalised(case.inputs), reference, candidates, self.backbone.preprocessing
+        )
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """One call of the one graph."""
@@ -282,7 +300,7 @@ class HeadedModel:
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """Encoded images in, prepared as the head's own evaluation does; see `serving`."""
-        return serving.front_ends(self.head, self.graphs[0], samples, progress=progress)
+        return serving.front_ends(self.head, self.graphs[0], self.backbone.taken, samples, progress=progress)
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """Decoded, resized, normalised where the graph does not do that itself; see `serving`."""
@@ -347,6 +365,11 @@ def joined(recipe: Recipe, backbone: Dinov2Model) -> HeadedModel:
             f"recipe {recipe.name}, [head]: {table.kind} reads {head.kind.layers} blocks, "
             f"the model has {backbone.arch.depth}.",
             next_step="Choose a head that reads one block.",
+        )
+    if backbone.arch.patch_size != PATCH:
+        raise UsageError(
+            f"recipe {recipe.name}, [head]: heads were trained on patches of {PATCH} pixels.",
+            next_step="Use a backbone of that patch size.",
         )
     if head.form == "depth_anything" and backbone.choices.sizes != "strict":
         raise UsageError(

@@ -7,6 +7,7 @@ from io import BytesIO
 
 import numpy as np
 
+from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.heads.kinds import Head
 from dinoexport.models.dinov2.pictures import photograph, viridis
 from dinoexport.spec import Array, Arrays, Picture
@@ -17,12 +18,12 @@ _LEGEND = 6  # classes named under a label map
 
 
 def of_case(
-    head: Head, pixels_B3HW: Array, reference: Arrays, candidates: Mapping[str, Arrays]
+    head: Head, pixels_B3HW: Array, reference: Arrays, candidates: Mapping[str, Arrays], preprocessing: Preprocessing
 ) -> tuple[tuple[Picture, ...], ...]:
     """A row for each image: itself, PyTorch's answer, then each candidate's and where it differs."""
     rows = []
     for i, pixels_3HW in enumerate(pixels_B3HW):
-        row = [photograph(pixels_3HW)]
+        row = [photograph(pixels_3HW, preprocessing)]
         of_image = {name: array[i] for name, array in reference.items()}
         others = {
             name: {output: array[i] for output, array in answers.items()}

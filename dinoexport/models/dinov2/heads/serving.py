@@ -18,7 +18,7 @@ from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
 from dinoexport.models.dinov2 import serving as of_backbone
-from dinoexport.models.dinov2.cases import inputs_of
+from dinoexport.models.dinov2.cases import ImageInput
 from dinoexport.models.dinov2.config import PATCH
 from dinoexport.models.dinov2.heads.kinds import Head
 from dinoexport.spec import Array, Graph, Progress
@@ -34,10 +34,12 @@ _DEPTH_ANYTHING_SIDE = 518
 _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
 
 
-def front_ends(head: Head, graph: Graph, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+def front_ends(
+    head: Head, graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress
+) -> tuple[FrontEnd, ...]:
     """The backbone's for classifiers; `photographs` for depth and labels."""
     if head.form in ("classifier", "fitted_linear", "fitted_knn"):
-        return of_backbone.front_ends(graph, samples, progress=progress)
+        return of_backbone.front_ends(graph, taken, samples, progress=progress)
     largest = {dim.name: dim.max for dim in graph.dims}
     settings: dict[str, Any] = {"height_max": largest["height"], "width_max": largest["width"]}
     settings["multiple"] = PATCH if head.form == "depth_anything" else 1
@@ -58,7 +60,7 @@ def prepare(
         raise InputRefused(
             f"The images of one request go to different sizes: {listed}.", next_step="Send each in its own request."
         )
-    return inputs_of(np.stack(pictures), backbone.choices.input == "images")
+    return backbone.taken.of(np.stack(pictures))
 
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:

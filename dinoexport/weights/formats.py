@@ -1,0 +1,299 @@
+"""Files of weights, opened: what tensors are in them, and a reader of each. No pickled code is ever run."""
+
+from __future__ import annotations
+
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dinoexport.errors import WeightsError, require
+from dinoexport.family import Read, Shapes
+from dinoexport.spec import Array
+from dinoexport.weights import gguf_file, shards, unusable
+
+if TYPE_CHECKING:
+    import torch
+
+# How much of a mapped file may be read before it is mapped anew.
+_MAPPED_BYTES_MAX = 64 * 2**20
+_ZIP_START = b"PK\x03\x04"
+# Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
+_DICTS_DEEP_MAX = 8
+_ENTRIES_MAX = 200_000
+# Classes that trainers put beside tensors: settings, paths, scalars. Nothing of theirs is imported, see `_Inert`.
+_INERT = re.compile(
+    r"^(argparse\.Namespace|types\.SimpleNamespace|pathlib\.|datetime\.|uuid\.|enum\.|typing\.|fractions\.|decimal\.|"
+    r"(builtins|__builtin__)\.(list|dict|set|frozenset|tuple|int|float|complex|str|bool|slice|range|bytearray)$|"
+    r"collections\.(defaultdict|Counter|deque|OrderedDict)$|_codecs\.encode$|numpy(\.|$)|omegaconf\.|yacs\.|addict\.|easydict\.|"
+    r"ml_collections\.|box\.|mmengine\.|mmcv\.|fvcore\.|iopath\.|pytorch_lightning\.|lightning\.|lightning_fabric\.|"
+    r"transformers\.(training_args|trainer_utils|integrations)|hydra\.|timm\.)"
+)
+_LIKE_DICT = re.compile(r"\.(defaultdict|AttributeDict|AttrDict|Dict|ConfigDict|EasyDict|Box)$")
+# `torch.serialization.safe_globals` holds for the whole process while it lasts.
+_UNPICKLING = threading.Lock()
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """What the system says of a path that cannot be read becomes a WeightsError."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(
+            f"{source} cannot be read: {error.strerror}.", next_step="Check the path and its permissions."
+        ) from None
+
+
+def shapes_of(path: Path, *, prefix: str | None = None) -> Shapes:
+    """Tensor names and shapes of the checkpoint at `path`; see `opened`."""
+    with readable(str(path)):
+        return opened(local(path), prefix=prefix)[0]
+
+
+def opened(
+    paths: tuple[Path, ...], *, prefix: str | None = None, wanted: Shapes = MappingProxyType({})
+) -> tuple[Shapes, Read]:
+    """What tensors the files of one checkpoint hold, and what reads them as float32.
+
+    wanted: the shapes of tensors that may lie in parts in several files.
+    prefix: only tensors whose names begin with it, and then go on after a dot, under the rest of their names.
+    """
+    found, read = shards.merged({path: _open(path) for path in paths}, wanted)
+    shown = ", ".join(map(str, paths)) if len(paths) < 3 else str(paths[0].parent)
+    if not found:
+        raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")
+    unusable.check_names(found, shown)
+    if prefix is None:
+        return found, read
+    start = f"{prefix}."
+    inside = {name.removeprefix(start): shape for name, shape in found.items() if name.startswith(start)}
+    if not inside:
+        tops = sorted({name.partition(".")[0] for name in found})
+        listed = ", ".join(tops[:8]) + (f" and {len(tops) - 8} more" if len(tops) > 8 else "")
+        raise WeightsError(
+            f"{shown} has no tensors under {prefix!r}.", next_step=f"At its top are {listed}; see --prefix."
+        )
+    return inside, lambda name: read(start + name)
+
+
+def local(path: Path) -> tuple[Path, ...]:
+    """The files of the checkpoint at `path`, a file or a folder of shards; a WeightsError when there are none."""
+    if path.is_dir():
+        unusable.check_folder(path)
+        for pattern in (
+            "model*.safetensors",
+            "*.safetensors",
+            "consolidated.*.pth",
+            "pytorch_model*.bin",
+            "*.pth",
+            "*.pt",
+        ):
+            if parts := tuple(sorted(file for file in path.glob(pattern) if file.is_file())):
+                return parts
+        raise WeightsError(
+            f"{path} holds no .safetensors file, nor another one of weights.", next_step="Give the weights file itself."
+        )
+    if not path.is_file():
+        raise WeightsError(
+            f"There is no file {path}.", next_step="Check --weights, or leave it out for the published ones."
+        )
+    return (path,)
+
+
+def _open(path: Path) -> tuple[Shapes, Read]:
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP_START))
+    if len(start) < len(_ZIP_START):
+        raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
+    if start == gguf_file.START:
+        return gguf_file.open_gguf(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if start == _ZIP_START:
+        return _open_zip(path)
+    raise WeightsError(
+        f"{path} is neither a .safetensors file nor the zip that torch.save writes since PyTorch 1.6.",
+        next_step="Save its state dict again: torch.save(model.state_dict(), 'weights.pth').",
+    )
+
+
+def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
+    require("export", "safetensors", "torch")  # NumPy has no bfloat16, so the tensors are torch's
+    import safetensors
+
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
+        ) from None
+    return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor)
+
+
+def _open_zip(path: Path) -> tuple[Shapes, Read]:
+    """The tensors of a `torch.save` file, mapped from disk; nested dicts become dotted names."""
+    require("export", "torch")
+    import torch
+
+    _check_zip(path)
+
+    foreign = _foreign_classes(path)
+    unusable.check_classes(foreign, path)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        with _inert(foreign):
+            return _tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
+    except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
+        # Torch's own text advises to load it unsafely.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise WeightsError(
+                f"{path} holds pickled objects besides tensors ({code[1]}); nothing of it was run.",
+                next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
+            ) from None
+        raise WeightsError(
+            f"{path} is damaged or no torch.save file ({_reason(error)}).", next_step="Get the file again."
+        ) from None
+    return shapes, _reader(path, lambda: tensors().__getitem__)
+
+
+class _Inert:
+    """Stands in for a class of a pickle that is not tensors: takes whatever it is given and does nothing.
+
+    The class itself is never imported, so nothing of it runs.
+    """
+
+    def __new__(cls, *_args: Any, **_named: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_args: Any, **_named: Any) -> None: ...
+
+    def __setstate__(self, _state: Any) -> None: ...
+
+    def __setitem__(self, _key: Any, _value: Any) -> None: ...
+
+    def append(self, _value: Any) -> None:
+        """As a list's."""
+
+    extend = append
+
+
+class _InertDict(_Inert):
+    """The same of a class that is filled like a dict."""
+
+    def __new__(cls, *_args: Any, **_named: Any) -> Any:
+        return {}
+
+
+def _foreign_classes(path: Path) -> tuple[str, ...]:
+    """The names in the pickle that torch does not unpickle by itself, found without unpickling; () if it is damaged."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    try:
+        return tuple(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # whatever is wrong with it, loading it says so
+        return ()
+
+
+@contextmanager
+def _inert(foreign: tuple[str, ...]) -> Iterator[None]:
+    """Lets the unpickler go past those of `foreign` that are known to be settings and scalars; the rest it refuses."""
+    from torch.serialization import safe_globals
+
+    stand_ins: list[Any] = [
+        (_InertDict if _LIKE_DICT.search(name) else _Inert, name) for name in foreign if _INERT.match(name)
+    ]
+    with _UNPICKLING, safe_globals(stand_ins):
+        yield
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses a truncated file and a zip bomb: torch.save compresses nothing, so no entry may be compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile raises seven classes on damaged directories
+        raise WeightsError(f"{path} is truncated or damaged ({error}).", next_step="Get the file again.") from None
+    unusable.check_entries([entry.filename for entry in entries], path)
+    size = path.stat().st_size
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+        raise WeightsError(
+            f"{path} is a compressed zip, which torch.save never writes; it was not unpacked.",
+            next_step="Use the file as it was published.",
+        )
+
+
+def _tensors(content: Any) -> dict[str, torch.Tensor]:
+    """The tensors in nested dicts by dotted name; a ValueError when the nesting does not end."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    level: list[tuple[str, Any]] = [("", content)]
+    for _depth in range(_DICTS_DEEP_MAX):
+        tensors |= {name: value for name, value in level if isinstance(value, torch.Tensor)}
+        inside = (
+            (f"{name}.{key}" if name else str(key), value)
+            for name, entries in level
+            if isinstance(entries, Mapping)
+            for key, value in entries.items()
+        )
+        level = list(islice(inside, _ENTRIES_MAX + 1))
+        if not level:
+            return tensors
+        if len(level) > _ENTRIES_MAX:
+            break
+    raise ValueError(f"dicts more than {_DICTS_DEEP_MAX} deep or of more than {_ENTRIES_MAX} entries")
+
+
+def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> Read:
+    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
+
+    mapped: maps the file and returns what gets a tensor of it. It is mapped anew now and then, for a page that was once
+    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights. Two threads may read
+    at once: at worst it is mapped anew twice.
+    """
+    get, read_bytes = mapped(), 0
+
+    def read(name: str) -> Array:
+        nonlocal get, read_bytes
+        try:
+            if read_bytes > _MAPPED_BYTES_MAX:
+                get, read_bytes = mapped(), 0
+            tensor = get(name)
+            read_bytes += tensor.nbytes
+            floating = tensor.is_floating_point()
+            array: Array | None = tensor.detach().float().contiguous().numpy() if floating else None
+        except Exception as error:  # what a format can hold but NumPy cannot
+            raise WeightsError(
+                f"The tensor {name} of {path} cannot be read ({_first_line(error)}).",
+                next_step="Give plain float weights.",
+            ) from None
+        if array is None:
+            raise WeightsError(
+                f"The tensor {name} of {path} is {tensor.dtype}, not floating point.",
+                next_step="Give unquantised weights.",
+            )
+        return array
+
+    return read
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says is wrong, without its advice."""
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return "it holds what is neither a tensor nor settings" if "weights_only" in said else _first_line(Exception(said))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

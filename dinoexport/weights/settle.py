@@ -1,0 +1,151 @@
+"""A recipe and a user's weights brought together: what the files say joins it, what contradicts it stops the build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinoexport import family
+from dinoexport.config import recipe as recipes
+from dinoexport.config.recipe import Recipe
+from dinoexport.errors import UsageError
+from dinoexport.family import DescribesWeights, Fact, Family, Shapes
+from dinoexport.spec import Progress
+from dinoexport.weights import checkpoint, formats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A recipe with all that is known of the weights it is built with.
+
+    assumed: key -> its value and why it was taken, for what neither the recipe nor a file says. notes: what was chosen
+    and left out in the file. made: whether the recipe was made from the weights.
+    """
+
+    recipe: Recipe
+    assumed: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    made: bool = False
+
+
+def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, progress: Progress) -> Settled:
+    """The recipe, or one made from the weights at `source`, with every fact their files show.
+
+    Raises UsageError where recipe and files disagree, or where there is neither a recipe nor a family that knows the
+    weights.
+    """
+    if source is None or source.startswith(checkpoint.SYNTHETIC):
+        if prefix is not None:
+            raise UsageError("--prefix is of a file of weights.", next_step="Give it with --weights PATH.")
+        if recipe is None:
+            raise UsageError(
+                "There is no variant to build.",
+                next_step="Name one of dinoexport list, or give your weights as --weights PATH.",
+            )
+        return Settled(recipe=recipe)
+    if recipe is not None and not isinstance(family.find(recipe.family), DescribesWeights):
+        return Settled(recipe=recipe)
+    path = Path(source)
+    found = formats.shapes_of(path, prefix=prefix)
+    published = _published(checkpoint.digest_of(source, progress=progress))
+    made = recipe is None
+    if recipe is None:
+        recipe = recipes.load(published) if published else _recipe_from(path, found)
+    known: Family = family.find(recipe.family)
+    if not isinstance(known, DescribesWeights):
+        return Settled(recipe=recipe, made=made)
+    description = known.described(recipe, path, found)
+    settled = _with_facts(recipe, description.facts, made=made and not published)
+    if published:
+        return Settled(recipe=settled, notes=description.notes, made=made)
+    said = set() if made else set(_flat(recipe))
+    said |= {fact.key for fact in description.facts}
+    assumed = [fact for fact in known.assumed(settled) if fact.key not in said]
+    settled = _with_facts(settled, assumed, made=True)
+    return Settled(
+        recipe=_as_yours(settled),
+        assumed={fact.key: f"{_shown(fact.value)}, {fact.source}" for fact in assumed},
+        notes=description.notes,
+        made=made,
+    )
+
+
+def _published(digest: str) -> str | None:
+    """The shipped variant whose published weights have this hash."""
+    for name in recipes.variants():
+        if any(file.sha256 == digest for file in recipes.load(name).weights):
+            return name
+    return None
+
+
+def _recipe_from(path: Path, found: Shapes) -> Recipe:
+    made = {
+        name: recipe
+        for name in family.installed()
+        if isinstance(known := family.find(name), DescribesWeights)
+        and (recipe := known.recipe_from(path, found)) is not None
+    }
+    if len(made) != 1:
+        what = f"are taken for their own by {', '.join(made)}" if made else "are of no family that is installed"
+        raise UsageError(
+            f"The weights at {path} {what}.",
+            next_step="Name the variant, or give a recipe; docs/add-a-variant.md says what is in one.",
+        )
+    return next(iter(made.values()))
+
+
+def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
+    """The recipe with `facts`. made: whether it came from the same files, so that only they can disagree."""
+    says: dict[str, Fact] = {
+        key: Fact(key=key, value=value, source="the recipe" if not made else "the weights")
+        for key, value in _flat(recipe).items()
+    }
+    tables = recipe.model_dump(mode="python", include={"model", "preprocess"})
+    for fact in facts:
+        before = says.get(fact.key)
+        if before is not None and not _same(before.value, fact.value):
+            raise UsageError(
+                f"{before.source} says {fact.key} = {_shown(before.value)}, {fact.source} says {_shown(fact.value)}.",
+                next_step="Mend the one that is wrong. The numbers of a build would rest on a guess.",
+            )
+        says.setdefault(fact.key, fact)
+        table, _, key = fact.key.partition(".")
+        tables[table].setdefault(key, fact.value)
+    return recipe.changed(**tables)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value
+        for name, table in (("model", recipe.model), ("preprocess", recipe.preprocess))
+        for key, value in table.items()
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    # One side stands for both.
+    if isinstance(one, int) and isinstance(other, list | tuple):
+        return all(one == side for side in other)
+    if isinstance(other, int) and isinstance(one, list | tuple):
+        return _same(other, one)
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+    return bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list | tuple) else str(value)
+
+
+def _as_yours(recipe: Recipe) -> Recipe:
+    """Without what is only true of the weights its authors published: their name, their licence, where they are."""
+    if not recipe.weights:
+        return recipe
+    licences = {recipes.load(name).licence for name in recipes.variants()}
+    name = f"{recipe.name}{checkpoint.YOURS}" if recipe.name in recipes.variants() else recipe.name
+    licence = "yours" if recipe.licence in licences else recipe.licence
+    return recipe.changed(name=name, licence=licence, weights=())

@@ -1,0 +1,81 @@
+"""Files that look like weights and are not: each is recognised, and one sentence says what it is and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from dinoexport.errors import WeightsError
+
+_STATE_DICT = "torch.save(model.state_dict(), 'weights.pth')"
+_SHARDED = (
+    "Give a whole one: upstream's training writes eval/training_N/teacher_checkpoint.pth; others gather it with "
+    "FullStateDictConfig and save that."
+)
+_MERGE = "Merge it first: model.merge_and_unload().save_pretrained(FOLDER), then give that folder."
+_FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
+_ADAPTER = re.compile(
+    r"(^|\.)(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|oft_r|hada_w1_a|lokr_w1)(\.|$)"
+)
+_QUANTISED = re.compile(
+    r"(^|\.)(SCB|weight_format|qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_scale|weight_zero_point|"
+    r"_packed_params(\._packed_params)?|quant_state\.\w+|scb)$"
+)
+
+
+def check_names(names: Iterable[str], shown: str) -> None:
+    """Refuses tensors whose names say that they are parts of ranks, an adapter, or quantised."""
+    for name in names:
+        if _FLAT.search(name):
+            raise WeightsError(f"{shown} is one rank's part of a model sharded by FSDP ({name}).", next_step=_SHARDED)
+        if _ADAPTER.search(name):
+            raise WeightsError(f"{shown} holds a LoRA or other adapter that is not merged ({name}).", next_step=_MERGE)
+        if _QUANTISED.search(name):
+            raise WeightsError(
+                f"{shown} is quantised ({name}).",
+                next_step="Give the weights it was quantised from; dinoexport quantises by --precision int8.",
+            )
+
+
+def check_classes(classes: Collection[str], path: Path) -> None:
+    """Refuses a pickle of whole modules, of sharded or of quantised tensors, by the classes it names."""
+    for name in sorted(classes):
+        if name.startswith(("torch.distributed.", "torch.distributed_c10d")):
+            raise WeightsError(f"{path} is one rank's part of a model sharded by FSDP ({name}).", next_step=_SHARDED)
+        if name.startswith(
+            ("torchao.", "torch.ao.", "bitsandbytes.", "optimum.quanto", "torch._utils._rebuild_qtensor")
+        ):
+            raise WeightsError(f"{path} is quantised ({name}).", next_step="Give the weights it was quantised from.")
+    if modules := [name for name in sorted(classes) if name.startswith("torch.nn.modules.")]:
+        raise WeightsError(
+            f"{path} is a whole pickled module ({modules[0]}), which only its own code could open; nothing of it was "
+            "run.",
+            next_step=f"Open it where it was made, and save its tensors: {_STATE_DICT}",
+        )
+
+
+def check_entries(entries: Collection[str], path: Path) -> None:
+    """Refuses the zip of a TorchScript program and of torch.export, by the names in it."""
+    parts = [entry.partition("/")[2] for entry in entries]
+    if any(part == "constants.pkl" or part.startswith("code/") for part in parts):
+        raise WeightsError(
+            f"{path} is a TorchScript program, not a state dict.",
+            next_step="Save its tensors: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')",
+        )
+    if any(part.startswith("models/") and part.endswith(".json") for part in parts):
+        raise WeightsError(
+            f"{path} is a program of torch.export, not a state dict.",
+            next_step="Save its tensors: torch.save(torch.export.load(FILE).state_dict, 'weights.pth')",
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that a distributed checkpoint or an adapter alone was saved to."""
+    if any(folder.glob("*.distcp")):
+        raise WeightsError(
+            f"{folder} is a distributed checkpoint, a part for each rank.",
+            next_step="Join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth",
+        )
+    if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
+        raise WeightsError(f"{folder} holds an adapter without its model.", next_step=_MERGE)
