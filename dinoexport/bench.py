@@ -123,7 +123,9 @@ class Bench:
         }
 
 
-def bench(folder: Path, *, weights: str | None = None, progress: Progress = silent) -> Bench:
+def bench(
+    folder: Path, *, weights: str | None = None, head_weights: str | None = None, progress: Progress = silent
+) -> Bench:
     """Times the bundle in `folder` on every load its family names, beside PyTorch where torch and the weights are here.
 
     Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
@@ -140,7 +142,7 @@ def bench(folder: Path, *, weights: str | None = None, progress: Progress = sile
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     way = _way(manifest)
     opened = cpu.open_graphs(graphs, way)
-    ask_pytorch, why_not = _pytorch(model, recipe, manifest, weights, progress)
+    ask_pytorch, why_not = _pytorch(folder, model, recipe, manifest, (weights, head_weights), progress)
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
@@ -193,15 +195,25 @@ def _row(
 
 
 def _pytorch(
-    model: Model, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+    folder: Path,
+    model: Model,
+    recipe: Recipe,
+    manifest: Manifest,
+    given: tuple[str | None, str | None],
+    progress: Progress,
 ) -> tuple[Callable[[Workload], object] | None, str]:
     """The plain formulation in eager PyTorch, its weights in memory; or None, and why. Nothing is downloaded."""
     if find_spec("torch") is None:
         return None, "PyTorch was not timed: torch is not installed"
-    source = weights or manifest.checkpoint.source
-    if not source.startswith(SYNTHETIC) and not Path(source).is_file():
+    source, head = given[0] or manifest.checkpoint.source, manifest.head
+    if not _is_here(source):
         return None, "PyTorch was not timed: give the weights the bundle was made from as --weights"
-    checkpoint = evaluate.same_weights(model, recipe, manifest, source, progress)
+    head_source = given[1]
+    if head is not None and head.sha256 is not None and head_source is None:
+        head_source = str(folder / head.file) if head.file else head.source
+        if not _is_here(head_source):
+            return None, "PyTorch was not timed: give the head the bundle was made from as --head-weights"
+    checkpoint = evaluate.same_weights(model, recipe, manifest, source, progress, head_weights=head_source)
     import torch
 
     torch.set_num_threads(cpu.usable_cpus())
@@ -211,6 +223,10 @@ def _pytorch(
         return model.reference(tensors.__getitem__, [workload.inputs], precision=Precision.FP32, progress=silent)
 
     return ask, ""
+
+
+def _is_here(source: str) -> bool:
+    return source.startswith(SYNTHETIC) or Path(source).is_file()
 
 
 def gemm() -> Callable[[], object]:

@@ -19,7 +19,20 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import dinoexport
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
-from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Weight, Workload, closest
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Graph,
+    HeadFacts,
+    Picture,
+    Precision,
+    Progress,
+    Runner,
+    Weight,
+    Workload,
+    closest,
+)
 from dinoexport.system import files
 from dinoexport.text.prompts import Prompts
 
@@ -98,6 +111,30 @@ class FrontEnd:
     settings: Mapping[str, Any]
 
 
+class HeadWeights(Protocol):
+    """What turns a backbone's outputs into answers, where its weights come in a file of its own.
+
+    Its tensors are among the model's `tensors`, under the same names.
+    """
+
+    @property
+    def name(self) -> str:
+        """Which head it is."""
+
+    @property
+    def tensors(self) -> Shapes:
+        """Every tensor of the file, under the model's names."""
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """A head's file in any layout the family knows, under the model's names."""
+
+    def recognised(self, shapes: Shapes) -> str:
+        """Which other head tensors of these shapes are, in words; empty when they are none that is known."""
+
+    def synthetic(self, name: str, seed: int) -> Array:
+        """The tensor `name` of synthetic head `seed`."""
+
+
 class Uses(Protocol):
     """How downstream results are computed from a model's outputs, on cases of one item each."""
 
@@ -160,6 +197,14 @@ class WeightLayout(Protocol):
     def optional_tensors(self) -> frozenset[str]:
         """Tensors a checkpoint may hold though inference does not use them."""
 
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """The part whose weights come in a file of its own; None where all are in the checkpoint."""
+
+    @property
+    def head_facts(self) -> HeadFacts | None:
+        """What the answers mean, where the model has a head; None where it gives plain features."""
+
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
 
@@ -211,7 +256,8 @@ class Oracle(Protocol):
     ) -> list[dict[str, Array]]:
         """The plain published formulation in PyTorch, apart from what is traced; outputs in float32. Imports torch.
 
-        inside: the values at `probes` as well, by their names.
+        inside: the values at `probes` as well, by their names. For an output that is labels, `NAME/lead` too: how far
+        each label's best score is ahead of the second.
         """
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
@@ -242,6 +288,20 @@ class CaseSource(Protocol):
     @property
     def uses(self) -> Uses | None:
         """How to compute downstream results on `cases_from`; None if the family has none."""
+
+
+class Fittable(Protocol):
+    """A model whose outputs are features that a classifier can be fitted on."""
+
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """Kind of classifier -> the outputs it reads, joined: (output, `as is` or its `mean` over the second axis).
+
+        Kinds are `logreg`, `linear` and `knn`; empty where the outputs are no features.
+        """
+
+    def fitted_head(self, kind: str) -> str:
+        """What the recipe's `[head]` calls a fitted classifier of `kind`."""
 
 
 class Servable(Protocol):
@@ -279,7 +339,7 @@ class Reported(Protocol):
         """Intended use, limits and bias, as the authors' model card states them."""
 
 
-class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Servable, Reported, Protocol):
+class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Fittable, Servable, Reported, Protocol):
     """One variant of a family, as a recipe describes it, in every role. Functions ask for the role they need."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,9 +77,31 @@ class Dim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What a model's answers mean, where they are no plain features. kind: the head's name.
+
+    dataset, terms: what it was trained on, and that data's conditions. value_range: of numbers that have one, in the
+    unit their output names. classes: their names, in the order of the outputs.
+    """
+
+    kind: str
+    dataset: str
+    terms: str
+    value_range: tuple[float, float] | None = None
+    classes: tuple[str, ...] = ()
+
+
+# What the numbers of an output are, and so what makes two answers the same: vectors (..., D) of features or logits;
+# maps of such vectors, (B, D, h, w); probabilities, which sum to one over the last axis; depth, one number a pixel;
+# labels, the index of the best class.
+OutputKind = Literal["vectors", "maps", "probabilities", "depth", "labels"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tensor:
     """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
 
+    kind: of an output. decided_by: of labels, the output that holds the scores whose best one they name.
     default: the value of every element of an input that may be left out; None where it may not.
     """
 
@@ -87,6 +109,8 @@ class Tensor:
     dtype: str
     shape: Shape
     meaning: str
+    kind: OutputKind = "vectors"
+    decided_by: str = ""
     default: int | None = None
 
 
@@ -198,11 +222,13 @@ class Expectation:
 
     outputs: PyTorch's, as float32 arrays by output name. own_error: output name -> the relative L2 error of PyTorch
     itself on this case in the candidate's precision (empty for fp32). own_outputs: PyTorch's outputs in that precision,
-    as float16, for cases that the report draws.
+    as float16, for cases that the report draws. leads: for outputs that are labels, by how much each label's best score
+    exceeds the second.
     """
 
     case: Case
     outputs: Arrays
+    leads: Arrays = field(default_factory=dict)
     own_error: Mapping[str, float] = field(default_factory=dict)
     own_outputs: Arrays = field(default_factory=dict)
 

@@ -74,6 +74,23 @@ class CheckpointFacts(Frozen):
         return {key: value for key, value in content.items() if value or key not in ("prefix", "assumed", "notes")}
 
 
+class HeadManifest(Frozen):
+    """What turns the model's outputs into answers; see `spec.HeadFacts`.
+
+    source, sha256: of the head's own file; empty where the checkpoint holds it too. file: its copy in the bundle, of a
+    head that was fitted here and is published nowhere.
+    """
+
+    kind: str
+    dataset: str
+    terms: str
+    value_range: tuple[float, float] | None = None
+    classes: tuple[str, ...] = ()
+    source: str = ""
+    sha256: Sha256 | None = None
+    file: FileName | None = None
+
+
 class GraphFacts(Frozen):
     """A graph's signature as data."""
 
@@ -196,6 +213,7 @@ class Manifest(Frozen):
     verdict: Verdict
     recipe: dict[str, Any]
     checkpoint: CheckpointFacts
+    head: HeadManifest | None = None
     graphs: tuple[GraphFacts, ...]
     engines: tuple[EngineFacts, ...] = ()
     cpu: CpuFacts | None = None

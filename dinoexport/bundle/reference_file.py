@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 from dinoexport.bundle import archive, damaged
 from dinoexport.config.recipe import Frozen, Limits
 from dinoexport.errors import UsageError
-from dinoexport.spec import Array, Case, Expectation
+from dinoexport.spec import Array, Case, Expectation, OutputKind
 
 VERSION: Final = 1
 
@@ -35,16 +36,21 @@ class _Index(Frozen):
     reference: str
     limits: Limits
     cases: tuple[_StoredCase, ...]
+    kinds: dict[str, tuple[OutputKind, str]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The content of reference.npz. `name` describes whose code computed the outputs."""
+    """The content of reference.npz. `name` describes whose code computed the outputs.
+
+    kinds: output -> what its numbers are, and for labels the output that holds their scores; other outputs are vectors.
+    """
 
     name: str
     limits: Limits
     expectations: tuple[Expectation, ...]
     refusals: tuple[Case, ...]
+    kinds: Mapping[str, tuple[OutputKind, str]] = field(default_factory=dict)
 
 
 def write(path: Path, reference: Reference) -> None:
@@ -56,7 +62,12 @@ def write(path: Path, reference: Reference) -> None:
     asked = [*reference.expectations, *(Expectation(case=case, outputs={}) for case in reference.refusals)]
     for i, expectation in enumerate(asked):
         case = expectation.case
-        for kind, named in (("in", case.inputs), ("out", expectation.outputs), ("own", expectation.own_outputs)):
+        for kind, named in (
+            ("in", case.inputs),
+            ("out", expectation.outputs),
+            ("own", expectation.own_outputs),
+            ("lead", expectation.leads),
+        ):
             arrays |= {f"{i}/{kind}/{name}": array for name, array in named.items()}
         entries.append(
             _StoredCase(
@@ -70,7 +81,7 @@ def write(path: Path, reference: Reference) -> None:
                 choices=dict(case.choices),
             )
         )
-    index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries))
+    index = _Index(reference=reference.name, limits=reference.limits, cases=tuple(entries), kinds=dict(reference.kinds))
     arrays["index.json"] = np.frombuffer(json.dumps(index.model_dump(mode="json"), allow_nan=False).encode(), np.uint8)
     with path.open("wb") as file:
         stored: Any = arrays  # typed for the keyword NumPy 2 added
@@ -94,9 +105,9 @@ def read(path: Path) -> Reference:
         raise damaged(f"{path.name} is not readable: {error}") from None
     expectations, refusals = [], []
     for i, entry in enumerate(index.cases):
-        inputs, outputs, own = (
+        inputs, outputs, own, leads = (
             {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            for prefix in (f"{i}/in/", f"{i}/out/", f"{i}/own/")
+            for prefix in (f"{i}/in/", f"{i}/out/", f"{i}/own/", f"{i}/lead/")
         )
         case = Case(
             name=entry.name,
@@ -111,7 +122,13 @@ def read(path: Path) -> Reference:
         if case.expect_refusal:
             refusals.append(case)
         else:
-            expectations.append(Expectation(case=case, outputs=outputs, own_error=entry.own_error, own_outputs=own))
+            expectations.append(
+                Expectation(case=case, outputs=outputs, own_error=entry.own_error, own_outputs=own, leads=leads)
+            )
     return Reference(
-        name=index.reference, limits=index.limits, expectations=tuple(expectations), refusals=tuple(refusals)
+        name=index.reference,
+        limits=index.limits,
+        expectations=tuple(expectations),
+        refusals=tuple(refusals),
+        kinds=index.kinds,
     )

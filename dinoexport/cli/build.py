@@ -43,6 +43,14 @@ Weights = Annotated[
         help="A local checkpoint, or synthetic weights. Default: the published weights.",
     ),
 ]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="What turns tokens into answers: depth, labels, classes; see `list`."),
+]
+HeadWeights = Annotated[
+    str | None,
+    typer.Option(metavar="PATH|synthetic:SEED", help="The head's own weights. Default: the published ones."),
+]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +92,7 @@ def list_(as_json: Json = False) -> None:
             say_json(found)
             return
         say(table("Variants", found["variants"]))
+        say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
 
@@ -91,6 +100,8 @@ def list_(as_json: Json = False) -> None:
 def build(
     variant: Variant = None,
     weights: Weights = None,
+    head: HeadOption = None,
+    head_weights: HeadWeights = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
@@ -121,6 +132,8 @@ def build(
                 variant,
                 weights=weights,
                 prefix=prefix,
+                head=head,
+                head_weights=head_weights,
                 precision=precision_of(precision),
                 target=target,
                 runtime=runtime_of(runtime),
@@ -167,6 +180,8 @@ def build(
 def export(
     variant: Variant = None,
     weights: Weights = None,
+    head: HeadOption = None,
+    head_weights: HeadWeights = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
@@ -179,7 +194,14 @@ def export(
         from dinoexport.pipeline import build as pipeline
 
         request = pipeline.build_request(
-            variant, weights=weights, prefix=prefix, precision=precision_of(precision), target=target, out=out
+            variant,
+            weights=weights,
+            head=head,
+            head_weights=head_weights,
+            prefix=prefix,
+            precision=precision_of(precision),
+            target=target,
+            out=out,
         )
         _say_settled(request.settled, to_stderr=as_json)
         with progress_lines() as progress:

@@ -36,6 +36,7 @@ def everything() -> dict[str, Rows]:
     """Variants with their sizes and licences, and targets."""
     return {
         "variants": sorted(map(_variant, map(load, recipe.variants())), key=lambda row: row["parameters"]),
+        "heads": _heads(),
         "targets": [
             {
                 "target": t.name,
@@ -47,6 +48,15 @@ def everything() -> dict[str, Rows]:
             for t in map(load_target, resources.names("recipes/targets"))
         ],
     }
+
+
+def _heads() -> Rows:
+    """Each head that is published, and the variants it is published for."""
+    variants: dict[str, list[str]] = {}
+    for loaded in map(load, recipe.variants()):
+        for head in loaded.heads:
+            variants.setdefault(head, []).append(loaded.name)
+    return [{"head": head, "of": names} for head, names in variants.items()]
 
 
 def _variant(loaded: Recipe) -> dict[str, Any]:
@@ -72,7 +82,7 @@ def recipe_schema() -> dict[str, Any]:
         "description": "A shipped recipe to start from; this file then holds only what differs.",
     }
     schemas = [family.find(name).table_schemas() for name in family.installed()]
-    for table in ("model", "graph", "preprocess"):
+    for table in ("model", "graph", "preprocess", "head"):
         options = [tables[table] for tables in schemas if table in tables]
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
     # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
@@ -105,6 +115,7 @@ def of_path(path: Path) -> dict[str, Any]:
             **({"assumed": _assumed(manifest)} if manifest.checkpoint.assumed else {}),
             **({"about the weights": " ".join(manifest.checkpoint.notes)} if manifest.checkpoint.notes else {}),
             "licence": manifest.checkpoint.licence,
+            **_head(manifest),
             "signed": f"by key {signer}, not verified here" if (signer := signing.signed_by(path)) else "no",
             "judged": f"{report['candidate']}, against {report['reference']}" if report else "never",
             **({} if (cpu := manifest.cpu) is None else {"runs on": f"{cpu.machine}, {cpu.usable_cpus} CPUs"}),
@@ -131,6 +142,19 @@ def of_path(path: Path) -> dict[str, Any]:
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
+    }
+
+
+def _head(manifest: bundle.Manifest) -> dict[str, str]:
+    """What a bundle's head is, where its weights are from, and how many classes it names."""
+    head = manifest.head
+    if head is None:
+        return {}
+    classes = f"{len(head.classes)}: {', '.join(head.classes[:6])}{', …' if len(head.classes) > 6 else ''}"
+    return {
+        "head's weights": head.source or "in the checkpoint",
+        **({"head's SHA-256": head.sha256} if head.sha256 else {}),
+        **({"classes": classes} if head.classes else {}),
     }
 
 

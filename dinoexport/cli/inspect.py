@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.build import ReferenceOption, Weights
+from dinoexport.cli.build import HeadWeights, ReferenceOption, Weights
 from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
@@ -39,6 +39,7 @@ def validate(
         typer.Option(metavar="FILE.html", help="Write a page that shows the images with different results."),
     ] = None,
     weights: Weights = None,
+    head_weights: HeadWeights = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +80,7 @@ def validate(
                 bundle,
                 images=images,
                 weights=weights,
+                head_weights=head_weights,
                 runtime=runtime_of(runtime),
                 judge_code=choice("reference", reference, ("plain", "hub")),
                 explained=explain,
@@ -199,6 +201,7 @@ def diff(
 def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
+    head_weights: HeadWeights = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput and the share of the machine's peak on this machine, beside PyTorch."""
@@ -207,7 +210,7 @@ def bench(
         from dinoexport.system import changes
 
         with progress_lines() as progress, changes.reading(bundle):
-            timed = stopwatch.bench(bundle, weights=weights, progress=progress)
+            timed = stopwatch.bench(bundle, weights=weights, head_weights=head_weights, progress=progress)
         if as_json:
             say_json(timed.to_json())
             return

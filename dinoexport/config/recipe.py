@@ -48,7 +48,11 @@ class WeightFile(Frozen):
         pattern=r"^(https?://|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
         description="Where the file is published; pypi:PACKAGE==VERSION/PATH is a file of an installed package.",
     )
-    sha256: Sha256 = Field(description="The hash the file must have.")
+    sha256: Sha256 | None = Field(
+        default=None,
+        description="The hash the file must have. Default: nobody recorded it; that of the first download is kept, and "
+        "every later one must have it.",
+    )
     size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
 
 
@@ -122,6 +126,10 @@ class Recipe(Frozen):
     )
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
+    head: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What turns the backbone's outputs into answers, in the family's terms. Default: nothing does.",
+    )
     preprocess: dict[str, Any] = Field(
         default_factory=dict, description="How inputs are made of files as users have them, in the family's terms."
     )
@@ -132,6 +140,26 @@ class Recipe(Frozen):
     )
     engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
+    heads: dict[Name, WeightFile] = Field(
+        default_factory=dict, description="Heads that are published for this variant, and where their weights are."
+    )
+    head_validation: Name | None = Field(
+        default=None, description="The validation of the variant with one of those heads. Default: `validation`."
+    )
+
+    @property
+    def judged_by(self) -> str:
+        """The validation's name: of the model as it is, with its head or without one."""
+        return self.head_validation if self.head and self.head_validation else self.validation
+
+    @property
+    def title(self) -> str:
+        """The variant's name, with its head's where it has the choice of several."""
+        return f"{self.name}-{self.head['kind']}" if self.heads and "kind" in self.head else self.name
+
+    def with_head(self, kind: str) -> Recipe:
+        """This recipe with the head `kind`; what its own `[head]` says of that kind stays."""
+        return self.changed(head={**self.head, "kind": kind})
 
     @model_validator(mode="after")
     def _only_a_past_is_empty(self) -> Self:
@@ -175,6 +203,9 @@ class Limits(Frozen):
     those of centred logits, and cosines say nothing of them.
     neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
     knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
+    probability_difference_max: of any one probability, instead of the figures of vectors. depth_within_min: the share
+    of depths within 1.25 times PyTorch's. label_agreement_min: the share of all pixels that have PyTorch's label; where
+    it is decided they all must.
     """
 
     relative_l2_max: Limit
@@ -192,6 +223,9 @@ class Limits(Frozen):
     recall_min: Limit | None = None
     probe_agreement_min: Limit | None = None
     correspondence_min: Limit | None = None
+    probability_difference_max: Limit | None = None
+    depth_within_min: Limit | None = None
+    label_agreement_min: Limit | None = None
 
 
 class Validation(Frozen):

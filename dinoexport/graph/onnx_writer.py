@@ -7,6 +7,7 @@ the checkpoint to the external data file one at a time, folded and cast on the w
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import warnings
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
@@ -24,6 +25,7 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
 # A signature's types as ONNX has them, without importing it.
 _DTYPES = {
@@ -31,6 +33,7 @@ _DTYPES = {
     "float16": "FLOAT16",
     "bfloat16": "BFLOAT16",
     "uint8": "UINT8",
+    "int32": "INT32",
     "int64": "INT64",
 }
 
@@ -131,7 +134,7 @@ def _trace(piece: Piece) -> ir.Graph:
         name: {axis: torch.export.Dim(dim, min=piece.least_sizes.get(dim)) for axis, dim in dims.items()}
         for name, dims in piece.dynamic.items()
     }
-    shapes = tuple(axes.get(name, {}) for name in piece.example_inputs)
+    shapes = _as_taken(piece.module, tuple(axes.get(name, {}) for name in piece.example_inputs))
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -157,6 +160,13 @@ def _trace(piece: Piece) -> ir.Graph:
     _copy_dims(model)
     graph: ir.Graph = model.graph
     return graph
+
+
+def _as_taken(module: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs' dynamic shapes as `torch.export` wants them: those that `*args` takes are one nested tuple."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    rest = [i for i, parameter in enumerate(parameters) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
+    return shapes if not rest else (*shapes[: rest[0]], shapes[rest[0] :])
 
 
 def _copy_dims(model: ir.Model) -> None:

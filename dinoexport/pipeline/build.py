@@ -23,13 +23,14 @@ from dinoexport.pipeline.stages.reference import compute_reference
 from dinoexport.pipeline.stages.report import list_materials, render_report
 from dinoexport.pipeline.stages.text import text_stage
 from dinoexport.pipeline.stages.tune import choose_runtime
+from dinoexport.pipeline.stages.weights import head_of, open_weights
 from dinoexport.pipeline.versions import versions_in
 from dinoexport.pipeline.workspace import Stage, Workspace, workspace
 from dinoexport.spec import Progress, silent
 from dinoexport.validation import error_analysis, evaluate
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.judge import Report
-from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights.checkpoint import Checkpoint
 
 __all__ = ["BuildRequest", "Built", "NothingHolds", "Rejected", "build", "build_request", "export_only"]
 
@@ -71,9 +72,7 @@ def build(
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
-            checkpoint = open_checkpoint(
-                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
-            )
+            checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         if request.engine:
             preflight.memory(request.engine, plain.folder)
@@ -124,9 +123,7 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
         with tracing(request) as traced:
-            checkpoint = open_checkpoint(
-                request.model, request.recipe, request.weights, prefix=request.prefix, progress=progress
-            )
+            checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))
         made = {exported.name: exported} | text
@@ -179,6 +176,7 @@ def _manifest(
             assumed=dict(request.settled.assumed),
             notes=request.settled.notes,
         ),
+        head=head_of(request, checkpoint),
         graphs=tuple(GraphFacts.of(graph, f"{graph.name}.onnx") for graph in request.model.graphs),
         engines=engines.facts,
         cpu=facts,

@@ -55,6 +55,7 @@ class BuildRequest:
     limits: Limits
     cases: tuple[Case, ...]
     weights: str | None
+    head_weights: str | None
     judge_code: evaluate.Judge
     out: Path
     cpu_runtimes: tuple[Runtime, ...]
@@ -81,6 +82,8 @@ def build_request(
     variant_or_path: str | None,
     *,
     weights: str | None = None,
+    head: str | None = None,
+    head_weights: str | None = None,
     prefix: str | None = None,
     precision: Precision | Literal["auto"] | None = None,
     target: str | None = None,
@@ -93,12 +96,13 @@ def build_request(
     """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
 
     variant_or_path: None where `weights` and the files beside them make the recipe. target: None means this machine's
-    GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`.
+    GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`. head: turns the
+    model's outputs into answers; head_weights: its file, if it is not the published one.
     """
     settled = settle(
         None if variant_or_path is None else load(variant_or_path), weights, prefix=prefix, progress=progress
     )
-    recipe, gpus = settled.recipe, hardware.gpus()
+    recipe, gpus = settled.recipe if head is None else settled.recipe.with_head(head), hardware.gpus()
     recipe = recipe.changed(
         engine=parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
     )
@@ -109,7 +113,7 @@ def build_request(
     model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
     own_file = variant_or_path is not None and variant_or_path.endswith(".toml")
     beside = Path(str(variant_or_path)).parent if own_file else None
-    validation, folder = load_validation(recipe.validation, beside=beside)
+    validation, folder = load_validation(recipe.judged_by, beside=beside)
     return BuildRequest(
         recipe=recipe,
         model=model,
@@ -118,9 +122,10 @@ def build_request(
         limits=evaluate.limits_for(validation, chosen.precision),
         cases=evaluate.cases_of(model, validation, folder),
         weights=weights,
+        head_weights=head_weights,
         judge_code=judge_code,
         cpu_runtimes=(runtime,) if runtime in CPU_RUNTIMES else CPU_RUNTIMES,
-        out=out or Path("bundles") / f"{recipe.name}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
+        out=out or Path("bundles") / f"{recipe.title}-{'auto' if auto else chosen.precision}-{chosen.target.name}",
         prefix=prefix,
         settled=settled,
         auto=auto,

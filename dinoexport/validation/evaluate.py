@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dinoexport.bundle import EngineFacts, Manifest
@@ -25,6 +26,7 @@ from dinoexport.spec import (
     Case,
     Expectation,
     Graph,
+    OutputKind,
     Precision,
     Progress,
     Runtime,
@@ -32,11 +34,14 @@ from dinoexport.spec import (
     silent,
 )
 from dinoexport.validation import determinism, error_analysis, judge
+from dinoexport.validation.answers import as_vectors
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import centred, distance, divergence
 from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
+# Ends the name under which a model's reference gives how far each label's best score is ahead: `labels/lead`.
+LEAD = "/lead"
 
 
 def cases_of(model: CaseSource, validation: Validation, folder: Path) -> tuple[Case, ...]:
@@ -61,9 +66,13 @@ def compute_reference(
     *,
     precision: Precision,
     judge_code: Judge,
+    kinds: judge.Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Reference:
-    """PyTorch's fp32 outputs for `cases`; if the limits need it, also the error of PyTorch's own `precision`."""
+    """PyTorch's fp32 outputs for `cases`; if the limits need it, also the error of PyTorch's own `precision`.
+
+    kinds: see `kinds_of`.
+    """
     require("export", "torch")
     asked = [case for case in cases if not case.expect_refusal]
     inputs = [case.inputs for case in asked]
@@ -72,13 +81,21 @@ def compute_reference(
     seen: list[Arrays] = [{} for _ in asked]
     if limits.times_own_error_max is not None:
         lossy = model.reference(checkpoint.read, inputs, precision=precision, progress=progress)
-        own_errors = [_own_error(*three) for three in zip(asked, lossy, answers, strict=True)]
+        own_errors = [_own_error(*three, kinds) for three in zip(asked, lossy, answers, strict=True)]
+        lossy = [{name: array for name, array in ours.items() if "/" not in name} for ours in lossy]
         seen = [_halved(ours) if case.shown else {} for case, ours in zip(asked, lossy, strict=True)]
     return Reference(
+        kinds=kinds,
         name=reference_name(judge_code),
         limits=limits,
         expectations=tuple(
-            Expectation(case=case, outputs=outputs, own_error=own, own_outputs=half)
+            Expectation(
+                case=case,
+                outputs={name: array for name, array in outputs.items() if "/" not in name},
+                own_error=own,
+                own_outputs=half,
+                leads={name.removesuffix(LEAD): array for name, array in outputs.items() if name.endswith(LEAD)},
+            )
             for case, outputs, own, half in zip(asked, answers, own_errors, seen, strict=True)
         ),
         refusals=tuple(case for case in cases if case.expect_refusal),
@@ -90,7 +107,8 @@ def _halved(answers: Arrays) -> dict[str, Array]:
     import numpy as np
 
     with np.errstate(over="ignore"):
-        return {name: array.astype(np.float16) for name, array in answers.items()}
+        # Labels are whole numbers, and fp16 holds those up to 2048 only.
+        return {name: array.astype(np.float16) if array.dtype.kind == "f" else array for name, array in answers.items()}
 
 
 def reference_name(judge_code: Judge) -> str:
@@ -110,19 +128,28 @@ def exact(
     return model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=progress)
 
 
-def _own_error(case: Case, ours: Arrays, exact: Arrays) -> dict[str, float]:
+def kinds_of(graphs: Sequence[Graph]) -> dict[str, tuple[OutputKind, str]]:
+    """What the numbers of the graphs' outputs are, of those that are not vectors."""
+    outputs = (tensor for graph in graphs for tensor in graph.outputs)
+    return {tensor.name: (tensor.kind, tensor.decided_by) for tensor in outputs if tensor.kind != "vectors"}
+
+
+def _own_error(case: Case, ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> dict[str, float]:
     """Relative L2 per output, and the divergence of distributions.
 
     Where PyTorch's own precision overflows it says nothing about a candidate: left out.
     """
     errors: dict[str, float] = {}
     for name in exact.keys() - case.choices.keys():
+        kind = kinds.get(name, ("vectors", ""))[0]
+        if kind in ("labels", "probabilities") or name.endswith(LEAD):
+            continue
         if name in case.distributions:
             lossy, wanted = judge.comparable(case, name, ours, exact)
             errors[name] = distance(centred(lossy), centred(wanted)).relative_l2
             errors[judge.own_kl(name)] = divergence(lossy, wanted).kl_mean
         else:
-            errors[name] = distance(ours[name], exact[name]).relative_l2
+            errors[name] = distance(as_vectors(kind, ours[name]), as_vectors(kind, exact[name])).relative_l2
     return {name: error for name, error in sorted(errors.items()) if isfinite(error)}
 
 
@@ -178,6 +205,7 @@ def judged(candidate: Candidate, reference: Reference, name: str, *, progress: P
         reference.limits,
         candidate_name=name,
         reference_name=reference.name,
+        kinds=reference.kinds,
         progress=progress,
     )
 
@@ -246,15 +274,35 @@ def growth_of(
 
 
 def same_weights(
-    model: WeightLayout, recipe: Recipe, manifest: Manifest, weights: str | None, progress: Progress
+    model: WeightLayout,
+    recipe: Recipe,
+    manifest: Manifest,
+    weights: str | None,
+    progress: Progress,
+    *,
+    head_weights: str | None = None,
+    folder: Path | None = None,
 ) -> Checkpoint:
-    """The weights that the bundle was built from; other weights would make a correct bundle look wrong."""
-    made_from = manifest.checkpoint
-    published = any(file.sha256 == made_from.sha256 for file in recipe.weights)
+    """The weights that the bundle was built from; other weights would make a correct bundle look wrong.
+
+    folder: the bundle's, which may hold its head's own file.
+    """
+    made_from, head = manifest.checkpoint, manifest.head
+    published = any(file.sha256 == made_from.sha256 or file.url == made_from.source for file in recipe.weights)
     source = weights or (None if published else made_from.source)
     local = source is not None and not source.startswith(SYNTHETIC)
     prefix = made_from.prefix if local else None
-    checkpoint = open_checkpoint(model, recipe, source, prefix=prefix, progress=progress)
+    head_source = head_weights
+    if head is not None and head.sha256 is not None and head_weights is None:
+        of_recipe = recipe.heads.get(head.kind)
+        inside = str(folder / head.file) if folder is not None and head.file else head.source
+        head_source = None if of_recipe is not None and of_recipe.url == head.source else inside
+    checkpoint = open_checkpoint(model, recipe, source, prefix=prefix, head_source=head_source, progress=progress)
+    if head is not None and checkpoint.head is not None and checkpoint.head.sha256 != head.sha256:
+        raise ValidationFailed(
+            f"{checkpoint.head.source} is not the head the bundle was made from: {head.source}, SHA-256 {head.sha256}.",
+            next_step="Give that file as --head-weights PATH.",
+        )
     if checkpoint.sha256 != made_from.sha256:
         raise ValidationFailed(
             f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "

@@ -8,14 +8,17 @@ there is at least one figure. NaN is never within a limit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import isfinite
+from types import MappingProxyType
 from typing import Any
 
 from dinoexport.config.recipe import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
-from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
+from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, OutputKind, Progress, silent
+from dinoexport.validation import answers as comparison
+from dinoexport.validation.answers import Bound, at_least, at_most, of_vectors
 from dinoexport.validation.determinism import Determinism
 from dinoexport.validation.metrics import (
     Distance,
@@ -26,21 +29,17 @@ from dinoexport.validation.metrics import (
     neighbour_agreement,
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """One limit as it was applied. holds: whether `value` is within it; false for NaN."""
-
-    figure: str
-    value: float
-    limit: float
-    reason: str
-    holds: bool
+# Output name -> what its numbers are, and of labels the output that holds their scores.
+Kinds = Mapping[str, tuple[OutputKind, str]]
+__all__ = ["Bound", "Kinds", "Report", "Row", "judge", "without_nan"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One output of one case. `problem` replaces the figures when nothing could be measured."""
+    """One output of one case. `problem` replaces the bounds when nothing could be measured.
+
+    figures: other known measures of the difference, without a limit.
+    """
 
     case: str
     why: str
@@ -49,6 +48,7 @@ class Row:
     distance: Distance | None
     bounds: tuple[Bound, ...]
     problem: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
     divergence: Divergence | None = None
 
     @property
@@ -102,15 +102,19 @@ def judge(
     *,
     candidate_name: str,
     reference_name: str,
+    kinds: Kinds = MappingProxyType({}),
     progress: Progress = silent,
 ) -> Report:
-    """Runs every case and compares every output with the reference output."""
+    """Runs every case and compares every output with the reference output.
+
+    kinds: what the numbers of an output are; outputs without an entry are vectors.
+    """
     rows: list[Row] = []
     not_covered: list[str] = []
     total = len(expectations) + len(refusals)
     for done, expectation in enumerate(expectations, start=1):
         try:
-            rows += _judge_case(candidate, expectation, limits)
+            rows += _judge_case(candidate, expectation, limits, kinds)
         except OutsideProfile:
             not_covered.append(expectation.case.name)
         progress(f"judging {candidate_name}", done, total)
@@ -120,7 +124,7 @@ def judge(
     return Report(candidate=candidate_name, reference=reference_name, rows=tuple(rows), not_covered=tuple(not_covered))
 
 
-def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) -> list[Row]:
+def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits, kinds: Kinds) -> list[Row]:
     answers: dict[str, Array] = {}
     failure = "the candidate does not have this output"
     try:
@@ -146,7 +150,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
             problem = f"dtype {answer.dtype} where the reference has {expected.dtype}"
         else:
             try:
-                figures = _measured(name, answers, expectation, limits)
+                figures = _measured(name, answers, expectation, limits, kinds)
             except ValueError as error:
                 problem = str(error)
         rows.append(
@@ -159,6 +163,7 @@ def _judge_case(candidate: Candidate, expectation: Expectation, limits: Limits) 
                 bounds=figures.bounds,
                 problem=problem,
                 divergence=figures.divergence,
+                figures=figures.known,
             )
         )
     return rows
@@ -169,10 +174,11 @@ class _Figures:
     distance: Distance | None = None
     divergence: Divergence | None = None
     bounds: tuple[Bound, ...] = ()
+    known: Mapping[str, float] = field(default_factory=dict)
 
 
-def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limits) -> _Figures:
-    """Output `name` held against the limits as what it is: vectors, distributions or choices. Raises ValueError."""
+def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limits, kinds: Kinds) -> _Figures:
+    """Output `name` held against the limits as what it is. Raises ValueError."""
     case, own = expectation.case, expectation.own_error
     answer, expected = answers[name], expectation.outputs[name]
     if name in case.choices:
@@ -180,13 +186,21 @@ def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limi
     if name in case.distributions:
         ours, theirs = comparable(case, name, answers, expectation.outputs)
         apart, diverges = distance(centred(ours), centred(theirs)), divergence(ours, theirs)
-        bounds = _bounds(apart, limits, own.get(name)) + _divergence(diverges, limits, own.get(own_kl(name)))
+        bounds = of_vectors(apart, limits, own.get(name)) + _divergence(diverges, limits, own.get(own_kl(name)))
         return _Figures(distance=apart, divergence=diverges, bounds=bounds)
-    apart = distance(answer, expected)
-    bounds = _bounds(apart, limits, own.get(name))
-    if case.neighbours and limits.neighbour_agreement_min:
+    kind, decided_by = kinds.get(name, ("vectors", ""))
+    if kind == "labels":
+        ours_by, theirs_by = answers.get(decided_by), expectation.outputs.get(decided_by)
+        if ours_by is None or theirs_by is None or name not in expectation.leads:
+            raise ValueError(f"labels cannot be compared without the scores {decided_by!r}")
+        error = distance(ours_by, theirs_by).max_abs
+        compared = comparison.compare_labels(answer, expected, expectation.leads[name], error, limits)
+    else:
+        compared = comparison.compare(kind, answer, expected, limits, own.get(name))
+    bounds = compared.bounds
+    if kind == "vectors" and case.neighbours and limits.neighbour_agreement_min:
         bounds += _agreement(answer, expected, limits.neighbour_agreement_min)
-    return _Figures(distance=apart, bounds=bounds)
+    return _Figures(distance=compared.distance, bounds=bounds, known=compared.figures)
 
 
 def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
@@ -212,44 +226,21 @@ def own_kl(output: str) -> str:
     return f"{output}/kl"
 
 
-def _at_most(figure: str, value: float, limit: float, reason: str) -> Bound:
-    return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value <= limit)
-
-
-def _at_least(figure: str, value: float, limit: float, reason: str) -> Bound:
-    return Bound(figure=figure, value=value, limit=limit, reason=reason, holds=value >= limit)
-
-
-def _bounds(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
-    bounds = [
-        _at_most("relative_l2", measured.relative_l2, limits.relative_l2_max.value, limits.relative_l2_max.reason),
-        _at_most("worst_l2", measured.worst_l2, limits.worst_l2_max.value, limits.worst_l2_max.reason),
-    ]
-    cosines = {
-        "cosine_mean": (measured.cosine_mean, limits.cosine_mean_min),
-        "cosine_p01": (measured.cosine_p01, limits.cosine_p01_min),
-        "cosine_worst": (measured.cosine_worst, limits.cosine_worst_min),
-    }
-    bounds += [_at_least(figure, value, at.value, at.reason) for figure, (value, at) in cosines.items() if at]
-    times = limits.times_own_error_max
-    if times is not None and own_error is not None:
-        bounds.append(_at_most("relative_l2", measured.relative_l2, times.value * own_error, times.reason))
-    return tuple(bounds)
-
-
 def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None) -> tuple[Bound, ...]:
     largest = {
         "kl_mean": (measured.kl_mean, limits.kl_mean_max),
         "kl_worst": (measured.kl_worst, limits.kl_worst_max),
         "top1_gap": (measured.top1_gap, limits.top1_gap_max),
     }
-    bounds = [_at_most(figure, value, at.value, at.reason) for figure, (value, at) in largest.items() if at]
+    bounds = [at_most(figure, value, at) for figure, (value, at) in largest.items() if at]
     if (least := limits.top1_kept_min) is not None:
-        bounds.append(_at_least("top1_kept", measured.top1_kept, least.value, least.reason))
+        bounds.append(at_least("top1_kept", measured.top1_kept, least))
     times = limits.times_own_error_max
     if times is not None and own_kl_mean is not None:
         # Twice the error is four times the divergence, which grows with its square.
-        bounds.append(_at_most("kl_mean", measured.kl_mean, times.value**2 * own_kl_mean, times.reason))
+        bounds.append(
+            at_most("kl_mean", measured.kl_mean, Limit(value=times.value**2 * own_kl_mean, reason=times.reason))
+        )
     return tuple(bounds)
 
 
@@ -267,22 +258,12 @@ def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits:
     limit = limits.top1_gap_max
     if limit is None:
         raise ValueError("the limits have no top1_gap_max to hold a first difference against")
-    return (_at_most("top1_gap", gap, limit.value, limit.reason),)
+    return (at_most("top1_gap", gap, limit),)
 
 
 def _agreement(answer: Array, expected: Array, limit: Limit) -> tuple[Bound, ...]:
     value = neighbour_agreement(answer, expected)
-    if value is None:
-        return ()
-    return (
-        Bound(
-            figure="neighbour_agreement",
-            value=value,
-            limit=limit.value,
-            reason=limit.reason,
-            holds=value >= limit.value,
-        ),
-    )
+    return () if value is None else (at_least("neighbour_agreement", value, limit),)
 
 
 def _judge_refusal(candidate: Candidate, case: Case) -> Row:

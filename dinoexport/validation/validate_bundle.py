@@ -55,6 +55,7 @@ def validate(
     *,
     images: Path | None = None,
     weights: str | None = None,
+    head_weights: str | None = None,
     runtime: Runtime | None = None,
     judge_code: Judge = "plain",
     explained: bool = False,
@@ -79,7 +80,9 @@ def validate(
         trusted = trust_plan or signed is not None
         bundle.check_files(folder, before.files, progress=progress)
         bundle.check_graphs(folder, before)
-        validated = _judged(folder, before, images, weights, runtime, trusted, judge_code, explained, progress)
+        validated = _judged(
+            folder, before, images, (weights, head_weights), runtime, trusted, judge_code, explained, progress
+        )
     passed = validated.report.passed
     records = validated.manifest != before
     if passed and signer is not None:
@@ -94,14 +97,14 @@ def _judged(
     folder: Path,
     manifest: Manifest,
     images: Path | None,
-    weights: str | None,
+    given: tuple[str | None, str | None],
     runtime: Runtime | None,
     trusted: bool,
     judge_code: Judge,
     explained: bool,
     progress: Progress,
 ) -> Validated:
-    """The verdict; its manifest records what the engines did here."""
+    """The verdict; its manifest records what the engines did here. given: weights of the model and of its head."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     if images is None and manifest.verdict == "unjudged":
@@ -117,14 +120,18 @@ def _judged(
         validated = _by_reference(manifest, opened, reference, progress)
         if not explained:
             return validated
-        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        checkpoint = evaluate.same_weights(
+            model, recipe, manifest, given[0], progress, head_weights=given[1], folder=folder
+        )
         cases, limits = [expectation.case for expectation in reference.expectations], reference.limits
         report = evaluate.with_ranges(validated.report, model, graphs, cases, progress=progress)
         validated = replace(validated, report=report)
     else:
         skipped: list[str] = []
         cases = user_files.readable(model, images, skipped, progress)
-        checkpoint = evaluate.same_weights(model, recipe, manifest, weights, progress)
+        checkpoint = evaluate.same_weights(
+            model, recipe, manifest, given[0], progress, head_weights=given[1], folder=folder
+        )
         limits = _limits_of(folder, manifest, recipe)
         aggregate = _judge_own(opened, model, checkpoint, cases, graphs, manifest, limits, judge_code, progress)
         validated = Validated(
@@ -229,7 +236,14 @@ def _judge_own(
 
     def ask(asked: Sequence[Case]) -> Reference:
         return evaluate.compute_reference(
-            model, checkpoint, asked, limits, precision=manifest.precision, judge_code=judge_code, progress=progress
+            model,
+            checkpoint,
+            asked,
+            limits,
+            precision=manifest.precision,
+            judge_code=judge_code,
+            kinds=evaluate.kinds_of(model.graphs),
+            progress=progress,
         )
 
     def judge_them(candidate: Candidate, reference: Reference) -> judge.Report:
@@ -245,7 +259,7 @@ def _judge_own(
         exact=lambda inputs: evaluate.exact(model, checkpoint, inputs, judge_code, progress),
         judged=judge_them,
         names=(opened.name, evaluate.reference_name(judge_code)),
-        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.sha256, family.code_of(model)),
+        identity=(hashlib.sha256(manifest.to_bytes()).hexdigest(), checkpoint.identity, family.code_of(model)),
         at_once=_IMAGES_AT_ONCE,
         progress=progress,
     )
@@ -253,6 +267,6 @@ def _judge_own(
 
 def _limits_of(folder: Path, manifest: Manifest, recipe: Recipe) -> Limits:
     if manifest.verdict == "unjudged":
-        validation, _ = load_validation(recipe.validation, beside=None)
+        validation, _ = load_validation(recipe.judged_by, beside=None)
         return evaluate.limits_for(validation, manifest.precision)
     return reference_file.read(folder / bundle.REFERENCE).limits

@@ -11,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoexport.config import recipe
-from dinoexport.config.recipe import Recipe
+from dinoexport.config.recipe import Recipe, WeightFile
 from dinoexport.errors import DinoexportError, UsageError, WeightsError
-from dinoexport.family import Read, Shapes, WeightLayout, find
+from dinoexport.family import HeadWeights, Read, Shapes, WeightLayout, find
 from dinoexport.spec import Array, Progress
 from dinoexport.system import files
-from dinoexport.weights import download, formats
+from dinoexport.weights import download, formats, pins
 
 # Ends the name of a shipped variant that is built with other weights than its published ones.
 YOURS = "-yours"
@@ -30,6 +31,14 @@ _SYNTHETIC = re.compile(
 )
 # Hundreds of times the median, as published for large ViTs; fp16 still holds it.
 _STRESS_PEAK = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSource:
+    """Where a head's own weights came from, as `Checkpoint` says it of all others."""
+
+    source: str
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +52,120 @@ class Checkpoint:
     source: str
     sha256: str
     read: Read
+    head: HeadSource | None = None
+
+    @property
+    def identity(self) -> str:
+        """One hash for all weights: of another file, of either kind, it is another."""
+        if self.head is None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.head.sha256}".encode()).hexdigest()
 
 
 def open_checkpoint(
-    model: WeightLayout, wanted: Recipe, source: str | None, *, prefix: str | None = None, progress: Progress
+    model: WeightLayout,
+    wanted: Recipe,
+    source: str | None,
+    *,
+    prefix: str | None = None,
+    head_source: str | None = None,
+    progress: Progress,
 ) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
 
-    prefix: what stands before the names of the model's tensors, where the file holds several models.
-
+    prefix: what stands before the names of the model's tensors, where the file holds several models. head_source: the
+    head's own file, where the model has one.
     Raises WeightsError when they cannot be had, are damaged, hold code, or are not this variant's.
     """
+    checkpoint = _open_checkpoint(model, wanted, source, prefix, progress=progress)
+    head = model.head_weights
+    if head is None:
+        if head_source is not None:
+            raise UsageError(
+                f"{wanted.name} has no head with weights of its own, so {head_source} has no use.",
+                next_step="Choose one with --head; dinoexport list shows which there are.",
+            )
+        return checkpoint
+    opened = _open_head(head, wanted, head_source, progress=progress)
+
+    def read(name: str) -> Array:
+        return opened.read(name) if name in head.tensors else checkpoint.read(name)
+
+    return Checkpoint(
+        source=checkpoint.source,
+        sha256=checkpoint.sha256,
+        read=read,
+        head=HeadSource(source=opened.source, sha256=opened.sha256),
+    )
+
+
+def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progress: Progress) -> Checkpoint:
+    if source is not None and source.startswith(SYNTHETIC):
+        found = _SYNTHETIC.fullmatch(source)
+        if found is None or found["stress"]:
+            raise UsageError(f"{source!r} is no synthetic head.", next_step="Write synthetic:SEED, as synthetic:0.")
+        seed = int(found["seed"])
+        identity = f"synthetic:{seed}:{head.name}:{sorted(head.tensors.items())}"
+        return Checkpoint(
+            source=f"synthetic:{seed}",
+            sha256=hashlib.sha256(identity.encode()).hexdigest(),
+            read=lambda name: head.synthetic(name, seed),
+        )
+    published = wanted.heads.get(head.name)
+    if source is None and published is None:
+        raise WeightsError(
+            f"The recipe {wanted.name} names no published weights for the head {head.name}.",
+            next_step="Give a file as --head-weights PATH, or try it out with --head-weights synthetic:0.",
+        )
+    shown, digest, found_shapes, read = _files_at(
+        source, (published,) if published else (), head.tensors, None, progress
+    )
+    shapes, adapted = head.adapt(found_shapes, _finite(read, shown))
+    problems = _compared(head.tensors, frozenset(), shapes)
+    if problems:
+        other = head.recognised(shapes)
+        if other:
+            raise WeightsError(
+                f"{shown} is not {head.name} of {wanted.name}: this is the file of {other}.",
+                next_step="Give the file that belongs to --head, or choose the head that belongs to the file.",
+            )
+        listed = "\n  ".join(problems[:20])
+        raise WeightsError(
+            f"{shown} does not fit the head {head.name} of {wanted.name}:\n  {listed}\n",
+            next_step="Give the published file of this head, or one trained with the same code.",
+        )
+    return Checkpoint(source=_named(source, shown), sha256=digest, read=adapted)
+
+
+def _open_checkpoint(
+    model: WeightLayout, wanted: Recipe, source: str | None, prefix: str | None, *, progress: Progress
+) -> Checkpoint:
     if source is not None and source.startswith(SYNTHETIC):
         return _synthetic(model, source)
+    if source is None and not wanted.weights:
+        raise WeightsError(
+            f"The recipe {wanted.name} names no published weights.",
+            next_step="Give a file as --weights PATH, or try it out with --weights synthetic:0.",
+        )
+    shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, prefix, progress)
+    # Checked as the file has it, so that the error names the file's own tensor.
+    shapes, adapted = model.adapt(found, _finite(read, shown))
+    _check(model, wanted, shapes, shown)
+    return Checkpoint(source=_named(source, shown), sha256=digest, read=adapted)
+
+
+def _files_at(
+    source: str | None, published: Sequence[WeightFile], needed: Shapes, prefix: str | None, progress: Progress
+) -> tuple[str, str, Shapes, Read]:
+    """What the user knows the files at `source` by, one hash for them, their tensors' shapes, and their reader.
+
+    source: None for the published ones, downloaded once.
+    """
     if source is None:
-        if not wanted.weights:
-            raise WeightsError(
-                f"The recipe {wanted.name} names no published weights.",
-                next_step="Give a file as --weights PATH, or try it out with --weights synthetic:0.",
-            )
-        paths = tuple(download.fetch(file, progress=progress) for file in wanted.weights)
-        digests = [file.sha256 for file in wanted.weights]
-        shown = ", ".join(file.url for file in wanted.weights)
+        pinned = [pins.with_hash(file, progress=progress) for file in published]
+        paths = tuple(download.fetch(file, progress=progress) for file in pinned)
+        digests = [str(file.sha256) for file in pinned]
+        shown = ", ".join(file.url for file in published)
     else:
         shown = source
         with formats.readable(source):
@@ -72,14 +173,14 @@ def open_checkpoint(
             digests = [_sha256(path, progress) for path in paths]
     if len(set(digests)) < len(digests):
         raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
-    found, read = formats.opened(paths, prefix=prefix, wanted=model.tensors)
-    # Checked as the file has it, so that the error names the file's own tensor.
-    shapes, adapted = model.adapt(found, _finite(read, shown))
-    _check(model, wanted, shapes, shown)
+    found, read = formats.opened(paths, prefix=prefix, wanted=needed)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    # A path would say who built the bundle, and where: the file's name and hash suffice.
-    named = shown if source is None else Path(source).name or "weights"
-    return Checkpoint(source=named, sha256=digest, read=adapted)
+    return shown, digest, found, read
+
+
+def _named(source: str | None, shown: str) -> str:
+    """What a bundle calls the weights: a path would say who built it and where; the name and the hash suffice."""
+    return shown if source is None else Path(source).name or "weights"
 
 
 def digest_of(source: str, *, progress: Progress) -> str:
@@ -136,7 +237,13 @@ def _finite(read: Read, source: str) -> Read:
 
 
 def _problems(model: WeightLayout, shapes: Shapes) -> list[str]:
-    needed, optional = model.tensors, model.optional_tensors
+    head = model.head_weights
+    apart = head.tensors if head is not None else {}
+    needed = {name: shape for name, shape in model.tensors.items() if name not in apart}
+    return _compared(needed, model.optional_tensors, shapes)
+
+
+def _compared(needed: Shapes, optional: frozenset[str], shapes: Shapes) -> list[str]:
     missing = [f"missing: {name} {needed[name]}" for name in needed if name not in shapes and name not in optional]
     misshaped = [
         f"mis-shaped: {name} is {shapes[name]}, needs {needed[name]}"
@@ -154,8 +261,8 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     other = _recognised(wanted, shapes)
     if other:
         raise WeightsError(
-            f"{source} is not {name}: this is {other}.",
-            next_step=f"dinoexport build {other} --weights {shlex.quote(source)}",
+            f"{source} is not {name}: this is {' or '.join(other)}.",
+            next_step=f"dinoexport build {other[0]} --weights {shlex.quote(source)}",
         )
     listed = "\n  ".join(problems)
     raise WeightsError(
@@ -165,15 +272,16 @@ def _check(model: WeightLayout, wanted: Recipe, shapes: Shapes, source: str) -> 
     )
 
 
-def _recognised(wanted: Recipe, shapes: Shapes) -> str | None:
-    """The shipped variant of the same family that these tensors are."""
+def _recognised(wanted: Recipe, shapes: Shapes) -> list[str]:
+    """The shipped variants of the same family that these tensors may be."""
+    found = []
     for name in recipe.variants():
         candidate = recipe.load(name)
         if candidate.family != wanted.family or name == wanted.name.removesuffix(YOURS):
             continue
         try:
             if not _problems(find(candidate.family).model(candidate), shapes):
-                return name
+                found.append(name)
         except DinoexportError:
             continue
-    return None
+    return found

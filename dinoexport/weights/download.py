@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import importlib.metadata
 import os
@@ -44,7 +45,9 @@ def cached_path(file: WeightFile) -> Path:
     """
     last = re.split(r"[?#]", file.url, maxsplit=1)[0].rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-_NAME_LENGTH_MAX:].strip(".")
-    return cache_folder() / "weights" / file.sha256[:16] / (name or "weights")
+    # What has no hash yet lies under that of its address until it is whole.
+    key = file.sha256 or hashlib.sha256(file.url.encode()).hexdigest()
+    return cache_folder() / "weights" / key[:16] / (name or "weights")
 
 
 def fetch(file: WeightFile, *, progress: Progress) -> Path:
@@ -72,6 +75,19 @@ def fetch(file: WeightFile, *, progress: Progress) -> Path:
         f"{file.url} does not have the recorded SHA-256 {file.sha256}, also not when downloaded afresh.",
         next_step="Do not use that file. Get the weights elsewhere and give them as --weights PATH.",
     )
+
+
+def fetch_unknown(file: WeightFile, *, progress: Progress) -> Path:
+    """The path of a whole download of a file nobody has recorded a hash of."""
+    path = cached_path(file)
+    part = path.with_name(path.name + ".part")
+    with (
+        files.disk_errors(path.parent, elsewhere=_ELSEWHERE),
+        locks.exclusive(path.with_name(".lock"), doing=f"downloading {path.name}", wait_s=_OTHERS_S, progress=progress),
+    ):
+        _download(file, part, path, progress)
+        os.replace(part, path)
+    return path
 
 
 def _packaged(file: WeightFile, progress: Progress) -> Path:

@@ -64,11 +64,15 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
 
 def test_list() -> None:
     listed = json.loads(run("list", "--json").stdout)
-    assert [row["variant"] for row in listed["variants"]] == [
+    plain = [row for row in listed["variants"] if "depth" not in row["variant"]]
+    assert [row["variant"] for row in plain] == [
         "vits14", "vits14_reg", "vitb14", "vitb14_reg", "vitl14", "vitl14_reg", "vitg14", "vitg14_reg",
     ]  # fmt: skip
     assert listed["variants"][0]["published_bytes"] == 88283115
-    assert all(row["licence"].startswith("Apache-2.0") for row in listed["variants"])
+    assert all(row["licence"].startswith("Apache-2.0") for row in plain)
+    heads = {row["head"]: row["of"] for row in listed["heads"]}
+    assert len(heads) == 12 and set(heads["nyu_dpt"]) == {"vits14", "vitb14", "vitl14", "vitg14"}
+    assert set(heads["linear4"]) == {row["variant"] for row in plain}
     targets = {row["target"]: row["SM"] for row in listed["targets"]}
     assert targets["cpu"] == [] and targets["a100"] == ["8.0"] and targets["rtx"] == ["8.6", "8.9", "12.0"]
     shown = run("list").stdout

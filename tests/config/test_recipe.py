@@ -20,7 +20,15 @@ from dinoexport.errors import UsageError
 from dinoexport.spec import Precision
 from tests.conftest import DATA
 
-VARIANTS = ("vits14", "vitb14", "vitl14", "vitg14", "vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg")
+VARIANTS = (
+    *("vits14", "vitb14", "vitl14", "vitg14", "vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
+    *(f"depth-anything-v2-{size}" for size in ("vits", "vitb", "vitl")),
+    *(
+        f"depth-anything-v2-metric-{place}-{size}"
+        for place in ("hypersim", "vkitti")
+        for size in ("vits", "vitb", "vitl")
+    ),
+)
 SHA256 = "0123456789abcdef" * 4
 
 

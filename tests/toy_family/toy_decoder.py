@@ -82,6 +82,9 @@ class Toy:
         }
         return (Call(piece=piece, scope="decoder", inputs=names, outputs=("cache", "logits"), weights=weights),)
 
+    head_weights = head_facts = None
+    fits = {}  # noqa: RUF012
+
     def reference(self, read, inputs, *, precision, progress, inside=False):
         import torch
 

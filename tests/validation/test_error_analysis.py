@@ -18,6 +18,7 @@ from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Case, Graph, Precision, silent
 from dinoexport.validation import error_analysis, validate_bundle
+from dinoexport.weights.checkpoint import open_checkpoint
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
@@ -27,7 +28,7 @@ OVERFLOW = "synthetic-stress:0:100000"
 def streams(recipe: str, weights: str) -> list[Any]:
     """PyTorch's residual streams after the stem and each block, on a batch of noise."""
     request = pipeline.build_request(recipe)
-    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, weights, progress=silent)
+    checkpoint = open_checkpoint(request.model, request.recipe, weights, progress=silent)
     arrays = {"pixels": np.random.RandomState(0).standard_normal((2, 3, 112, 126)).astype(np.float32)}
     answers = request.model.reference(checkpoint.read, [arrays], precision=Precision.FP32, progress=silent, inside=True)
     return [answers[0][name] for name in request.model.probes["model"]]
@@ -79,7 +80,7 @@ def test_overflow_is_named_and_never_published(overflowing: Any) -> None:
 
 
 def streams_of_case(request: pipeline.BuildRequest, name: str) -> list[Any]:
-    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+    checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
     inputs = [case.inputs for case in request.cases if case.name == name]
     (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
     return [answer[name] for name in request.model.probes["model"]]
@@ -88,7 +89,7 @@ def streams_of_case(request: pipeline.BuildRequest, name: str) -> list[Any]:
 def test_the_first_value_that_overflows_in_torch_is_the_named_one(overflowing: Any) -> None:
     """PyTorch's own fp16, run beside, overflows in the same block and in none before."""
     request, rejected = overflowing
-    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
+    checkpoint = open_checkpoint(request.model, request.recipe, request.weights, progress=silent)
     inputs = [case.inputs for case in request.cases if case.name == "batch"]
     (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP16, progress=silent, inside=True)
     first = next(name for name in request.model.probes["model"] if not np.isfinite(answer[name]).all())
@@ -214,7 +215,7 @@ def test_nan_inside_the_graph_is_an_overflow_that_stays(monkeypatch: pytest.Monk
 def test_the_streams_are_the_tokens_before_the_norm() -> None:
     """The probes' last value through torch's own layer norm is the model's answer."""
     request = pipeline.build_request(TINY, weights="synthetic:0")
-    checkpoint = pipeline.open_checkpoint(request.model, request.recipe, "synthetic:0", progress=silent)
+    checkpoint = open_checkpoint(request.model, request.recipe, "synthetic:0", progress=silent)
     inputs = [request.cases[0].inputs]
     (answer,) = request.model.reference(checkpoint.read, inputs, precision=Precision.FP32, progress=silent, inside=True)
     last = torch.from_numpy(answer[request.model.probes["model"][-1]])

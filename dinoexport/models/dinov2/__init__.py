@@ -20,6 +20,8 @@ from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Sh
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import cases, described, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import Architecture, GraphChoices
+from dinoexport.models.dinov2.heads.kinds import HeadTable
+from dinoexport.models.dinov2.heads.model import HeadedModel, backbone_graph, joined
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Progress, Runner, Tensor, Workload
 
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
 class Dinov2:
     """The family `dinov2`."""
 
-    def model(self, recipe: Recipe) -> Dinov2Model:
-        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
+    def model(self, recipe: Recipe) -> Dinov2Model | HeadedModel:
+        """The variant a recipe describes; a UsageError that names what is wrong in `[model]`, `[graph]` or `[head]`."""
         arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
-        choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
+        choices = parse(GraphChoices, backbone_graph(recipe), where=f"recipe {recipe.name}, [graph]")
         try:
             choices.chosen_blocks(arch.depth)
             choices.fp32_parts(arch.depth)
@@ -55,17 +57,19 @@ class Dinov2:
                 next_step=f"Patches are {patch} pixels a side; {patch}, {16 * patch} and {73 * patch} are legal.",
             )
         kind = Dinov2Model
-        if choices.interface == "transformers":
+        if choices.interface == "transformers" and not recipe.head:
             from dinoexport.models.dinov2.transformers_interface import TransformersModel
 
             kind = TransformersModel
-        return kind(recipe=recipe, arch=arch, choices=choices, preprocessing=_preprocessing(recipe, arch, choices))
+        backbone = kind(recipe=recipe, arch=arch, choices=choices, preprocessing=_preprocessing(recipe, arch, choices))
+        return joined(recipe, backbone) if recipe.head else backbone
 
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
         return {
             "model": Architecture.model_json_schema(),
             "graph": GraphChoices.model_json_schema(),
+            "head": HeadTable.model_json_schema(),
             "preprocess": Preprocessing.model_json_schema(),
         }
 
@@ -137,7 +141,7 @@ class Dinov2Model:
             nhwc = ("batch", "height", "width", channels)
             image = Tensor(name="images", dtype="uint8", shape=nhwc, meaning=self._bytes_meaning)
         outputs = []
-        for block, prefix in self._heads:
+        for block, prefix in self.token_outputs:
             last = not prefix
             where = "the last block" if last else f"block {block}"
             outputs.append(_tokens(f"{prefix}class_token", ("batch", dim), f"class token of {where}"))
@@ -162,7 +166,7 @@ class Dinov2Model:
         return f"bytes 0..255; the graph scales them to 0..1, takes mean {mean} off and divides by deviation {std}"
 
     @cached_property
-    def _heads(self) -> tuple[tuple[int, str], ...]:
+    def token_outputs(self) -> tuple[tuple[int, str], ...]:
         """(block, prefix of its outputs' names): the chosen blocks, then the last one as the model's own answer."""
         chosen = self.choices.chosen_blocks(self.arch.depth)
         return (*((i, f"block_{i}_") for i in chosen), (self.arch.depth - 1, ""))
@@ -176,6 +180,16 @@ class Dinov2Model:
     def optional_tensors(self) -> frozenset[str]:
         """`mask_token` serves training only; timm's files have none."""
         return frozenset({"mask_token"})
+
+    @property
+    def head_weights(self) -> None:
+        """None: tokens need no head."""
+        return None
+
+    @property
+    def head_facts(self) -> None:
+        """None: tokens are features."""
+        return None
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
@@ -249,7 +263,7 @@ class Dinov2Model:
                     weights=folded.block(i),
                 )
                 value = f"blocks.{i}_tokens"
-                for head_block, prefix in self._heads:
+                for head_block, prefix in self.token_outputs:
                     if head_block == i:
                         names = tuple(t.name for t in graph.outputs if _belongs(t.name, prefix))
                         yield Call(
@@ -288,7 +302,7 @@ class Dinov2Model:
 
         from dinoexport.models.dinov2 import reference
 
-        dtype = _dtype(precision)
+        dtype = self.dtype(precision)
         streams: list[dict[str, Array]] = [{} for _ in inputs]
 
         def keep(j: int, blocks_done: int, stream: torch.Tensor) -> None:
@@ -297,13 +311,13 @@ class Dinov2Model:
         answers = reference.tokens_of(
             self.arch,
             lambda name: torch.from_numpy(read(name)).to(dtype),
-            [torch.from_numpy(self._normalised(arrays)) for arrays in inputs],
-            blocks=[block for block, _ in self._heads],
+            [torch.from_numpy(self.normalised(arrays)) for arrays in inputs],
+            blocks=[block for block, _ in self.token_outputs],
             block_done=lambda done: progress(f"PyTorch {precision}", done, self.arch.depth),
             keep_stream=keep if inside else None,
         )
         return [
-            self._named({i: t.float().numpy() for i, t in tokens.items()}) | stream
+            self.named({i: t.float().numpy() for i, t in tokens.items()}) | stream
             for tokens, stream in zip(answers, streams, strict=True)
         ]
 
@@ -311,23 +325,27 @@ class Dinov2Model:
         """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
         from dinoexport.models.dinov2 import hub
 
-        blocks = [block for block, _ in self._heads]
+        blocks = [block for block, _ in self.token_outputs]
         answers = hub.tokens_of(
-            self.recipe.name, self.arch, read, [self._normalised(arrays) for arrays in inputs], blocks, progress
+            self.recipe.name, self.arch, read, [self.normalised(arrays) for arrays in inputs], blocks, progress
         )
-        return [self._named(tokens) for tokens in answers]
+        return [self.named(tokens) for tokens in answers]
 
-    def _normalised(self, arrays: Arrays) -> Array:
+    def dtype(self, precision: Precision) -> torch.dtype:
+        """What PyTorch computes `precision` in; a UsageError for int8, which it has not."""
+        return _dtype(precision)
+
+    def normalised(self, arrays: Arrays) -> Array:
         """The case's image as normalised pixels (B, C, H, W), whichever input the graph takes."""
         if "pixels" in arrays:
             return arrays["pixels"]
         return self.preprocessing.normalised(arrays["images"])
 
-    def _named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
+    def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """Normalised tokens by block, under the graph's output names."""
         prefix_count = 1 + self.arch.register_count
         outputs: dict[str, Array] = {}
-        for block, prefix in self._heads:
+        for block, prefix in self.token_outputs:
             tokens = tokens_BND[block]
             outputs[f"{prefix}class_token"] = np.ascontiguousarray(tokens[:, 0])
             if not prefix and self.arch.register_count:
@@ -355,6 +373,18 @@ class Dinov2Model:
         """Class tokens, mean patch tokens, and patches found again in the mirrored image; see `uses`."""
         return ImageUses(preprocessing=self.preprocessing)
 
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """As dinov2/eval has them: class token, or with the mean patch token behind it."""
+        if self.choices.interface == "transformers":
+            return {}
+        token = ("class_token", "as is")
+        return {"logreg": (token,), "linear": (token, ("patch_tokens", "mean")), "knn": (token,)}
+
+    def fitted_head(self, kind: str) -> str:
+        """`linear` is the name of a released head, so a fitted one is a `probe`."""
+        return "probe" if kind == "linear" else kind
+
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
@@ -364,7 +394,7 @@ class Dinov2Model:
         expected = reference["patch_tokens"]
         tokens = {name: answers["patch_tokens"] for name, answers in candidates.items() if "patch_tokens" in answers}
         drawable = {name: ours for name, ours in tokens.items() if ours.shape == expected.shape}
-        pixels = self._normalised(case.inputs)
+        pixels = self.normalised(case.inputs)
         return pictures.of_case(
             pixels, expected, drawable, patch=self.arch.patch_size, preprocessing=self.preprocessing
         )

@@ -82,14 +82,20 @@ def photograph(pixels_CHW: Array, preprocessing: Preprocessing, *, side_max: int
     return Picture(title="Photograph", caption=caption, data=stored.getvalue(), media_type="image/jpeg")
 
 
+def viridis(values: Array) -> Array:
+    """Values 0 to 1, of any shape, as bytes of three channels: dark to bright."""
+    places = np.clip(values, 0, 1) * (len(_VIRIDIS) - 1)
+    colours = np.stack([np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=-1)
+    return _bytes(colours)
+
+
 def _heat(errors_hw: Array, largest: float, name: str) -> Picture:
     finite = errors_hw[np.isfinite(errors_hw)]
-    places = np.clip(np.nan_to_num(errors_hw, nan=largest) / max(largest, 1e-300), 0, 1) * (len(_VIRIDIS) - 1)
-    colours = np.stack([np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=-1)
+    colours = viridis(np.nan_to_num(errors_hw, nan=largest) / max(largest, 1e-300))
     caption = f"of {name}: dark 0, bright {largest:.1e}, worst {finite.max(initial=0.0):.1e}"
     if finite.size < errors_hw.size:
         caption += f"; {errors_hw.size - finite.size} patches are not finite"
-    return _map(_bytes(colours), "Cosine error", caption)
+    return _map(colours, "Cosine error", caption)
 
 
 def _map(colours_hw3: Array, title: str, caption: str) -> Picture:

@@ -180,6 +180,25 @@ class LlamaModel:
         """None: all of them matter."""
         return frozenset()
 
+    @property
+    def head_weights(self) -> None:
+        """None: one checkpoint holds everything."""
+        return None
+
+    @property
+    def head_facts(self) -> None:
+        """None: the outputs are a decoder's."""
+        return None
+
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """Nothing: a decoder's outputs are no features of an item."""
+        return {}
+
+    def fitted_head(self, kind: str) -> str:
+        """Never asked for: see `fits`."""
+        return kind
+
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
         return layouts.adapt(self.arch, found, read)

@@ -12,6 +12,7 @@ from dinoexport import family
 from dinoexport.graph import onnx_writer
 from dinoexport.graph.onnx_writer import Traces
 from dinoexport.pipeline.request import BuildRequest
+from dinoexport.pipeline.stages.weights import head_metadata
 from dinoexport.pipeline.versions import TRACERS, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.spec import Array
@@ -39,6 +40,7 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
         "dinoexport.variant": request.recipe.name,
         # The hash alone: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
+        **head_metadata(request, checkpoint),
         "dinoexport.licence": request.recipe.licence,
         "dinoexport.recipe": json.dumps(graph_recipe(request), sort_keys=True),
         "dinoexport.versions": json.dumps(versions_of(TRACERS), sort_keys=True),

@@ -38,13 +38,14 @@ def compute_reference(work: Workspace, request: BuildRequest, checkpoint: Checkp
             request.limits,
             precision=request.precision,
             judge_code=request.judge_code,
+            kinds=evaluate.kinds_of(request.model.graphs),
             progress=work.progress,
         )
         reference_file.write(folder / bundle.REFERENCE, reference)
 
     key = key_of(
         code=family.code_of(request.model),
-        checkpoint=checkpoint.sha256,
+        checkpoint=checkpoint.identity,
         recipe=graph_recipe(request),
         limits=request.limits.model_dump(mode="json"),
         cases=[

@@ -1,0 +1,498 @@
+"""A DINOv2 backbone and a head as one model and one graph: what `dinoexport.family.Model` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinoexport.config.recipe import Recipe, parse
+from dinoexport.errors import UsageError
+from dinoexport.family import Call, FrontEnd, HeadWeights, Piece, Read, Shapes
+from dinoexport.models.dinov2.config import PATCH
+from dinoexport.models.dinov2.heads import layouts, pictures, serving, synthetic
+from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
+from dinoexport.spec import (
+    Array,
+    Arrays,
+    Case,
+    Graph,
+    HeadFacts,
+    Picture,
+    Precision,
+    Progress,
+    Runner,
+    Tensor,
+    Workload,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from dinoexport.models.dinov2 import Dinov2Model
+
+# The part of a reduced-precision graph that may go back to fp32 on its own.
+_PART = "head"
+_PADDED = "padded_pixels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadedModel:
+    """One variant with a head. backbone: the same variant without one, over normalised pixels."""
+
+    recipe: Recipe
+    backbone: Dinov2Model
+    head: Head
+
+    @cached_property
+    def graphs(self) -> tuple[Graph, ...]:
+        """One graph, `model`: images in; depth, labels or probabilities out, and tokens if they are asked for."""
+        (graph,) = self.backbone.graphs
+        tokens = graph.outputs if self.head.table.tokens else ()
+        dims = graph.dims
+        if self.head.pads and self.backbone.choices.sizes != "strict":
+            dims = tuple(replace(dim, step=1) for dim in dims)  # every pixel has an answer of its own
+        return (replace(graph, outputs=(*_outputs(self.head), *tokens), dims=dims),)
+
+    @property
+    def tensors(self) -> Shapes:
+        """The backbone's, then the head's."""
+        return {**self.backbone.tensors, **self.head.tensors}
+
+    @property
+    def optional_tensors(self) -> frozenset[str]:
+        """Those of the backbone, and what a published head holds and never uses."""
+        return self.backbone.optional_tensors | layouts.unused(self.head)
+
+    @property
+    def head_weights(self) -> HeadWeights | None:
+        """The head's own file; None where one file holds both."""
+        return _OwnFile(head=self.head) if self.head.own_file else None
+
+    @property
+    def head_facts(self) -> HeadFacts:
+        """Dataset, its terms, range and classes."""
+        head = self.head
+        ranges = {"linear_depth": head.table.depth_range or head.kind.dataset.depth_range}
+        ranges |= {"dpt_depth": ranges["linear_depth"]}
+        greatest = head.table.max_depth
+        return HeadFacts(
+            kind=head.table.kind,
+            dataset=head.kind.dataset.name,
+            terms=head.kind.dataset.terms,
+            value_range=ranges.get(head.form) or (None if greatest is None else (0.0, greatest)),
+            classes=head.class_names,
+        )
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """The backbone's layouts; of Depth Anything's file both parts."""
+        if self.head.own_file:
+            return self.backbone.adapt(found, read)
+        return layouts.adapt_whole(self.backbone.adapt, found, read)
+
+    def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
+        """See `synthetic` of the backbone and of heads; a peak concerns the backbone."""
+        if name in self.head.tensors:
+            return synthetic.tensor(self.head, name, seed)
+        return self.backbone.synthetic(name, seed, peak=peak)
+
+    def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
+        """Padding where the head pads, the backbone's stem and blocks, the head, and tokens if they are asked for."""
+        import torch
+
+        from dinoexport.models.dinov2.heads import fold
+        from dinoexport.models.dinov2.heads import graph as traced
+
+        head, image = self.head, graph.inputs[0]
+        from_bytes = image.name == "images"
+        inside = (graph.inputs[0].name, *self.backbone.probes["model"])
+        plain = replace(self.backbone, choices=self.backbone.choices.model_copy(update={"input": "pixels"}))
+        backbone = plain if head.pads else self.backbone
+        (own,) = backbone.graphs
+        body = [
+            call
+            for call in backbone.calls(own, read)
+            if call.outputs[0] in inside or any(output in _names(graph.outputs) for output in call.outputs)
+        ]
+        example = _example(head, from_bytes)
+        dynamic = {axis: size for axis, size in enumerate(image.shape) if isinstance(size, str)}
+        calls: list[Call] = []
+        if head.pads:
+            pad = Piece(
+                name=f"pad, from {image.name}",
+                module=traced.Pad(**self._byte_scaling(from_bytes)),
+                example_inputs={image.name: example},
+                dynamic={image.name: dynamic},
+            )
+            calls.append(Call(piece=pad, scope="pad", inputs=(image.name,), outputs=(_PADDED,), weights={}))
+            body[0] = replace(body[0], inputs=(_PADDED,))
+        residual = next(
+            call.piece.example_inputs["tokens"].dtype for call in body if "tokens" in call.piece.example_inputs
+        )
+        dtype = self._body()
+        taps = tuple(f"blocks.{i}_tokens" for i in head.blocks)
+        grid = (17, 19)
+        tokens = torch.zeros(2, 1 + head.arch.register_count + grid[0] * grid[1], head.arch.embed_dim, dtype=residual)
+        needs_image = head.form not in ("classifier", "fitted_linear", "fitted_knn")
+        inputs: dict[str, torch.Tensor] = {image.name: example} if needs_image else {}
+        # One tensor given twice would be taken for one input.
+        inputs |= {f"tokens_{i}": tokens.clone() for i in range(len(taps))}
+        piece = Piece(
+            name=f"{head.table.kind}, {dtype} of {residual} and {image.name}",
+            module=_module(head, from_bytes, dtype),
+            example_inputs=inputs,
+            dynamic={name: dynamic if name == image.name else {0: "batch", 1: "tokens"} for name in inputs},
+            least_sizes={} if head.pads else {"height": PATCH, "width": PATCH},
+        )
+        calls += body
+        calls.append(
+            Call(
+                piece=piece,
+                scope="head",
+                inputs=((image.name,) if needs_image else ()) + taps,
+                outputs=tuple(tensor.name for tensor in _outputs(head)),
+                weights=fold.FoldedHead(head=head, read=read).weights(),
+            )
+        )
+        return tuple(calls)
+
+    def _byte_scaling(self, from_bytes: bool) -> dict[str, torch.Tensor]:
+        """What normalises bytes inside the graph, for each channel."""
+        import torch
+
+        if not from_bytes:
+            return {}
+        mean, std = (
+            torch.tensor(values) for values in (self.backbone.preprocessing.mean, self.backbone.preprocessing.std)
+        )
+        return {"byte_scale": 1 / (255 * std), "byte_shift": -mean / std}
+
+    @property
+    def text(self) -> None:
+        """None: it writes no text."""
+        return None
+
+    def _body(self) -> torch.dtype:
+        """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
+        import torch
+
+        halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
+        dpt = self.head.form in ("dpt_depth", "depth_anything")
+        return torch.float16 if halved and dpt else torch.float32
+
+    @property
+    def promotable(self) -> tuple[str, ...]:
+        """The head first, where it has a part in fp16: it costs least to keep."""
+        parts = self.backbone.promotable
+        return (_PART, *parts) if parts and self.head.form in ("dpt_depth", "depth_anything") else parts
+
+    def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
+        """The table `[graph]` with `parts` in fp32."""
+        table = dict(self.backbone.promoted([part for part in parts if part != _PART]))
+        kept = _PART in parts or _PART in self.recipe.graph.get("fp32", ())
+        return table | ({"fp32": [*table["fp32"], _PART]} if kept else {})
+
+    @property
+    def probes(self) -> Mapping[str, tuple[str, ...]]:
+        """The backbone's: the residual stream after the stem and after each block."""
+        return self.backbone.probes
+
+    def reference(
+        self, read: Read, inputs: Sequence[Arrays], *, precision: Precision, progress: Progress, inside: bool = False
+    ) -> list[dict[str, Array]]:
+        """The plain formulations of backbone and head; see `reference` of both."""
+        import torch
+
+        from dinoexport.models.dinov2 import reference as of_backbone
+        from dinoexport.models.dinov2.heads import reference
+
+        head, names = self.head, self.probes["model"]
+        dtype = self.backbone.dtype(precision)
+        # A linear head in fp16 would overflow or drown in rounding what a user keeps in fp32: see `graph._Pyramid`.
+        of_head = dtype if head.form in ("dpt_depth", "depth_anything") else torch.float32
+        images = [torch.from_numpy(self.backbone.normalised(arrays)) for arrays in inputs]
+        shown = [reference.padded(image) if head.pads else image for image in images]
+        streams: list[dict[int, torch.Tensor]] = [{} for _ in inputs]
+        followed: list[dict[str, Array]] = [{} for _ in inputs]
+
+        def keep(j: int, blocks_done: int, stream: torch.Tensor) -> None:
+            if blocks_done - 1 in head.blocks:
+                streams[j][blocks_done - 1] = stream
+            if inside:
+                followed[j][names[blocks_done]] = stream.float().numpy()
+
+        tokens = of_backbone.tokens_of(
+            head.arch,
+            lambda name: torch.from_numpy(read(name)).to(dtype),
+            shown,
+            blocks=[block for block, _ in self.backbone.token_outputs] if head.table.tokens else [],
+            block_done=lambda done: progress(f"PyTorch {precision}", done, head.arch.depth),
+            keep_stream=keep,
+        )
+        norm = tuple(torch.from_numpy(read(name)).to(of_head) for name in ("norm.weight", "norm.bias"))
+        answers = []
+        for j, image in enumerate(images):
+            found = reference.answers_of(
+                head,
+                lambda name: torch.from_numpy(read(name)).to(of_head),
+                streams[j],
+                (norm[0], norm[1]),
+                image,
+            )
+            found.pop("raw", None)
+            answer = {name: _plain(value) for name, value in found.items()}
+            if head.table.tokens:
+                answer |= self.backbone.named({i: t.float().numpy() for i, t in tokens[j].items()})
+            answers.append(answer | followed[j])
+            streams[j].clear()
+        return answers
+
+    def upstream(
+        self,
+        read: Read,
+        inputs: Sequence[Arrays],
+        *,
+        progress: Progress,
+    ) -> list[dict[str, Array]]:
+        """Not offered: the hub's linear depth heads ignore their range, and its segmentation needs mmcv."""
+        raise UsageError(
+            "torch.hub's code is no reference for heads: it gives linear NYU depths eight times too large.",
+            next_step="Use --reference plain, whose formulas the official code's numbers pin.",
+        )
+
+    def case(self, table: Mapping[str, Any], folder: Path) -> Case:
+        """The backbone's cases."""
+        return self.backbone.case(table, folder)
+
+    def cases_from(
+        self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
+    ) -> Iterator[Case | str]:
+        """A case for each readable image, prepared as the head's own evaluation does."""
+        return self.backbone.cases_from(folder, progress=progress, only=only)
+
+    @property
+    def uses(self) -> None:
+        """None: the answers are what the model is used for, and the judge compares them."""
+        return None
+
+    @property
+    def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
+        """Nothing: the outputs are answers already."""
+        return {}
+
+    def fitted_head(self, kind: str) -> str:
+        """The backbone's word."""
+        return self.backbone.fitted_head(kind)
+
+    def pictures(
+        self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
+    ) -> tuple[tuple[Picture, ...], ...]:
+        """Depth as colours, label maps, best classes, and where a candidate differs; see `pictures`."""
+        return pictures.of_case(
+            self.head, self.backbone.normalised(case.inputs), reference, candidates, self.backbone.preprocessing
+        )
+
+    def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
+        """One call of the one graph."""
+        return runners["model"](inputs)
+
+    def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
+        """Encoded images in, prepared as the head's own evaluation does; see `serving`."""
+        return serving.front_ends(self.head, self.graphs[0], self.backbone.taken, samples, progress=progress)
+
+    def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
+        """Decoded, resized, normalised where the graph does not do that itself; see `serving`."""
+        return serving.prepare(self.backbone, front_end, settings, encoded)
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """The backbone's."""
+        return self.backbone.workloads
+
+    @property
+    def facts(self) -> Mapping[str, int | str]:
+        """The backbone's, and the head's name."""
+        return {**self.backbone.facts, "head": self.head.table.kind}
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        """The backbone's, and what the head was trained on, its range and its classes."""
+        return {**self.backbone.card, **_card(self.head)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OwnFile:
+    """What `dinoexport.family.HeadWeights` asks for."""
+
+    head: Head
+
+    @property
+    def name(self) -> str:
+        """The head's kind."""
+        return self.head.table.kind
+
+    @property
+    def tensors(self) -> Shapes:
+        """Under our names."""
+        return self.head.tensors
+
+    def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
+        """See `layouts`."""
+        return layouts.adapt(found, read)
+
+    def recognised(self, shapes: Shapes) -> str:
+        """See `layouts`."""
+        return layouts.recognised(self.head, shapes)
+
+    def synthetic(self, name: str, seed: int) -> Array:
+        """See `synthetic`."""
+        return synthetic.tensor(self.head, name, seed)
+
+
+def joined(recipe: Recipe, backbone: Dinov2Model) -> HeadedModel:
+    """The backbone with the recipe's head; a UsageError where they do not go together."""
+    table = parse(HeadTable, recipe.head, where=f"recipe {recipe.name}, [head]")
+    head = Head(arch=backbone.arch, table=table)
+    if backbone.arch.register_count and head.form not in ("classifier", "fitted_linear", "fitted_knn"):
+        raise UsageError(
+            f"recipe {recipe.name}, [head]: no {table.kind} head was trained for a backbone with registers.",
+            next_step="Use the variant without registers, or the heads linear and linear4.",
+        )
+    if len(set(head.blocks)) < head.kind.layers or min(head.blocks) < 0:
+        raise UsageError(
+            f"recipe {recipe.name}, [head]: {table.kind} reads {head.kind.layers} blocks, "
+            f"the model has {backbone.arch.depth}.",
+            next_step="Choose a head that reads one block.",
+        )
+    if backbone.arch.patch_size != PATCH:
+        raise UsageError(
+            f"recipe {recipe.name}, [head]: heads were trained on patches of {PATCH} pixels.",
+            next_step="Use a backbone of that patch size.",
+        )
+    if head.form == "depth_anything" and backbone.choices.sizes != "strict":
+        raise UsageError(
+            f'recipe {recipe.name}, [graph]: {table.kind} needs sizes = "strict": the official code takes multiples of '
+            f"{PATCH} only.",
+            next_step="Resize images to multiples of it; the served front end does so.",
+        )
+    return HeadedModel(recipe=recipe, backbone=backbone, head=head)
+
+
+def backbone_graph(recipe: Recipe) -> dict[str, Any]:
+    """The table `[graph]` without the part that is the head's."""
+    kept = recipe.graph.get("fp32", ())
+    if not recipe.head or _PART not in kept:
+        return recipe.graph
+    return recipe.graph | {"fp32": [part for part in kept if part != _PART]}
+
+
+def _names(tensors: Sequence[Tensor]) -> set[str]:
+    return {tensor.name for tensor in tensors}
+
+
+def _example(head: Head, from_bytes: bool) -> torch.Tensor:
+    """An image of 17 x 19 patches: neither native nor square, and short of that where the head pads."""
+    import torch
+
+    short = (4, 6) if head.pads else (0, 0)
+    height, width = 17 * PATCH - short[0], 19 * PATCH - short[1]
+    return torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
+
+
+def _module(head: Head, from_bytes: bool, body: torch.dtype) -> torch.nn.Module:
+    from dinoexport.models.dinov2.heads import graph as traced
+
+    match head.form:
+        case "classifier":
+            return traced.Classifier(head, from_bytes=from_bytes)
+        case "fitted_linear":
+            return traced.FittedLinear(head, from_bytes=from_bytes)
+        case "fitted_knn":
+            return traced.FittedNeighbours(head, from_bytes=from_bytes)
+        case "linear_depth":
+            return traced.LinearDepth(head, from_bytes=from_bytes)
+        case "segmentation":
+            return traced.Segmentation(head, from_bytes=from_bytes)
+        case "dpt_depth":
+            return traced.DptDepth(head, from_bytes=from_bytes, body=body)
+        case "depth_anything":
+            return traced.DepthAnything(head, from_bytes=from_bytes, body=body)
+
+
+def _outputs(head: Head) -> tuple[Tensor, ...]:
+    """What the head gives, with units."""
+    count, names = head.class_count, head.kind.dataset.name
+    probabilities = Tensor(
+        name="probabilities",
+        dtype="float32",
+        shape=("batch", count),
+        meaning=f"probability of each class of {names}; they sum to one",
+        kind="probabilities",
+    )
+    match head.form:
+        case "classifier":
+            logits = Tensor(
+                name="logits", dtype="float32", shape=("batch", count), meaning=f"logits of the classes of {names}"
+            )
+            return logits, probabilities
+        case "fitted_linear" | "fitted_knn":
+            index = Tensor(
+                name="class_index",
+                dtype="int32",
+                shape=("batch",),
+                meaning="index of the most probable class",
+                kind="labels",
+                decided_by="probabilities",
+            )
+            return probabilities, index
+        case "segmentation":
+            labels = Tensor(
+                name="labels",
+                dtype="int32",
+                shape=("batch", "height", "width"),
+                meaning=f"class of each pixel, of {names}",
+                kind="labels",
+                decided_by="patch_logits",
+            )
+            logits = Tensor(
+                name="patch_logits",
+                dtype="float32",
+                shape=("batch", count, "patch_rows", "patch_columns"),
+                meaning="logits of each class for each patch of the padded image, before they are resized to pixels",
+                kind="maps",
+            )
+            return labels, logits
+        case "linear_depth" | "dpt_depth":
+            low, high = head.depth_range
+            meaning = f"depth of each pixel, metres, {low:g} to {high:g}"
+        case "depth_anything":
+            greatest = head.table.max_depth
+            meaning = (
+                "relative inverse depth of each pixel, no unit: larger is nearer"
+                if greatest is None
+                else f"depth of each pixel, metres, 0 to {greatest:g}"
+            )
+    return (Tensor(name="depth", dtype="float32", shape=("batch", "height", "width"), meaning=meaning, kind="depth"),)
+
+
+def _card(head: Head) -> dict[str, str]:
+    said = {
+        "head": f"{head.table.kind}, trained on {head.kind.dataset.name}",
+        "head_terms": head.kind.dataset.terms,
+    }
+    if head.form in ("linear_depth", "dpt_depth"):
+        low, high = head.depth_range
+        chosen = "the recipe's" if head.table.depth_range else "the dataset's; no weight file states it"
+        said["depth_range"] = f"{low:g} to {high:g} m ({chosen})"
+    if head.table.max_depth is not None:
+        said["depth_range"] = f"0 to {head.table.max_depth:g} m"
+    return said
+
+
+def _plain(value: torch.Tensor) -> Array:
+    import numpy as np
+
+    array: Array = (value if value.dtype.is_floating_point is False else value.float()).numpy()
+    return np.ascontiguousarray(array)

@@ -1,0 +1,97 @@
+"""Photographs in front of a served head: prepared as its own evaluation does.
+
+Classifiers have upstream's evaluation, 224x224. Depth and labels are answered for every pixel, so there a photograph
+keeps its own size, brought to the graph's largest only where it is larger; Depth Anything V2 has its own preparation.
+Triton merges only requests of equal shape: photographs of one size come in one batch, others in their own requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, floor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinoexport import images
+from dinoexport.errors import InputRefused, UsageError
+from dinoexport.family import FrontEnd
+from dinoexport.models.dinov2 import serving as of_backbone
+from dinoexport.models.dinov2.cases import ImageInput
+from dinoexport.models.dinov2.config import PATCH
+from dinoexport.models.dinov2.heads.kinds import Head
+from dinoexport.spec import Array, Graph, Progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dinoexport.models.dinov2 import Dinov2Model
+
+_PHOTOGRAPHS = "photographs"
+# Depth Anything V2's own preparation (depth_anything_v2/dpt.py, image2tensor, input_size).
+_DEPTH_ANYTHING_SIDE = 518
+_ENCODED = f"an image file: {', '.join(images.FORMATS)}"
+
+
+def front_ends(
+    head: Head, graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress
+) -> tuple[FrontEnd, ...]:
+    """The backbone's for classifiers; `photographs` for depth and labels."""
+    if head.form in ("classifier", "fitted_linear", "fitted_knn"):
+        return of_backbone.front_ends(graph, taken, samples, progress=progress)
+    largest = {dim.name: dim.max for dim in graph.dims}
+    settings: dict[str, Any] = {"height_max": largest["height"], "width_max": largest["width"]}
+    settings["multiple"] = PATCH if head.form == "depth_anything" else 1
+    settings["shorter_side"] = _DEPTH_ANYTHING_SIDE if head.form == "depth_anything" else None
+    return (FrontEnd(name=_PHOTOGRAPHS, graph=graph.name, meaning=_ENCODED, settings=settings),)
+
+
+def prepare(
+    backbone: Dinov2Model, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]
+) -> dict[str, Array]:
+    """The graph's input of encoded images; an ImageError or InputRefused names the one that is no good."""
+    if front_end != _PHOTOGRAPHS:
+        return backbone.prepare(front_end, settings, encoded)
+    decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
+    pictures = [resized(image, settings) for image in decoded]
+    if len(shapes := {picture.shape for picture in pictures}) > 1:
+        listed = ", ".join(f"{height}x{width}" for height, width, _ in sorted(shapes))
+        raise InputRefused(
+            f"The images of one request go to different sizes: {listed}.", next_step="Send each in its own request."
+        )
+    return backbone.taken.of(np.stack(pictures))
+
+
+def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
+    """The image at the size the graph is asked at, cubic, RGB bytes (H, W, 3)."""
+    from PIL import Image
+
+    height, width = size_of(image.height, image.width, settings)
+    if (height, width) == (image.height, image.width):
+        return np.asarray(image)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def size_of(height: int, width: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The size for a photograph: its own, or with its shorter side at least `shorter_side`, on whole multiples.
+
+    As upstream's Resize (depth_anything_v2/util/transform.py, lower_bound): one scale for both sides, each rounded to
+    the nearest multiple, up where that would leave it too short. What is larger than the graph takes is made smaller as
+    a whole. Raises UsageError for a photograph too long and thin to keep any pixel of its shorter side.
+    """
+    multiple, shortest = settings["multiple"], settings["shorter_side"]
+    scale = 1.0 if shortest is None else shortest / min(height, width)
+    fits = min(settings["height_max"] / (height * scale), settings["width_max"] / (width * scale), 1.0)
+
+    def side(length: int) -> int:
+        wanted = length * scale * fits
+        if fits < 1.0:  # never past what the graph takes
+            return int(floor(wanted / multiple + 1e-9) * multiple)
+        nearest = int(round(wanted / multiple) * multiple)
+        return nearest if shortest is None or nearest >= shortest else int(ceil(wanted / multiple) * multiple)
+
+    sides = (side(height), side(width))
+    if min(sides) < multiple:
+        raise UsageError(f"An image of {width}x{height} is too long and thin to resize.", next_step="Leave it out.")
+    return sides

@@ -1,0 +1,140 @@
+"""A folder of labelled images as examples: a class for each subfolder, a share held out, no image on both sides.
+
+What is held out is decided by the images' bytes alone, so that adding an image moves no other from one share to the
+other, and files with the same bytes always stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoexport.errors import UsageError
+from dinoexport.family import CaseSource
+from dinoexport.spec import Arrays, Progress, silent
+from dinoexport.system import files
+
+HELD_OUT = 0.2  # of each class, and of every class at least one image
+_IMBALANCE = 20  # times the smallest class from which on imbalance is said
+_NAMED_MAX = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One image. name: its path below the folder. digest: the SHA-256 of its file. inputs: a case of one item."""
+
+    name: str
+    label: str
+    digest: str
+    inputs: Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """All usable images of a folder in two shares. said: what a user must know about them."""
+
+    classes: tuple[str, ...]
+    fitted: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    said: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """One hash over every image's path, bytes and share."""
+        lines = [
+            f"{share} {example.digest} {example.name}\n"
+            for share, examples in (("fitted", self.fitted), ("held out", self.held_out))
+            for example in examples
+        ]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = silent) -> Examples:
+    """The images of `folder`, in two shares.
+
+    Raises UsageError for a folder with one class, for classes that cannot be split, for images in no class, and for one
+    image in two classes; each names what is wrong.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.", next_step="Give a folder with a subfolder for each class.")
+    found: list[Example] = []
+    skipped: list[str] = []
+    for case in model.cases_from(folder, progress=progress):
+        if isinstance(case, str):
+            skipped.append(case)
+            continue
+        digest = files.sha256(folder / case.name)
+        found.append(Example(name=case.name, label=case.label, digest=digest, inputs=case.inputs))
+    if outside := [example.name for example in found if not example.label]:
+        raise UsageError(
+            f"{_listed(outside)} of {folder} lie in no subfolder, so they have no class.",
+            next_step="Put each image into the folder of its class.",
+        )
+    classes = tuple(sorted({example.label for example in found}))
+    if len(classes) < 2:
+        had = f"one class, {classes[0]!r}" if classes else "no image that can be read"
+        raise UsageError(f"{folder} has {had}.", next_step="A classifier needs two subfolders of images at least.")
+    _refuse_two_labels(found)
+    fitted, held_out = split(found, seed=seed)
+    refuse_leak(fitted, held_out)
+    said = [f"skipped: {line}" for line in skipped]
+    counts = Counter(example.label for example in found)
+    most, least = max(counts, key=lambda k: (counts[k], k)), min(counts, key=lambda k: (counts[k], k))
+    if counts[most] > _IMBALANCE * counts[least]:
+        said.append(
+            f"classes are imbalanced: {most} has {counts[most]} images, {least} has {counts[least]}; "
+            "--balanced weighs them alike"
+        )
+    if copies := len(found) - len({example.digest for example in found}):
+        said.append(f"{copies} files are copies of others; copies are on the same side of the split")
+    return Examples(classes=classes, fitted=tuple(fitted), held_out=tuple(held_out), said=tuple(said))
+
+
+def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
+    """(fitted, held out) by class; a UsageError that names the classes of one image."""
+    by_class: dict[str, dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
+    for example in examples:
+        by_class[example.label][example.digest].append(example)
+    if single := sorted(label for label, groups in by_class.items() if len(groups) < 2):
+        raise UsageError(
+            f"{_listed(single)}: a class of one image can be fitted or judged, not both.",
+            next_step="Add images, or leave the class out.",
+        )
+    fitted: list[Example] = []
+    held_out: list[Example] = []
+    for label in sorted(by_class):
+        groups = by_class[label]
+        shuffled = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        count = max(1, round(HELD_OUT * len(shuffled)))
+        for i, digest in enumerate(shuffled):
+            (held_out if i < count else fitted).extend(groups[digest])
+    return fitted, held_out
+
+
+def refuse_leak(fitted: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raises UsageError when an image is in both shares: what is fitted on says nothing about new images."""
+    both = {example.digest for example in fitted} & {example.digest for example in held_out}
+    if both:
+        names = sorted(example.name for example in held_out if example.digest in both)
+        raise UsageError(
+            f"{_listed(names)} are held out and fitted on as well: the accuracy would be too good.",
+            next_step="Remove the copies.",
+        )
+
+
+def _refuse_two_labels(examples: Sequence[Example]) -> None:
+    labels: dict[str, dict[str, str]] = defaultdict(dict)
+    for example in examples:
+        labels[example.digest].setdefault(example.label, example.name)
+    if wrong := [" and ".join(sorted(names.values())) for names in labels.values() if len(names) > 1]:
+        raise UsageError(
+            f"One image in two classes: {_listed(sorted(wrong))}.", next_step="Leave it in the one it belongs to."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED_MAX])
+    return shown if len(names) <= _NAMED_MAX else f"{shown} and {len(names) - _NAMED_MAX} more"

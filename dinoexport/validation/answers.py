@@ -1,0 +1,137 @@
+"""What makes two answers the same, by what their numbers are: vectors, probabilities, depths or labels.
+
+Labels are integers, so they have no error of their own: a pixel's label must be the reference's wherever the
+reference's best score is ahead of its second by more than the scores' error can close. The rest may go either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dinoexport.config.recipe import Limit, Limits
+from dinoexport.spec import Array, OutputKind
+from dinoexport.validation.metrics import Distance, distance
+
+_WITHIN = 1.25  # the ratio that published depth results count by (Eigen et al. 2014, arXiv:1406.2283: delta < 1.25)
+# Of the largest depth: what both sides of a ratio are raised by, so that two depths of about zero are alike.
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One limit as it was applied. holds: whether `value` is on the right side; false for NaN."""
+
+    figure: str
+    value: float
+    limit: float
+    reason: str
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One output against the reference's. figures: what people know the difference by, without a limit."""
+
+    distance: Distance | None
+    bounds: tuple[Bound, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def at_most(figure: str, value: float, limit: Limit) -> Bound:
+    """The bound of a figure that may not be larger; NaN does not hold it."""
+    return Bound(figure=figure, value=value, limit=limit.value, reason=limit.reason, holds=value <= limit.value)
+
+
+def at_least(figure: str, value: float, limit: Limit) -> Bound:
+    """The bound of a figure that may not be smaller; NaN does not hold it."""
+    return Bound(figure=figure, value=value, limit=limit.value, reason=limit.reason, holds=value >= limit.value)
+
+
+def compare(kind: OutputKind, answer: Array, expected: Array, limits: Limits, own_error: float | None) -> Compared:
+    """Numbers against numbers; labels have `compare_labels`. own_error: PyTorch's relative L2 in this precision.
+
+    Raises ValueError when the shapes differ or there is nothing to compare.
+    """
+    measured = distance(as_vectors(kind, answer), as_vectors(kind, expected))
+    if kind == "probabilities" and limits.probability_difference_max is not None:
+        bound = at_most("largest_difference", measured.max_abs, limits.probability_difference_max)
+        return Compared(distance=measured, bounds=(bound,))
+    bounds = of_vectors(measured, limits, own_error)
+    if kind != "depth":
+        return Compared(distance=measured, bounds=bounds)
+    within = share_within(answer, expected) if measured.finite else float("nan")
+    if limits.depth_within_min is not None:
+        bounds += (at_least("within_1.25", within, limits.depth_within_min),)
+    return Compared(distance=measured, bounds=bounds, figures={"within_1.25": within})
+
+
+def compare_labels(answer: Array, expected: Array, lead: Array, error: float, limits: Limits) -> Compared:
+    """Labels against labels. lead: of each one's best score over its second. error: the scores' largest.
+
+    Both scores may move by `error`, so a lead of twice that decides. Raises ValueError when the shapes differ.
+    """
+    if answer.shape != expected.shape or lead.shape != expected.shape:
+        raise ValueError(f"shape {answer.shape} where the reference has {expected.shape}")
+    if expected.size == 0:
+        raise ValueError("nothing to compare: the reference holds no label")
+    decided = lead > 2 * error
+    same = answer == expected
+    # Of no decided label at all nothing is wrong; that the scores are right is their own row's to say.
+    agreement = float(same[decided].mean()) if decided.any() else 1.0
+    every = Limit(value=1.0, reason="where the best score leads by more than the error, another label is a defect")
+    bounds = [at_least("decided_agreement", agreement if error == error else float("nan"), every)]
+    share = float(same.mean())
+    if limits.label_agreement_min is not None and expected.ndim > 1:
+        bounds.append(at_least("label_agreement", share, limits.label_agreement_min))
+    figures = {"decided": float(decided.mean()), "label_agreement": share, "mean_iou": mean_iou(answer, expected)}
+    return Compared(distance=None, bounds=tuple(bounds), figures=figures)
+
+
+def as_vectors(kind: OutputKind, array: Array) -> Array:
+    """(..., D): of maps (B, D, h, w) the channels of each place, of depths the whole image."""
+    import numpy as np
+
+    if kind == "maps":
+        return np.moveaxis(array, 1, -1)
+    return array.reshape(array.shape[0], -1) if kind == "depth" and array.size else array
+
+
+def share_within(answer: Array, expected: Array) -> float:
+    """The share of depths within 1.25 times the reference's, either way."""
+    import numpy as np
+
+    floor = _FLOOR * max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    ours, theirs = (array.astype(np.float64) + floor for array in (answer, expected))
+    return float(((ours < _WITHIN * theirs) & (theirs < _WITHIN * ours)).mean())
+
+
+def mean_iou(answer: Array, expected: Array) -> float:
+    """The mean, over the classes the reference has, of intersection over union."""
+    import numpy as np
+
+    shares = []
+    for label in np.unique(expected):
+        ours, theirs = answer == label, expected == label
+        shares.append((ours & theirs).sum() / (ours | theirs).sum())
+    return float(np.mean(shares))
+
+
+def of_vectors(measured: Distance, limits: Limits, own_error: float | None) -> tuple[Bound, ...]:
+    """The bounds of vectors. own_error: PyTorch's relative L2 in the candidate's precision."""
+    bounds = [
+        at_most("relative_l2", measured.relative_l2, limits.relative_l2_max),
+        at_most("worst_l2", measured.worst_l2, limits.worst_l2_max),
+    ]
+    cosines = {
+        "cosine_mean": (measured.cosine_mean, limits.cosine_mean_min),
+        "cosine_p01": (measured.cosine_p01, limits.cosine_p01_min),
+        "cosine_worst": (measured.cosine_worst, limits.cosine_worst_min),
+    }
+    bounds += [at_least(figure, value, limit) for figure, (value, limit) in cosines.items() if limit]
+    times = limits.times_own_error_max
+    if times is not None and own_error is not None:
+        bounds.append(
+            at_most("relative_l2", measured.relative_l2, Limit(value=times.value * own_error, reason=times.reason))
+        )
+    return tuple(bounds)

@@ -1,0 +1,53 @@
+"""Hashes of published files that nobody has recorded: that of the first download is kept, and later ones must have it.
+
+This protects from a file that changes, not from a wrong one: that is what a recorded hash is for, and a recipe with one
+never comes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from dinoexport.config.recipe import WeightFile
+from dinoexport.errors import WeightsError
+from dinoexport.spec import Progress
+from dinoexport.system import files
+from dinoexport.weights import download
+
+
+def with_hash(file: WeightFile, *, progress: Progress) -> WeightFile:
+    """The file with the hash it must have: the recorded one, or that of its first download, which happens here."""
+    if file.sha256 is not None:
+        return file
+    pin = _pin(file)
+    if (known := _read(pin)) is not None:
+        return file.model_copy(update={"sha256": known})
+    path = download.fetch_unknown(file, progress=progress)
+    digest = files.sha256(path, progress=progress)
+    pinned = file.model_copy(update={"sha256": digest})
+    place = download.cached_path(pinned)
+    with files.disk_errors(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+        pin.parent.mkdir(parents=True, exist_ok=True)
+        partial = pin.with_name(f"{pin.name}.{os.getpid()}.partial")
+        partial.write_text(f"{digest}  {file.url}\n", encoding="utf-8")
+        os.replace(partial, pin)
+    return pinned
+
+
+def _pin(file: WeightFile) -> Path:
+    return download.cache_folder() / "weights" / "pins" / f"{hashlib.sha256(file.url.encode()).hexdigest()}.txt"
+
+
+def _read(pin: Path) -> str | None:
+    """The hash in a pin; a WeightsError when somebody changed the file into something else."""
+    if not pin.is_file():
+        return None
+    found = re.match(r"[0-9a-f]{64}  ", pin.read_text(encoding="utf-8", errors="replace"))
+    if found is None:
+        raise WeightsError(f"{pin} holds no SHA-256.", next_step="Remove that file, and check the weights it was of.")
+    return found[0].strip()

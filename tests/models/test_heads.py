@@ -1,0 +1,341 @@
+"""DINOv2's heads and Depth Anything V2 against numbers nobody here made: what the official code answers.
+
+`data/goldens/heads` and `data/goldens/depth_anything` hold them, on checkpoints, heads and images that the rules in
+`models/dinov2/synthetic.py` and `models/dinov2/heads/synthetic.py` make, seed 7. Each backbone runs once per image; the
+heads share what it gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinoexport import family
+from dinoexport.config import recipe
+from dinoexport.errors import UsageError
+from dinoexport.graph.onnx_writer import export
+from dinoexport.models.dinov2 import reference as of_backbone
+from dinoexport.models.dinov2 import synthetic
+from dinoexport.models.dinov2.heads import reference
+from dinoexport.models.dinov2.heads.kinds import KINDS
+from dinoexport.runtime import cpu
+from dinoexport.spec import Precision, Way
+from dinoexport.validation.metrics import distance
+from tests import conformance
+from tests.conftest import DATA
+
+SEED = 7
+LIMIT = 1e-5
+FILES = {"vits14": ("depth", "linear", "segmentation"), "vits14_reg": ("linear",)}
+RELEASED = [kind for kind in KINDS if kind != "depth_anything" and not KINDS[kind].form.startswith("fitted")]
+VARIANTS = [("vits14", kind) for kind in RELEASED] + [("vits14_reg", "linear"), ("vits14_reg", "linear4")]
+DEPTH_ANYTHING = {"depth-anything-v2-vits": "vits", "depth-anything-v2-metric-hypersim-vits": "vits_metric20"}
+Answer = Mapping[str, Any]
+
+
+def model_of(variant: str, kind: str | None = None, **choices: Any) -> Any:
+    loaded = recipe.load(variant if variant in recipe.variants() else str(DATA / f"{variant}.toml"))
+    changed = loaded if kind is None else loaded.with_head(kind)
+    return family.find("dinov2").model(changed.changed(**choices))
+
+
+_READ: dict[tuple[str, str, str], Any] = {}
+
+
+def reading(model: Any) -> Callable[[str], Any]:
+    """Tensors of the synthetic checkpoint, each made once: twenty million random numbers take a second."""
+
+    def read(name: str) -> Any:
+        kind = model.recipe.head.get("kind", "") if "head." in name or "_head" in name else ""
+        key = (kind, name, str(model.tensors[name]))
+        if key not in _READ:
+            _READ[key] = model.synthetic(name, SEED)
+        return _READ[key]
+
+    return read
+
+
+@functools.cache
+def goldens(variant: str, kind: str) -> dict[str, dict[str, Any]]:
+    """Size -> key -> the official numbers of one head."""
+    if kind == "depth_anything":
+        paths = [DATA / "goldens" / "depth_anything" / f"{DEPTH_ANYTHING[variant]}-seed{SEED}.npz"]
+    else:
+        paths = [DATA / "goldens" / "heads" / f"{variant}-{part}-seed{SEED}.npz" for part in FILES[variant]]
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        with np.load(path) as stored:
+            for name in stored.files:
+                of, _, rest = name.partition("/") if kind != "depth_anything" else (kind, "", name)
+                if of == kind:
+                    size, _, key = rest.partition("/")
+                    found.setdefault(size, {})[key] = stored[name]
+    assert found
+    return found
+
+
+def pixels(size: str) -> Any:
+    return synthetic.pixels(*map(int, size.split("x")), SEED)
+
+
+def errors(answer: Answer, golden: Mapping[str, Any]) -> dict[str, float]:
+    """Relative L2 of every official number, and of labels the share of decided pixels that differ."""
+    found = {}
+    if "depth_every_7th" in golden:
+        depth = answer["depth"]
+        picked = {"every_7th": depth[:, 3::7, 3::7], "top_left": depth[:, :5, :5], "bottom_right": depth[:, -5:, -5:]}
+        found = {k: distance(v, golden[f"depth_{k}"]).relative_l2 for k, v in picked.items()}
+        found["mean"] = distance(depth.mean((1, 2), dtype=np.float64), golden["depth_mean"]).relative_l2
+    elif "depth" in answer:
+        at, depth = golden["pixels"], answer["depth"]
+        found["depth"] = distance(depth[:, at[:, 0], at[:, 1]], golden["depth"]).relative_l2
+        found["rows"] = distance(depth[:, :, depth.shape[2] // 2], golden["rows"]).relative_l2
+        found["mean"] = distance(depth.mean((1, 2), dtype=np.float64), golden["mean"]).relative_l2
+    elif "labels" in answer:
+        if list(answer["patch_logits"].shape[2:]) != list(golden["raw_shape"][-2:]):
+            return {"grid": float("inf")}
+        at, labels = golden["raw_pixels"], answer["labels"]
+        decided = np.unpackbits(golden["decided"])[: labels.size].astype(bool)
+        assert labels.shape == golden["labels"].shape and labels.dtype == np.int32
+        logits = np.moveaxis(answer["patch_logits"][:, :, at[:, 0], at[:, 1]], 1, -1)
+        found["patch_logits"] = distance(logits, np.moveaxis(golden["raw"], 1, -1)).relative_l2
+        found["labels"] = float((labels.ravel() != golden["labels"].ravel())[decided].mean())
+    else:
+        found["logits"] = distance(answer["logits"], golden["logits"]).relative_l2
+    return found
+
+
+def worst(answer: Answer, golden: Mapping[str, Any]) -> float:
+    return max(errors(answer, golden).values())
+
+
+@functools.cache
+def streams(variant: str, size: str, pads: bool) -> dict[int, torch.Tensor]:
+    """Block -> the residual stream of the official-shaped backbone, seed 7."""
+    model = model_of(variant)
+    backbone = getattr(model, "backbone", model)
+    image = torch.from_numpy(pixels(size))
+    kept: dict[int, torch.Tensor] = {}
+    of_backbone.tokens_of(
+        backbone.arch,
+        lambda name: torch.from_numpy(reading(backbone)(name)),
+        [reference.padded(image) if pads else image],
+        blocks=[],
+        block_done=lambda _done: None,
+        keep_stream=lambda _j, done, stream: kept.__setitem__(done - 1, stream),
+    )
+    return kept
+
+
+def plain(variant: str, model: Any, size: str, **changed: Any) -> dict[str, Any]:
+    """The plain formulation's answer; `changed` replaces what a mistake would."""
+    head = changed.get("head", model.head)
+    norm = tuple(torch.from_numpy(reading(model)(f"norm.{part}")) for part in ("weight", "bias"))
+    load = changed.get("load", lambda name: torch.from_numpy(reading(model)(name)))
+    kept = changed.get("streams") or streams(variant, size, head.pads)
+    image = changed.get("image", torch.from_numpy(pixels(size)))
+    answer = reference.answers_of(head, load, kept, (norm[0], norm[1]), image)
+    return {name: value.numpy() for name, value in answer.items()}
+
+
+@pytest.mark.parametrize(("variant", "kind"), VARIANTS)
+def test_official_numbers(variant: str, kind: str) -> None:
+    model = model_of(variant, kind)
+    for size, golden in goldens(variant, kind).items():
+        assert worst(plain(variant, model, size), golden) <= LIMIT, size
+
+
+@pytest.mark.parametrize("variant", DEPTH_ANYTHING)
+def test_official_numbers_of_depth_anything(variant: str) -> None:
+    model = model_of(variant)
+    for size, golden in goldens(variant, "depth_anything").items():
+        assert worst(plain(variant, model, size), golden) <= LIMIT, size
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Any]:
+    """Pieces that were traced once: all heads of ViT-S share stem and block."""
+    return {}
+
+
+# One of each form; kitti's differ from nyu's in numbers only, and voc2012's from ade20k's.
+TRACED = [
+    ("vits14", "linear4"),
+    ("vits14", "nyu_linear4"),
+    ("vits14", "nyu_dpt"),
+    ("vits14", "voc2012_ms"),
+    ("depth-anything-v2-metric-hypersim-vits", None),
+]
+
+
+@pytest.mark.parametrize(("variant", "kind"), TRACED)
+def test_exported_heads_give_the_official_numbers(
+    variant: str, kind: str | None, tmp_path: Path, traces: dict[str, Any]
+) -> None:
+    """Traced modules run by PyTorch, and the files run by both of a CPU's runtimes, at every size."""
+    model = model_of(variant, kind)
+    official = goldens(variant, kind or "depth_anything")
+    (graph,) = model.graphs
+    calls = model.calls(graph, reading(model))
+    export(graph, calls, tmp_path, metadata={}, traces=traces)
+    opened = {
+        runtime: next(
+            iter(
+                cpu.open_graphs(
+                    {tmp_path / "model.onnx": graph}, Way(runtime=runtime, precision=Precision.FP32)
+                ).values()
+            )
+        )
+        for runtime in ("onnxruntime", "openvino")
+    }
+    for size, golden in official.items():
+        inputs = {"pixels": pixels(size)}
+        answers = {name: run(inputs) for name, run in opened.items()}
+        answers["eager"] = conformance.run_calls(calls, graph, inputs)
+        for name, answer in answers.items():
+            assert worst(answer, golden) <= LIMIT, (name, size, errors(answer, golden))
+
+
+@pytest.mark.parametrize("kind", ["linear4", "nyu_linear4", "nyu_dpt", "ade20k_ms", "probe", "knn"])
+def test_conformance(kind: str, tmp_path: Path) -> None:
+    """The kit every family passes, with each head on a four-block backbone."""
+    fitted = {"classes": ("cat", "dog", "owl")} if kind in ("logreg", "probe", "knn") else {}
+    fitted |= {"bank": 12, "neighbours": 5, "temperature": 0.07} if kind == "knn" else {}
+    model = model_of("tiny_heads", head={"kind": kind, **fitted})
+    cases = [
+        model.case({"name": "odd", "why": "odd counts of patches", "batch": 2, "height": 42, "width": 70}, DATA),
+        model.case({"name": "off", "why": "no multiple of 14", "height": 45, "width": 59}, DATA),
+    ]
+    conformance.check(model, cases, tmp_path)
+
+
+def mistaken(  # noqa: C901 (a table of mistakes)
+    variant: str, kind: str, size: str, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The plain formulation's answer with one mistake in it."""
+    model = model_of(variant, kind)
+    head = model.head
+    image = torch.from_numpy(pixels(size))
+    read = reading(model)
+    changed: dict[str, Any] = {}
+    if mistake == "other norm":
+        monkeypatch.setattr(type(head), "after_norm", not head.after_norm)
+    elif mistake == "last blocks":
+        monkeypatch.setattr(type(head), "blocks", tuple(range(head.arch.depth - 4, head.arch.depth)))
+    elif mistake == "hub's range":
+        monkeypatch.setattr(type(head), "depth_range", (0.001, 80.0))
+    elif mistake in ("mean dropped", "variance dropped"):
+        name = f"decode_head.bn.running_{mistake.split(maxsplit=1)[0].replace('variance', 'var')}"
+        value = torch.zeros(head.width) if "mean" in mistake else torch.ones(head.width)
+        changed["load"] = lambda n: value if n == name else torch.from_numpy(read(n))
+    elif mistake == "no class token":
+        kept = {block: stream.clone() for block, stream in streams(variant, size, True).items()}
+        for stream in kept.values():
+            stream[:, 0] = 0
+        changed["streams"] = kept
+    elif mistake in ("all corners", "no corners"):
+        resize = F.interpolate
+        corners = mistake == "all corners"
+        monkeypatch.setattr(F, "interpolate", lambda x, **k: resize(x, **(k | {"align_corners": corners})))
+    elif mistake == "clamp last":
+        clamp = torch.Tensor.clamp
+        monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: x)
+        answer = plain(variant, model, size)
+        monkeypatch.undo()
+        return answer | {"depth": clamp(torch.from_numpy(answer["depth"]), *head.depth_range).numpy()}
+    elif mistake == "no clamp":
+        monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: x)
+    else:
+        pad = {"cropped": None, "padded right and below": (0, 1)}[mistake]
+        height, width = (side // 14 * 14 for side in image.shape[-2:])
+        rows, columns = -image.shape[-2] % 14, -image.shape[-1] % 14
+        seen = image[..., :height, :width] if pad is None else F.pad(image, (0, columns, 0, rows))
+        kept = {}
+        of_backbone.tokens_of(
+            head.arch,
+            lambda name: torch.from_numpy(read(name)),
+            [seen],
+            blocks=[],
+            block_done=lambda _done: None,
+            keep_stream=lambda _j, done, stream: kept.__setitem__(done - 1, stream),
+        )
+        changed["streams"] = kept
+        if pad is None:
+            monkeypatch.setattr(type(head), "pads", False)
+    return plain(variant, model, size, **changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mistake"),
+    [
+        *((kind, "other norm") for kind in ("nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "voc2012_ms")),
+        *((kind, "cropped") for kind in ("nyu_linear", "nyu_dpt", "ade20k_linear")),
+        *((kind, "padded right and below") for kind in ("nyu_linear4", "nyu_dpt", "voc2012_ms")),
+        *((kind, "last blocks") for kind in ("nyu_linear4", "nyu_dpt")),
+        *((kind, "hub's range") for kind in ("nyu_linear", "nyu_linear4")),
+        *((kind, f"{what} dropped") for kind in ("ade20k_linear", "voc2012_ms") for what in ("mean", "variance")),
+        *(("nyu_dpt", mistake) for mistake in ("all corners", "no corners", "no class token")),
+        *(("kitti_dpt", mistake) for mistake in ("clamp last", "no clamp")),
+    ],
+)
+def test_official_numbers_catch_mistakes(kind: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each known mistake costs at 225x300 is far past the limit, so none can pass."""
+    size = "1x225x300"
+    answer = mistaken("vits14", kind, size, mistake, monkeypatch)
+    monkeypatch.undo()
+    assert worst(answer, goldens("vits14", kind)[size]) > 100 * LIMIT
+    assert worst(plain("vits14", model_of("vits14", kind), size), goldens("vits14", kind)[size]) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(12, (2, 5, 8, 11)), (24, (4, 11, 17, 23)), (40, (9, 19, 29, 39)), (4, (0, 1, 2, 3))]
+)
+def test_blocks_of_the_spread_heads(depth: int, blocks: tuple[int, ...]) -> None:
+    variant = {12: "vitb14", 24: "vitl14", 40: "vitg14", 4: "tiny_heads"}[depth]
+    assert model_of(variant, "nyu_dpt").head.blocks == blocks
+    assert model_of(variant, "ade20k_ms").head.blocks == tuple(range(depth - 4, depth))
+
+
+def test_a_register_variant_has_no_depth_head() -> None:
+    with pytest.raises(UsageError, match="no nyu_dpt head was trained for a backbone with registers"):
+        model_of("vitb14_reg", "nyu_dpt")
+
+
+def test_hugging_faces_depth_anything_agrees_at_518() -> None:
+    """A second oracle, and the key map of its layout: the published names go in, its own numbers come out."""
+    import transformers
+
+    backbone = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14,
+        out_indices=[3, 6, 9, 12], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    theirs = transformers.DepthAnythingForDepthEstimation(
+        transformers.DepthAnythingConfig(
+            backbone_config=backbone, reassemble_hidden_size=384, neck_hidden_sizes=[48, 96, 192, 384],
+            fusion_hidden_size=64, head_hidden_size=32,
+        )
+    ).eval()  # fmt: skip
+    model = model_of("depth-anything-v2-vits")
+    state = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    asked: list[str] = []
+
+    def spy(name: str) -> Any:
+        asked.append(name)
+        return theirs.state_dict()[name].float().numpy()
+
+    shapes, read = model.adapt(state, spy)
+    assert {n: s for n, s in shapes.items() if n not in model.optional_tensors} == {
+        n: s for n, s in model.tensors.items() if n not in model.optional_tensors
+    }
+    image = pixels("1x518x518")
+    with torch.inference_mode():
+        expected = theirs(torch.from_numpy(image)).predicted_depth.numpy()
+    (ours,) = conformance.reference(model, read, [{"pixels": image}])
+    assert expected.std() > 0 and distance(ours["depth"], expected).relative_l2 <= LIMIT
