@@ -301,7 +301,7 @@ def _toml(value: Any) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in `path`; a UsageError when it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(untrusted.read_text(path, max_bytes=_TOML_MAX_BYTES))
+        return tomllib.loads(untrusted.read_bytes(path, max_bytes=_TOML_MAX_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # besides its own error tomllib lets these two through
         raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
 

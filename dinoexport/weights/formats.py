@@ -240,7 +240,7 @@ def _check_zip(path: Path) -> None:
                 pickle_check.check(archive.read(entry))
     except Exception as error:  # pickletools and zipfile meet damage with half a dozen kinds
         raise WeightsError(
-            f"{path} holds a pickle of something else than weights: {error}; nothing of it was run.",
+            f"{path} is damaged or no torch.save file ({error}); nothing of it was run.",
             next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
         ) from None
 
