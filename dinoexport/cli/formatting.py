@@ -79,11 +79,13 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["properties"]["base"] = {
         "type": "string",
-        "description": "A shipped recipe to start from; this file then holds only what differs.",
+        "description": "A shipped recipe, or the base of a family, to start from; this file then holds only what differs.",
     }
     schemas = [family.find(name).table_schemas() for name in family.installed()]
     for table in ("model", "graph", "preprocess", "head"):
-        options = [tables[table] for tables in schemas if table in tables]
+        options = [dict(tables[table]) for tables in schemas if table in tables]
+        for option in options:  # references count from the root
+            schema["$defs"] |= option.pop("$defs", {})
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
     # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
     required = schema.pop("required")

@@ -314,17 +314,25 @@ def variants() -> tuple[str, ...]:
 def load(variant_or_path: str) -> Recipe:
     """The shipped recipe of that name, or the user's own recipe at that path.
 
-    A recipe may start from a shipped one with `base = "NAME"` and then holds only what differs.
+    A recipe may start with `base = "NAME"` from a shipped one, or from one of `recipes/bases`, which hold what the
+    variants of a family share; it then holds only what differs.
     """
     if variant_or_path.endswith(".toml"):
         path = Path(variant_or_path)
-        table = read_toml(path)
-        base = table.pop("base", None)
-        if base is not None:
-            table = _merged(read_toml(_shipped_path(str(base))), table)
-        return parse(Recipe, table, where=str(path))
+        return parse(Recipe, _with_base(read_toml(path)), where=str(path))
     path = _shipped_path(variant_or_path)
-    return parse(Recipe, read_toml(path), where=path.name)
+    return parse(Recipe, _with_base(read_toml(path)), where=path.name)
+
+
+def _with_base(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole table of a recipe that may name the one it starts from."""
+    own = dict(table)
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    bases = resources.folder("recipes/bases")
+    path = bases / f"{base}.toml" if base in resources.names("recipes/bases") else _shipped_path(str(base))
+    return _merged(_with_base(read_toml(path)), own)
 
 
 def _shipped_path(name: str) -> Path:

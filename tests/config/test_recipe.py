@@ -33,7 +33,7 @@ SHA256 = "0123456789abcdef" * 4
 
 
 def vits14() -> dict[str, Any]:
-    return read_toml(resources.folder("recipes") / "vits14.toml")
+    return recipe._with_base(read_toml(resources.folder("recipes") / "vits14.toml"))
 
 
 def with_change(path: str, value: Any) -> dict[str, Any]:
@@ -386,3 +386,37 @@ def test_no_unknown_key_passes(table: dict[str, Any], key: str) -> None:
         return
     with pytest.raises(UsageError, match="unknown key"):
         parse(Recipe, table | {key: 1}, where="generated")
+
+
+@pytest.mark.parametrize("name", recipe.variants())
+def test_a_variants_file_repeats_nothing_of_its_base(name: str) -> None:
+    table = recipe.read_toml(resources.folder("recipes") / f"{name}.toml")
+    if (base := table.pop("base", None)) is None:
+        return
+    shared = recipe.read_toml(resources.folder("recipes/bases") / f"{base}.toml")
+
+    def repeated(own: dict[str, Any], of_base: dict[str, Any]) -> list[str]:
+        found = []
+        for key in own.keys() & of_base.keys():
+            if isinstance(own[key], dict) and isinstance(of_base[key], dict):
+                found += repeated(own[key], of_base[key])
+            elif own[key] == of_base[key]:
+                found.append(key)
+        return found
+
+    assert not repeated(table, shared)
+    assert set(table) | set(shared) >= {"name", "family", "validation", "licence", "model"}
+
+
+def test_a_recipe_of_ones_own_may_start_from_a_familys_base(tmp_path: Path) -> None:
+    """Without one of the published variants' weights: only what the family shares is taken over."""
+    own = tmp_path / "own.toml"
+    model = "embed_dim = 128\ndepth = 2\nnum_heads = 2\nfeed_forward = 'mlp'\nregister_count = 0"
+    own.write_text(f"base = 'dinov2'\nname = 'own'\n[model]\n{model}\n")
+    loaded = recipe.load(str(own))
+    assert not loaded.weights and loaded.profile == recipe.load("vits14").profile
+    own.write_text("base = 'vits14'\nname = 'own'\n")
+    assert recipe.load(str(own)).weights == recipe.load("vits14").weights
+    own.write_text("base = 'bases/dinov2'\nname = 'own'\n")
+    with pytest.raises(UsageError, match="no variant 'bases/dinov2'"):
+        recipe.load(str(own))
