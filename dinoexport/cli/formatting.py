@@ -79,7 +79,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["properties"]["base"] = {
         "type": "string",
-        "description": "A shipped recipe, or the base of a family, to start from; this file then holds only what differs.",
+        "description": "A shipped recipe, or a family's base, to start from; this file then holds only what differs.",
     }
     schemas = [family.find(name).table_schemas() for name in family.installed()]
     for table in ("model", "graph", "preprocess", "head"):
