@@ -29,7 +29,7 @@ from dinoexport.config.recipe import Range
 from dinoexport.engines import builder, profiles
 from dinoexport.errors import DinoexportError
 from dinoexport.graph.onnx_writer import export
-from dinoexport.models.dinov2 import PATCH, reference
+from dinoexport.models.dinov2 import reference
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import ort, trt
 from dinoexport.runtime.table import TABLE
@@ -204,11 +204,11 @@ def clock_and_power(gpu: Gpu | None) -> str:
 def flops_per_image(variant: Variant, size: int) -> float:
     """Twice the multiply-adds of one image: patch embedding, projections, attention, feed-forward."""
     arch: Any = variant.request.model.arch  # type: ignore[attr-defined]
-    patches = (size // PATCH) ** 2
+    patches = (size // arch.patch_size) ** 2
     tokens = patches + 1 + arch.register_count
     feed_forward = (3 if arch.feed_forward == "swiglu" else 2) * arch.embed_dim * arch.hidden_dim
     block = tokens * (4 * arch.embed_dim**2 + feed_forward) + 2 * tokens**2 * arch.embed_dim
-    return 2.0 * (patches * 3 * PATCH**2 * arch.embed_dim + arch.depth * block)
+    return 2.0 * (patches * 3 * arch.patch_size**2 * arch.embed_dim + arch.depth * block)
 
 
 def judged(variant: Variant, answer: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str]:

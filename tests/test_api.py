@@ -177,9 +177,9 @@ def test_threads_reach_the_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_runtime_is_the_one_that_judged(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from dinoexport.spec import Precision, Way
+    from dinoexport.spec import Precision, Runtime, Way
 
-    other = as_if_chosen(folder, tmp_path / "other", Way(runtime="openvino", precision=Precision.FP32, threads=1))
+    other = as_if_chosen(folder, tmp_path / "other", Way(runtime=Runtime.OPENVINO, precision=Precision.FP32, threads=1))
     with dinoexport.load(other) as opened:
         assert opened.runs_on.startswith("OpenVINO")
         assert opened(PHOTOGRAPH)["class_token"].shape == (1, 96)

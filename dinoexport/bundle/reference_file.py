@@ -14,6 +14,7 @@ from dinoexport.bundle import archive, damaged
 from dinoexport.config.recipe import Frozen, Limits
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Case, Expectation, OutputKind
+from dinoexport.system.untrusted import Unreadable
 
 VERSION: Final = 1
 
@@ -99,6 +100,8 @@ def read(path: Path) -> Reference:
                 next_step="Use the dinoexport that built the bundle, or build it again.",
             )
         index = _Index.model_validate(content)
+    except Unreadable as error:
+        raise damaged(f"{path.name} is not readable: {error.problem}") from None
     except UsageError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base

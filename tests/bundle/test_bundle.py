@@ -108,8 +108,10 @@ tensors = st.builds(
     shape=st.lists(st.integers(0, 2**40) | texts, max_size=4).map(tuple),
     meaning=texts,
 )
-dims = st.builds(
-    Dim, name=texts, min=st.integers(1), opt=st.integers(1), max=st.integers(1), multiple_of=st.integers(1)
+dims = st.tuples(st.integers(1), st.integers(1)).flatmap(
+    lambda ends: st.builds(
+        Dim, name=texts, min=st.just(min(ends)), opt=st.integers(1), max=st.just(max(ends)), multiple_of=st.integers(1)
+    )
 )
 graphs = st.builds(
     Graph,

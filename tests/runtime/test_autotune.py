@@ -133,7 +133,7 @@ def test_one_runtime_leaves_nothing_to_the_clock(
     monkeypatch.setattr(timing, "in_turn", lambda *_: pytest.fail("nothing is to be timed"))
     facts = autotune.tune(pipeline.build_request(TINY).model, exported)
     assert facts.measured == () and facts.measured_ms is None
-    assert facts.chosen == Way(runtime="onnxruntime", precision=Precision.FP32, threads=cpu.usable_cpus())
+    assert facts.chosen == Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=cpu.usable_cpus())
 
 
 def test_int8_is_published_where_it_is_faster_and_only_there(

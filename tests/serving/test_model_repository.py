@@ -86,7 +86,7 @@ def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Pat
 def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path: Path) -> None:
     """The tokens are right all the same; it is the time that is not what was measured."""
     assert model_repository.deploy(built, tmp_path / "models").note == ""
-    other = as_if_chosen(built, tmp_path / "int8", Way(runtime="openvino", precision=Precision.INT8, threads=2))
+    other = as_if_chosen(built, tmp_path / "int8", Way(runtime=Runtime.OPENVINO, precision=Precision.INT8, threads=2))
     deployed = model_repository.deploy(other, tmp_path / "models", name="int8")
     assert all(part in deployed.note for part in ("int8 in OpenVINO", "in fp32", "--backend python"))
     assert deployed.note in "\n".join(formatting.deployed_lines(deployed))
@@ -94,7 +94,7 @@ def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path
     deployed = model_repository.deploy(other, tmp_path / "models", name="python", backend="python")
     config = parsed(tmp_path / "models" / "python" / "config.pbtxt")
     served = Served.model_validate_json(config.parameters["dinoexport"].string_value)
-    assert deployed.note == "" and served.way == Way(runtime="openvino", precision=Precision.INT8)
+    assert deployed.note == "" and served.way == Way(runtime=Runtime.OPENVINO, precision=Precision.INT8)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "python"])

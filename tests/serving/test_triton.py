@@ -105,7 +105,7 @@ def test_a_graph_runs_as_its_bundle_did(server: Server, bundles: dict[str, Path]
     """In OpenVINO and bf16, where ONNX Runtime would compute the same file in fp32."""
     if not openvino.computes(Precision.BF16):
         pytest.skip("this CPU has no bf16 that OpenVINO would use")
-    built = as_if_chosen(bundles["floats"], tmp_path / "bf16", Way(runtime="openvino", precision=Precision.BF16))
+    built = as_if_chosen(bundles["floats"], tmp_path / "bf16", Way(runtime=Runtime.OPENVINO, precision=Precision.BF16))
     graph = bundle.read_manifest(built).graphs[0].graph()
     inputs = {"pixels": np.random.RandomState(0).standard_normal((1, 3, 70, 98)).astype(np.float32)}
     deployed = model_repository.deploy(built, server.repository, name="bf16", backend="python")
