@@ -90,16 +90,12 @@ def test_the_abs_that_openvino_drops_would_be_noticed(tmp_path: Path, monkeypatc
     Where this fails because OpenVINO has it right, the workaround in graph.py may go.
     """
 
-    def with_abs(self: Any, h: int, w: int) -> torch.Tensor:
-        tenths_h, tenths_w = 10 * torch.full((1,), h), 10 * torch.full((1,), w)
-        off_grid = ((tenths_h - 370).abs() + (tenths_w - 370).abs()).clamp(max=1)
-        weights_h = self._offset_weights(torch.arange(h), tenths_h + off_grid)
-        weights_w = self._offset_weights(torch.arange(w), tenths_w + off_grid)
-        rows = (weights_h @ self.table_hwD).unflatten(-1, (self.table_size, -1))
-        patches = (weights_w @ rows).flatten(0, 1).unsqueeze(0)
-        return torch.cat((self.prefix_1RD, patches), dim=1)
+    def with_abs(self: Any, parts_h: torch.Tensor, parts_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        native = self.parts * self.side
+        off_grid = ((parts_h - native).abs() + (parts_w - native).abs()).clamp(max=1)
+        return off_grid, off_grid
 
-    monkeypatch.setattr(Stem, "_positions", with_abs)
+    monkeypatch.setattr(Stem, "_off_grid", with_abs)
     wrong = Exported("tiny_swiglu", tmp_path)
     onnxruntime = runners.open_candidate(wrong.model, {wrong.path: wrong.graph})
     assert wrong.error(onnxruntime, (1, 98, 126)) < 1e-5
@@ -160,9 +156,12 @@ def test_int8_is_said_only_where_it_is_multiplied(
 def test_onnx_runtimes_int8_is_right_at_every_size(
     exported: Exported, tmp_path_factory: pytest.TempPathFactory, size: tuple[int, int, int]
 ) -> None:
-    """On every CPU: with signed weights, sums overflow on one that has AVX2 and no VNNI."""
+    """On every CPU: with signed weights, sums overflow on one that has AVX2 and no VNNI, and 0.10 to 0.14 are seen.
+
+    With unsigned ones 0.04 to 0.06, on such a CPU.
+    """
     path, _ = quantise.to_int8(exported.path, tmp_path_factory.mktemp("integer"))
-    assert 1e-3 < exported.error(ort.open_graph(path, exported.graph), size) < 0.05
+    assert 1e-3 < exported.error(ort.open_graph(path, exported.graph), size) < 0.08
 
 
 def test_both_int8_forms_have_the_quantisers_weights(exported: Exported, tmp_path: Path) -> None:
