@@ -505,7 +505,7 @@ def _plan_engine(file: str, cc: str, *, version: str = "11.2.1.2", profiles: int
     )
 
 
-def _with_plans(monkeypatch: pytest.MonkeyPatch, built: Path, *engines: Any) -> None:
+def with_plans(monkeypatch: pytest.MonkeyPatch, built: Path, *engines: Any) -> None:
     """The bundle, as if it held these plans: no machine of ours can build one."""
     manifest = bundle.read_manifest(built)
     for engine in engines:
@@ -519,7 +519,7 @@ def _with_plans(monkeypatch: pytest.MonkeyPatch, built: Path, *engines: Any) -> 
 def test_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(built, tmp_path / "bundle")
     plans = [_plan_engine(f"model.sm{cc.replace('.', '')}.plan", cc, profiles=2) for cc in ("8.0", "9.0")]
-    _with_plans(monkeypatch, tmp_path / "bundle", *plans)
+    with_plans(monkeypatch, tmp_path / "bundle", *plans)
     deployed = model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton="26.08")
     assert deployed.backend == "tensorrt_plan"
     config = parsed(tmp_path / "models" / "tiny_swiglu" / "config.pbtxt")
@@ -538,7 +538,7 @@ def test_plans(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_plan_of_one_profile(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(built, tmp_path / "bundle")
-    _with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
+    with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
     model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
     config = parsed(tmp_path / "models" / "tiny_swiglu" / "config.pbtxt")
     assert config.default_model_filename == "model.plan" and not config.cc_model_filenames
@@ -554,7 +554,7 @@ def test_a_plan_that_cannot_load_is_refused(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, words: str
 ) -> None:
     shutil.copytree(built, tmp_path / "bundle")
-    _with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
+    with_plans(monkeypatch, tmp_path / "bundle", _plan_engine("model.plan", "8.0"))
     with pytest.raises(UsageError, match=words):
         model_repository.deploy(tmp_path / "bundle", tmp_path / "models", triton=tag)
     assert not (tmp_path / "models").exists()
@@ -565,7 +565,7 @@ def test_stripped_and_version_compatible_plans(built: Path, tmp_path: Path, monk
     shutil.copytree(built, tmp_path / "bundle")
     plan = _plan_engine("model.plan", "8.0")
     plan.stripped = True
-    _with_plans(monkeypatch, tmp_path / "bundle", plan)
+    with_plans(monkeypatch, tmp_path / "bundle", plan)
     with pytest.raises(UsageError, match="holds no weights"):
         model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
     model_repository.deploy(tmp_path / "bundle", tmp_path / "models", backend="onnxruntime", triton="26.07")

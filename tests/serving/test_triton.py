@@ -44,6 +44,7 @@ from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.validation import evaluate
 from tests.conftest import DATA, as_if_chosen
 from tests.image_inputs import taken
+from tests.serving.test_model_repository import with_plans
 from tests.serving.test_serving_files import GPU_METRICS, metrics_asked_for
 from tests.test_docs import PAGES
 from tests.triton_server import Server
@@ -688,16 +689,14 @@ def test_a_second_family_is_served_as_it_is(server: Server, tmp_path: Path, monk
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_other_backends_pass_the_servers_own_checks(
-    server: Server, bundles: dict[str, Path], backend: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, bundles: dict[str, Path], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real server reads the configuration and the version's files, and stops at the backend it does not have."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["bytes"], folder)
     if backend == "tensorrt":
-        plans = [_plan(cc) for cc in ("8.0", "9.0")]
-        for plan in plans:
-            (bundles["bytes"] / plan.file).write_bytes(b"a plan")
-        manifest = bundle.read_manifest(bundles["bytes"]).model_copy(update={"engines": tuple(plans)})
-        monkeypatch.setattr(bundle, "verify", lambda *_, **__: manifest)
-    deployed = model_repository.deploy(bundles["bytes"], server.repository, name=f"for_{backend}")
+        with_plans(monkeypatch, folder, *map(_plan, ("8.0", "9.0")))
+    deployed = model_repository.deploy(folder, server.repository, name=f"for_{backend}")
     try:
         assert deployed.backend == ("tensorrt_plan" if backend == "tensorrt" else "onnxruntime")
         status, told = server.load(deployed.name)
