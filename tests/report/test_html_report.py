@@ -102,7 +102,7 @@ def test_page_says_everything(built: Path) -> None:
 
 def test_what_people_look_at_first_comes_first(built: Path) -> None:
     """The verdict, the pictures and the error by block; the table of all rows comes after them."""
-    html = (built / bundle.PAGE).read_text()
+    html = (built / bundle.REPORT_HTML).read_text()
     parts = [
         '<div class="verdict',
         "<h2>Pictures</h2>",
