@@ -309,7 +309,8 @@ def test_build_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             preset="max", out=str(tmp_path), force=True, keep_rejected=True, reference="hub", progress=progress,
         )  # fmt: skip
     assert asked == {
-        "variant": "vits14", "weights": "w.pth", "prefix": None, "precision": "auto", "target": "a100", "runtime": "tensorrt",
+        "variant": "vits14", "weights": "w.pth", "prefix": None, "precision": "auto", "target": "a100",
+        "runtime": "tensorrt",
         "engine_choices": {"profiles": ("latency",), "preset": "max"}, "out": tmp_path, "judge_code": "hub",
         "force": True, "keep_rejected": True, "progress": progress,
     }  # fmt: skip

@@ -63,8 +63,10 @@ class HeadedModel:
 
     @property
     def optional_tensors(self) -> frozenset[str]:
-        """Those of the backbone, and what a published head holds and never uses."""
-        return self.backbone.optional_tensors | layouts.unused(self.head)
+        """Those of the backbone, what a published head holds and never uses, and a final norm that nothing reads."""
+        reads_norm = self.head.after_norm or self.head.table.tokens
+        norm = frozenset() if reads_norm else frozenset({"norm.weight", "norm.bias"})
+        return self.backbone.optional_tensors | layouts.unused(self.head) | norm
 
     @property
     def head_weights(self) -> HeadWeights | None:
