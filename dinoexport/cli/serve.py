@@ -36,6 +36,13 @@ def deploy(
         Path | None,
         typer.Option(metavar="DIR", help="Files like those that clients will send; sizes are derived from them."),
     ] = None,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="names|png|resized",
+            help="A head's answers in this form too: class names; PNG files; arrays as large as the photograph.",
+        ),
+    ] = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +53,15 @@ def deploy(
         chosen = None if backend is None else choice("backend", backend, served_models.BACKENDS)
         with progress_lines() as progress:
             deployed = model_repository.deploy(
-                bundle, to, name=name, backend=chosen, triton=triton, samples=samples, verify=verify, progress=progress
+                bundle,
+                to,
+                name=name,
+                backend=chosen,
+                triton=triton,
+                samples=samples,
+                answers=answers or (),
+                verify=verify,
+                progress=progress,
             )
         _show_deployed(deployed, as_json)
 

@@ -42,11 +42,11 @@ class FoldedHead:
                     "votes_NK": self._as_is("fitted.votes", *shapes["fitted.votes"]),
                 }
             case "linear_depth":
-                return norm | self._bins()
+                return norm | self._range() | self._bins()
             case "segmentation":
                 return norm | self._segmentation()
             case "dpt_depth":
-                return norm | self._dpt()
+                return norm | self._range() | self._dpt()
             case "depth_anything":
                 return norm | self._depth_anything()
 
@@ -59,6 +59,11 @@ class FoldedHead:
             "weight_KC": self._as_is(f"{name}.weight", count, width),
             "bias_K": self._as_is(f"{name}.bias", count),
         }
+
+    def _range(self) -> dict[str, Weight]:
+        """Least and greatest depth: numbers of the head and not of its form, which heads of both datasets share."""
+        low, high = (np.array([end], np.float32) for end in self.head.depth_range)
+        return {"least": Weight(shape=(1,), read=lambda: low), "most": Weight(shape=(1,), read=lambda: high)}
 
     def _bins(self) -> dict[str, Weight]:
         """The one layer's columns apart: of patch tokens and of class tokens; then bins and ones."""

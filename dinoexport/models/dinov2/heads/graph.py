@@ -159,8 +159,8 @@ class LinearDepth(_Traced):
 
     def __init__(self, head: Head, *, from_bytes: bool) -> None:
         super().__init__(head, from_bytes=from_bytes)
-        self.range = head.depth_range
         width = len(head.blocks) * self.dim
+        self.least, self.most = _parameter(1), _parameter(1)
         self.patch_KC11, self.class_KC = _parameter(BINS, width, 1, 1), _parameter(BINS, width)
         self.bias_K, self.weigh_2K11 = _parameter(BINS), _parameter(2, BINS, 1, 1)
 
@@ -174,7 +174,7 @@ class LinearDepth(_Traced):
         logits_BKhw = F.conv2d(maps_BChw, self.patch_KC11) + of_image_BK11
         weights = F.relu(_bilinear(logits_BKhw, _UPSAMPLED * h, _UPSAMPLED * w)) + 0.1
         both = F.conv2d(weights, self.weigh_2K11)
-        raw = (both[:, :1] / both[:, 1:]).clamp(*self.range)
+        raw = torch.minimum(torch.maximum(both[:, :1] / both[:, 1:], self.least), self.most)
         return _bilinear(raw, height, width)[:, 0]
 
 
@@ -267,7 +267,7 @@ class DptDepth(_Pyramid):
         super().__init__(
             head, dpt_widths(head.arch.embed_dim), DPT_CHANNELS, bias=False, from_bytes=from_bytes, body=body
         )
-        self.range = head.depth_range
+        self.least, self.most = _parameter(1), _parameter(1)
         self.readouts = nn.ModuleList(
             _Convolution(self.dim, self.dim, 1, bias=False, dtype=torch.float32) for _ in range(4)
         )
@@ -302,8 +302,7 @@ class DptDepth(_Pyramid):
             out = _bilinear(out, rows, columns, corners=True)
         out = self.last[0](F.relu(self.project(out)))
         out = F.relu(self.last[1](_bilinear(out, 2 * rows, 2 * columns, corners=True)))
-        low, high = self.range
-        raw = (F.relu(self.last[2](out.float())) + low).clamp(max=high)
+        raw = torch.minimum(F.relu(self.last[2](out.float())) + self.least, self.most)
         return _bilinear(raw, height, width)[:, 0]
 
 
