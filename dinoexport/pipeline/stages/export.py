@@ -54,7 +54,7 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
             for name, content in request.model.companion_files.items():
                 (folder / name).write_bytes(content)
 
-    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
+    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make, costly=True)
 
 
 def graph_recipe(request: BuildRequest) -> dict[str, Any]:
