@@ -60,8 +60,9 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
 def graph_recipe(request: BuildRequest) -> dict[str, Any]:
     """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps.
 
-    Defaults are left out, so that a table which a later version adds leaves the bytes of every older graph as they are.
+    Fields at their defaults are left out, so that one which a later version adds leaves the bytes of older graphs as
+    they are.
     """
     recipe = request.recipe
     unused = _NOT_THE_GRAPHS if recipe.head else _NOT_THE_GRAPHS | {"head_validation"}
-    return recipe.model_dump(mode="json", exclude=unused, exclude_defaults=True)
+    return recipe.model_dump(mode="json", include=set(recipe.model_dump(exclude=unused, exclude_defaults=True)))
