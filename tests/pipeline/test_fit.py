@@ -18,7 +18,7 @@ from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.fit import classifiers, examples, flow
 from dinoexport.runtime import ort
-from dinoexport.spec import Case, Runtime
+from dinoexport.spec import Case, Runtime, silent
 from dinoexport.validation import validate_bundle
 from tests.conftest import DATA
 
@@ -52,12 +52,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return crops(tmp_path_factory.mktemp("images") / "all", each=10)
 
 
-def tokens(folder: Path, found: tuple[examples.Example, ...], *, mean: bool) -> Any:
+def inputs_of(model: Any, images: Path) -> dict[str, Any]:
+    return {case.name: case.inputs for case in model.cases_from(images, progress=silent) if isinstance(case, Case)}
+
+
+def tokens(folder: Path, found: tuple[examples.Example, ...], inputs: dict[str, Any], *, mean: bool) -> Any:
     """The bundle's own features of images, one image at a time."""
     graph = bundle.read_manifest(folder).graphs[0]
     run = ort.open_graph(folder / graph.file, graph.graph())
-    answers = [run(example.inputs) for example in found]
-    parts = [[a["class_token"][0], a["patch_tokens"][0].mean(axis=0)] for a in answers]
+    answers = [run(inputs[example.name]) for example in found]
+    parts = [
+        [a["class_token"][0], a["patch_tokens"][0].mean(axis=0, dtype=np.float64).astype(np.float32)] for a in answers
+    ]
     return np.stack([np.concatenate(p[: 1 + mean]) for p in parts]).astype(np.float64)
 
 
@@ -76,11 +82,15 @@ def test_the_graphs_probabilities_are_scikit_learns(
     model = _model(features)
     found = examples.read(model, images, seed=flow.SEED)
     run = ort.open_graph(made.folder / "model.onnx", manifest.graphs[0].graph())
-    ours = np.concatenate([run(example.inputs)["probabilities"] for example in found.held_out])
-    theirs = _oracle(kind, features, found, made.manifest.report["fit"])
+    inputs = inputs_of(model, images)
+    ours = np.concatenate([run(inputs[example.name])["probabilities"] for example in found.held_out])
+    theirs = _oracle(kind, features, found, inputs, made.manifest.report["fit"])
     assert np.abs(ours - theirs).max() <= 1e-6
     assert made.held.images == len(found.held_out) == 8 and sum(made.held.recall.values()) / 4 == made.held.accuracy
     assert validate_bundle.validate(made.folder).report.passed
+    page = (made.folder / bundle.REPORT_HTML).read_text()
+    assert f"{made.held.right} of {made.held.images} images that the head was not fitted on" in page
+    assert all(f"{true}, taken for {given}" in page for _, true, given, _ in made.held.confusions)
 
 
 def _model(folder: Path) -> Any:
@@ -91,10 +101,10 @@ def _model(folder: Path) -> Any:
     return family.find(manifest.family).model(parse(Recipe, manifest.recipe, where="test"))
 
 
-def _oracle(kind: str, folder: Path, found: examples.Examples, facts: Any) -> Any:
+def _oracle(kind: str, folder: Path, found: examples.Examples, inputs: dict[str, Any], facts: Any) -> Any:
     """scikit-learn's own answer, and of k-NN the official rule written out (dinov2/eval/knn.py) with k normalised."""
     labels = [example.label for example in found.fitted]
-    fitted, held = (tokens(folder, part, mean=kind == "linear") for part in (found.fitted, found.held_out))
+    fitted, held = (tokens(folder, part, inputs, mean=kind == "linear") for part in (found.fitted, found.held_out))
     if kind == "knn":
         unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (fitted, held)]
         cosines = unit[1] @ unit[0].astype(np.float16).astype(np.float64).T
@@ -122,7 +132,7 @@ def test_two_fits_give_the_same_bytes(features: Path, images: Path, tmp_path: Pa
 
 
 def example(name: str, label: str, digest: str) -> examples.Example:
-    return examples.Example(name=name, label=label, digest=digest, inputs={})
+    return examples.Example(name=name, label=label, digest=digest)
 
 
 def test_a_planted_leak_is_caught() -> None:
