@@ -80,7 +80,9 @@ def test_linear_depth_is_convolved_before_it_is_upsampled(tmp_path: Path) -> Non
     export(replace(graph, inputs=(*graph.inputs, *streams)), [head], tmp_path, metadata={})
     random = np.random.RandomState(0)
     tokens = {tensor.name: random.randn(1, 1 + patches, width).astype(np.float32) for tensor in streams}
-    ran = ort.executed(tmp_path / "model.onnx", {"pixels": synthetic.pixels(1, 518, 518, seed=0)} | tokens)
+    arrays = {"pixels": synthetic.pixels(1, 518, 518, seed=0)} | tokens
+    # Of the file: ONNX Runtime's own layout pads two channels to eight or sixteen, as the machine has it.
+    ran = ort.executed(tmp_path / "model.onnx", arrays, optimised=False)
     resized = [operator.written_bytes for operator in ran if operator.kind == "Resize"]
     assert resized == [4 * bins * upsampled, 4 * 518 * 518]
     assert max(operator.written_bytes for operator in ran) == 4 * 4 * width * patches  # the four maps side by side
