@@ -61,12 +61,12 @@ def _ends(name: str, dim: Dim, wanted: Range | None) -> tuple[int, int, int]:
     if ends[0] < dim.min or ends[2] > dim.max:
         raise _wrong(name, f"{dim.name} {ends[0]} to {ends[2]} leaves [profile]'s {dim.min} to {dim.max}.")
     if off := [size for size in ends if size % dim.step]:
-        raise _wrong(name, f"{dim.name} {off[0]} is no multiple of {dim.step}.")
+        raise _wrong(name, f"{dim.name} {off[0]} is not a multiple of {dim.step}.")
     return ends
 
 
 def _wrong(name: str, problem: str) -> UsageError:
-    return UsageError(f"[profiles.{name}]: {problem}", next_step="Mend the profile.")
+    return UsageError(f"[profiles.{name}]: {problem}", next_step="Fix the profile.")
 
 
 def fitting(onnx: Path, graph: Graph, wanted: Profile, budget_bytes: int) -> dict[str, int]:

@@ -81,6 +81,6 @@ def _check_dim(name: str, size: int, dims: Mapping[str, Dim]) -> None:
         below = size // dim.multiple_of * dim.multiple_of
         nearest = [s for s in (below, below + dim.multiple_of) if dim.min <= s <= dim.max]
         raise InputRefused(
-            f"{name} {size} is no multiple of {dim.multiple_of}.",
+            f"{name} {size} is not a multiple of {dim.multiple_of}.",
             next_step=f"The nearest legal sizes are {' and '.join(map(str, nearest))}.",
         )

@@ -42,7 +42,7 @@ class Decoder(Protocol):
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """The same with the logits (B, keep, V) of the last `keep` tokens, 0 for all of them.
 
-        first_position: of each sequence's first token that is no padding.
+        first_position: of each sequence's first token that is not padding.
         """
 
     def reset(self) -> None:

@@ -38,7 +38,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         start = file.read(64)
     if len(start) < 64 or start[:4] not in (b"ftrt", b"vtrt"):
-        raise BuildError(f"{path.name} is no TensorRT engine.", next_step="Build it again.")
+        raise BuildError(f"{path.name} is not a TensorRT engine.", next_step="Build it again.")
     version = ".".join(map(str, start[24:28]))
     if start[:4] == b"ftrt":
         if start[4:8] != bytes(4):
@@ -77,12 +77,12 @@ def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
         fits = gpu.compute_capability in engine.compute_capabilities
     if not fits:
         raise MissingRequirement(
-            f"{engine.file} is for SM {capabilities}; here is {gpu.name}, SM {gpu.compute_capability}.",
+            f"{engine.file} is for SM {capabilities}; this machine has {gpu.name}, SM {gpu.compute_capability}.",
             next_step="Build a bundle for this GPU.",
         )
     if engine.compatibility == "this-gpu" and engine.device not in ("", gpu.name):
         raise MissingRequirement(
-            f"{engine.file} was built on {engine.device} for that model alone; here is {gpu.name}.",
+            f"{engine.file} was built on {engine.device} and runs only on that model; this machine has {gpu.name}.",
             next_step='Build it here, or there with [engine] compatibility = "same-cc".',
         )
     _check_version(engine)
@@ -101,6 +101,6 @@ def _check_version(engine: EngineFacts) -> None:
     here, built = (tuple(map(int, version.split(".")[:3])) for version in (found, engine.runtime_version))
     if here != built and not (engine.version_compatible and here > built):
         raise MissingRequirement(
-            f"{engine.file} was built by {engine.runtime} {engine.runtime_version}; here is {found}.",
+            f"{engine.file} was built by {engine.runtime} {engine.runtime_version}; this machine has {found}.",
             next_step=f"Install {engine.runtime_version} here, or build the bundle with {found}.",
         )

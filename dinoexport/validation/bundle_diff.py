@@ -53,7 +53,7 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
     if a.manifest.verdict == "unjudged":
         raise UsageError(
             f"{first} was exported without a reference, so there are no inputs to compare on.",
-            next_step="Give the judged bundle first, or build one.",
+            next_step="Give the validated bundle first, or build one.",
         )
     asked = reference_file.read(first / bundle.REFERENCE).expectations
     outputs, speed = _asked(a, b, asked, progress)

@@ -110,7 +110,7 @@ def _judged(
     if images is None and manifest.verdict == "unjudged":
         raise UsageError(
             f"{folder} was exported without a reference, so there is nothing to judge it by.",
-            next_step="dinoexport build makes a judged bundle.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     opened = _open(folder, manifest, model, runtime, trusted=trusted)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}

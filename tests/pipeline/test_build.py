@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Everything in `folder` that is no finished bundle and no finished stage."""
+    """Everything in `folder` that is neither a finished bundle nor a finished stage."""
     return sorted(
         path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".part", ".tmp", ".previous"))
     )
@@ -301,7 +301,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("somebody's")
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "data"))
     assert (tmp_path / "data" / "precious").read_text() == "somebody's"
 
