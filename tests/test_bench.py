@@ -132,7 +132,7 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
 
 def test_other_weights_are_refused(folder: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bench", str(folder), "--weights", "synthetic:1"])
-    assert result.exit_code == 1 and "not what the bundle was made from" in result.stderr
+    assert result.exit_code == 1 and "not what the bundle was built from" in result.stderr
 
 
 def test_the_verb(folder: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_signed_manifest_changes_only_with_its_signature(
     open_engines = lambda model, engines, graphs, **_: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
     monkeypatch.setattr(evaluate.runners, "open_engines", open_engines)
     shown = run("validate", folder, "--verify", keys / "sign.pub")
-    assert shown.exit_code == 0 and "Not recorded, for the bundle is signed" in shown.stdout
+    assert shown.exit_code == 0 and "Not recorded, because the bundle is signed" in shown.stdout
     assert (folder / bundle.MANIFEST).read_bytes() == before
     signing.verify(folder, keys / "sign.pub")
     told = run("validate", folder, "--verify", keys / "sign.pub", "--sign", keys / "other.pem", "--json")

@@ -54,7 +54,7 @@ def test_what_a_profile_covers(shapes: dict[str, tuple[int, ...]], covered: bool
     ("ranges", "words"),
     [
         ({"lenght": Range(min=3, opt=3, max=3)}, r"the model has no dimension 'lenght'\. Did you mean 'length'"),
-        ({"batch": Range(min=1, opt=1, max=5)}, r"batch 1 to 5 leaves \[profile\]'s 1 to 4"),
+        ({"batch": Range(min=1, opt=1, max=5)}, r"batch 1 to 5 exceeds \[profile\]'s 1 to 4"),
         ({"length": Range(min=3, opt=4, max=9)}, "length 4 is not a multiple of 3"),
     ],
 )

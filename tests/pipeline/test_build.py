@@ -236,7 +236,7 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
     validated = validate_bundle.validate(built, images=tmp_path)
     assert validated.report.passed and {row.case for row in validated.report.rows} == {"0.png", "1.png"}
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
-    with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
+    with pytest.raises(ValidationFailed, match="not what the bundle was built from"):
         validate_bundle.validate(built, images=tmp_path, weights="synthetic:1")
 
 

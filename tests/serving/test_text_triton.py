@@ -145,7 +145,7 @@ def test_a_bundle_without_a_tokenizer_says_so(built: Path, tmp_path: Path) -> No
     without = manifest.model_copy(update={"files": tuple(file for file in manifest.files if file.stage != "text")})
     shutil.copytree(built, tmp_path / "bundle")
     (tmp_path / "bundle" / bundle.MANIFEST).write_bytes(without.to_bytes())
-    with pytest.raises(UsageError, match="no tokenizer, so there is no way from text"):
+    with pytest.raises(UsageError, match="no tokenizer, so it cannot take text"):
         text_model.open_bundle(tmp_path / "bundle")
     with pytest.raises(UsageError, match="there is no tokenizer in it"):
         model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
