@@ -62,6 +62,7 @@ def validate(
     signer: Signer | None = None,
     signed: Manifest | None = None,
     trust_plan: bool = False,
+    record: bool = True,
     progress: Progress = silent,
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
@@ -70,7 +71,7 @@ def validate(
     first, against the bundle's own manifest or the verified manifest `signed`. `images` and `explained` need torch and
     the weights the bundle was built from: `weights`, or their source in the manifest. A bundle that passed is signed
     by `signer`; the result of its engines is recorded, in a signed bundle only with a `signer`. A plan that holds code
-    is run only if it is in `signed`, or with `trust_plan`.
+    is run only if it is in `signed`, or with `trust_plan`. record: whether the result may be written into the manifest.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
@@ -88,7 +89,9 @@ def validate(
     if passed and signer is not None:
         bundle.rewrite(folder, before=before, after=validated.manifest, sign=signer.signature)
     elif records:
-        not_recorded = _record(folder, before, validated.manifest)
+        not_recorded = (
+            _record(folder, before, validated.manifest) if record else "Not recorded: the bundle is in an object store."
+        )
         return replace(validated, recorded=not not_recorded, not_recorded=not_recorded)
     return replace(validated, recorded=records)
 

@@ -257,7 +257,9 @@ def test_one_or_two_have_no_neighbours_and_it_is_said(count: int) -> None:
     vectors = np.random.RandomState(6).standard_normal((count, 24))
     found = of(items(vectors, vectors, matched=[1.0] * count))
     assert measured(found).keys() == {"correspondence"}
-    assert any(line.startswith(f"recall: left out, because it needs 3 items and there are {count}") for line in found.said)
+    assert any(
+        line.startswith(f"recall: left out, because it needs 3 items and there are {count}") for line in found.said
+    )
     assert any("k-NN classification and linear probe: left out" in line for line in found.said)
 
 
