@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dinoexport.spec import Runtime
 
-# The packages that bring each engine's runtime, by their names on PyPI: one for each CUDA, and one that picks one.
+# The packages with each engine's runtime, by their names on PyPI: one for each CUDA, and one that selects one.
 ENGINE_DISTRIBUTIONS = {
     Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
     Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
@@ -18,7 +18,7 @@ ENGINE_DISTRIBUTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU that CUDA may use. index: its place in the driver's own order, that of the PCI bus."""
+    """One GPU that CUDA may use. index: its place in the driver's order, which is that of the PCI bus."""
 
     index: int
     name: str
@@ -39,7 +39,7 @@ def gpus() -> tuple[Gpu, ...]:
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
         found = [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:  # a driver that was just replaced answers nothing until it is loaded anew
+    except pynvml.NVMLError:  # a driver that was just replaced does not answer until it is loaded again
         return ()
     finally:
         pynvml.nvmlShutdown()
@@ -83,5 +83,5 @@ def installed(package: str) -> str | None:
 
 
 def installed_engine_runtime(runtime: Runtime) -> str | None:
-    """The installed version of what runs such engines, whichever package brought it; None when it is not there."""
+    """The installed version of the runtime of such engines, from any of its packages; None if it is not installed."""
     return next(filter(None, map(installed, ENGINE_DISTRIBUTIONS[runtime])), None)

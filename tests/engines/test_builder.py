@@ -156,7 +156,7 @@ def test_too_slow_is_stopped(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "error", "words"),
     [
-        ("kill -9 $$", MissingRequirement, "want of memory"),
+        ("kill -9 $$", MissingRequirement, "memory ran out"),
         ("kill -11 $$", BuildError, "SIGSEGV"),
         (
             "echo '[E] first'; echo '[I] idle'; echo '[E] second'; exit 3",
