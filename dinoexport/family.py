@@ -383,6 +383,20 @@ class DescribesWeights(Protocol):
         """What no weights show, with the value it has unless the recipe or a file says otherwise, and why that one."""
 
 
+@runtime_checkable
+class SplitsTensors(Protocol):
+    """A family whose published checkpoints hold parts of one tensor in several files."""
+
+    def split_axis(self, name: str) -> int | None:
+        """Along which axis the parts of the tensor `name` are joined; None for one that is whole in each file."""
+
+
+def split_axis(name: str) -> int | None:
+    """What the installed families say of a tensor in several files, before it is known whose it is."""
+    axes = (known.split_axis(name) for known in map(find, installed()) if isinstance(known, SplitsTensors))
+    return next((axis for axis in axes if axis is not None), None)
+
+
 def installed() -> tuple[str, ...]:
     """The names of the families that are installed."""
     return tuple(sorted({entry.name for entry in entry_points(group=GROUP)}))

@@ -15,8 +15,8 @@ import numpy as np
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
-from dinoexport.family import Call, FrontEnd, Piece, Read, Shapes
-from dinoexport.models.llama import cases, layouts, synthetic
+from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.models.llama import cases, described, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
 from dinoexport.models.llama.text import LlamaText
@@ -88,6 +88,22 @@ class Llama:
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
         return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema()}
+
+    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
+        """See `described`."""
+        return described.recipe_from(weights, found)
+
+    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
+        """See `described`."""
+        return described.described(recipe, weights, found)
+
+    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
+        """See `described`."""
+        return described.assumed(recipe)
+
+    def split_axis(self, name: str) -> int | None:
+        """See `layouts`."""
+        return layouts.split_axis(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,7 +492,11 @@ class LlamaModel:
     @property
     def card(self) -> Mapping[str, str]:
         """What the recipe's `[card]` says."""
-        return {"model": f"{self.recipe.name}: a decoder of the Llama architecture"}
+        own = {
+            "intended_use": "yours to say: nothing beside the weights does",
+            "limits": "yours to measure; what it writes may be wrong",
+        }
+        return {"model": f"{self.recipe.name}: a decoder of the Llama architecture", **(self.recipe.card or own)}
 
 
 def _dtype(precision: Precision) -> torch.dtype:

@@ -20,8 +20,8 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for what is being traced, and gives it.
 Traced = Callable[[], Traces]
-# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
-_ENGINE_ONLY = {"engine", "profiles"}
+# What an engine is built for and how, and what people are told: it changes neither the graph nor what PyTorch answers.
+_OTHERS = {"engine", "profiles", "card", "obtain"}
 
 
 def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
@@ -59,4 +59,4 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
 
 def graph_recipe(request: BuildRequest) -> dict[str, Any]:
     """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps."""
-    return request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
+    return request.recipe.model_dump(mode="json", exclude=_OTHERS)
