@@ -352,6 +352,15 @@ class HasCompanionFiles(Protocol):
         """Name -> content of what lies beside the graphs in a bundle."""
 
 
+@runtime_checkable
+class SizedWeights(Protocol):
+    """A model whose graphs do not store every tensor once in their own precision."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its graphs' weights take in their files."""
+
+
 class Family(Protocol):
     """A kind of model."""
 

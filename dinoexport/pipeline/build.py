@@ -68,6 +68,7 @@ def build(
     what passed, and nothing else.
     """
     preflight.packages(request)
+    preflight.weights_fit(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
