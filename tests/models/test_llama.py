@@ -145,7 +145,7 @@ def test_traced_modules_are_meta_s() -> None:
 
 
 def test_conforms(tmp_path: Path) -> None:
-    model = model_of("other", context=64)
+    model = model_of("other", context=64, layers=2)
     tables: list[dict[str, Any]] = [
         {"name": "batch", "why": "unequal prompts, in chunks, continued", "prompts": [5, 12, 9], "keep": 4, "steps": 3}
         | {"chunk": 5},
