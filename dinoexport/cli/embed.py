@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,25 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.escaping import printable
-from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
+from dinoexport.cli.terminal import (
+    Json,
+    choice,
+    fail,
+    progress_lines,
+    reporting,
+    say,
+    say_json,
+    say_json_line,
+    show_report,
+    state_line,
+)
 
 if TYPE_CHECKING:
     from dinoexport.embed.plan import Plan
     from dinoexport.embed.run import Embedded, Layout, State
 
 # How often a log gets a line; a terminal's line is drawn anew each time.
-_LINE_EVERY_S = 10.0
+_LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2
 
 
 @app.command(epilog=EXIT_CODES)
@@ -120,7 +130,7 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
         "because": layout.why,
     }
     if as_json:
-        typer.echo(json.dumps({"plan": facts}), err=True)
+        say_json_line({"plan": facts})
         return
     words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     say(f"Plan:   {words}", to_stderr=True)
@@ -129,30 +139,25 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
 @contextmanager
 def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
     """How far it is, on stderr: a line that is drawn anew on a terminal, one every ten seconds in a log."""
-    import sys
     import time
     from dataclasses import asdict
 
-    terminal = sys.stderr.isatty() and not as_json
     said = 0.0
+    with state_line() as (line, drawn):
 
-    def watch(state: State) -> None:
-        nonlocal said
-        now = time.monotonic()
-        last = state.shards == state.shards_total
-        if now - said < (0.2 if terminal else _LINE_EVERY_S) and not last:
-            return
-        said = now
-        if as_json:
-            typer.echo(json.dumps(asdict(state)), err=True)
-        else:
-            typer.echo(("\r\x1b[K" if terminal else "") + line_of(state), nl=not terminal, err=True)
+        def watch(state: State) -> None:
+            nonlocal said
+            now = time.monotonic()
+            every_s = _DRAWN_EVERY_S if drawn and not as_json else _LINE_EVERY_S
+            if now - said < every_s and state.shards < state.shards_total:
+                return
+            said = now
+            if as_json:
+                say_json_line(asdict(state))
+            else:
+                line(line_of(state))
 
-    try:
         yield watch
-    finally:
-        if terminal and said:
-            typer.echo("", err=True)
 
 
 def line_of(state: State) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import MissingRequirement, WeightsError
 from dinoexport.spec import Progress
-from dinoexport.system import files, locks
+from dinoexport.system import files, locks, store
 
 # Begins the address of a file that comes in a package.
 _PACKAGED = "pypi:"
@@ -32,10 +32,11 @@ _SIZE_MAX = 1 << 38
 
 
 def cache_folder() -> Path:
-    """`$DINOEXPORT_CACHE`, else the XDG cache folder."""
-    chosen = os.environ.get("DINOEXPORT_CACHE")
-    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen or f"{xdg}/dinoexport").expanduser()
+    """`$DINOEXPORT_CACHE` where it is a folder, else the XDG cache folder."""
+    chosen = os.environ.get("DINOEXPORT_CACHE") or ""
+    if chosen and not store.is_url(chosen):
+        return Path(chosen).expanduser()
+    return Path(f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dinoexport").expanduser()
 
 
 def cached_path(file: WeightFile) -> Path:
