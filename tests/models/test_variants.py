@@ -307,7 +307,9 @@ COMPILED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", COMPILED)
 def test_every_form_compiles_with_attention_fused(form: str, tmp_path: Path) -> None:
     """TensorRT-RTX compiles it for an A100 over the whole range of sizes, and fuses attention in every block."""
-    model = family.find("dinov2").model(recipe_of(COMPILED[form] | {"depth": 1}).model_copy(update={"precision": Precision.FP16}))
+    model = family.find("dinov2").model(
+        recipe_of(COMPILED[form] | {"depth": 1}).model_copy(update={"precision": Precision.FP16})
+    )
     conformance.export_to(tmp_path, model, read_of(model))
     (graph_spec,) = model.graphs
     engine = builder.build(
