@@ -11,6 +11,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.escaping import printable
+from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.terminal import (
     Json,
     choice,
@@ -34,7 +35,7 @@ _LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2
 
 @app.command(epilog=EXIT_CODES)
 def embed(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     images: Annotated[
         str,
         typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
@@ -71,12 +72,13 @@ def embed(
     with reporting(as_json):
         from dinoexport.embed import run
 
+        folder = folder_of(bundle)
         if verify:
-            _verify(bundle, images, out, as_json)
+            _verify(folder, images, out, as_json)
             return
         with _watching(as_json) as watch, progress_lines() as progress:
             found = run.embed(
-                bundle,
+                folder,
                 images,
                 out,
                 size=choice("size", size, ("default", "nearest")),

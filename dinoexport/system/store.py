@@ -299,6 +299,35 @@ class RemotePlace:
         with self._errors(name), suppress(FileNotFoundError):
             obstore.delete(self._store, name)
 
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object inside the store."""
+        import obstore
+
+        self.check_writable()
+        with self._errors(source):
+            obstore.copy(self._store, source, target)
+
+    def read_tagged(self, name: str, *, max_bytes: int) -> tuple[bytes, str]:
+        """An object's content and the store's tag of that content; (b"", "") when there is none."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._errors(name):
+            found = obstore.get(self._store, name)
+            _check_size(name, int(found.meta["size"]), max_bytes)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+        return b"", ""
+
+    def write_over(self, name: str, content: bytes, *, tag: str) -> None:
+        """One PUT over the content that has `tag`, or where there is none; a FileExistsError when there is another."""
+        import obstore
+
+        self.check_writable()
+        if not tag:
+            self.write(name, content, new=True)
+            return
+        with self._no_bucket(), self._errors(name):
+            obstore.put(self._store, name, content, mode={"e_tag": tag}, use_multipart=False)
+
     def check_writable(self) -> None:
         """Raises UsageError for a place that is only read from."""
         if self._scheme in _READ_ONLY:
@@ -326,7 +355,7 @@ class RemotePlace:
             yield
         except (FileNotFoundError, exceptions.NotFoundError):
             raise FileNotFoundError(where) from None
-        except exceptions.AlreadyExistsError:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise FileExistsError(where) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
             raise MissingRequirement(

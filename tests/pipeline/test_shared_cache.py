@@ -17,8 +17,8 @@ from dinoexport.pipeline.shared_cache import SharedCache
 from dinoexport.pipeline.workspace import Stage, key_of, workspace
 from dinoexport.spec import silent
 from dinoexport.system import hardware, store
-from tests.embed.s3_server import S3Server, missing
 from tests.pipeline.test_workspace import Maker, manifest_of
+from tests.stores.s3_server import S3Server, missing
 
 KEY = key_of(weights="a")
 
@@ -179,7 +179,7 @@ def test_a_store_that_never_answers_stops_the_build_and_one_that_breaks_off_does
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dinoexport.weights.download import cache_folder
+    from dinoexport.system.cache import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("DINOEXPORT_CACHE", "s3://bucket/cache")
