@@ -201,7 +201,7 @@ def test_engines_that_are_wrong_change_nothing(built: Path, tmp_path: Path, monk
 
 
 def test_refusals(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no GPU, so there is no target"):
+    with pytest.raises(UsageError, match="no GPU, so there is no default target"):
         compiling.compile_bundle(built)
     with pytest.raises(MissingRequirement, match="built on that card itself"):
         compiling.compile_bundle(built, target="a100", runtime=Runtime.TENSORRT)
