@@ -40,7 +40,7 @@ class Config:
         """The error for a value of `key` that nothing can be made of."""
         return UsageError(
             f"{self.path}: {key} is {self.content[key]!r}, which makes no sense.",
-            next_step="Mend the file, or move it away.",
+            next_step="Fix the file, or move it away.",
         )
 
     def table(self, key: str) -> Config:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> Config | None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({error}).", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} is not JSON ({error}).", next_step="Fix the file, or move it away.") from None
     return Config(path, content) if isinstance(content, dict) else None
 
 
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> Config | None:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML ({error}).", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} is not YAML ({error}).", next_step="Fix the file, or move it away.") from None
     return Config(path, content) if isinstance(content, dict) else None
 
 
@@ -93,7 +93,7 @@ def _text(path: Path) -> str | None:
             return None
         return untrusted.read_text(path, max_bytes=_BYTES_MAX)
     except (OSError, UsageError):
-        raise UsageError(f"{path} cannot be read.", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} cannot be read.", next_step="Fix the file, or move it away.") from None
 
 
 def name_of(weights: Path) -> str:

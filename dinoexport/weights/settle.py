@@ -120,7 +120,7 @@ def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
         if before is not None and not _same(before.value, fact.value):
             raise UsageError(
                 f"{_says(before)} {fact.key} = {_shown(before.value)}, {_says(fact)} {_shown(fact.value)}.",
-                next_step="Mend the one that is wrong. The numbers of a build would rest on a guess.",
+                next_step="Fix the one that is wrong. The numbers of a build would rest on a guess.",
             )
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")

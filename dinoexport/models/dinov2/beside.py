@@ -131,7 +131,7 @@ def _numbers(config: Config, key: str) -> tuple[float, ...] | None:
     if values is None:
         return None
     if not values or not all(isinstance(number, int | float) and not isinstance(number, bool) for number in values):
-        raise UsageError(f"{config.path}: {key} is {value!r}, not numbers.", next_step="Mend the file.")
+        raise UsageError(f"{config.path}: {key} is {value!r}, not numbers.", next_step="Fix the file.")
     return tuple(float(number) for number in values)
 
 

@@ -180,6 +180,6 @@ def _checked(found: list[Fact]) -> tuple[Fact, ...]:
             continue
         if not np.isfinite(fact.value) or fact.value <= 0:
             raise UsageError(
-                f"{fact.source} is {fact.value}, which makes no sense.", next_step="Mend the file, or move it away."
+                f"{fact.source} is {fact.value}, which makes no sense.", next_step="Fix the file, or move it away."
             )
     return tuple(found)
