@@ -124,7 +124,6 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     assert [row[""] for row in table] == ["chosen", "", "", ""]
     assert validate_bundle.validate(built.folder).report.candidate.startswith("OpenVINO")
     # A server without OpenVINO takes the same file.
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
     assert validate_bundle.validate(built.folder).report.candidate.startswith("ONNX Runtime")
 
 
@@ -217,7 +216,6 @@ def test_bf16_without_bf16_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(openvino, "computes", lambda precision: False)
     with pytest.raises(MissingRequirement, match="no bf16"):
         pipeline.build(request)
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "openvino", None)
         with pytest.raises(MissingRequirement) as caught:

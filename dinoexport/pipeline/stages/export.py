@@ -20,8 +20,8 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What changes neither the graph nor PyTorch's outputs: settings of the engine, where heads and weights are had, and what
-# people are told.
+# What changes neither the graph nor PyTorch's outputs: settings of the engine, where heads and weights are had, and
+# what people are told.
 _NOT_THE_GRAPHS = {"engine", "profiles", "heads", "card", "obtain"}
 
 
