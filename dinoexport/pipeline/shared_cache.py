@@ -4,8 +4,8 @@
     files/SHA256            a file's bytes, by their own hash: two stages with the same file have it once
 
 A reader trusts nothing: the whole key must match, and every byte is hashed when it is read. Writers do not wait for
-each other: a file's name follows from its bytes, so either writer's stage.json names complete files. As with any cache of
-results, everyone who may write to the store decides what others build from: let only CI write to it.
+each other: a file's name follows from its bytes, so either writer's stage.json names complete files. As with any cache
+of results, everyone who may write to the store decides what others build from: let only CI write to it.
 """
 
 from __future__ import annotations

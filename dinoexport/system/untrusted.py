@@ -33,7 +33,7 @@ class Unreadable(UsageError):
 def opened(path: Path, *, max_bytes: int | None = None, links: bool = True) -> Iterator[BinaryIO]:
     """The regular file at `path`, opened for reading, unbuffered; raises Unreadable for anything else.
 
-    max_bytes: the largest size of a file of this kind. links: whether `path` itself may be a link, as if a user gave it.
+    max_bytes: the largest size of a file of this kind. links: whether `path` itself may be a link.
     """
     descriptor = _open(path, max_bytes, links)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
