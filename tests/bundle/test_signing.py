@@ -298,7 +298,7 @@ def test_a_signed_manifest_changes_only_with_its_signature(
     signer = signing.open_signer(keys / "sign.pem", ask=never)
     signer.sign(folder)
     before = (folder / bundle.MANIFEST).read_bytes()
-    open_engines = lambda model, engines, graphs: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
+    open_engines = lambda model, engines, graphs, **_: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
     monkeypatch.setattr(evaluate.runners, "open_engines", open_engines)
     shown = run("validate", folder, "--verify", keys / "sign.pub")
     assert shown.exit_code == 0 and "Not recorded, for the bundle is signed" in shown.stdout

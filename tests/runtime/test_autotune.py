@@ -15,7 +15,7 @@ from dinoexport import bundle, cli
 from dinoexport.cli import formatting
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import autotune, cpu, openvino
+from dinoexport.runtime import autotune, cpu, openvino, table
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import validate_bundle
@@ -119,11 +119,11 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     lines = "\n".join(formatting.cpu_lines(built.manifest))
     assert f"openvino {facts.runtime_version}, 2 threads, fp32 (" in lines
     assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
-    (table,) = [rows for title, rows in formatting.of_path(built.folder).items() if title.startswith("Measured")]
-    assert [row[""] for row in table] == ["chosen", "", "", ""]
+    (measured,) = [rows for title, rows in formatting.of_path(built.folder).items() if title.startswith("Measured")]
+    assert [row[""] for row in measured] == ["chosen", "", "", ""]
     assert validate_bundle.validate(built.folder).report.candidate.startswith("OpenVINO")
     # A server without OpenVINO takes the same file.
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
+    monkeypatch.setattr(table, "_is_installed", lambda package: package != "openvino")
     assert validate_bundle.validate(built.folder).report.candidate.startswith("ONNX Runtime")
 
 
@@ -216,7 +216,7 @@ def test_bf16_without_bf16_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(openvino, "computes", lambda precision: False)
     with pytest.raises(MissingRequirement, match="no bf16"):
         pipeline.build(request)
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
+    monkeypatch.setattr(table, "_is_installed", lambda package: package != "openvino")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "openvino", None)
         with pytest.raises(MissingRequirement) as caught:
