@@ -150,7 +150,7 @@ class GraphChoices(Frozen):
     )
     sizes: Literal["crop", "strict"] = Field(
         default="crop",
-        description="`crop`: other sizes are cropped at the right and bottom. `strict`: only multiples of the patch size "
+        description="`crop`: other sizes are cropped right and below. `strict`: only multiples of the patch size "
         "are accepted.",
     )
     residual: Literal["fp16", "fp32"] = Field(
