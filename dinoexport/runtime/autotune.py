@@ -17,13 +17,13 @@ from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Precision, Progress, Runtime, Way, Workload, silent
 from dinoexport.system import timing
 
-# Two visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's
-# fault.
+# Each way is timed twice, forward and then backward through the list, each time this long at most, so that a machine
+# that slows down affects all ways alike.
 _VISIT_S = 0.6
 _ROUNDS = 10
-# 1.5 times as slow as the best on the first visit: not worth a second one.
+# A way that takes 1.5 times as long as the best the first time is not timed again.
 _HOPELESS = 1.5
-# The runtimes that may compute in a precision on a CPU, int8 each from a form of its own.
+# The runtimes that may compute in a precision on a CPU; for int8 each needs its own form of the graph.
 RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
     precision: tuple(runtime for runtime, facts in TABLE.items() if precision in facts.cpu_precisions)
     for precision in Precision
@@ -67,7 +67,7 @@ def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForms:
-    """Graphs of one precision, by their files, in the form that each possible runtime takes."""
+    """The files of the graphs in one precision, in the form that each possible runtime needs."""
 
     precision: Precision
     graphs: Mapping[Runtime, Mapping[Path, Graph]]
@@ -103,6 +103,31 @@ def tune(
         measured=tuple(sorted(measured, key=lambda timed: timed.median_ms)),
         refused=refused,
         others_share=neighbours.share(),
+    )
+
+
+def without_chosen(model: Runnable, wanted: GraphForms, facts: CpuFacts, why: str) -> CpuFacts | None:
+    """The next fastest way of another runtime, where the chosen one is out of the question; None if there is none.
+
+    why: what is wrong with it, for the record. Nothing is timed again.
+    """
+    refused = {**facts.refused, facts.chosen.runtime: why}
+    left = [
+        timed
+        for timed in facts.measured
+        if timed.way.precision is wanted.precision and timed.way.runtime not in refused
+    ]
+    if not left:
+        return None
+    best = min(left, key=lambda timed: timed.median_ms)
+    chosen_ms, times_fp32 = facts.measured_ms, facts.times_fp32
+    assert chosen_ms is not None
+    return facts.changed(
+        chosen=best.way,
+        runtime_version=cpu.version(best.way.runtime),
+        arithmetic=dict(_arithmetic(model, wanted, best.way, model.workloads[0])),
+        times_fp32=None if times_fp32 is None else times_fp32 * best.median_ms / chosen_ms,
+        refused=refused,
     )
 
 

@@ -1,4 +1,4 @@
-"""GGUF files, whose tensors are mapped and widened to float32 one at a time when they are asked for."""
+"""Read GGUF files: tensors are mapped, and each is widened to float32 when it is read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,36 @@ from typing import Any
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
+from dinoexport.system import untrusted
 
 START = b"GGUF"
-# What is widened without loss beyond the file's own; others would need a kernel of their own to be judged against.
+# Types that are widened without further loss; other types would need their own kernel to compare with.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a regular file that begins as a GGUF file does."""
+    if not untrusted.is_regular(path):
+        return False
+    with untrusted.opened(path) as file:
+        return file.read(len(START)) == START
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata by key, as plain values. Raises WeightsError for a damaged file."""
+    require("export", "gguf")
+    from gguf import GGUFReader
+
+    with untrusted.opened(path):
+        pass  # a regular file; the reader maps it
+    try:
+        return {str(name): field.contents() for name, field in GGUFReader(path).fields.items()}
+    except Exception as error:  # whatever its parser meets in a damaged file
+        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
+
+
 def open_gguf(path: Path) -> tuple[Shapes, Read]:
-    """Shapes of the tensors of `path`, outermost first as everywhere here, and what reads one.
+    """Shapes of the tensors of `path`, outermost dimension first, and a function that reads one.
 
     Raises WeightsError for a damaged file and for tensors of a type that is not in `TYPES`.
     """

@@ -1,9 +1,10 @@
-"""A recipe and a user's weights brought together: what the files say joins it, what contradicts it stops the build."""
+"""Reconcile a recipe with a user's weights: facts from the files are added, and contradictions stop the build."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from dinoexport.family import DescribesWeights, Fact, Family, Shapes
 from dinoexport.spec import Progress
 from dinoexport.weights import checkpoint, formats
 
+_WEIGHTS = "the weights"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A recipe with all that is known of the weights it is built with.
+    """A recipe with all known facts of its weights.
 
-    assumed: key -> its value and why it was taken, for what neither the recipe nor a file says. notes: what was chosen
-    and left out in the file. made: whether the recipe was made from the weights.
+    assumed: key -> its value and the reason, if neither the recipe nor a file gives one. notes: what was chosen
+    and left out in the file. made: whether the recipe was derived from the weights.
     """
 
     recipe: Recipe
@@ -31,14 +34,14 @@ class Settled:
 
 
 def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, progress: Progress) -> Settled:
-    """The recipe, or one made from the weights at `source`, with every fact their files show.
+    """The recipe, or one derived from the weights at `source`, with every fact in their files.
 
-    Raises UsageError where recipe and files disagree, or where there is neither a recipe nor a family that knows the
+    Raises UsageError if recipe and files disagree, or if there is neither a recipe nor a family that recognises the
     weights.
     """
     if source is None or source.startswith(checkpoint.SYNTHETIC):
         if prefix is not None:
-            raise UsageError("--prefix is of a file of weights.", next_step="Give it with --weights PATH.")
+            raise UsageError("--prefix applies to a weight file.", next_step="Give it with --weights PATH.")
         if recipe is None:
             raise UsageError(
                 "There is no variant to build.",
@@ -48,7 +51,7 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
     if recipe is not None and not isinstance(family.find(recipe.family), DescribesWeights):
         return Settled(recipe=recipe)
     path = Path(source)
-    found = formats.shapes_of(path, prefix=prefix)
+    found = formats.shapes_of(path, prefix=prefix, split_axis=family.split_axis)
     published = _published(checkpoint.digest_of(source, progress=progress))
     made = recipe is None
     if recipe is None:
@@ -74,10 +77,13 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
 
 def _published(digest: str) -> str | None:
     """The shipped variant whose published weights have this hash."""
-    for name in recipes.variants():
-        if any(file.sha256 == digest for file in recipes.load(name).weights):
-            return name
-    return None
+    return _by_hash(recipes.variants()).get(digest)
+
+
+@cache
+def _by_hash(variants: tuple[str, ...]) -> Mapping[str, str]:
+    """The variant by the hash of its weights; a process reads all recipes once."""
+    return {file.sha256: name for name in variants for file in recipes.load(name).weights if file.sha256}
 
 
 def _recipe_from(path: Path, found: Shapes) -> Recipe:
@@ -88,7 +94,7 @@ def _recipe_from(path: Path, found: Shapes) -> Recipe:
         and (recipe := known.recipe_from(path, found)) is not None
     }
     if len(made) != 1:
-        what = f"are taken for their own by {', '.join(made)}" if made else "are of no family that is installed"
+        what = f"match several families: {', '.join(made)}" if made else "match no installed family"
         raise UsageError(
             f"The weights at {path} {what}.",
             next_step="Name the variant, or give a recipe; docs/add-a-variant.md says what is in one.",
@@ -98,22 +104,32 @@ def _recipe_from(path: Path, found: Shapes) -> Recipe:
 
 def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
     """The recipe with `facts`. made: whether it came from the same files, so that only they can disagree."""
+    facts = tuple(facts)
+
+    def source(key: str, value: Any) -> str:
+        """What a made recipe has from a file, that file says."""
+        agreeing = (fact.source for fact in facts if fact.key == key and _same(fact.value, value))
+        return next(agreeing, _WEIGHTS) if made else "the recipe"
+
     says: dict[str, Fact] = {
-        key: Fact(key=key, value=value, source="the recipe" if not made else "the weights")
-        for key, value in _flat(recipe).items()
+        key: Fact(key=key, value=value, source=source(key, value)) for key, value in _flat(recipe).items()
     }
     tables = recipe.model_dump(mode="python", include={"model", "preprocess"})
     for fact in facts:
         before = says.get(fact.key)
         if before is not None and not _same(before.value, fact.value):
             raise UsageError(
-                f"{before.source} says {fact.key} = {_shown(before.value)}, {fact.source} says {_shown(fact.value)}.",
-                next_step="Mend the one that is wrong. The numbers of a build would rest on a guess.",
+                f"{_says(before)} {fact.key} = {_shown(before.value)}, {_says(fact)} {_shown(fact.value)}.",
+                next_step="Correct the wrong one: dinoexport does not guess.",
             )
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")
         tables[table].setdefault(key, fact.value)
     return recipe.changed(**tables)
+
+
+def _says(fact: Fact) -> str:
+    return f"{fact.source} {'say' if fact.source == _WEIGHTS else 'says'}"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -127,7 +143,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
-    # One side stands for both.
+    # A single number stands for both sides.
     if isinstance(one, int) and isinstance(other, list | tuple):
         return all(one == side for side in other)
     if isinstance(other, int) and isinstance(one, list | tuple):
@@ -142,7 +158,7 @@ def _shown(value: Any) -> str:
 
 
 def _as_yours(recipe: Recipe) -> Recipe:
-    """Without what is only true of the weights its authors published: their name, their licence, where they are."""
+    """The recipe without the facts of the published weights: their name, their licence, their address."""
     if not recipe.weights:
         return recipe
     licences = {recipes.load(name).licence for name in recipes.variants()}

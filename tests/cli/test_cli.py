@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def test_list() -> None:
         (("build", "vits14", "--reference", "hubb"), 2, "Did you mean 'hub'?"),
         (("build", "absent.toml"), 2, "cannot be read"),
         (("build", "vits14", "--weights", "absent.pth"), 3, "There is no file absent.pth"),
-        (("build", "vits14", "--weights", "synthetic:x"), 2, "no synthetic checkpoint"),
+        (("build", "vits14", "--weights", "synthetic:x"), 2, "not a synthetic checkpoint"),
         (("export", "vitz14"), 2, "There is no variant"),
-        (("validate", "absent"), 2, "no bundle"),
-        (("inspect", "absent"), 2, "no bundle"),
+        (("validate", "absent"), 2, "not a bundle"),
+        (("inspect", "absent"), 2, "not a bundle"),
         (("inspect", "absent.onnx"), 2, "absent.onnx"),
     ],
 )
@@ -158,7 +159,7 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     assert json.loads(run("schema", "--json").stdout) == json.loads(run("schema").stdout)
 
 
-BUILT = {"bundle", "cpu", "engines", "not_run", "reused", "verdict"}
+BUILT = {"assumed", "bundle", "cpu", "engines", "not_run", "notes", "recipe", "reused", "verdict"}
 DEPLOYED = {"backend", "models", "name", "note", "previous", "repository", "retired", "version"}
 KEYS = {
     "build": BUILT | {"report", "signed_by"},
@@ -167,10 +168,10 @@ KEYS = {
         "bundle", "does_not_prove", "not_recorded", "not_run", "proves", "recorded", "report", "signed_by", "skipped",
         "verified",
     },
-    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs"},
+    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs", "Measured on the CPU that built it"},
     "report": {"report"},
     "diff": {"Files", "Operations", "Outputs", "Speed", "What differs"},
-    "list": {"targets", "variants"},
+    "list": {"heads", "targets", "variants"},
     "doctor": {"findings"},
     "deploy": DEPLOYED,
     "rollback": DEPLOYED,
@@ -226,10 +227,21 @@ def test_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_hostile_name_does_not_reach_the_terminal(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    path = tmp_path / "hostile.safetensors"
+    path = tmp_path / "\x1b[2Jfile.safetensors"
     safetensors.numpy.save_file({"\x1b[2Jgone": np.zeros(3, np.float32)}, path)
-    result = run("build", TINY, "--weights", str(path), "--out", str(tmp_path / "bundle"))
-    assert result.exit_code == 3 and "\x1b" not in result.stderr and "\\x1b[2Jgone" in result.stderr
+    build = ("build", TINY, "--weights", str(path), "--out", str(tmp_path / "bundle"))
+    result = run(*build)
+    assert result.exit_code == 3 and "\x1b" not in result.stderr and "\\x1b[2Jfile" in result.stderr
+    told = run(*build, "--json")
+    assert "\x1b" not in told.output and any("\x1b[2Jgone" in line for line in _strings(json.loads(told.stdout)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
 
 
 def test_inspect_shows_what_a_user_needs(bundle_folder: Path) -> None:

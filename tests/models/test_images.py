@@ -130,7 +130,7 @@ def test_turned_grey_of_16_bits(tmp_path: Path) -> None:
 def test_grey_of_32_bits_is_refused(tmp_path: Path, dtype: type) -> None:
     """Is 1.0 white, or 255, or the largest value there is? A guess would be a wrong picture."""
     path = saved(tmp_path / "x.tif", Image.fromarray(np.ones((4, 4), dtype)))
-    assert "no agreed range" in refused(path)
+    assert "no standard range" in refused(path)
 
 
 def test_transparency_is_dropped(tmp_path: Path) -> None:
@@ -435,11 +435,11 @@ def test_a_photograph_is_a_name_not_a_path(name: str, tmp_path: Path) -> None:
         ({"height": 28, "width": 0}, "'width"),
         ({"height": 28, "width": 28, "batch": 0}, "'batch'"),
         ({"height": 28, "width": 28, "prepare": "own_size"}, "give height and width, or photographs"),
-        ({"photographs": ["a.png"], "height": 28, "width": 28}, "height, width: of noise only"),
-        ({"photographs": ["a.png"], "height": 28}, "height: of noise only"),
-        ({"photographs": ["a.png"], "batch": 2}, "batch: of noise only"),
+        ({"photographs": ["a.png"], "height": 28, "width": 28}, "height, width: only for noise"),
+        ({"photographs": ["a.png"], "height": 28}, "height: only for noise"),
+        ({"photographs": ["a.png"], "batch": 2}, "batch: only for noise"),
         ({"photographs": ["a.png"], "prepare": "evaluations"}, "Did you mean 'evaluation'"),
-        ({"photographs": ["a.png", "b.png"], "prepare": "own_size"}, "one a case"),
+        ({"photographs": ["a.png", "b.png"], "prepare": "own_size"}, "one per case"),
         ({"photograph": ["a.png"]}, "Did you mean 'photographs'"),
     ],
 )

@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Everything in `folder` that is no finished bundle and no finished stage."""
+    """Everything in `folder` that is neither a finished bundle nor a finished stage."""
     return sorted(
         path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".part", ".tmp", ".previous"))
     )
@@ -126,7 +126,7 @@ def test_same_weights_at_another_path_are_the_same_graph(tmp_path: Path) -> None
         weights = str(tmp_path / f"{name}.safetensors")
         built = pipeline.export_only(pipeline.build_request(TINY, weights=weights, out=tmp_path / "bundle"))
         graphs.add((built.folder / "model.onnx").read_bytes())
-        assert built.manifest.checkpoint.source == weights
+        assert built.manifest.checkpoint.source == f"{name}.safetensors", "its name, not where somebody keeps it"
     assert len(graphs) == 1 and built.reused == ("export",)
     assert str(tmp_path).encode() not in graphs.pop()
 
@@ -236,7 +236,7 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
     validated = validate_bundle.validate(built, images=tmp_path)
     assert validated.report.passed and {row.case for row in validated.report.rows} == {"0.png", "1.png"}
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
-    with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
+    with pytest.raises(ValidationFailed, match="not what the bundle was built from"):
         validate_bundle.validate(built, images=tmp_path, weights="synthetic:1")
 
 
@@ -323,7 +323,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("somebody's")
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "data"))
     assert (tmp_path / "data" / "precious").read_text() == "somebody's"
 
@@ -331,10 +331,11 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_nan_in_the_weights_publishes_nothing(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    request = pipeline.build_request(TINY, weights=str(tmp_path / "nan.safetensors"), out=tmp_path / "bundle")
-    tensors = {name: request.model.synthetic(name, 0) for name in request.model.tensors}
+    model = pipeline.build_request(TINY).model
+    tensors = {name: model.synthetic(name, 0) for name in model.tensors}
     tensors["blocks.2.mlp.w3.weight"][5, 5] = np.nan
     safetensors.numpy.save_file(tensors, tmp_path / "nan.safetensors")
+    request = pipeline.build_request(TINY, weights=str(tmp_path / "nan.safetensors"), out=tmp_path / "bundle")
     with pytest.raises(WeightsError, match=r"blocks\.2\.mlp\.w3\.weight .* NaN"):
         pipeline.build(request)
     assert not request.out.exists() and leftovers(tmp_path) == []
