@@ -94,7 +94,8 @@ def list_(as_json: Json = False) -> None:
         if as_json:
             say_json(found)
             return
-        say(table("Variants", found["variants"]))
+        for title, rows in formatting.variant_tables(found["variants"]).items():
+            say(table(title, rows))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 

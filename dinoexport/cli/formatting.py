@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 # More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
+# What is known of every variant; the rest are its family's facts.
+_COMMON = ("variant", "parameters", "published_bytes", "licence")
 
 
 def everything() -> dict[str, Rows]:
@@ -48,6 +50,16 @@ def everything() -> dict[str, Rows]:
             for t in map(load_target, resources.names("recipes/targets"))
         ],
     }
+
+
+def variant_tables(variants: Rows) -> dict[str, Rows]:
+    """Variants with the same facts, each in a table of their own, by title; licences without their remarks."""
+    tables: dict[str, Rows] = {}
+    for row in variants:
+        columns = ", ".join(name for name in row if name not in _COMMON)
+        short = {**row, "licence": row["licence"].split(" (")[0]}
+        tables.setdefault(f"Variants by {columns}", []).append(short)
+    return tables
 
 
 def _heads() -> Rows:
