@@ -147,7 +147,7 @@ def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[
     for graph in model.graphs:
         if any(tensor.name in graph.carried and tensor.dtype == "float32" for tensor in graph.inputs):
             raise UsageError(
-                f"{TABLE[chosen.runtime].title} has no attention over a cache in fp32: its compiler has no kernel for it.",
+                f"{TABLE[chosen.runtime].title}'s compiler has no kernel for attention over a cache in fp32.",
                 next_step="Build it with --precision fp16, bf16 or int4.",
             )
     return EngineRequest(

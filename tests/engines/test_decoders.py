@@ -50,7 +50,7 @@ def test_a_profile_s_whole_is_the_sum_of_its_parts() -> None:
 
 
 def test_fp32_is_refused_with_the_reason() -> None:
-    with pytest.raises(UsageError, match="no attention over a cache in fp32"):
+    with pytest.raises(UsageError, match="no kernel for attention over a cache in fp32"):
         pipeline.build_request(
             str(DATA / "tiny_llama.toml"), weights="synthetic:0", target="rtx4090", precision=Precision.FP32
         )
