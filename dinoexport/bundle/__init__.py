@@ -13,6 +13,7 @@
 Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
 """
 
+from dinoexport.bundle.checks import check_files, check_graphs, check_same, checked, verify
 from dinoexport.bundle.manifest import (
     ENGINES,
     MANIFEST,
@@ -35,15 +36,12 @@ from dinoexport.bundle.manifest import (
     ShapeRange,
     Timed,
     Verdict,
-    check_files,
-    check_graphs,
     damaged,
     describe,
     read_manifest,
     rewrite,
     rewrite_manifest,
     unreadable,
-    verify,
 )
 
 __all__ = [
@@ -70,6 +68,8 @@ __all__ = [
     "Verdict",
     "check_files",
     "check_graphs",
+    "check_same",
+    "checked",
     "damaged",
     "describe",
     "read_manifest",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from dinoexport.bundle import onnx_file
 from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
@@ -353,45 +351,6 @@ def rewrite(
             steps.append(changes.remove(change.place / SIGNATURE))
         what = "signed" if after == before else "recorded in its manifest, which is signed" if sign else "recorded"
         change.commit(steps, done=f"{folder}: the verdict is {what}.")
-
-
-def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
-    """The manifest of the bundle in `folder`, after every file's size and hash were found to be what it says."""
-    manifest = read_manifest(folder)
-    check_files(folder, manifest.files, progress=progress)
-    return manifest
-
-
-def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progress = silent) -> None:
-    """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes."""
-    for file in wanted:
-        path = folder / file.name
-        try:
-            with untrusted.opened(path, links=False) as opened:
-                size = os.fstat(opened.fileno()).st_size
-            if size != file.size_bytes:
-                raise damaged(f"{file.name} has {size} bytes, not {file.size_bytes}")
-            if files.sha256(path, links=False, progress=progress) != file.sha256:
-                raise damaged(f"{file.name} does not have the SHA-256 in the manifest")
-        except Unreadable as error:
-            raise unreadable(folder, file.name, error) from None
-
-
-def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Raises ValidationFailed for a graph that holds what we do not write, or weights that are not listed.
-
-    Its files were checked before (`check_files`), so what is read here is what they are.
-    """
-    sizes = {file.name: file.size_bytes for file in manifest.files}
-    for graph in manifest.graphs:
-        try:
-            onnx_file.check(folder / graph.file, data_bytes=sizes.get(f"{graph.file}.data"))
-        except Unreadable as error:
-            raise unreadable(folder, graph.file, error) from None
-        except ValueError as error:
-            raise ValidationFailed(
-                f"{graph.file} is no graph of ours: {error}.", next_step="Do not run it. Build the bundle again."
-            ) from None
 
 
 def unreadable(folder: Path, name: str, error: Unreadable) -> DinoexportError:

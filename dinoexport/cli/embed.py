@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,18 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.escaping import printable
-from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
+from dinoexport.cli.terminal import (
+    Json,
+    choice,
+    fail,
+    progress_lines,
+    reporting,
+    say,
+    say_again,
+    say_json,
+    say_json_line,
+    show_report,
+)
 
 if TYPE_CHECKING:
     from dinoexport.embed.plan import Plan
@@ -120,7 +130,7 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
         "because": layout.why,
     }
     if as_json:
-        typer.echo(json.dumps({"plan": facts}), err=True)
+        say_json_line({"plan": facts})
         return
     words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     say(f"Plan:   {words}", to_stderr=True)
@@ -144,15 +154,15 @@ def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
             return
         said = now
         if as_json:
-            typer.echo(json.dumps(asdict(state)), err=True)
+            say_json_line(asdict(state))
         else:
-            typer.echo(("\r\x1b[K" if terminal else "") + line_of(state), nl=not terminal, err=True)
+            say_again(line_of(state)) if terminal else say(line_of(state), to_stderr=True)
 
     try:
         yield watch
     finally:
         if terminal and said:
-            typer.echo("", err=True)
+            say("", to_stderr=True)
 
 
 def line_of(state: State) -> str:

@@ -155,6 +155,16 @@ def say_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
+def say_json_line(content: Any) -> None:
+    """Prints one JSON object as a line on stderr: what is told while work goes on."""
+    typer.echo(json.dumps(content, allow_nan=False), err=True)
+
+
+def say_again(line: str) -> None:
+    """A line on a terminal's stderr that takes the place of the one said so before."""
+    typer.echo(f"\r\x1b[K{printable(line)}", nl=False, err=True)
+
+
 def show_report(report: Report, *, to_stderr: bool = False) -> None:
     """The verdict as a table: a row for each output of each case."""
     from dinoexport.cli import formatting

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import UsageError, WeightsError, require
-from dinoexport.system import untrusted
+from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
 from dinoexport.text.tokenizer import JSON, SENTENCEPIECE
+from dinoexport.weights import gguf_file
 
 # How words are split, by llama.cpp's name: whether digits stand alone.
 _WORDS = {"gpt-2": False, "default": False, "smollm": True}
@@ -24,16 +24,13 @@ _PREFIX = "tokenizer.ggml."
 
 def read(path: Path) -> dict[str, bytes]:
     """The tokenizer's file by its name; nothing where the GGUF holds none. Raises WeightsError for a damaged one."""
-    require("export", "gguf")
-    from gguf import GGUFReader
-
-    with untrusted.opened(path):
-        pass  # a regular file; the reader maps it
     try:
-        fields = GGUFReader(path).fields
+        fields = gguf_file.reader(path).fields
         found = {
             name.removeprefix(_PREFIX): field.contents() for name, field in fields.items() if name.startswith(_PREFIX)
         }
+    except DinoexportError:
+        raise
     except Exception as error:  # whatever its parser meets in a damaged file
         raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
     if "tokens" not in found:
