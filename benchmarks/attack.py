@@ -25,12 +25,14 @@ from pathlib import Path
 from dinoexport.serving.triton import batching, served_models
 from tests.attack import commands, hostile, kit, scenarios
 
+Rows = list[dict[str, object]]
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 # A real build takes seconds, so it is killed at every so many of its operations, from a chance one.
 _BUILD_STRIDE = 8
 _KILL_COLUMNS = ("half done", "another state when repeated", "cannot be repeated", "left behind", "other ends")
 _INPUT_COLUMNS = (
-    "traceback", "hangs", "memory", "dies", "no error said", "steers the terminal", "accepted", "touches what is not ours",
+    "traceback", "hangs", "memory", "dies", "no error said", "steers the terminal", "accepted",
+    "touches what is not ours",
 )  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def _special(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not (Path(folder) / name).is_file() and not (Path(folder) / name).is_dir()]
 
 
-def _table(rows: list[dict[str, object]]) -> str:
+def _table(rows: Rows) -> str:
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -151,13 +153,13 @@ def main() -> int:
     rng, started = random.Random(seed), time.monotonic()  # noqa: S311 (repeatable, no secret)
     scratch = given.scratch.absolute()
     shutil.rmtree(scratch, ignore_errors=True)
-    commands.load()
     things = kit.make(scratch / "kit")
     # Nothing is timed for a deployment that is killed: no runtime is opened in a process that is forked.
     measured = served_models._measured
     served_models._measured = lambda *_: batching.unmeasured((), "", 4)
     killed, kill_faults = kills(given.kills, scratch, things, rng) if given.kills else ([], [])
     served_models._measured = measured
+    commands.load()  # only now: a process that is small is forked faster
     asked, input_faults = inputs(given.inputs, scratch, things, rng) if given.inputs else ([], [])
     faults = kill_faults + input_faults
     total = sum(int(str(row["kills"])) for row in killed)

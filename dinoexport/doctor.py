@@ -20,8 +20,8 @@ from dinoexport.runtime import telemetry
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system import hardware
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
-from dinoexport.weights.download import cache_folder
 
 # CUDA 13 wants driver 580 or newer, CUDA 12 525 (CUDA compatibility guide, minor version compatibility).
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}

@@ -125,9 +125,8 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     elsewhere = manifest.checkpoint.model_copy(update={"source": "https://example.org/weights.pth"})
     absent = manifest.model_copy(update={"checkpoint": elsewhere})
-    ask, why = bench._pytorch(
-        pipeline.build_request(TINY).model, pipeline.build_request(TINY).recipe, absent, None, silent
-    )
+    request = pipeline.build_request(TINY)
+    ask, why = bench._pytorch(folder, request.model, request.recipe, absent, (None, None), silent)
     assert ask is None and "--weights" in why
 
 

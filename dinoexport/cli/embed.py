@@ -11,6 +11,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.escaping import printable
+from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.terminal import (
     Json,
     choice,
@@ -18,10 +19,10 @@ from dinoexport.cli.terminal import (
     progress_lines,
     reporting,
     say,
-    say_again,
     say_json,
     say_json_line,
     show_report,
+    state_line,
 )
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from dinoexport.embed.run import Embedded, Layout, State
 
 # How often a log gets a line; a terminal's line is drawn anew each time.
-_LINE_EVERY_S = 10.0
+_LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2
 
 
 @app.command(epilog=EXIT_CODES)
 def embed(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     images: Annotated[
         str,
         typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
@@ -71,12 +72,13 @@ def embed(
     with reporting(as_json):
         from dinoexport.embed import run
 
+        folder = folder_of(bundle)
         if verify:
-            _verify(bundle, images, out, as_json)
+            _verify(folder, images, out, as_json)
             return
         with _watching(as_json) as watch, progress_lines() as progress:
             found = run.embed(
-                bundle,
+                folder,
                 images,
                 out,
                 size=choice("size", size, ("default", "nearest")),
@@ -139,30 +141,25 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
 @contextmanager
 def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
     """How far it is, on stderr: a line that is drawn anew on a terminal, one every ten seconds in a log."""
-    import sys
     import time
     from dataclasses import asdict
 
-    terminal = sys.stderr.isatty() and not as_json
     said = 0.0
+    with state_line() as (line, drawn):
 
-    def watch(state: State) -> None:
-        nonlocal said
-        now = time.monotonic()
-        last = state.shards == state.shards_total
-        if now - said < (0.2 if terminal else _LINE_EVERY_S) and not last:
-            return
-        said = now
-        if as_json:
-            say_json_line(asdict(state))
-        else:
-            say_again(line_of(state)) if terminal else say(line_of(state), to_stderr=True)
+        def watch(state: State) -> None:
+            nonlocal said
+            now = time.monotonic()
+            every_s = _DRAWN_EVERY_S if drawn and not as_json else _LINE_EVERY_S
+            if now - said < every_s and state.shards < state.shards_total:
+                return
+            said = now
+            if as_json:
+                say_json_line(asdict(state))
+            else:
+                line(line_of(state))
 
-    try:
         yield watch
-    finally:
-        if terminal and said:
-            say("", to_stderr=True)
 
 
 def line_of(state: State) -> str:

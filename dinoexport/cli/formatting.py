@@ -307,6 +307,7 @@ def deployed_facts(deployed: Deployed) -> dict[str, Any]:
 def deployed_lines(deployed: Deployed) -> list[str]:
     """What the repository serves now, and how to make a running server load it."""
     before = f" (before: {deployed.previous})" if deployed.previous else ""
+    where = "BUNDLE" if isinstance(deployed.repository, str) else shlex.quote(str(deployed.repository))
     return [
         f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
         f"Models:  {', '.join(deployed.models)}",
@@ -314,7 +315,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
         "Next, to make a running server load it:",
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
-        f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
+        f"         dinoexport check http://HOST:8000 {where} --model {deployed.name}",
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -156,13 +156,25 @@ def say_json(content: Any) -> None:
 
 
 def say_json_line(content: Any) -> None:
-    """Prints one JSON object as a line on stderr: what is told while work goes on."""
+    """A JSON object as one line on stderr: progress beside the one object on stdout."""
     typer.echo(json.dumps(content, allow_nan=False), err=True)
 
 
-def say_again(line: str) -> None:
-    """A line on a terminal's stderr that takes the place of the one said so before."""
-    typer.echo(f"\r\x1b[K{printable(line)}", nl=False, err=True)
+@contextmanager
+def state_line() -> Iterator[tuple[Callable[[str], None], bool]]:
+    """Says on stderr how far a long command is; and whether that is a terminal, where each line replaces the last."""
+    drawn, said = sys.stderr.isatty(), False
+
+    def line(text: str) -> None:
+        nonlocal said
+        said = True
+        typer.echo(("\r\x1b[K" if drawn else "") + printable(text), nl=not drawn, err=True)
+
+    try:
+        yield line, drawn
+    finally:
+        if drawn and said:
+            typer.echo("", err=True)
 
 
 def show_report(report: Report, *, to_stderr: bool = False) -> None:

@@ -22,8 +22,8 @@ from dinoexport.runtime import engine_header
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Profile, Progress, Runtime, silent
 from dinoexport.system import subprocess_job
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
-from dinoexport.weights.download import cache_folder
 
 TIMEOUT_S = 3 * 3600
 INSPECTION_TIMEOUT_S = 600

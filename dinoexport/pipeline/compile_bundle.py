@@ -76,11 +76,8 @@ def compile_bundle(
     manifest = bundle.verify(folder, progress=progress)
     bundle.check_graphs(folder, manifest)
     _check_compilable(folder, manifest)
-    if out is None and signer is None and (folder / bundle.SIGNATURE).exists():
-        raise UsageError(
-            f"{folder} is signed, and engines added to it would end that.",
-            next_step="Sign it again with --sign KEY, or leave it alone and give --out.",
-        )
+    if out is None and signer is None:
+        refuse_signed(folder, str(folder))
     model, request = _request(folder, manifest, target, runtime, engine_choices)
     require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
     if find_spec("onnx") is not None:
@@ -113,6 +110,15 @@ def compile_bundle(
         bundle.check_same(folder, seen)  # what was compiled and judged is what was checked
         changed, notes = _publish(work, made, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=verdict, reused=stage.reused, notes=notes)
+
+
+def refuse_signed(folder: Path, called: str) -> None:
+    """Raises UsageError for a signed bundle, which engines would make another one."""
+    if (folder / bundle.SIGNATURE).exists():
+        raise UsageError(
+            f"{called} is signed, and engines added to it would end that.",
+            next_step="Sign it again with --sign KEY, or leave it alone and give --out.",
+        )
 
 
 def merge(

@@ -20,20 +20,11 @@ from pydantic import ValidationError
 
 from dinoexport import bundle
 from dinoexport.bundle import BundleFile, Manifest
-from dinoexport.config.recipe import Frozen
 from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.pipeline.shared_cache import INDEX, Index, SharedCache, shared_cache
 from dinoexport.spec import Progress
 from dinoexport.system import changes, files, untrusted
 from dinoexport.system.changes import Change
-
-_INDEX = "stage.json"
-
-
-class _Index(Frozen):
-    """What a stage's folder says of itself: its whole key, of which the folder's name has only the beginning."""
-
-    key: str
-    files: tuple[BundleFile, ...]
 
 
 def key_of(**parts: Any) -> str:
@@ -59,6 +50,7 @@ class Workspace:
     change: Change
     force: bool
     progress: Progress
+    shared: SharedCache | None = None
 
     @property
     def out(self) -> Path:
@@ -70,8 +62,11 @@ class Workspace:
         """The hidden folder beside it."""
         return self.change.folder
 
-    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Stage:
-        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
+    def stage(self, name: str, key: str, make: Callable[[Path], None], *, costly: bool = False) -> Stage:
+        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`.
+
+        costly: one that is dearer to make than to send is also looked for in the cache that machines share.
+        """
         folder = self.folder / f"{name}-{key[:16]}"
         if not self.force:
             if (found := self._kept(key, folder)) is not None:
@@ -80,9 +75,15 @@ class Workspace:
                 return Stage(name=name, key=key, folder=self.out, files=found, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
         partial = self._empty(f"{name}.partial")
+        shared = self.shared if costly else None
+        if shared and not self.force and (taken := shared.take(name, key, partial, progress=self.progress)) is not None:
+            self._finish(partial, key, folder, taken)
+            return Stage(name=name, key=key, folder=folder, files=taken, reused=True)
         make(partial)
         made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
         self._finish(partial, key, folder, made)
+        if shared:
+            shared.give(key, folder, made, progress=self.progress)
         return Stage(name=name, key=key, folder=folder, files=made, reused=False)
 
     def publish(
@@ -116,13 +117,13 @@ class Workspace:
         return folder
 
     def _finish(self, partial: Path, key: str, folder: Path, made: tuple[BundleFile, ...]) -> None:
-        (partial / _INDEX).write_text(_Index(key=key, files=made).model_dump_json())
+        (partial / INDEX).write_text(Index(key=key, files=made).model_dump_json())
         os.rename(partial, folder)
 
     def _kept(self, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
         """What an interrupted build left finished, if its key is the same and every byte still as it was."""
         try:
-            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
+            index = Index.model_validate_json((folder / INDEX).read_bytes())
             bundle.check_files(folder, index.files, progress=self.progress)
         except (OSError, ValidationError, DinoexportError):
             return None
@@ -148,8 +149,9 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
     Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
     """
     doing = f"building {os.path.realpath(out)}"
+    shared = shared_cache()
     with files.disk_errors(out), changes.changing(out, doing=doing, progress=progress) as change:
-        work = Workspace(change=change, force=force, progress=progress)
+        work = Workspace(change=change, force=force, progress=progress, shared=shared)
         try:
             _check_place(change.place)
             if force:

@@ -25,10 +25,10 @@ from dinoexport.config.recipe import Limits
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
 from dinoexport.family import CaseSource, Uses
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import downstream
 from dinoexport.validation.downstream import Agreement, Item
 from dinoexport.validation.judge import Report, Row
-from dinoexport.weights import download
 
 _FACTS = "facts.json"
 
@@ -70,7 +70,7 @@ class Keep:
     def named(cls, *identity: str) -> Keep:
         """The one for `identity`, in the user's cache."""
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        return cls(folder=download.cache_folder() / "validated" / key[:32])
+        return cls(folder=cache_folder() / "validated" / key[:32])
 
     @property
     def usable(self) -> bool:

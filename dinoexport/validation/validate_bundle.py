@@ -61,6 +61,7 @@ def validate(
     signer: Signer | None = None,
     signed: Manifest | None = None,
     trust_plan: bool = False,
+    record: bool = True,
     progress: Progress = silent,
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
@@ -69,7 +70,8 @@ def validate(
     checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
     need torch and the weights the bundle was made from: `weights`, or where the manifest says they came from. A bundle
     that passed is signed by `signer`; what its engines did here is recorded, in a signed bundle only with a `signer`.
-    A plan that holds code is run only when it is in what was `signed`, or with `trust_plan`.
+    A plan that holds code is run only when it is in what was `signed`, or with `trust_plan`. record: whether what was
+    found may be written into the manifest.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
@@ -84,7 +86,9 @@ def validate(
     if passed and signer is not None:
         bundle.rewrite(folder, before=before, after=validated.manifest, sign=signer.signature)
     elif records:
-        not_recorded = _record(folder, before, validated.manifest)
+        not_recorded = (
+            _record(folder, before, validated.manifest) if record else "Not recorded: the bundle is in an object store."
+        )
         return replace(validated, recorded=not not_recorded, not_recorded=not_recorded)
     return replace(validated, recorded=records)
 

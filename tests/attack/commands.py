@@ -1,4 +1,4 @@
-"""A command line in a forked process that is watched: how it ended, what it said, how long it took and how much memory."""
+"""A command line in a forked process that is watched: how it ended, what it said, its time and its memory."""
 
 from __future__ import annotations
 

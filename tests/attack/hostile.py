@@ -19,8 +19,10 @@ from dinoexport import bundle
 
 URL = "http://127.0.0.1:9"
 TEXTS = (
-    "", " ", "-", "--", "\x1b[2J\x1b]0;owned\x07", "\u202egnp.exe", "a\nerror: b", "caf\udce9", "9" * 5000, "1e309", "nan",
-    "../../../etc/passwd", "/", "~", "%s%n", "'; touch PWNED;'", "$(touch PWNED)", "\ud800", "http://[::1", "x" * 4000, "0x10",
+    "", " ", "-", "--", "\x1b[2J\x1b]0;owned\x07", "\u202egnp.exe", "a\nerror: b", "caf\udce9", "9" * 5000, "1e309",
+    "nan",
+    "../../../etc/passwd", "/", "~", "%s%n", "'; touch PWNED;'", "$(touch PWNED)", "\ud800", "http://[::1",
+    "x" * 4000, "0x10",
     "-1", "٣", "s3://bucket/models", "synthetic:", "synthetic:" + "9" * 30, "pypi:x==1/..", "{}", "null", "1/0", "0/0",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
@@ -125,9 +127,11 @@ STRANGE: dict[str, Callable[[Path], Path]] = {
 PLACES: tuple[tuple[str, ...], ...] = (
     ("validate", "X"), ("inspect", "X"), ("report", "X"), ("diff", "B", "X"), ("diff", "X", "B"), ("bench", "X"),
     ("deploy", "X", "--to", "models"), ("rollback", "X", "tiny"), ("export", "X", "--out", "out"),
-    ("validate", "B", "--images", "I", "--weights", "X"), ("validate", "B", "--verify", "X"), ("validate", "B", "--sign", "X"),
+    ("validate", "B", "--images", "I", "--weights", "X"), ("validate", "B", "--verify", "X"),
+    ("validate", "B", "--sign", "X"),
     ("validate", "B", "--images", "X"), ("fit", "B", "--images", "X"), ("embed", "X", "--images", "I", "--out", "out"),
-    ("generate", "X", "hello"), ("check", URL, "B", "--headers", "X"), ("check", URL.replace("http", "https"), "B", "--ca", "X"),
+    ("generate", "X", "hello"), ("check", URL, "B", "--headers", "X"),
+    ("check", URL.replace("http", "https"), "B", "--ca", "X"),
     ("deploy", "B", "--to", "models", "--samples", "X"), ("deploy", "B", "--to", "models", "--verify", "X"),
     ("compile", "X", "--target", "l4"), ("openai", "X"), ("export", "R", "--weights", "X", "--out", "out"),
 )  # fmt: skip
@@ -410,7 +414,8 @@ def repository(kit: Kit, here: Path, rng: random.Random) -> Attempt:
     secret.write_text("# dinoexport deployed this as tiny\nthe secret\n")
     (models / "tiny" / "1").mkdir(parents=True)
     texts = (
-        "# dinoexport deployed this as tiny\n", "version_policy {\n" * 40_000, "\x1b[2J", "", '{"name": "tiny", "served": [7]}',
+        "# dinoexport deployed this as tiny\n", "version_policy {\n" * 40_000, "\x1b[2J", "",
+        '{"name": "tiny", "served": [7]}',
         '# dinoexport deployed this as tiny\nversion_policy: { specific: {\n    versions: [1]\n', "[" * 100_000,
     )  # fmt: skip
     for name in ("tiny/config.pbtxt", "tiny/1/config.pbtxt", "tiny.releases.json", "tiny_images", "tiny/warmup"):

@@ -19,6 +19,7 @@ import pytest
 from dinoexport import bundle
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, WeightsError
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.stages.export import graph_recipe
 from dinoexport.spec import Precision
 from dinoexport.validation import evaluate, validate_bundle
 from tests.conftest import DATA, HEARING_SIGINT
@@ -80,6 +81,27 @@ def test_onnx_says_where_it_came_from(built: Path) -> None:
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     assert locations == {"model.onnx.data"}
+
+
+def test_the_graph_says_nothing_that_did_not_decide_it(tmp_path: Path) -> None:
+    """Addresses of heads, an engine's choices and tables left at their defaults are no part of the graph's bytes."""
+    (tmp_path / "plain.toml").write_text('base = "vits14"\n')
+    (tmp_path / "more.toml").write_text(
+        'base = "vits14"\n[preprocess]\n[heads.mine]\nurl = "https://example.org/head.pth"\n'
+    )
+    plain, more = (graph_recipe(pipeline.build_request(str(tmp_path / f"{name}.toml"))) for name in ("plain", "more"))
+    assert plain.keys() == {
+        "family",
+        "graph",
+        "licence",
+        "model",
+        "name",
+        "precision",
+        "profile",
+        "validation",
+        "weights",
+    }
+    assert more == plain | {"name": more["name"]}
 
 
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:

@@ -49,11 +49,9 @@ importlib.util.find_spec = find_spec
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tiny_bundle: Path) -> Path:
     """A tiny fp32 bundle without an engine."""
-    out = tmp_path_factory.mktemp("compiled") / "bundle"
-    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
-    return out
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

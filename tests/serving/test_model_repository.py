@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -58,6 +59,10 @@ def parsed(config: Path) -> Any:
     from tritonclient.grpc import model_config_pb2
 
     return text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
+
+
+def config_of(repository: Path, name: str) -> str:
+    return (repository / name / "config.pbtxt").read_text()
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -119,6 +124,22 @@ def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Bac
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("pixels", 11, [3, -1, -1])]
     assert [(o.name, list(o.dims)) for o in config.output] == [("class_token", [96]), ("patch_tokens", [-1, 96])]
     assert not config.response_cache.enable and not config.instance_group[0].HasField("rate_limiter")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
+def test_configurations_are_these_to_the_letter(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
+    """`data/served/BACKEND/MODEL.pbtxt`, whose long string of facts is cut: what Triton obeys, and what people read.
+
+    After a wanted change read the difference, then write them anew with UPDATE_GOLDEN=1 in the environment.
+    """
+    deployed = model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)
+    for name in deployed.models:
+        written = re.sub(r'string_value: ".*"', 'string_value: "..."', config_of(tmp_path / "models", name))
+        golden = DATA / "served" / backend / f"{name}.pbtxt"
+        if os.environ.get("UPDATE_GOLDEN"):
+            golden.parent.mkdir(parents=True, exist_ok=True)
+            golden.write_text(written)
+        assert written == golden.read_text(), golden
 
 
 def test_derived_lines_say_what_they_were_derived_from(built: Path, tmp_path: Path) -> None:

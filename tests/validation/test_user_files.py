@@ -27,9 +27,9 @@ from dinoexport.models.dinov2 import cases
 from dinoexport.pipeline import build as pipeline
 from dinoexport.report import mismatches
 from dinoexport.spec import Arrays, Case, Expectation, Precision, silent
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import downstream, evaluate, judge, user_files, validate_bundle
 from dinoexport.validation.user_files import Aggregate
-from dinoexport.weights import download
 from tests.conftest import DATA, HEARING_SIGINT
 from tests.image_inputs import taken
 
@@ -99,7 +99,7 @@ class Run:
 
 
 def kept_files() -> list[Path]:
-    return sorted((download.cache_folder() / "validated").rglob("*.npz"))
+    return sorted((cache_folder() / "validated").rglob("*.npz"))
 
 
 # Streamed and resumed

@@ -32,9 +32,9 @@ from dinoexport.report import html_report
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Candidate, Expectation, Precision, Progress, silent
 from dinoexport.system import files
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import evaluate
 from dinoexport.validation.judge import Report
-from dinoexport.weights import download
 
 HEAD_FILE = "head.safetensors"
 LABELS_FILE = "labels.json"
@@ -146,7 +146,7 @@ def _features(
     import numpy as np
 
     key = key_of(graphs=[f.sha256 for f in manifest.files if ".onnx" in f.name], way=str(runners.way_of(manifest)))
-    place = download.cache_folder() / "features" / key[:32]
+    place = cache_folder() / "features" / key[:32]
     found: dict[str, dict[str, Array]] = {}
     for done, example in enumerate(wanted, start=1):
         progress("computing features", done, len(wanted))

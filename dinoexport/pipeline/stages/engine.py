@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dinoexport import bundle
@@ -19,6 +19,7 @@ from dinoexport.report import html_report
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Progress
 from dinoexport.system import files
+from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
 
 
@@ -42,10 +43,15 @@ def compile_engines(
         runtime=request.runtime,
         choices=request.choices.model_dump(mode="json"),
         profiles={name: [asdict(profile) for profile in found] for name, found in request.profiles.items()},
-        gpu=request.gpu,
+        gpu=gpu_facts(request.gpu),
         versions=[TABLE[request.runtime].installed_version(), versions_of(("polygraphy",))],
     )
-    return work.stage("engine", key, make)
+    return work.stage("engine", key, make, costly=True)
+
+
+def gpu_facts(gpu: Gpu | None) -> Mapping[str, object] | None:
+    """What of a card decides its plans: not which of several like ones it is."""
+    return None if gpu is None else asdict(replace(gpu, index=0, uuid=""))
 
 
 def _compile(request: EngineRequest, onnx: Path, graph: Graph, folder: Path, progress: Progress) -> EngineFacts:

@@ -20,8 +20,8 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for what is being traced, and gives it.
 Traced = Callable[[], Traces]
-# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
-_ENGINE_ONLY = {"engine", "profiles"}
+# What changes neither the graph nor what PyTorch answers: how an engine is built, and where heads are published.
+_NOT_THE_GRAPHS = {"engine", "profiles", "heads"}
 
 
 def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
@@ -54,9 +54,15 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
             for name, content in request.model.companion_files.items():
                 (folder / name).write_bytes(content)
 
-    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
+    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make, costly=True)
 
 
 def graph_recipe(request: BuildRequest) -> dict[str, Any]:
-    """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps."""
-    return request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
+    """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps.
+
+    Fields at their defaults are left out, so that one which a later version adds leaves the bytes of older graphs as
+    they are.
+    """
+    recipe = request.recipe
+    unused = _NOT_THE_GRAPHS if recipe.head else _NOT_THE_GRAPHS | {"head_validation"}
+    return recipe.model_dump(mode="json", include=set(recipe.model_dump(exclude=unused, exclude_defaults=True)))

@@ -38,4 +38,6 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
             if not file.name.endswith((".onnx", ".onnx.data")):
                 files.copy(source.folder / file.name, folder / file.name, sha256=file.sha256)
 
-    return work.stage("quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make)
+    return work.stage(
+        "quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make, costly=True
+    )

@@ -55,7 +55,7 @@ class Deployed:
     before and are not any more.
     """
 
-    repository: Path
+    repository: Path | str
     name: str
     version: int
     previous: int | None
