@@ -11,6 +11,8 @@
 #                then what a build costs beside a plain export and the PyTorch runs
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
+# make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
+# make attack    1,000 kills and 2,000 hostile inputs; the table must be 0 everywhere (KILLS=, INPUTS=, SEED= for others)
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -29,7 +31,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text tensorrt-facts clean
+.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -73,6 +75,11 @@ bench: $(READY) $(PEERS)/.ready
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py
 
+KILLS ?= 1000
+INPUTS ?= 2000
+attack: $(READY)
+	$(BIN)/python -m benchmarks.attack --kills $(KILLS) --inputs $(INPUTS) $(SEED:%=--seed %) --out benchmarks/results/attack.md
+
 SOAK_S ?= 600
 soak: $(READY) $(TRITON_READY)
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_S)
@@ -90,6 +97,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps timm
 	touch $(READY)
+
+gpu-wheels:
+	$(PYTHON) -m scripts.gpu_wheels --to build/gpu-wheels
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md

@@ -29,8 +29,6 @@ from tests.attack import commands, hostile, kit, scenarios
 
 Rows = list[dict[str, object]]
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-# A real build takes seconds, so it is killed at every so many of its operations, from a chance one.
-_BUILD_STRIDE = 8
 _KILL_COLUMNS = ("half done", "another state when repeated", "cannot be repeated", "left behind", "other ends")
 _INPUT_COLUMNS = (
     "traceback", "hangs", "memory", "dies", "no error said", "steers the terminal", "accepted",
@@ -48,13 +46,15 @@ def kills(
     faults: list[str] = []
     for turn in itertools.count():
         wanted: list[tuple[scenarios.Scenario, signal.Signals, Iterator[int] | range]] = []
-        for scenario in (*scenarios.of_deploying(things.bundle), *scenarios.of_signing(small, things.key, public)):
+        for scenario in (
+            *scenarios.of_deploying(things.bundle),
+            *scenarios.of_signing(small, things.key, public),
+            *scenarios.of_publishing(),
+        ):
             wanted += [(scenario, by, range(1 << 20)) for by in _SIGNALS]
         if turn == 0:
             for scenario in scenarios.of_building(things.recipe):
-                wanted += [
-                    (scenario, by, range(rng.randrange(_BUILD_STRIDE), 1 << 20, _BUILD_STRIDE)) for by in _SIGNALS
-                ]
+                wanted += [(scenario, by, range(rng.randrange(stride), 1 << 20, stride)) for by in _SIGNALS]
         for scenario, by, numbers in wanted:
             started = time.monotonic()
             attacked = scenarios.attack(scenario, scratch / "attacked", by=by, numbers=numbers)
@@ -147,6 +147,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--inputs", type=int, default=2000)
+    parser.add_argument(
+        "--stride", type=int, default=8, help="a whole build takes seconds: killed at every so many of its operations"
+    )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("build/attack"))
     parser.add_argument("--out", type=Path, default=None)
@@ -160,7 +163,7 @@ def main() -> int:
     measured, entry_points = served_models._measured, family.entry_points
     family.entry_points = cache(entry_points)  # a third of a deployment's time
     served_models._measured = lambda *_: batching.unmeasured((), "", 4)
-    killed, kill_faults = kills(given.kills, scratch, things, rng) if given.kills else ([], [])
+    killed, kill_faults = kills(given.kills, scratch, things, rng, given.stride) if given.kills else ([], [])
     served_models._measured, family.entry_points = measured, entry_points
     commands.load()  # only now: a process that is small is forked faster
     asked, input_faults = inputs(given.inputs, scratch, things, rng) if given.inputs else ([], [])

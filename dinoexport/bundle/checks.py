@@ -91,5 +91,5 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             raise unreadable(folder, graph.file, error) from None
         except ValueError as error:
             raise ValidationFailed(
-                f"{graph.file} is no graph of ours: {error}.", next_step="Do not run it. Build the bundle again."
+                f"{graph.file} is not from dinoexport: {error}.", next_step="Do not run it. Build the bundle again."
             ) from None

@@ -28,13 +28,13 @@ Variant = Annotated[
     str | None,
     typer.Argument(
         metavar="[VARIANT|RECIPE.toml]",
-        help="A shipped variant, or the path of your own recipe. Default: made from --weights and the files beside.",
+        help="A shipped variant, or the path of your own recipe. Default: derived from --weights and files beside it.",
         show_default=False,
     ),
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which of several models in the file: what stands before its tensors' names."),
+    typer.Option(metavar="NAME", help="The prefix of tensor names that selects one of several models in the file."),
 ]
 Weights = Annotated[
     str | None,
@@ -45,11 +45,11 @@ Weights = Annotated[
 ]
 HeadOption = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="What turns tokens into answers: depth, labels, classes; see `list`."),
+    typer.Option(metavar="KIND", help="The head: turns tokens into depth, labels or classes; see `list`."),
 ]
 HeadWeights = Annotated[
     str | None,
-    typer.Option(metavar="PATH|synthetic:SEED", help="The head's own weights. Default: the published ones."),
+    typer.Option(metavar="PATH|synthetic:SEED", help="The weights of the head. Default: the published ones."),
 ]
 PrecisionOption = Annotated[
     str | None,
@@ -110,7 +110,7 @@ def build(
     runtime: RuntimeOption = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A profile of the recipe, for the engine; repeat the option for several."),
+        typer.Option(metavar="NAME", help="A profile of the recipe for the engine; repeat the option for several."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
@@ -174,7 +174,7 @@ def build(
             say(f"Precision: {formatting.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
         if request.model.text is not None and "text" not in built.manifest.stage_keys:
-            say("Text:   no tokenizer lies beside the weights; generate and deploy need one in the bundle")
+            say("Text:   there is no tokenizer beside the weights; generate and deploy need one in the bundle")
         say(f"Next:   dinoexport inspect {where}")
         say(f"        dinoexport validate {where}   (on the machine that will serve it; needs no torch)")
 
@@ -215,7 +215,7 @@ def export(
             return
         _say_reused(built)
         say(f"Bundle: {out or built.folder}   UNJUDGED: nothing was measured")
-        say(f"Next:   dinoexport build {variant} makes a judged one")
+        say(f"Next:   dinoexport build {variant} makes a validated one")
 
 
 @app.command(epilog=EXIT_CODES)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dinoexport.embed.plan import Plan
     from dinoexport.embed.run import Embedded, Layout, State
 
-# How often a log gets a line; a terminal's line is drawn anew each time.
+# How often a log gets a line; on a terminal the line is redrawn.
 _LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2
 
 
@@ -41,34 +41,54 @@ def embed(
         typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
     ],
     out: Annotated[
-        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call goes on there.")
+        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call continues there.")
     ],
     size: Annotated[
-        str, typer.Option(metavar="default|nearest", help="One size for all, or each near its own: local images only.")
+        str,
+        typer.Option(
+            metavar="default|nearest",
+            help="One size for all images, or for each image the nearest size; nearest: local images only.",
+        ),
     ] = "default",
     outputs: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="Columns: outputs, or NAME_mean of NAME_tokens. Default: class_token."),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="float32|float16", help="What vectors are stored as.")] = "float32",
-    normalise: Annotated[bool, typer.Option("--normalise", help="Make each vector's L2 norm 1.")] = False,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|float16", help="The type in which vectors are stored.")
+    ] = "float32",
+    normalise: Annotated[bool, typer.Option("--normalise", help="Scale each vector to L2 norm 1.")] = False,
     shards: Annotated[
-        int | None, typer.Option(min=1, max=100_000, metavar="N", help="Files. Default: of 50,000 rows at most.")
+        int | None,
+        typer.Option(
+            min=1, max=100_000, metavar="N", help="Number of output files. Default: as many as hold 50,000 rows each."
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes. Default: see the docs.")] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only shards that are I modulo N, I from 0.")] = "0/1",
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="ray: on the cluster RAY_ADDRESS names.")] = "local",
-    max_failed: Annotated[str, typer.Option(metavar="SHARE", help="Exit 1 when more images failed than this.")] = "1%",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of processes. Default: chosen for this machine, see docs/embed.md."
+        ),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the shards whose number modulo N is I; I starts at 0.")
+    ] = "0/1",
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="ray: on the cluster that RAY_ADDRESS names.")
+    ] = "local",
+    max_failed: Annotated[
+        str, typer.Option(metavar="SHARE", help="Exit with code 1 if more than this share of the images failed.")
+    ] = "1%",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try failed images of finished shards again.")
     ] = False,
-    extend: Annotated[bool, typer.Option("--extend", help="List again and add what is new.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="List the images again and add the new ones.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Embed 0.1 % of the finished rows again, compare, and do nothing else.")
+        bool, typer.Option("--verify", help="Only embed 0.1 % of the finished rows again and compare.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed images into Parquet, resumably. With --json, progress goes to stderr as a JSON object a line."""
+    """Embed images into Parquet files, resumably. With --json, progress is printed as JSON lines on stderr."""
     with reporting(as_json):
         from dinoexport.embed import run
 
@@ -140,7 +160,7 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
 
 @contextmanager
 def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
-    """How far it is, on stderr: a line that is drawn anew on a terminal, one every ten seconds in a log."""
+    """Progress on stderr: a line that is redrawn on a terminal, or one line every ten seconds in a log."""
     import time
     from dataclasses import asdict
 
@@ -163,7 +183,7 @@ def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
 
 
 def line_of(state: State) -> str:
-    """How far it is, in one line."""
+    """The progress in one line."""
     left = "unknown" if state.left_s is None else duration(state.left_s)
     return (
         f"{state.rows} of about {state.rows_total} rows, {state.shards} of {state.shards_total} shards, "
@@ -172,7 +192,7 @@ def line_of(state: State) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """A duration in seconds, minutes or hours."""
     minutes, hours = round(seconds / 60), seconds / 3600
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -192,7 +212,7 @@ def _verify(bundle: Path, images: str, out: str, as_json: bool) -> None:
         say(printable(line), to_stderr=as_json)
     if not found.passed:
         failed = ValidationFailed(
-            f"{out} does not hold what the bundle gives for these images.",
+            f"{out} does not hold the outputs that the bundle gives for these images.",
             next_step="The lines above say which parts or images; remove those parts and run embed again.",
         )
         fail(failed, as_json, **facts)

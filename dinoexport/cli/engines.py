@@ -44,14 +44,15 @@ def compile_(
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR|URL", help="Another bundle, with the engines. Default: they are added.")
+        str | None,
+        typer.Option(metavar="DIR|URL", help="Write another bundle with the engines. Default: add them to BUNDLE."),
     ] = None,
     force: Force = False,
     sign: Sign = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
-    """Build engines from a bundle's own ONNX and judge them by the reference it carries; needs no torch."""
+    """Build engines from a bundle's own ONNX and validate them with the bundle's reference; needs no torch."""
     with reporting(as_json):
         from dinoexport.pipeline import compile_bundle
         from dinoexport.system import store
@@ -86,12 +87,12 @@ def compile_(
 @app.command(epilog=EXIT_CODES)
 def merge(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bundle with an engine.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The same, with an engine for another card.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle with both goes.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The same bundle with an engine for another card.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the bundle with both engines.")],
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
-    """Collect engines for several cards into one bundle; deploy then lets Triton choose by the card."""
+    """Merge the engines of two bundles into one bundle for several cards; Triton then chooses by the card."""
     with reporting(as_json):
         from dinoexport.pipeline import compile_bundle
 

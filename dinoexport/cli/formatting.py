@@ -1,4 +1,4 @@
-"""What the verbs `list`, `inspect` and `schema` show, as plain data."""
+"""Format results of all commands, for tables and for JSON, as plain data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dinoexport.validation.judge import Report, Row
 
 Rows = list[dict[str, Any]]
-# More than a build has; a user's images can make a hundred thousand.
+# More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
 # Protobuf reads no larger message.
 _ONNX_MAX_BYTES = (1 << 31) - 1
@@ -89,7 +89,7 @@ def recipe_schema() -> dict[str, Any]:
         for option in options:  # references count from the root
             schema["$defs"] |= option.pop("$defs", {})
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
-    # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
+    # With `base` any key may be left out, at any depth: required keys are checked when the merged recipe is loaded.
     required = schema.pop("required")
     return {**_nothing_required(schema), "anyOf": [{"required": ["base"]}, {"required": required}]}
 
@@ -150,7 +150,7 @@ def of_path(path: Path) -> dict[str, Any]:
 
 
 def _head(manifest: bundle.Manifest) -> dict[str, str]:
-    """What a bundle's head is, where its weights are from, and how many classes it names."""
+    """A bundle's head: its kind, the source of its weights, and how many classes it names."""
     head = manifest.head
     if head is None:
         return {}
@@ -173,7 +173,7 @@ def page_of(folder: Path) -> Path:
     pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
         raise UsageError(
-            f"{folder} has no {bundle.REPORT_HTML}: it was exported and never judged, or built by an older dinoexport.",
+            f"{folder} has no {bundle.REPORT_HTML}: it was never validated, or an older dinoexport built it.",
             next_step="dinoexport build makes one.",
         )
     bundle.check_files(folder, pages)
@@ -333,7 +333,7 @@ def _of_onnx(path: Path) -> dict[str, Any]:
         raw = untrusted.read_bytes(path, max_bytes=_ONNX_MAX_BYTES)
         model = onnx.load_model_from_string(raw)
     except DecodeError as error:
-        raise UsageError(f"{path} is no readable ONNX file: {error}.", next_step="Check the path.") from None
+        raise UsageError(f"{path} is not a readable ONNX file: {error}.", next_step="Check the path.") from None
     graph = model.graph
     weights = {id(t): math.prod(t.dims) for t in graph.initializer}
     facts = {

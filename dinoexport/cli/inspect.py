@@ -57,7 +57,7 @@ def validate(
     trust_plan: Annotated[
         bool,
         typer.Option(
-            "--trust-plan", help="Run a version-compatible plan, which holds code, though no signature was verified."
+            "--trust-plan", help="Run a version-compatible plan, which holds code, without a verified signature."
         ),
     ] = False,
     sign: Sign = None,
@@ -213,7 +213,7 @@ def bench(
     head_weights: HeadWeights = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, throughput and the share of the machine's peak on this machine, beside PyTorch."""
+    """Measure latency, throughput and the share of this machine's peak, and compare them with PyTorch."""
     with reporting(as_json):
         from dinoexport import bench as stopwatch
 

@@ -63,7 +63,7 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
 
 
 def _shortened(text: str) -> str:
-    """At most so many lines as a person looks at; --json has them all."""
+    """At most as many lines as a person reads; --json has them all."""
     lines = text.rstrip("\n").split("\n")
     if len(lines) <= _LINES_MAX:
         return text
@@ -131,7 +131,7 @@ def signer_of(key: Path | None) -> Any:
 
 
 def say(what: Table | str, *, to_stderr: bool = False) -> None:
-    """A line or a table. Whatever it holds, a line stays one line of visible characters."""
+    """Prints a line or a table. A line stays one line of visible characters, whatever its content."""
     from rich.console import Console
 
     if isinstance(what, str):
@@ -143,7 +143,7 @@ def say(what: Table | str, *, to_stderr: bool = False) -> None:
 
 
 def say_text(piece: str) -> None:
-    """A piece of a text that a model writes: on a terminal with line ends and tabs, and without what would steer it."""
+    """Prints text from a model. On a terminal, control characters are escaped, except line ends and tabs."""
     if sys.stdout.isatty():
         piece = "".join(c if c in "\n\t" else printable(c) for c in piece)
     sys.stdout.write(piece)

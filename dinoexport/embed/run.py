@@ -172,7 +172,7 @@ def _summary(
     if failed > max_failed * rows:
         raise ValidationFailed(
             f"{failed} of {rows} images could not be embedded, more than {max_failed:.2%}; their rows say why.",
-            next_step="Everything is kept. Mend them and give --retry-failed, or allow more with --max-failed.",
+            next_step="Everything is kept. Fix them and give --retry-failed, or allow more with --max-failed.",
         )
     return Embedded(
         out=str(place),
@@ -301,8 +301,7 @@ def layout_of(manifest: Manifest, workers: int | None) -> Layout:
 
 def _runs(manifest: Manifest) -> bool:
     try:
-        for engine in manifest.engines:
-            engine_header.check_runs_here(engine, hardware.gpus())
+        engine_header.for_this_machine(manifest.engines, hardware.gpus())
     except MissingRequirement:
         return False
     return True
@@ -380,7 +379,7 @@ def _checked(folder: Path, progress: Progress) -> Iterator[None]:
     if manifest.verdict != "passed":
         raise ValidationFailed(
             f"{folder} is {manifest.verdict}, and only what passed is used to embed.",
-            next_step="dinoexport build makes a judged bundle.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     with bundle.checked(folder, progress=progress):
         yield
@@ -391,7 +390,7 @@ def part_of(word: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)
     if not found or not int(found[1]) < int(found[2]):
         raise UsageError(
-            f"--shard {word!r} is no I/N.", next_step="Write 0/64 to 63/64, as $SLURM_ARRAY_TASK_ID/64 gives."
+            f"--shard {word!r} is not I/N.", next_step="Write 0/64 to 63/64, as $SLURM_ARRAY_TASK_ID/64 gives."
         )
     return int(found[1]), int(found[2])
 
@@ -401,5 +400,5 @@ def share_of(word: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", word.strip())
     share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
     if not 0 <= share <= 1:
-        raise UsageError(f"--max-failed {word!r} is no share.", next_step="Write 1% or 0.01.")
+        raise UsageError(f"--max-failed {word!r} is not a share.", next_step="Write 1% or 0.01.")
     return share

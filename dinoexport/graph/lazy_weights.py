@@ -1,4 +1,4 @@
-"""A weight as ONNX wants it, made block by block while it is being written."""
+"""A weight in ONNX's layout, computed block by block while it is being written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Weight
 
-# A block and its cast copy stay in a core's cache, and the pages they lie in are used again for the next one. Writing
-# ViT-g in fp16 took 6.4 s so, 9.7 s with whole tensors, and 10 s or more with a quarter or sixteen times as many.
+# A block and its cast copy fit a core's cache, and their pages are reused for the next block. Writing ViT-g in fp16
+# took 6.4 s with this size, 9.7 s with whole tensors, and 10 s or more with a quarter of it or sixteen times as many.
 _BLOCK_NUMBERS = 1 << 18
 
 
 class StreamedTensor(ir.LazyTensor):
-    """`weight` cast to `dtype`, read anew each time; raises ValidationFailed where `dtype` cannot hold it."""
+    """`weight` cast to `dtype`, read again each time; raises ValidationFailed if `dtype` cannot hold it."""
 
     def __init__(self, weight: Weight, dtype: ir.DataType, name: str) -> None:
         super().__init__(self._whole, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
@@ -34,7 +34,7 @@ class StreamedTensor(ir.LazyTensor):
         return ir.Tensor(bytes_.view(self.dtype.numpy()).reshape(self._weight.shape), name=self.name)
 
     def _blocks(self) -> Iterator[torch.Tensor]:
-        """The numbers in order, (N,) each, cast and finite. PyTorch transposes and rounds faster than NumPy does."""
+        """Blocks (N,) of the numbers in order, cast and finite. PyTorch transposes and rounds faster than NumPy."""
         values = self._weight.read()
         assert values.shape == self._weight.shape, (self.name, values.shape, self._weight.shape)
         rows = torch.from_numpy(np.atleast_1d(values))
@@ -44,6 +44,6 @@ class StreamedTensor(ir.LazyTensor):
                 raise ValidationFailed(
                     f"The weight {self.name} reaches {np.abs(values).max():,.0f}, "
                     f"more than {self.dtype.name.lower()} can hold.",
-                    next_step="--precision auto finds what must stay fp32.",
+                    next_step="--precision auto finds the parts that must stay fp32.",
                 )
             yield cast.reshape(-1)

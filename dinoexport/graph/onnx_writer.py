@@ -1,8 +1,8 @@
-"""Traced pieces to one typed ONNX file with streamed external weights.
+"""Write traced pieces to one typed ONNX file with streamed external weights.
 
-A deep model is the same block many times, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by
-graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing; they go from
-the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of one tensor.
+A deep model repeats the same block, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by graph
+surgery: tracing forty blocks costs as much as tracing twelve. Placeholders stand for the weights while tracing. Weights
+are copied from the checkpoint to the external data file one at a time, folded and cast: memory is that of one tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-# A signature's types as ONNX has them, without importing it.
+# ONNX's codes of a signature's types, without importing onnx.
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
@@ -47,9 +47,9 @@ WRITERS = 2
 IN_FLIGHT_BYTES = 64 * 2**20
 # What is appended to a graph later, a fitted head's operators, is of this one.
 _OPSET_MIN = 18
-# What an export needs besides the base dependencies.
+# Packages that an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
-# What the first trace would spend two seconds importing.
+# Modules whose import takes two seconds of the first trace.
 _IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
 
 
@@ -64,7 +64,7 @@ def export(
 ) -> tuple[Path, ...]:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
 
-    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added.
+    traces: traced pieces of earlier exports of the same graph in other precisions; new ones are added.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
@@ -87,7 +87,7 @@ def export(
             path,
             external_data=f"{path.name}.data",
             size_threshold_bytes=INLINE_BYTES,
-            # In whatever order they are done.
+            # Tensors finish in any order.
             callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
             max_workers=WRITERS,
             max_in_flight_bytes=IN_FLIGHT_BYTES,
@@ -119,10 +119,11 @@ def _of_a_weight() -> Iterator[None]:
 
 @contextmanager
 def tracing(calls: Callable[[], Sequence[Call]]) -> Iterator[Callable[[], Traces]]:
-    """Imports and traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
+    """Traces the pieces of `calls` in a thread; yields a function that waits for the thread and returns the traces.
 
-    No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
-    What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
+    No weight is read, so another core can hash the checkpoint at the same time, which takes as long for ViT-g. Pieces
+    not started by the end are left out. A single thread traces them all, because only that thread can reuse memory that
+    it has freed.
     """
     traces: Traces = {}
     ended = Event()
@@ -170,7 +171,7 @@ def _trace(piece: Piece) -> ir.Graph:
             raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
         assert program is not None
         model = program.model
-        # As graph inputs the stand-in weights can be neither folded away nor merged for having equal values.
+        # As graph inputs, the placeholder weights can be neither folded away nor merged because their values are equal.
         for name, _ in piece.module.named_parameters():
             weight = model.graph.initializers.pop(name)
             weight.const_value = None
@@ -182,16 +183,16 @@ def _trace(piece: Piece) -> ir.Graph:
 
 
 def _as_taken(module: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs' dynamic shapes as `torch.export` wants them: those that `*args` takes are one nested tuple."""
+    """The inputs' dynamic shapes in `torch.export`'s form: those of `*args` are one nested tuple."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     rest = [i for i, parameter in enumerate(parameters) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
     return shapes if not rest else (*shapes[: rest[0]], shapes[rest[0] :])
 
 
 def _copy_dims(model: ir.Model) -> None:
-    """Reshapes to a computed shape become reshapes to a constant one wherever a dynamic dimension only stays in place.
+    """Replaces a computed Reshape shape by a constant one if each dynamic dimension only stays in place.
 
-    ONNX Reshape copies a dimension for a 0; the tracer computes it with Shape and Concat instead, four nodes a block.
+    In ONNX Reshape, 0 copies a dimension; the tracer computes it with Shape and Concat instead, four nodes per block.
     """
     import numpy as np
     import onnx_ir as ir
@@ -220,7 +221,7 @@ def _copy_dims(model: ir.Model) -> None:
 def _assemble(
     graph: Graph, calls: Sequence[Call], traced: Mapping[str, ir.Graph], metadata: Mapping[str, str]
 ) -> ir.Model:
-    """The calls' graphs in a row, with the recipe's names outside and external weights inside."""
+    """The calls' graphs in sequence, with the recipe's names as inputs and outputs, and with external weights."""
     import onnx_ir as ir
 
     values = {tensor.name: _value(tensor) for tensor in graph.inputs}
@@ -258,7 +259,7 @@ def _assemble(
 
 
 def _ir_version(opset: int) -> int:
-    """The version of the file format that came with an operator set: older runtimes read no newer one."""
+    """The file format version that belongs to an operator set, because older runtimes read no newer version."""
     since = {23: 11, 21: 10, 19: 9}
     return next((version for first, version in since.items() if opset >= first), 8)
 
@@ -278,16 +279,16 @@ def _value(tensor: Tensor) -> ir.Value:
     dtype = ir.DataType[_DTYPES[tensor.dtype]]
     value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
     if tensor.default is not None:
-        # An input that is an initializer too may be left out.
+        # An input that is also an initializer is optional.
         content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
         value.const_value = ir.Tensor(content, name=tensor.name)
     return value
 
 
 def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.Node], ir.Value]:
-    """The initializers that hold a parameter, the nodes that widen it where it is quantised, and the value to use.
+    """The initializers of a parameter, the nodes that dequantise it if it is quantised, and the value to use.
 
-    The bytes are made when the file is written.
+    The bytes are computed when the file is written.
     """
     import onnx_ir as ir
 
@@ -338,7 +339,7 @@ def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -
 
 
 def _copied(node: ir.Node, inner: dict[ir.Value, ir.Value], scope: str) -> ir.Node:
-    """The node in its place in the whole graph; without the tracer's notes, which name files of this machine."""
+    """The node with its names in the whole graph, without the tracer's metadata, which name files of this machine."""
     import onnx_ir as ir
 
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
@@ -367,7 +368,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # torch.export warns of its own use of deprecated pytree classes.
+            # torch.export warns about its own use of deprecated pytree classes.
             warnings.simplefilter("ignore")
             yield
     finally:

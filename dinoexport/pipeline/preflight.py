@@ -14,7 +14,8 @@ from dinoexport.pipeline.request import BuildRequest, EngineRequest
 from dinoexport.report import html_report
 from dinoexport.runtime import autotune, runners
 from dinoexport.runtime.table import TABLE
-from dinoexport.spec import Precision
+from dinoexport.spec import Precision, Runtime
+from dinoexport.system import hardware
 
 
 def packages(request: BuildRequest) -> None:
@@ -27,7 +28,25 @@ def packages(request: BuildRequest) -> None:
         facts = TABLE[runners.graph_way(request.precision).runtime]
         require(facts.extra, *facts.modules)
     if request.engine:
-        require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
+        compiler(request.engine)
+
+
+def compiler(request: EngineRequest) -> None:
+    """Raises MissingRequirement where what compiles engines is not installed, or is known to compile wrong ones."""
+    facts = TABLE[request.runtime]
+    system = hardware.system_tensorrt() if request.runtime is Runtime.TENSORRT else None
+    if system and not system.visible and facts.installed_version() is None:
+        raise MissingRequirement(
+            f"TensorRT {system.version} is in {system.folder}, which this Python environment does not see.",
+            next_step="Make the environment with python3 -m venv --system-site-packages, and install dinoexport in it.",
+        )
+    require(facts.extra, *facts.build_modules)
+    version = facts.installed_version() or ""
+    if request.runtime is Runtime.TENSORRT and (why := request.target.why_bad(version)):
+        raise MissingRequirement(
+            f"TensorRT {version} is not used for {request.target.name}: {why}.",
+            next_step="Install a newer TensorRT (a newer JetPack brings one), or serve the ONNX with ONNX Runtime.",
+        )
 
 
 def disk(request: BuildRequest) -> None:
@@ -53,7 +72,9 @@ def memory(request: EngineRequest, onnx_folder: Path) -> None:
             onnx_folder / f"{graph.name}.onnx",
             graph,
             request.profiles[graph.name],
-            memory_bytes=request.gpu.memory_bytes if request.gpu else request.target.memory_gb * 10**9,
+            memory_bytes=request.target.memory_for_engine(
+                request.gpu.memory_bytes if request.gpu else request.target.memory_gb * 10**9
+            ),
             where=request.gpu.name if request.gpu else f"the smallest {request.target.name}",
             choices=request.choices,
         )

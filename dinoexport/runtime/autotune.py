@@ -17,13 +17,13 @@ from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Precision, Progress, Runtime, Way, Workload, silent
 from dinoexport.system import timing
 
-# Two visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's
-# fault.
+# Each way is timed twice, forward and then backward through the list, each time this long at most, so that a machine
+# that slows down affects all ways alike.
 _VISIT_S = 0.6
 _ROUNDS = 10
-# 1.5 times as slow as the best on the first visit: not worth a second one.
+# A way that takes 1.5 times as long as the best the first time is not timed again.
 _HOPELESS = 1.5
-# The runtimes that may compute in a precision on a CPU, int8 each from a form of its own.
+# The runtimes that may compute in a precision on a CPU; for int8 each needs its own form of the graph.
 RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
     precision: tuple(runtime for runtime, facts in TABLE.items() if precision in facts.cpu_precisions)
     for precision in Precision
@@ -67,7 +67,7 @@ def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForms:
-    """Graphs of one precision, by their files, in the form that each possible runtime takes."""
+    """The files of the graphs in one precision, in the form that each possible runtime needs."""
 
     precision: Precision
     graphs: Mapping[Runtime, Mapping[Path, Graph]]

@@ -188,7 +188,7 @@ class RemotePlace:
         scheme = urlsplit(url).scheme
         if scheme not in SCHEMES:
             raise UsageError(
-                f"{url}: {scheme}:// is no kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
+                f"{url}: {scheme}:// is not a kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
             )
         if "@" in urlsplit(url).netloc:
             raise UsageError(

@@ -86,7 +86,7 @@ class Keep:
         try:
             arrays = archive.read(self._path(digest))
             facts = _STORED.validate_json(arrays.pop(_FACTS).tobytes())
-        except Exception:  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of error for damage
+        except Exception:  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of exceptions for damaged files
             return None
         return Found(
             rows=tuple(replace(row, case=case.name, why=case.why) for row in facts.rows),
@@ -216,7 +216,7 @@ def judge_own(
         return of_chunk
 
     keep = Keep.named(*names, *identity, limits.model_dump_json())
-    said = [] if keep.usable else [f"{keep.folder} cannot be written: a run that is interrupted begins anew"]
+    said = [] if keep.usable else [f"{keep.folder} cannot be written: an interrupted run must start again"]
     rows: list[Row] = []
     items: list[Item] = []
     not_covered: list[str] = []
@@ -227,7 +227,7 @@ def judge_own(
         not_covered += [] if found.covered else [found.item.name]
         known += before
     if known:
-        said.append(f"{known} of {len(items)} were taken over from a run that was interrupted")
+        said.append(f"{known} of {len(items)} results come from an interrupted run")
     aggregate = downstream.agreement(uses, items, limits, progress=progress) if uses else None
     report = Report(
         candidate=names[0],

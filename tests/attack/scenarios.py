@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from dinoexport import bundle
 from dinoexport.bundle import signing
 from dinoexport.errors import DinoexportError
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.workspace import Stage, key_of, workspace
 from dinoexport.serving.triton import model_repository
+from dinoexport.spec import Precision, silent
 from dinoexport.system import changes
 from tests.kills import ENDED, INTERRUPTED, dies_at
 
@@ -181,6 +184,44 @@ def of_signing(small: Path, key: Path, public: Path) -> Iterator[Scenario]:
     for begin, work in ((copied, sign), (signed, sign), (copied, record), (signed, record), (signed, record_and_sign)):
         verb = "sign" if work is sign else "record"
         yield Scenario(verb=verb, begin=begin, work=work, state=state, name="bundle")
+
+
+def of_publishing() -> Iterator[Scenario]:
+    """The end of a build alone, with stages that cost nothing: a bundle appears, or takes the place of another."""
+
+    def published(content: bytes) -> Callable[[Path], None]:
+        def work(place: Path) -> None:
+            stages = {}
+            with workspace(place, force=False, progress=silent) as work:
+                for name, file, data in (("export", "model.onnx", b"graph"), ("page", "report.html", content)):
+                    key = key_of(name=name, data=data.hex())
+                    stages[name] = work.stage(name, key, lambda folder, f=file, d=data: _write(folder / f, d))
+                work.publish(stages, _manifest(stages))
+
+        return work
+
+    def state(place: Path) -> Any:
+        if not place.exists():
+            return "nothing"
+        bundle.verify(place)
+        return {path.name: path.read_bytes() for path in place.iterdir()}
+
+    for begin in (lambda _: None, published(b"old")):
+        yield Scenario(verb="build, its end", begin=begin, work=published(b"new"), state=state, name="bundle")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _manifest(stages: dict[str, Stage]) -> bundle.Manifest:
+    return bundle.Manifest(
+        variant="vits14", family="dinov2", precision=Precision.FP32, target="cpu", verdict="unjudged", recipe={},
+        checkpoint=bundle.CheckpointFacts(source="synthetic:0", sha256=key_of(), licence="none"), graphs=(),
+        files=tuple(file for stage in stages.values() for file in stage.files),
+        stage_keys={name: stage.key for name, stage in stages.items()},
+        versions={}, card={}, report={}, created=datetime(2025, 1, 1, tzinfo=UTC),
+    )  # fmt: skip
 
 
 def of_building(recipe: Path) -> Iterator[Scenario]:

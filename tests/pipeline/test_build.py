@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Everything in `folder` that is no finished bundle and no finished stage."""
+    """Everything in `folder` that is neither a finished bundle nor a finished stage."""
     return sorted(
         path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".part", ".tmp", ".previous"))
     )
@@ -236,7 +236,7 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
     validated = validate_bundle.validate(built, images=tmp_path)
     assert validated.report.passed and {row.case for row in validated.report.rows} == {"0.png", "1.png"}
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
-    with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
+    with pytest.raises(ValidationFailed, match="not what the bundle was built from"):
         validate_bundle.validate(built, images=tmp_path, weights="synthetic:1")
 
 
@@ -323,7 +323,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("somebody's")
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "data"))
     assert (tmp_path / "data" / "precious").read_text() == "somebody's"
 

@@ -84,7 +84,7 @@ def test_queues_have_limits_where_triton_can_keep_them(
 
 @pytest.mark.parametrize("tag", ["latest", "26.8", "24.1O", "", "26.08-py3"])
 def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Path, tag: str) -> None:
-    with pytest.raises(UsageError, match="no tag of a Triton image") as caught:
+    with pytest.raises(UsageError, match="not a tag of a Triton image") as caught:
         model_repository.deploy(built, tmp_path / "models", backend="python", triton=tag)
     assert "--triton 26.08" in caught.value.next_step and not (tmp_path / "models").exists()
 
@@ -204,7 +204,7 @@ def test_what_is_refused_leaves_nothing(built: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationFailed, match="damaged"):
         model_repository.deploy(tmp_path / "damaged", repository)
     for name in ("../evil", "A", "", "a" * 65):
-        with pytest.raises(UsageError, match="no name"):
+        with pytest.raises(UsageError, match="not a name"):
             model_repository.deploy(built, repository, name=name or " ")
     with pytest.raises(UsageError, match="no TensorRT plan"):
         model_repository.deploy(built, repository, backend="tensorrt_plan")
@@ -590,7 +590,11 @@ def test_one_plan_of_one_profile(built: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("tag", "words"),
-    [("26.07", "Triton 26.07 has 11.1.0"), ("26.10=11.4.0", "has 11.4.0"), ("26.10", "is not known here")],
+    [
+        ("26.07", "Triton 26.07 has 11.1.0"),
+        ("26.10=11.4.0", "has 11.4.0"),
+        ("26.10", "is not known here"),
+    ],
 )
 def test_a_plan_that_cannot_load_is_refused(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, words: str
@@ -769,7 +773,7 @@ def test_command(built: Path, tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "Did you mean 'python'?" in wrong.stderr
     assert run("rollback", str(tmp_path / "models"), "tiny_swiglu").exit_code == 2
     absent = run("deploy", str(tmp_path / "absent"), *to)
-    assert absent.exit_code == 2 and "no bundle" in absent.stderr
+    assert absent.exit_code == 2 and "not a bundle" in absent.stderr
 
 
 def test_two_at_once_are_refused(built: Path, tmp_path: Path) -> None:

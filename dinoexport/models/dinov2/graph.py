@@ -47,7 +47,7 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 class Stem(nn.Module):
     """Pixels (B, 3, H, W) to tokens (B, 1 + R + h*w, D), in float32 throughout.
 
-    The patch convolution floors, so a size that is no multiple of its stride loses its right and lower rest, as the
+    The patch convolution floors, so a size that is not a multiple of its stride loses its right and lower rest, as the
     model card asks. byte_scale and byte_shift: per channel; with them the input is uint8 (B, H, W, 3) instead, and each
     byte is multiplied by the one and shifted by the other.
     """

@@ -1,4 +1,4 @@
-"""Stage `engine`: an engine from each graph. Needs the graphs' files alone: no checkpoint, no cases, no torch."""
+"""Stage `engine`: an engine from each graph. Needs only the graphs' files: no checkpoint, no cases, no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dinoexport.validation import evaluate
 def compile_engines(
     work: Workspace, request: EngineRequest, onnx_folder: Path, onnx_files: Sequence[BundleFile]
 ) -> Stage:
-    """An engine from each of the request's graphs, which are `onnx_files` in `onnx_folder`; their facts beside them."""
+    """Builds an engine from each of the request's graphs, `onnx_files` in `onnx_folder`, and writes their facts."""
 
     def make(folder: Path) -> None:
         facts = [
@@ -101,9 +101,9 @@ def judge_engines(
     *,
     progress: Progress,
 ) -> evaluate.EngineVerdict:
-    """Judges the engines on every case where this machine's GPU can run them; else gives the reason why not.
+    """Validates the engines on every case if this machine's GPU can run them; if not, returns the reason.
 
-    The answers that the report draws join `kept`, under the name of the candidate.
+    Outputs that the report draws are added to `kept`, under the name of the candidate.
     """
     content = json.loads((engines_folder / bundle.ENGINES).read_text())
     engines: Mapping[Path, EngineFacts] = {

@@ -18,14 +18,14 @@ from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.spec import Array
 from dinoexport.weights.checkpoint import Checkpoint
 
-# Waits for what is being traced, and gives it.
+# Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What changes neither the graph nor what PyTorch answers: how an engine is built, and where heads are published.
+# What changes neither the graph nor PyTorch's outputs: settings of the engine, and where heads are published.
 _NOT_THE_GRAPHS = {"engine", "profiles", "heads"}
 
 
 def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
-    """Begins tracing in a thread before the checkpoint is there."""
+    """Starts tracing in a thread before the checkpoint is read."""
 
     def unread(name: str) -> Array:
         raise AssertionError(f"tracing read the weight {name}")
@@ -35,10 +35,10 @@ def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
 
 
 def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, traced: Traced) -> Stage:
-    """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
+    """The traced graphs with their weights. Neither the path of the weights nor engine settings change a byte."""
     metadata = {
         "dinoexport.variant": request.recipe.name,
-        # The hash alone: the same weights at another path must give the same bytes.
+        # Only the hash: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
         **head_metadata(request, checkpoint),
         "dinoexport.licence": request.recipe.licence,

@@ -23,7 +23,7 @@ Form = Literal[
 BINS = 256  # of the linear depth heads
 DPT_CHANNELS = 256  # of the released DPT heads, for every backbone
 _LAYERS = 4
-# Upstream's choice for ViT-L is no even spread; the others' are (dinov2/hub/depthers.py, out_index).
+# Upstream's choice for ViT-L is not an even spread; the others' are (dinov2/hub/depthers.py, out_index).
 _SPREAD = {24: (4, 11, 17, 23)}
 
 
