@@ -36,9 +36,7 @@ _INPUT_COLUMNS = (
 )  # fmt: skip
 
 
-def kills(
-    count: int, scratch: Path, things: hostile.Kit, rng: random.Random
-) -> tuple[list[dict[str, object]], list[str]]:
+def kills(count: int, scratch: Path, things: hostile.Kit, rng: random.Random, stride: int) -> tuple[Rows, list[str]]:
     """At least `count` kills over all verbs: the table's rows, and a line for each fault."""
     small = kit.small_bundle(scratch, things.bundle)
     public = things.key.with_name("verify.pem")

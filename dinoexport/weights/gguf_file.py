@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinoexport.errors import WeightsError, require
+from dinoexport.errors import DinoexportError, WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 from dinoexport.system import untrusted
@@ -87,6 +87,24 @@ def reader(path: Path) -> Any:
     with untrusted.opened(path) as file:
         _Header(file).check()
     return gguf.GGUFReader(path, "r")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a regular file that begins as a GGUF file does."""
+    if not untrusted.is_regular(path):
+        return False
+    with untrusted.opened(path) as file:
+        return file.read(len(START)) == START
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata by key, as plain values. Raises WeightsError for a damaged file."""
+    try:
+        return {str(name): field.contents() for name, field in reader(path).fields.items()}
+    except DinoexportError:
+        raise
+    except Exception as error:  # whatever its parser meets in a damaged file
+        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
 
 
 def open_gguf(path: Path) -> tuple[Shapes, Read]:

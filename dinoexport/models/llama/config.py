@@ -32,6 +32,10 @@ class Architecture(Frozen):
     context: int = Field(
         gt=1, le=16_777_216, description="Most tokens a sequence may have, prompt and answer together."
     )
+    published_contexts: tuple[int, ...] = Field(
+        default=(),
+        description="Other values that the authors' own files state for the context, such as what it was trained on.",
+    )
     text: TextTable = Field(default_factory=TextTable, description="Its prompts.")
     tied: bool = Field(default=False, description="Whether the output matrix is the embedding table.")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import DinoexportError, UsageError, WeightsError, require
+from dinoexport.errors import UsageError, WeightsError, require
 from dinoexport.text.tokenizer import JSON, SENTENCEPIECE
 from dinoexport.weights import gguf_file
 
@@ -24,15 +24,11 @@ _PREFIX = "tokenizer.ggml."
 
 def read(path: Path) -> dict[str, bytes]:
     """The tokenizer's file by its name; nothing where the GGUF holds none. Raises WeightsError for a damaged one."""
-    try:
-        fields = gguf_file.reader(path).fields
-        found = {
-            name.removeprefix(_PREFIX): field.contents() for name, field in fields.items() if name.startswith(_PREFIX)
-        }
-    except DinoexportError:
-        raise
-    except Exception as error:  # whatever its parser meets in a damaged file
-        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
+    found = {
+        name.removeprefix(_PREFIX): value
+        for name, value in gguf_file.metadata(path).items()
+        if name.startswith(_PREFIX)
+    }
     if "tokens" not in found:
         return {}
     try:
