@@ -380,6 +380,14 @@ class FinishesAnswers(Protocol):
         """A front end's `answers` of the graph's outputs and what was `carried`; InputRefused where there are none."""
 
 
+@runtime_checkable
+class HasEngineForm(Protocol):
+    """A model whose graphs are made in another form for an engine than for a CPU."""
+
+    def engine_form(self) -> Mapping[str, Any]:
+        """The recipe's table `[graph]` with what engines need."""
+
+
 class Family(Protocol):
     """A kind of model."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport import bundle, family
-from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, reference_file, sbom
+from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, archive, reference_file, sbom
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limit, Recipe, parse
 from dinoexport.errors import UsageError, ValidationFailed, require
@@ -73,7 +73,23 @@ def fit(
     those computed from PyTorch's tokens.
     """
     require("export", *PACKAGES)
-    manifest = bundle.verify(folder, progress=progress)
+    target = out or folder.with_name(f"{folder.name}-{kind}")
+    if target.resolve() == folder.resolve():
+        raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
+    with bundle.checked(folder, progress=progress) as manifest:
+        return _fitted(folder, manifest, images, kind, balanced, target, force, progress)
+
+
+def _fitted(
+    folder: Path,
+    manifest: Manifest,
+    images: Path,
+    kind: HeadKind,
+    balanced: bool,
+    target: Path,
+    force: bool,
+    progress: Progress,
+) -> FittedBundle:
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     _refuse(folder, manifest, model, kind)
@@ -104,7 +120,6 @@ def fit(
     )
     head = {"kind": model.fitted_head(kind), "classes": list(found.classes), **fitted.table}
     changed = recipe.changed(head=head)
-    target = out or folder.with_name(f"{folder.name}-{kind}")
     confused = _confused(model, images, held)
     return _publish(folder, target, manifest, changed, found, fitted, held, confused, reads, kind, force, progress)
 
@@ -160,12 +175,9 @@ def _features(
 
 
 def _stored(place: Path, digest: str) -> dict[str, Array] | None:
-    import numpy as np
-
     try:
-        with (place / f"{digest}.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except Exception:  # absent, or damaged in one of a dozen ways: it is computed again
+        return archive.read(place / f"{digest}.npz")
+    except Exception:  # absent, or damaged in any way: it is computed again
         return None
 
 
