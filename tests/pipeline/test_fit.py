@@ -138,7 +138,7 @@ def example(name: str, label: str, digest: str) -> examples.Example:
 def test_a_planted_leak_is_caught() -> None:
     fitted = [example("a/1.png", "a", "11"), example("b/1.png", "b", "22")]
     examples.refuse_leak(fitted, [example("a/2.png", "a", "33")])
-    with pytest.raises(UsageError, match=r"a/copy\.png are held out and fitted on as well"):
+    with pytest.raises(UsageError, match=r"a/copy\.png are both held out and fitted"):
         examples.refuse_leak(fitted, [example("a/copy.png", "a", "11")])
 
 
@@ -153,8 +153,8 @@ def test_copies_stay_on_one_side() -> None:
     ("change", "words"),
     [
         ("one class", "has one class, 'chelsea'"),
-        ("one image", "rocket: a class of one image"),
-        ("no class", "stray.png of .* lie in no subfolder"),
+        ("one image", "rocket: a class with one image"),
+        ("no class", "stray.png of .* are in no subfolder"),
         ("two classes", "One image in two classes: chelsea/00.png and china/copy.png"),
     ],
 )
