@@ -85,6 +85,8 @@ VERBS = {
 # What these do beyond loading what the others load is asking servers the user names.
 NOT_RUN = {
     "generate": "needs a text model; it loads what bench and validate load",
+    "push": "it sends the bundle to the registry it is given",
+    "pull": "it takes the bundle from the registry it is given",
     "openai": "the same, behind a server that the user starts",
 }
 
