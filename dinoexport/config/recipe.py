@@ -119,6 +119,13 @@ class Recipe(Frozen):
         default=None, description="Arithmetic of the graph's body. Default: the first the target has."
     )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    obtain: str = Field(
+        default="", description="Where weights are had that no program may fetch, and under what conditions."
+    )
+    card: dict[Name, str] = Field(
+        default_factory=dict,
+        description="What the authors say of intended use, limits and risks, and what a licence wants passed on.",
+    )
     quantised: Literal["activations", "weights"] = Field(
         default="activations",
         description="What int8 and int4 store in fewer bits. `activations`: weights and activations, with one "

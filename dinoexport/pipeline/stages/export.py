@@ -20,8 +20,9 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What changes neither the graph nor PyTorch's outputs: settings of the engine, and where heads are published.
-_NOT_THE_GRAPHS = {"engine", "profiles", "heads"}
+# What changes neither the graph nor PyTorch's outputs: settings of the engine, where heads and weights are had, and
+# what people are told.
+_NOT_THE_GRAPHS = {"engine", "profiles", "heads", "card", "obtain"}
 
 
 def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
