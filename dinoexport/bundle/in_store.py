@@ -96,7 +96,7 @@ def _manifest(place: RemotePlace) -> bytes:
         return place.read(MANIFEST, max_bytes=MANIFEST_MAX_BYTES)
     except FileNotFoundError:
         raise UsageError(
-            f"{place} is no bundle: it has no {MANIFEST}.",
+            f"{place} is not a bundle: it has no {MANIFEST}.",
             next_step=f"dinoexport build VARIANT --out {place} makes one.",
         ) from None
     except ValueError as error:
@@ -169,7 +169,7 @@ def _check_place(place: RemotePlace) -> None:
         raw = b""
     if b'"manifest_sha256"' not in raw and (name := next((name for name, _ in place.files() if name != WRITING), "")):
         raise UsageError(
-            f"{place} holds what is no bundle's, {name} for one.", next_step="Choose a prefix of its own as --out."
+            f"{place} holds files of no bundle, such as {name}.", next_step="Choose a separate prefix as --out."
         )
 
 

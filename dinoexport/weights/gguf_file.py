@@ -1,4 +1,4 @@
-"""GGUF files, whose tensors are mapped and widened to float32 one at a time when they are asked for."""
+"""Read GGUF files: tensors are mapped, and each is widened to float32 when it is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinoexport.spec import Array
 from dinoexport.system import untrusted
 
 START = b"GGUF"
-# What is widened without loss beyond the file's own; others would need a kernel of their own to be judged against.
+# Types that are widened without further loss; other types would need their own kernel to compare with.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
@@ -37,7 +37,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def open_gguf(path: Path) -> tuple[Shapes, Read]:
-    """Shapes of the tensors of `path`, outermost first as everywhere here, and what reads one.
+    """Shapes of the tensors of `path`, outermost dimension first, and a function that reads one.
 
     Raises WeightsError for a damaged file and for tensors of a type that is not in `TYPES`.
     """

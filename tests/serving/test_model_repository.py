@@ -234,7 +234,7 @@ def test_no_front_end_is_left_behind(built: Path, tmp_path: Path) -> None:
     """Its other half would be that of another version."""
     model_repository.deploy(built, tmp_path / "models", samples=IMAGES)
     before = snapshot(tmp_path / "models")
-    with pytest.raises(UsageError, match=r"tiny_swiglu_sized_images.* left behind"):
+    with pytest.raises(UsageError, match=r"tiny_swiglu_sized_images.* stay behind"):
         model_repository.deploy(built, tmp_path / "models")
     assert snapshot(tmp_path / "models") == before
     assert model_repository.deploy(built, tmp_path / "models", samples=IMAGES).version == 2
