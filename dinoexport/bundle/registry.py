@@ -113,16 +113,15 @@ def _registry(plain_http: bool) -> Any:
     require("registry", "oras")
     import logging
 
-    from oras.decorator import retry
+    from oras import provider  # its modules import each other, and only in this order
     from oras.logger import logger
-    from oras.provider import Registry
 
     logger.set_level(logging.CRITICAL + 1)  # what a registry answers may repeat credentials
 
-    class Sooner(Registry):  # type: ignore[misc]
+    class Sooner(provider.Registry):  # type: ignore[misc]
         """Asks twice more, after three seconds and five: oras' own five times take two minutes."""
 
-        do_request = retry(attempts=2)(Registry.do_request.__wrapped__)
+        do_request = provider.decorator.retry(attempts=2)(provider.Registry.do_request.__wrapped__)
 
     return Sooner(insecure=plain_http)
 
