@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dinoexport.bundle import checks
 from dinoexport.bundle import manifest as manifests
 from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, Manifest
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
@@ -44,7 +45,7 @@ def push(folder: Path, reference: str, *, plain_http: bool = False) -> str:
         raise UsageError(f"{reference} has no tag to push to.", next_step="Write it as HOST/NAME:TAG.")
     if ":" in str(folder):
         raise UsageError(f"{folder} has a colon in its path, which oras takes for a type.", next_step="Rename it.")
-    manifest = manifests.verify(folder)
+    manifest = checks.verify(folder)
     names = [file.name for file in manifest.files] + [MANIFEST]
     names += [SIGNATURE] if (folder / SIGNATURE).exists() else []
     registry = _registry(plain_http)
@@ -93,7 +94,7 @@ def pull(reference: str, out: Path, *, plain_http: bool = False, progress: Progr
                     _layer(registry, reference, layers, file.name, partial)
                 if SIGNATURE in layers:
                     _layer(registry, reference, layers, SIGNATURE, partial)
-            manifests.check_files(partial, manifest.files, progress=progress)
+            checks.check_files(partial, manifest.files, progress=progress)
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -144,12 +145,12 @@ def _layers(artifact: bytes, reference: str) -> Mapping[str, str]:
         layers = json.loads(artifact)["layers"]
         return {str(layer["annotations"][_TITLE]): str(layer["digest"]) for layer in layers}
     except (ValueError, KeyError, TypeError):
-        raise ValidationFailed(f"{reference} is no bundle.", next_step="dinoexport push makes one.") from None
+        raise ValidationFailed(f"{reference} is not a bundle.", next_step="dinoexport push makes one.") from None
 
 
 def _manifest(registry: Any, reference: str, layers: Mapping[str, str], folder: Path) -> Manifest:
     if MANIFEST not in layers:
-        raise ValidationFailed(f"{reference} is no bundle.", next_step="dinoexport push makes one.")
+        raise ValidationFailed(f"{reference} is not a bundle.", next_step="dinoexport push makes one.")
     _layer(registry, reference, layers, MANIFEST, folder)
     if (folder / MANIFEST).stat().st_size > MANIFEST_MAX_BYTES:
         raise manifests.damaged(f"{MANIFEST} is too large")

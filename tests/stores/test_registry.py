@@ -60,7 +60,7 @@ def test_a_registry_that_answers_something_else(registry: Registry, tiny: Path, 
         ("artifact", "another artifact"),
         ("layer", "does not have the digest"),
         ("missing", "is not in the artifact"),
-        ("no bundle", "is no bundle"),
+        ("no bundle", "is not a bundle"),
         ("other file", "damaged"),
     ):
         registry.store.clear()
