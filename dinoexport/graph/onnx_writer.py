@@ -103,7 +103,7 @@ def export(
 
 @contextmanager
 def _of_a_weight() -> Iterator[None]:
-    """What is wrong with a weight is said as it was found: small ones are read inside a serialiser, which wraps it."""
+    """Raises the error of a weight as it was: small ones are read inside a serialiser, which wraps errors."""
     try:
         yield
     except DinoexportError:
