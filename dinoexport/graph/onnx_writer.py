@@ -7,25 +7,22 @@ the checkpoint to the external data file one at a time, folded and cast on the w
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
+from dinoexport.graph import tracer
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
 # A signature's types as ONNX has them, without importing it.
 _DTYPES = {
@@ -37,8 +34,9 @@ _DTYPES = {
     "int64": "INT64",
 }
 
-# Piece name -> its traced graph.
-Traces = dict[str, "ir.Graph"]
+# Piece name -> its traced graph, as the content of an ONNX file.
+Traces = dict[str, bytes]
+Trace = Callable[[Piece], bytes]
 
 # Shapes and axes stay in the file itself: shape inference does not read external data.
 INLINE_BYTES = 256
@@ -47,8 +45,6 @@ WRITERS = 2
 IN_FLIGHT_BYTES = 64 * 2**20
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
-# What the first trace would spend two seconds importing.
-_IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
 
 
 def export(
@@ -58,11 +54,13 @@ def export(
     *,
     metadata: Mapping[str, str],
     traces: Traces | None = None,
+    trace: Trace = tracer.trace,
     progress: Progress = silent,
 ) -> tuple[Path, ...]:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
 
-    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added.
+    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added. trace: gives
+    that of a piece that is not among them.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
@@ -71,12 +69,14 @@ def export(
     import onnx_ir as ir
 
     pieces = {call.piece.name: call.piece for call in calls}
-    traced = {} if traces is None else traces
+    known = {} if traces is None else traces
     for done, (name, piece) in enumerate(pieces.items(), start=1):
-        if name not in traced:
-            traced[name] = _trace(piece)
+        if name not in known:
+            known[name] = traced(piece, trace)
         progress("tracing", done, len(pieces))
-    model = _assemble(graph, calls, traced, metadata)
+    model = _assemble(
+        graph, calls, {name: ir.from_proto(onnx.ModelProto.FromString(known[name])).graph for name in pieces}, metadata
+    )
     path = folder / f"{graph.name}.onnx"
     written = itertools.count(1)
     ir.save(
@@ -99,103 +99,44 @@ def export(
 
 
 @contextmanager
-def tracing(calls: Callable[[], Sequence[Call]]) -> Iterator[Callable[[], Traces]]:
-    """Imports and traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
+def tracing(
+    calls: Callable[[], Sequence[Call]], *, trace: Trace, ahead: Sequence[str] = ()
+) -> Iterator[Callable[[], Traces]]:
+    """Traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
 
     No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
     What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
+    ahead: modules that it imports first, for whoever will need them later.
     """
     traces: Traces = {}
     ended = Event()
 
-    def trace() -> Traces:
-        for module in _IMPORTS:
+    def trace_all() -> Traces:
+        for module in ahead:
             if not ended.is_set():
                 import_module(module)
         for call in () if ended.is_set() else calls():
             if not ended.is_set() and call.piece.name not in traces:
-                traces[call.piece.name] = _trace(call.piece)
+                traces[call.piece.name] = trace(call.piece)
         return traces
 
     with ThreadPoolExecutor(1) as pool:
-        traced = pool.submit(trace)
+        traced = pool.submit(trace_all)
         try:
             yield traced.result
         finally:
             ended.set()
 
 
-def _trace(piece: Piece) -> ir.Graph:
-    """The piece as an optimised graph whose inputs are its own inputs, then its parameters by name."""
-    import onnxscript.optimizer
-    import torch
-
-    axes = {
-        name: {axis: torch.export.Dim(dim, min=piece.least_sizes.get(dim)) for axis, dim in dims.items()}
-        for name, dims in piece.dynamic.items()
-    }
-    shapes = _as_taken(piece.module, tuple(axes.get(name, {}) for name in piece.example_inputs))
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                piece.module.eval(),
-                tuple(piece.example_inputs.values()),
-                input_names=list(piece.example_inputs),
-                dynamic_shapes=shapes,
-                opset_version=piece.opset,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
-        assert program is not None
-        model = program.model
-        # As graph inputs the stand-in weights can be neither folded away nor merged for having equal values.
-        for name, _ in piece.module.named_parameters():
-            weight = model.graph.initializers.pop(name)
-            weight.const_value = None
-            model.graph.inputs.append(weight)
-        onnxscript.optimizer.optimize(model)
-    _copy_dims(model)
-    graph: ir.Graph = model.graph
-    return graph
-
-
-def _as_taken(module: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs' dynamic shapes as `torch.export` wants them: those that `*args` takes are one nested tuple."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    rest = [i for i, parameter in enumerate(parameters) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
-    return shapes if not rest else (*shapes[: rest[0]], shapes[rest[0] :])
-
-
-def _copy_dims(model: ir.Model) -> None:
-    """Reshapes to a computed shape become reshapes to a constant one wherever a dynamic dimension only stays in place.
-
-    ONNX Reshape copies a dimension for a 0; the tracer computes it with Shape and Concat instead, four nodes a block.
-    """
-    import numpy as np
-    import onnx_ir as ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    for node in list(model.graph):
-        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
-        if source is None or result is None or source.shape is None or result.shape is None:
-            continue
-        before, after = source.shape.dims, result.shape.dims
-        constant = [
-            size if isinstance(size, int) else 0 if i < len(before) and before[i] == size else -1
-            for i, size in enumerate(after)
-        ]
-        if constant.count(-1) > 1 or constant == list(after):
-            continue
-        tensor = ir.tensor(np.array(constant, np.int64), name=f"{result.name}_shape")
-        shape = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([len(constant)]))
-        shape.type = ir.TensorType(ir.DataType.INT64)
-        model.graph.register_initializer(shape)
-        node.replace_input_with(1, shape)
-        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-    RemoveUnusedNodesPass()(model)
+def traced(piece: Piece, trace: Trace = tracer.trace) -> bytes:
+    """The piece's trace; a BuildError when it cannot be traced."""
+    try:
+        return trace(piece)
+    except Exception as error:
+        # The tracer's own kind cannot be named here: that would import it.
+        if type(error).__module__.partition(".")[0] != "torch":
+            raise
+        raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
 
 
 def _assemble(
@@ -266,7 +207,6 @@ def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.No
     import onnx_ir as ir
 
     from dinoexport.graph.lazy_weights import StreamedTensor
-    from dinoexport.graph.quantised_weights import QuantisedWeight
 
     assert parameter.name is not None and parameter.dtype is not None
     weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
@@ -274,6 +214,8 @@ def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.No
     if not weight.bits:
         stored = _initializer(StreamedTensor(weight, parameter.dtype, name))
         return [stored], [], stored
+    from dinoexport.graph.quantised_weights import QuantisedWeight
+
     parts = QuantisedWeight(weight, name, scale_dtype=parameter.dtype)
     held = [_initializer(part) for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
     widened = ir.Node(
@@ -331,18 +273,3 @@ def _copied(node: ir.Node, inner: dict[ir.Value, ir.Value], scope: str) -> ir.No
         version=node.version,
         name=f"{scope}/{node.outputs[0].name}",
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences notices of the tracer that a user can do nothing about, such as a missing torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch.export warns of its own use of deprecated pytree classes.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
