@@ -44,7 +44,7 @@ _MAX_BYTES = 1 << 22
 _BUILD = re.compile(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$")
 _VERSIONED = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 # Packages a traced module may import besides its own and Python's: those whose versions are in the key.
-_KNOWN = frozenset({"torch", "numpy"})
+_KNOWN = frozenset({"torch", "numpy", "onnx", "onnx_ir", "onnxscript"})
 
 
 class _Unknown(Exception):
