@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
-import onnx_ir as ir
 
 from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Array, Weight
@@ -20,26 +19,39 @@ _BLOCK_NUMBERS = 1 << 18
 _TILE = 64
 
 
-class StreamedTensor(ir.LazyTensor):
-    """`weight` cast to `dtype`, read anew each time; raises ValidationFailed where `dtype` cannot hold it."""
+class StreamedTensor:
+    """`weight` cast to `dtype`, ONNX's number of it; read anew each time.
 
-    def __init__(self, weight: Weight, dtype: ir.DataType, name: str) -> None:
-        super().__init__(self._whole, dtype=dtype, shape=ir.Shape(weight.shape), name=name)
-        self._weight = weight
+    Raises ValidationFailed where `dtype` cannot hold it.
+    """
+
+    def __init__(self, weight: Weight, dtype: int, name: str) -> None:
+        self.name, self.dtype, self.shape, self._weight = name, dtype, weight.shape, weight
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in a file."""
+        return math.prod(self.shape) * self._as.itemsize
+
+    def tobytes(self) -> bytes:
+        """All of them."""
+        return b"".join(block.tobytes() for block in self._blocks())
 
     def tofile(self, file: BinaryIO) -> None:
         """Writes the bytes without ever holding all of them."""
         file.writelines(block.view(np.uint8).data for block in self._blocks())
 
-    def _whole(self) -> ir.Tensor[np.ndarray]:
-        numbers = np.concatenate(list(self._blocks()))
-        return ir.Tensor(numbers.reshape(self._weight.shape), dtype=self.dtype, name=self.name)
+    @property
+    def _as(self) -> np.dtype[Any]:
+        import onnx
+
+        return onnx.helper.tensor_dtype_to_np_dtype(self.dtype)
 
     def _blocks(self) -> Iterator[Array]:
         """The numbers in order, (N,) each, cast and finite."""
         values = self._weight.read()
         assert values.shape == self._weight.shape, (self.name, values.shape, self._weight.shape)
-        rows, dtype = np.atleast_1d(values), self.dtype.numpy()
+        rows, dtype = np.atleast_1d(values), self._as
         step = max(1, _BLOCK_NUMBERS // max(1, rows[0].size))
         for begin in range(0, len(rows), step):
             block = _in_order(rows[begin : begin + step])
@@ -47,8 +59,7 @@ class StreamedTensor(ir.LazyTensor):
             with np.errstate(over="ignore"):
                 if not all(math.isfinite(end) for end in ends.astype(dtype)):
                     raise ValidationFailed(
-                        f"The weight {self.name} reaches {np.abs(values).max():,.0f}, "
-                        f"more than {self.dtype.name.lower()} can hold.",
+                        f"The weight {self.name} reaches {np.abs(values).max():,.0f}, more than {dtype} can hold.",
                         next_step="--precision auto finds what must stay fp32.",
                     )
             yield _cast(block, dtype).reshape(-1)

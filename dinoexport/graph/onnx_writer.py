@@ -1,13 +1,14 @@
 """Traced pieces to one typed ONNX file with streamed external weights.
 
-A deep model is the same block many times, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by
-graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing; they go from
-the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of one tensor.
+A deep model is the same block many times, so each piece is traced once (`tracer`), or was before (`traces`), and is
+repeated by graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing;
+they go from the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of
+one tensor. The graph is put together in ONNX's own protobuf classes: onnx_ir would import sympy, half a second of an
+export that takes one.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
-from dinoexport.graph import tracer
+from dinoexport.graph import tracer, weights_file
+from dinoexport.graph.weights_file import Constant, Held
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 # A signature's types as ONNX has them, without importing it.
 _DTYPES = {
@@ -38,11 +40,6 @@ _DTYPES = {
 Traces = dict[str, bytes]
 Trace = Callable[[Piece], bytes]
 
-# Shapes and axes stay in the file itself: shape inference does not read external data.
-INLINE_BYTES = 256
-# One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
-WRITERS = 2
-IN_FLIGHT_BYTES = 64 * 2**20
 # What an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 
@@ -66,7 +63,6 @@ def export(
     """
     require("export", *PACKAGES)
     import onnx
-    import onnx_ir as ir
 
     pieces = {call.piece.name: call.piece for call in calls}
     known = {} if traces is None else traces
@@ -74,21 +70,13 @@ def export(
         if name not in known:
             known[name] = traced(piece, trace)
         progress("tracing", done, len(pieces))
-    model = _assemble(
-        graph, calls, {name: ir.from_proto(onnx.ModelProto.FromString(known[name])).graph for name in pieces}, metadata
-    )
+    whole = _Whole(graph, {name: onnx.ModelProto.FromString(known[name]).graph for name in pieces})
+    for call in calls:
+        whole.add(call)
     path = folder / f"{graph.name}.onnx"
-    written = itertools.count(1)
-    ir.save(
-        model,
-        path,
-        external_data=f"{path.name}.data",
-        size_threshold_bytes=INLINE_BYTES,
-        # In whatever order they are done.
-        callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
-        max_workers=WRITERS,
-        max_in_flight_bytes=IN_FLIGHT_BYTES,
-    )
+    model = whole.model(metadata)
+    weights_file.write(model.graph, whole.held, path.with_name(f"{path.name}.data"), progress=progress)
+    path.write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -121,9 +109,9 @@ def tracing(
         return traces
 
     with ThreadPoolExecutor(1) as pool:
-        traced = pool.submit(trace_all)
+        begun = pool.submit(trace_all)
         try:
-            yield traced.result
+            yield begun.result
         finally:
             ended.set()
 
@@ -139,44 +127,125 @@ def traced(piece: Piece, trace: Trace = tracer.trace) -> bytes:
         raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
 
 
-def _assemble(
-    graph: Graph, calls: Sequence[Call], traced: Mapping[str, ir.Graph], metadata: Mapping[str, str]
-) -> ir.Model:
-    """The calls' graphs in a row, with the recipe's names outside and external weights inside."""
-    import onnx_ir as ir
+class _Whole:
+    """The calls' graphs in a row, with the recipe's names outside and the weights inside."""
 
-    values = {tensor.name: _value(tensor) for tensor in graph.inputs}
-    inputs = list(values.values())
-    constants: dict[tuple[object, ...], ir.Value] = {}
-    initializers = [values[tensor.name] for tensor in graph.inputs if tensor.default is not None]
-    (opset,) = {call.piece.opset for call in calls}
-    nodes: list[ir.Node] = []
-    for call in calls:
-        piece = traced[call.piece.name]
-        own_inputs = piece.inputs[: len(call.inputs)]
-        inner: dict[ir.Value, ir.Value] = dict(zip(own_inputs, (values[name] for name in call.inputs), strict=True))
-        for parameter in piece.inputs[len(call.inputs) :]:
-            stored, widening, inner[parameter] = _weight(call, parameter)
-            initializers.extend(stored)
-            nodes.extend(widening)
-        for constant in piece.initializers.values():
-            inner[constant] = _shared(constant, constants)
-        nodes.extend(_copied(node, inner, call.scope) for node in piece)
-        for name, output in zip(call.outputs, piece.outputs, strict=True):
-            values[name] = inner[output]
-            values[name].name = name
-    outputs = [values[tensor.name] for tensor in graph.outputs]
-    for value, tensor in zip(outputs, graph.outputs, strict=True):
-        value.shape, value.type = ir.Shape(tensor.shape), _value(tensor).type
-    ir_graph = ir.Graph(
-        inputs,
-        outputs,
-        nodes=nodes,
-        initializers=[*constants.values(), *initializers],
-        opset_imports={"": opset},
-        name=graph.name,
-    )
-    return ir.Model(ir_graph, ir_version=_ir_version(opset), producer_name="dinoexport", metadata_props=dict(metadata))
+    def __init__(self, graph: Graph, pieces: Mapping[str, GraphProto]) -> None:
+        self._graph, self._pieces = graph, pieces
+        self._names = {tensor.name: tensor.name for tensor in graph.inputs}
+        self._outputs = {tensor.name for tensor in graph.outputs}
+        self._constants: dict[tuple[object, ...], Constant] = {}
+        self._weights: list[Held] = []
+        self._nodes: list[NodeProto] = []
+        self._infos: list[ValueInfoProto] = []
+        self._opsets: set[int] = set()
+
+    @property
+    def held(self) -> list[Held]:
+        """The initializers. The bytes of weights are made when the file is written."""
+        defaults = [_default(tensor) for tensor in self._graph.inputs if tensor.default is not None]
+        return [*self._constants.values(), *defaults, *self._weights]
+
+    def add(self, call: Call) -> None:
+        """The nodes of one call, and the weights they read."""
+        piece = self._pieces[call.piece.name]
+        self._opsets.add(call.piece.opset)
+        own, parameters = piece.input[: len(call.inputs)], piece.input[len(call.inputs) :]
+        inner = {value.name: self._names[name] for value, name in zip(own, call.inputs, strict=True)}
+        for parameter in parameters:
+            inner[parameter.name] = self._weight(call, parameter)
+        for constant in piece.initializer:
+            inner[constant.name] = self._shared(constant)
+        results = {value.name: name for value, name in zip(piece.output, call.outputs, strict=True)}
+        types = {value.name: value.type.tensor_type.elem_type for value in (*piece.value_info, *piece.output)}
+        for node in piece.node:
+            inner |= {name: results.get(name, f"{call.scope}/{name}") for name in node.output if name}
+            self._nodes.append(_copied(node, inner, call.scope))
+            self._infos += [
+                _info(inner[name], types[name])
+                for name in node.output
+                if types.get(name) and inner[name] not in self._outputs
+            ]
+        self._names |= {name: inner[value] for value, name in results.items()}
+        assert all(self._names[name] == name for name in call.outputs), call.scope
+
+    def model(self, metadata: Mapping[str, str]) -> ModelProto:
+        """All of it but the initializers."""
+        import onnx
+
+        (opset,) = self._opsets
+        model = onnx.ModelProto(ir_version=_ir_version(opset), producer_name="dinoexport")
+        model.opset_import.add(domain="", version=opset)
+        for key in sorted(metadata):
+            model.metadata_props.add(key=key, value=metadata[key])
+        graph = model.graph
+        graph.name = self._graph.name
+        graph.input.extend(_signature(tensor) for tensor in self._graph.inputs)
+        graph.output.extend(_signature(tensor) for tensor in self._graph.outputs)
+        inputs = {tensor.name for tensor in self._graph.inputs}
+        graph.value_info.extend(
+            _info(str(t.name), int(t.dtype), tuple(t.shape)) for t in self.held if t.name not in inputs
+        )
+        graph.value_info.extend(self._infos)
+        graph.node.extend(self._nodes)
+        return model
+
+    def _weight(self, call: Call, parameter: ValueInfoProto) -> str:
+        """The value that is the parameter: an initializer, or what a quantised one is widened to."""
+        from dinoexport.graph.lazy_weights import StreamedTensor
+
+        dtype = parameter.type.tensor_type.elem_type
+        shape = tuple(dim.dim_value for dim in parameter.type.tensor_type.shape.dim)
+        weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
+        assert shape == weight.shape, name
+        if not weight.bits:
+            self._weights.append(StreamedTensor(weight, dtype, name))
+            return name
+        import onnx
+
+        from dinoexport.graph.quantised_weights import QuantisedWeight
+
+        parts = QuantisedWeight(weight, name, scale_dtype=dtype)
+        held = [part for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
+        self._weights += held
+        inputs = [str(part.name) for part in held]
+        self._nodes.append(
+            onnx.helper.make_node(
+                "DequantizeLinear", inputs, [name], name=f"{name}/widened", axis=0, block_size=weight.block
+            )
+        )
+        self._infos.append(_info(name, dtype, shape))
+        return name
+
+    def _shared(self, constant: TensorProto) -> str:
+        """One initializer for all equal small constants of all pieces."""
+        import onnx
+
+        values = onnx.numpy_helper.to_array(constant)
+        key = (constant.data_type, tuple(constant.dims), values.tobytes())
+        if key not in self._constants:
+            self._constants[key] = Constant(
+                name=f"constant_{len(self._constants)}",
+                dtype=constant.data_type,
+                shape=tuple(constant.dims),
+                content=values.tobytes(),
+            )
+        return self._constants[key].name
+
+
+def _copied(node: NodeProto, inner: Mapping[str, str], scope: str) -> NodeProto:
+    """The node in its place in the whole graph."""
+    import onnx
+
+    subgraphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    if any(attribute.type in subgraphs for attribute in node.attribute):
+        raise BuildError(f"{scope}: {node.op_type} holds a subgraph, which cannot be repeated.", next_step="Report it.")
+    made = onnx.NodeProto()
+    made.CopyFrom(node)
+    made.name = f"{scope}/{node.output[0]}"
+    made.input[:] = [inner[name] if name else "" for name in node.input]
+    made.output[:] = [inner[name] if name else "" for name in node.output]
+    return made
 
 
 def _ir_version(opset: int) -> int:
@@ -186,90 +255,40 @@ def _ir_version(opset: int) -> int:
     return 10 if opset >= 21 else 9
 
 
-def _value(tensor: Tensor) -> ir.Value:
+def _info(name: str, dtype: int, shape: Sequence[int | str] | None = None) -> ValueInfoProto:
+    """A value's name and type. shape: None where it is left to shape inference."""
+    import onnx
+
+    made = onnx.ValueInfoProto(name=name)
+    made.type.tensor_type.elem_type = dtype
+    if shape is not None:
+        made.type.tensor_type.shape.SetInParent()
+        for size in shape:
+            dim = made.type.tensor_type.shape.dim.add()
+            if isinstance(size, str):
+                dim.dim_param = size
+            else:
+                dim.dim_value = size
+    return made
+
+
+def _signature(tensor: Tensor) -> ValueInfoProto:
+    return _info(tensor.name, _type_of(tensor), tensor.shape)
+
+
+def _type_of(tensor: Tensor) -> int:
+    import onnx
+
+    return int(onnx.TensorProto.DataType.Value(_DTYPES[tensor.dtype]))
+
+
+def _default(tensor: Tensor) -> Constant:
+    """The value of an input that may be left out: an initializer of the same name."""
     import numpy as np
-    import onnx_ir as ir
+    import onnx
 
-    dtype = ir.DataType[_DTYPES[tensor.dtype]]
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
-    if tensor.default is not None:
-        # An input that is an initializer too may be left out.
-        content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
-        value.const_value = ir.Tensor(content, name=tensor.name)
-    return value
-
-
-def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.Node], ir.Value]:
-    """The initializers that hold a parameter, the nodes that widen it where it is quantised, and the value to use.
-
-    The bytes are made when the file is written.
-    """
-    import onnx_ir as ir
-
-    from dinoexport.graph.lazy_weights import StreamedTensor
-
-    assert parameter.name is not None and parameter.dtype is not None
-    weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
-    assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
-    if not weight.bits:
-        stored = _initializer(StreamedTensor(weight, parameter.dtype, name))
-        return [stored], [], stored
-    from dinoexport.graph.quantised_weights import QuantisedWeight
-
-    parts = QuantisedWeight(weight, name, scale_dtype=parameter.dtype)
-    held = [_initializer(part) for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
-    widened = ir.Node(
-        "",
-        "DequantizeLinear",
-        held,
-        [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", weight.block)],
-        outputs=[ir.Value(name=name, shape=parameter.shape, type=ir.TensorType(parameter.dtype))],
-        name=f"{name}/widened",
-    )
-    return held, [widened], widened.outputs[0]
-
-
-def _initializer(tensor: ir.LazyTensor) -> ir.Value:
-    import onnx_ir as ir
-
-    return ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-
-
-def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:
-    """One initializer for all equal small constants of all pieces."""
-    import onnx_ir as ir
-
-    tensor = constant.const_value
-    assert tensor is not None and constant.dtype is not None
-    key = (constant.dtype, tuple(tensor.shape), tensor.tobytes())
-    if key not in constants:
-        name = f"constant_{len(constants)}"
-        constants[key] = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.numpy().shape),
-            type=ir.TensorType(constant.dtype),
-            const_value=ir.Tensor(tensor.numpy(), name=name),
-        )
-    return constants[key]
-
-
-def _copied(node: ir.Node, inner: dict[ir.Value, ir.Value], scope: str) -> ir.Node:
-    """The node in its place in the whole graph; without the tracer's notes, which name files of this machine."""
-    import onnx_ir as ir
-
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-        raise BuildError(f"{scope}: {node.op_type} holds a subgraph, which cannot be repeated.", next_step="Report it.")
-    outputs = [
-        ir.Value(name=f"{scope}/{out.name}", shape=None, type=out.type) if out.name else ir.Value(name="")
-        for out in node.outputs
-    ]
-    inner.update(zip(node.outputs, outputs, strict=True))
-    return ir.Node(
-        node.domain,
-        node.op_type,
-        [None if value is None else inner[value] for value in node.inputs],
-        node.attributes.values(),
-        outputs=outputs,
-        version=node.version,
-        name=f"{scope}/{node.outputs[0].name}",
-    )
+    assert tensor.default is not None
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(_type_of(tensor))
+    shape = tuple(int(size) for size in tensor.shape)
+    content = np.full(shape, tensor.default, dtype).tobytes()
+    return Constant(name=tensor.name, dtype=_type_of(tensor), shape=shape, content=content)
