@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 # How much of a mapped file may be read before it is mapped anew.
-_MAPPED_BYTES_MAX = 64 * 2**20
+_MAPPED_BYTES_MAX = 16 * 2**20
 _ZIP_START = b"PK\x03\x04"
 # Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
 _DICTS_DEEP_MAX = 8
