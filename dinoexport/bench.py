@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
-from dinoexport.errors import ValidationFailed
+from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import Model, Runnable
 from dinoexport.runtime import Arithmetic, Opened, cpu, runners
-from dinoexport.spec import Precision, Progress, Way, Workload, silent
+from dinoexport.runtime import sizes as of_size
+from dinoexport.spec import Graph, Precision, Progress, Runner, Way, Workload, silent
 from dinoexport.system import timing
 from dinoexport.validation import evaluate
 from dinoexport.weights.checkpoint import SYNTHETIC
@@ -124,9 +125,16 @@ class Bench:
 
 
 def bench(
-    folder: Path, *, weights: str | None = None, head_weights: str | None = None, progress: Progress = silent
+    folder: Path,
+    *,
+    weights: str | None = None,
+    head_weights: str | None = None,
+    sizes: Sequence[str] = (),
+    progress: Progress = silent,
 ) -> Bench:
     """Times the bundle in `folder` on every load its family names, beside PyTorch where torch and the weights are here.
+
+    sizes: as `224x224`; instead of those loads, each is timed in the general form and in a form of its own.
 
     Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
     is useless.
@@ -147,15 +155,18 @@ def bench(
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
         notes.append(f"the peak is NumPy's under {', '.join(told)}: the machine may do better without")
-    for done, workload in enumerate(model.workloads, start=1):
+    loads, forms = model.workloads, dict[str, Mapping[str, Runner]]()
+    if sizes:
+        loads, forms = _own_forms(model, graphs, way, sizes, notes)
+    for done, workload in enumerate(loads, start=1):
         gflop = cpu.flops(model, graphs, opened, workload.inputs) / 1e9
         if gflop / peak > _LONGEST_S:
             notes.append(
                 f"{workload.name} was left out: {gflop:.0f} GFLOP take {gflop / peak:.0f} s at this machine's peak"
             )
         else:
-            rows.append(_row(model, opened, workload, gflop, ask_pytorch))
-        progress("timing workloads", done, len(model.workloads))
+            rows.append(_row(model, forms.get(workload.name, opened), workload, gflop, ask_pytorch))
+        progress("timing workloads", done, len(loads))
     if (others := neighbours.share()) > timing.NOISY_SHARE:
         notes.append(f"noisy: other processes had {others:.0%} of the CPUs' time; ratios hold better than times do")
     return Bench(
@@ -166,6 +177,31 @@ def bench(
         rows=tuple(rows),
         notes=tuple(notes),
     )
+
+
+def _own_forms(
+    model: Runnable, graphs: Mapping[Path, Graph], way: Way, wanted: Sequence[str], notes: list[str]
+) -> tuple[tuple[Workload, ...], dict[str, Mapping[str, Runner]]]:
+    """Two loads of each size, and what answers the second of them: a form of that size alone."""
+    if len(graphs) != 1 or next(iter(graphs.values())).carried:
+        raise UsageError("This bundle's graph has no size of its own.", next_step="Leave --size out.")
+    (graph,) = graphs.values()
+    loads, forms = [], {}
+    for size in wanted:
+        shapes = of_size.shapes_of(size, graph)
+        inputs = of_size.sample(graph, shapes)
+        items = next(iter(shapes.values()))[0]
+        own = f"{size}, a form of its own"
+        loads += [Workload(name=name, inputs=inputs, items=items, unit=model.workloads[0].unit) for name in (size, own)]
+        spend = replace(of_size.budget(), most=1)
+        opened = cpu.open_for_sizes(graphs, way, named=[size], spend=spend)
+        specialised = opened[graph.name]
+        assert isinstance(specialised, of_size.Specialised)
+        specialised.settle()
+        (form,) = specialised.forms
+        notes.append(f"{own}: {form.state}{form.why and f', {form.why}'}; it takes {form.memory_bytes / 1e6:.0f} MB")
+        forms[own] = opened
+    return tuple(loads), forms
 
 
 def _way(manifest: Manifest) -> Way:
@@ -182,7 +218,7 @@ def _arithmetic(model: Runnable, opened: Mapping[str, Opened]) -> Arithmetic:
 
 def _row(
     model: Runnable,
-    opened: Mapping[str, Opened],
+    opened: Mapping[str, Runner],
     workload: Workload,
     gflop: float,
     ask_pytorch: Callable[[Workload], object] | None,

@@ -202,6 +202,12 @@ def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
     head_weights: HeadWeights = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HxW|BxHxW", help="Time this size, in the general form and in a form of its own; repeatable."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput and the share of the machine's peak on this machine, beside PyTorch."""
@@ -210,7 +216,9 @@ def bench(
         from dinoexport.system import changes
 
         with progress_lines() as progress, changes.reading(bundle):
-            timed = stopwatch.bench(bundle, weights=weights, head_weights=head_weights, progress=progress)
+            timed = stopwatch.bench(
+                bundle, weights=weights, head_weights=head_weights, sizes=size or (), progress=progress
+            )
         if as_json:
             say_json(timed.to_json())
             return

@@ -139,6 +139,12 @@ class Recipe(Frozen):
         description="Named parts of that range for an engine to be tuned for; what is left out is as in `profile`.",
     )
     engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
+    sizes: tuple[Annotated[str, Field(pattern=r"^\d{1,9}(x\d{1,9})*$")], ...] = Field(
+        default=(),
+        max_length=16,
+        description="Sizes that are asked often, as `224x224` or `8x518x518`, batch first: on a CPU each gets a form "
+        "of its own beside the general one.",
+    )
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
     heads: dict[Name, WeightFile] = Field(
         default_factory=dict, description="Heads that are published for this variant, and where their weights are."

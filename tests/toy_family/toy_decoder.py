@@ -1,4 +1,4 @@
-"""A second family in two files, this and what it traces: a decoder of two graphs with a cache. It is installed by the entry point beside it.
+"""A second family, a decoder of two graphs with a cache, and what it traces. The entry point beside it installs it.
 
 A token's embedding joins the cache (B, T, D); the logits (B, V) are its mean through one matrix. `prefill` reads
 a prompt, `step` adds a token to what `prefill` left. A case is a greedy roll-out of both.

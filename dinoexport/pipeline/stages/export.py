@@ -22,7 +22,7 @@ from dinoexport.weights.checkpoint import Checkpoint
 # Waits for what is being traced, and gives it.
 Traced = Callable[[], Traces]
 # What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
-_ENGINE_ONLY = {"engine", "profiles"}
+_ENGINE_ONLY = {"engine", "profiles", "sizes"}
 
 
 def tracing(request: BuildRequest, *, fresh: bool, ahead: Sequence[str] = ()) -> AbstractContextManager[Traced]:
