@@ -64,8 +64,8 @@ def budget() -> Budget:
 def shapes_of(size: str, graph: Graph) -> Shapes:
     """The shapes of the graph's inputs for a size as people write it, `224x224` or `8x518x518`.
 
-    The numbers are the last of the graph's dynamic dimensions, two or more, in order; those before them are 1. A UsageError for a
-    size that is none, or that the graph does not take.
+    The numbers are the last of the graph's dynamic dimensions, two or more, in order; those before them are 1. A
+    UsageError for a size that is none, or that the graph does not take.
     """
     names = [dim.name for dim in graph.dims if any(dim.name in tensor.shape for tensor in graph.inputs)]
     example = "x".join(str(dim.opt) for dim in graph.dims if dim.name in names[-2:])
