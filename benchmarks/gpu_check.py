@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,8 @@ def exported(name: str, precision: Precision, folder: Path, largest_batch: int) 
     """The variant's ONNX with made-up weights, for batches up to `largest_batch`."""
     request = pipeline.build_request(name, weights="synthetic:0", precision=precision, target="cpu")
     ranges = {**request.recipe.profile, "batch": Range(min=1, opt=min(8, largest_batch), max=largest_batch)}
-    model: Any = type(request.model)(
-        recipe=request.recipe.model_copy(update={"profile": ranges}),
-        arch=request.model.arch,  # type: ignore[attr-defined]
-        choices=request.model.choices,  # type: ignore[attr-defined]
-    )
+    model: Any = request.model
+    model = replace(model, recipe=request.recipe.model_copy(update={"profile": ranges}))
     checkpoint = open_checkpoint(model, request.recipe, request.weights, progress=silent)
     (graph,) = model.graphs
     onnx, _ = export(graph, model.calls(graph, checkpoint.read), folder, metadata={})

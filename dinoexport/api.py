@@ -99,7 +99,7 @@ class Bundle:
 
     @property
     def runs_on(self) -> str:
-        """The runtime, its version and the precision that answer a call, in words. Opens the model."""
+        """The runtime, its version and the precision that compute a call, in words. Opens the model."""
         with self._lock:
             return self._candidate()[1]
 
@@ -115,7 +115,7 @@ class Bundle:
             inputs: Images (paths, encoded bytes, Pillow images; one or a sequence), which are prepared as the
                 validation prepares its photographs and run in batches that the graph takes. Or arrays: the graph's
                 only input, or a mapping with all inputs by name, as `graphs` describes them.
-            front_end: How images are prepared, where the model has several ways.
+            front_end: How images are prepared, if the model has several ways.
 
         Raises:
             InputRefused: The inputs are not what the graph takes, or an image cannot be read.
@@ -323,7 +323,7 @@ def build(
     Args:
         variant: A shipped variant, or the path of a recipe. None: made from the weights and the files beside them.
         weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
-        prefix: Which of several models in the file: what stands before its tensors' names.
+        prefix: The prefix of tensor names that selects one of several models in the file.
         precision: "fp32", "fp16", "bf16", "int8" or "auto". None: the recipe's, else the target's first.
         target: The machine to build for. None: the GPU of this machine, else "cpu".
         runtime: One of the target's runtimes. None: the first that can be used.
@@ -371,7 +371,7 @@ def _member(kind: Any, named: str, word: str | None) -> Any:
 
 
 def _is_array(inputs: Any) -> TypeGuard[Array]:
-    """A NumPy array; a Pillow image has an array interface as well, and no `ndim`."""
+    """Whether `item` is a NumPy array. A Pillow image has an array interface too, but no `ndim`."""
     return hasattr(inputs, "__array_interface__") and hasattr(inputs, "ndim")
 
 
@@ -386,7 +386,7 @@ def _encoded(item: Any) -> bytes:
     if isinstance(item, str | PathLike):
         path = Path(item)
         if not path.is_file():
-            raise InputRefused(f"{path} is no file.", next_step="Check the path.")
+            raise InputRefused(f"{path} is not a file.", next_step="Check the path.")
         try:
             return path.read_bytes()
         except OSError as error:
@@ -396,10 +396,10 @@ def _encoded(item: Any) -> bytes:
     if hasattr(item, "save") and hasattr(item, "mode"):
         stored = BytesIO()
         if item.mode in ("I", "F"):
-            raise InputRefused("An image of 32-bit grey has no agreed range.", next_step="Scale it to 8 or 16 bits.")
+            raise InputRefused("An image in 32-bit grey has no standard range.", next_step="Scale it to 8 or 16 bits.")
         kept = item if item.mode in _PNG_MODES or item.mode.startswith("I;16") else item.convert("RGB")
         kept.save(stored, "PNG", compress_level=0, exif=item.getexif())
         return stored.getvalue()
     raise InputRefused(
-        f"A {type(item).__name__} is no image.", next_step="Give paths, encoded bytes, Pillow images or NumPy arrays."
+        f"A {type(item).__name__} is not an image.", next_step="Give paths, encoded bytes, Pillow images or arrays."
     )

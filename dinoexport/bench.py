@@ -1,4 +1,4 @@
-"""Measure a bundle's speed on this machine, beside the machine's peak and PyTorch."""
+"""Measure a bundle's speed on this machine, compared with the machine's peak and with PyTorch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dinoexport.weights.checkpoint import SYNTHETIC
 
 _ROUNDS = 30
 _BUDGET_S = 6.0
-# A workload that takes longer than this at the machine's peak is left out: thirty rounds of it take too long.
+# A workload that takes longer than this at the machine's peak is left out: its thirty rounds would take too long.
 _LONGEST_S = 5.0
 # Large enough that memory does not matter, small enough for a tenth of a second: 17 GFLOP.
 _GEMM_SIDE = 2048
 GEMM_GFLOP = 2 * _GEMM_SIDE**3 / 1e9
 _GEMM_ROUNDS = 5
-# What NumPy's BLAS obeys. On a CPU with AVX-512 told to be a Haswell the product reached half of what it does untold,
-# and what no setting holds back came out at 170 % of the peak.
+# Environment variables that change the speed of NumPy's BLAS. On a CPU with AVX-512, a setting for Haswell halved the
+# speed of the product, and code that ignores the setting then reached 170 % of the measured peak.
 BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -38,7 +38,8 @@ BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
 class Row:
     """One workload, timed in turn with a large fp32 matrix product and, if it is installed, with PyTorch.
 
-    gflop: of the products in one run. peak: of the matrix product, which shares a busy machine with the rest.
+    gflop: arithmetic of the products in one run. peak: times of the matrix product, measured under the
+    same load of the machine.
     """
 
     workload: Workload
@@ -54,12 +55,12 @@ class Row:
 
     @property
     def share_of_peak(self) -> float:
-        """The share of what the matrix product reached by its own median in the same minute."""
+        """The speed divided by the median speed of the matrix product in the same minute."""
         return self.gflop_per_s / (GEMM_GFLOP / self.peak.median_ms * 1e3)
 
     @property
     def noisy(self) -> bool:
-        """Whether the samples vary too much to distinguish a tenth."""
+        """Whether the samples vary too much to show a difference of 10 %."""
         return self.ours.spread > timing.NOISY_SPREAD
 
 
@@ -67,7 +68,7 @@ class Row:
 class Bench:
     """All loads of one bundle. peak_gflop_per_s: the best of a few large fp32 matrix products.
 
-    notes: what a reader must know to judge the figures.
+    notes: what a reader must know to interpret the figures.
     """
 
     machine: str
@@ -132,19 +133,17 @@ def bench(
     sizes: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Bench:
-    """Times the bundle in `folder` on every load its family names, beside PyTorch where torch and the weights are here.
+    """Times the bundle in `folder` with every workload of its family, and PyTorch if torch and the weights are here.
 
     sizes: as `224x224`; instead of those loads, each is timed in the general form and in a form of its own.
 
     Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
-    is useless.
+    is meaningless.
     """
     manifest = bundle.verify(folder, progress=progress)
     bundle.check_graphs(folder, manifest)
     if manifest.verdict == "rejected":
-        raise ValidationFailed(
-            f"{folder} is marked rejected: the speed of wrong outputs is useless.", next_step="Build one that passes."
-        )
+        raise ValidationFailed(f"{folder} is marked rejected, so it is not timed.", next_step="Build one that passes.")
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
@@ -168,7 +167,7 @@ def bench(
             rows.append(_row(model, forms.get(workload.name, opened), workload, gflop, ask_pytorch))
         progress("timing workloads", done, len(loads))
     if (others := neighbours.share()) > timing.NOISY_SHARE:
-        notes.append(f"noisy: other processes had {others:.0%} of the CPUs' time; ratios hold better than times do")
+        notes.append(f"noisy: other processes used {others:.0%} of the CPUs' time; ratios are more reliable than times")
     return Bench(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
@@ -205,7 +204,7 @@ def _own_forms(
 
 
 def _way(manifest: Manifest) -> Way:
-    """The bundle's own way: with its own threads on the machine that chose them, with all CPUs on other machines."""
+    """How the bundle runs: with the recorded threads on the machine that chose them, with all CPUs on others."""
     way, facts = runners.way_of(manifest), manifest.cpu
     same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
     threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()
@@ -238,17 +237,17 @@ def _pytorch(
     given: tuple[str | None, str | None],
     progress: Progress,
 ) -> tuple[Callable[[Workload], object] | None, str]:
-    """The plain formulation in eager PyTorch, its weights in memory; or None, and why. Nothing is downloaded."""
+    """The plain formulation in eager PyTorch with its weights in memory; or None and the reason. Downloads nothing."""
     if find_spec("torch") is None:
         return None, "PyTorch was not timed: torch is not installed"
     source, head = given[0] or manifest.checkpoint.source, manifest.head
     if not _is_here(source):
-        return None, "PyTorch was not timed: give the weights the bundle was made from as --weights"
+        return None, "PyTorch was not timed: give the weights that the bundle was built from as --weights"
     head_source = given[1]
     if head is not None and head.sha256 is not None and head_source is None:
         head_source = str(folder / head.file) if head.file else head.source
         if not _is_here(head_source):
-            return None, "PyTorch was not timed: give the head the bundle was made from as --head-weights"
+            return None, "PyTorch was not timed: give the head that the bundle was built from as --head-weights"
     checkpoint = evaluate.same_weights(model, recipe, manifest, source, progress, head_weights=head_source)
     import torch
 
@@ -266,7 +265,7 @@ def _is_here(source: str) -> bool:
 
 
 def gemm() -> Callable[[], object]:
-    """A large fp32 matrix product in NumPy, `GEMM_GFLOP` of work: what the machine can do."""
+    """A large fp32 matrix product in NumPy, `GEMM_GFLOP` of work: it measures the machine's peak."""
     import numpy as np
 
     side = np.random.RandomState(0).standard_normal((_GEMM_SIDE, _GEMM_SIDE)).astype(np.float32)
@@ -274,6 +273,6 @@ def gemm() -> Callable[[], object]:
 
 
 def peak_gflop_per_s() -> float:
-    """The best of a few such products, in GFLOP/s."""
+    """The fastest of a few such products, in GFLOP/s."""
     taken = timing.in_turn({"": gemm()}, rounds=_GEMM_ROUNDS, budget_s=_BUDGET_S)[""]
     return GEMM_GFLOP / min(taken.samples_ms) * 1e3

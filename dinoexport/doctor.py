@@ -1,4 +1,4 @@
-"""What this machine has, can build and run, and what is wrong with it: each finding with its fix."""
+"""Report what this machine has, what it can build and run, and what is wrong: each finding with its fix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dinoexport.runtime import telemetry
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system import hardware
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
-from dinoexport.weights.download import cache_folder
 
 # CUDA 13 wants driver 580 or newer, CUDA 12 525 (CUDA compatibility guide, minor version compatibility).
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
@@ -45,7 +45,7 @@ def findings() -> tuple[Finding, ...]:
     gpus = hardware.gpus()
     return (
         Finding(subject="dinoexport", found=f"{dinoexport.__version__} on Python {platform.python_version()}"),
-        _package("torch", "torch", "export", "exports and judges"),
+        _package("torch", "torch", "export", "exports and validates"),
         _onnxruntime(gpus),
         *(_runtime(runtime) for runtime in Runtime if runtime is not Runtime.ONNXRUNTIME),
         *_gpus(gpus),
@@ -79,7 +79,7 @@ def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
             fix="pip uninstall onnxruntime onnxruntime-gpu, then install the one you want",
         )
     if not both:
-        return _package("ONNX Runtime", "onnxruntime", "cpu", "judges the graph")
+        return _package("ONNX Runtime", "onnxruntime", "cpu", "validates the graph")
     onnxruntime = telemetry.onnxruntime()
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__} with {', '.join(providers)}"
@@ -107,7 +107,7 @@ def _gpus(gpus: Sequence[Gpu]) -> list[Finding]:
                 subject="GPU",
                 found="none, or no driver",
                 state="missing",
-                fix="Engines are compiled ahead of time at best, and not run. With a GPU: install NVIDIA's driver, and "
+                fix="Without a GPU, engines are compiled ahead of time, not run. With a GPU: install its driver, and "
                 "give containers --gpus all.",
             )
         ]
@@ -161,7 +161,7 @@ def _cuda_mix() -> list[Finding]:
 
 
 def _target(target: Target, gpus: Sequence[Gpu]) -> Finding:
-    """What can be made for a target on this machine, and what would then be run here."""
+    """What this machine can build for a target, and whether it can run the result."""
     ways, blocked = [], []
     for runtime in target.runtimes:
         if not can_build(target, runtime, EngineChoices(), gpus):
@@ -192,6 +192,6 @@ def _disk(place: str, folder: Path) -> Finding:
             subject=f"disk, {place}",
             found=found,
             state="missing",
-            fix=f"The largest variant wants {_DISK_WANTED / 1e9:.0f} GB: free some, or set DINOEXPORT_CACHE or --out",
+            fix=f"The largest variant needs {_DISK_WANTED / 1e9:.0f} GB: free some, or set DINOEXPORT_CACHE or --out",
         )
     return Finding(subject=f"disk, {place}", found=found)

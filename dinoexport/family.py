@@ -60,7 +60,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a graph that is traced once, however often it is used: pieces with the same name are the same.
+    """A part of a graph that is traced once, however often it is used. Pieces with the same name are identical.
 
     Nothing but data, so that a trace of the same code and data can take the place of a new one, without torch.
 
@@ -90,7 +90,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One use of a piece: which values go in and come out, and which weights its parameters hold here."""
+    """One use of a piece: its input and output values, and the weights of its parameters in this use."""
 
     piece: Piece
     scope: str
@@ -101,9 +101,9 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """Something about a model that a file of the user's says.
+    """One fact about a model from a file of the user.
 
-    key: the recipe's, dotted, as `model.num_heads`. source: what says so, in words, as `config.json: num_heads`.
+    key: the recipe's, dotted, as `model.num_heads`. source: the file and key, as `config.json: num_heads`.
     """
 
     key: str
@@ -113,7 +113,7 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What weights and the files beside them say of a model. notes: what was chosen or left out, a sentence each."""
+    """Facts about a model from its weights and the files beside them. notes: what was chosen and left out."""
 
     facts: tuple[Fact, ...] = ()
     notes: tuple[str, ...] = ()
@@ -134,14 +134,14 @@ class FrontEnd:
 
 
 class HeadWeights(Protocol):
-    """What turns a backbone's outputs into answers, where its weights come in a file of its own.
+    """A head: turns a backbone's outputs into results, and has its weights in a separate file.
 
     Its tensors are among the model's `tensors`, under the same names.
     """
 
     @property
     def name(self) -> str:
-        """Which head it is."""
+        """The head's kind."""
 
     @property
     def tensors(self) -> Shapes:
@@ -151,7 +151,7 @@ class HeadWeights(Protocol):
         """A head's file in any layout the family knows, under the model's names."""
 
     def recognised(self, shapes: Shapes) -> str:
-        """Which other head tensors of these shapes are, in words; empty when they are none that is known."""
+        """The known head that tensors of these shapes belong to, in words; empty if there is none."""
 
     def synthetic(self, name: str, seed: int) -> Array:
         """The tensor `name` of synthetic head `seed`."""
@@ -166,13 +166,13 @@ class Uses(Protocol):
 
     @property
     def classified_by(self) -> tuple[str, ...]:
-        """The features, joined, that a linear classifier is put on."""
+        """The features, joined, that a linear classifier reads."""
 
     def features(self, outputs: Arrays) -> dict[str, Array]:
         """Vectors (D,) that represent the item, by name: all that is kept of its outputs."""
 
     def second_view(self, inputs: Arrays) -> dict[str, Array]:
-        """Inputs that show the item another way; the graphs take them wherever they take `inputs`."""
+        """Inputs with another view of the item, in the same form as `inputs`."""
 
     def matches(self, outputs: Arrays, of_view: Arrays) -> Array:
         """For each part of the item (P,) the index of the part that is nearest to it in the second view."""
@@ -183,7 +183,7 @@ class Uses(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What a validation case asks a model to write greedily.
+    """The text that a validation case lets a model generate greedily.
 
     prompts: the token ids of each sequence. tokens, logits: the outputs that hold the tokens (B, N), and the logits
     (B, N, V) they were chosen from.
@@ -195,21 +195,21 @@ class Rollout:
 
 
 class TextRole(Protocol):
-    """What a model that writes text brings besides its graphs."""
+    """What a model that generates text provides in addition to its graphs."""
 
     @property
     def prompts(self) -> Prompts:
         """The prompts it was trained to answer."""
 
     def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
-        """The tokenizer's file, by its name, from what lies in or beside `weights`; nothing where there is none."""
+        """The tokenizer's file by name, found in or beside `weights`; empty if there is none."""
 
     def rollout(self, inputs: Arrays) -> Rollout | None:
-        """What a case with these inputs asks to be written; None where it asks for nothing."""
+        """The text that a case with these inputs lets the model generate; None if it generates nothing."""
 
 
 class WeightLayout(Protocol):
-    """What a checkpoint must hold, and how one in another layout is read."""
+    """The tensors of a checkpoint, and how other layouts are read."""
 
     @property
     def tensors(self) -> Shapes:
@@ -217,18 +217,18 @@ class WeightLayout(Protocol):
 
     @property
     def optional_tensors(self) -> frozenset[str]:
-        """Tensors a checkpoint may hold though inference does not use them."""
+        """Tensors that a checkpoint may hold although inference does not use them."""
 
     @property
     def head_weights(self) -> HeadWeights | None:
-        """The part whose weights come in a file of its own; None where all are in the checkpoint."""
+        """The part whose weights are in a separate file; None if all weights are in the checkpoint."""
 
     @property
     def head_facts(self) -> HeadFacts | None:
-        """What the answers mean, where the model has a head; None where it gives plain features."""
+        """What the outputs mean if the model has a head; None if it gives plain features."""
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
-        """A checkpoint in any layout the family knows, seen in its published layout. Unknown names are left alone."""
+        """A checkpoint in any layout the family knows, renamed to the published layout. Unknown names are kept."""
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
         """The tensor `name` of the synthetic checkpoint `seed`: the same on every machine, no value vanishingly small.
@@ -289,7 +289,7 @@ class Oracle(Protocol):
     def probes(self) -> Mapping[str, tuple[str, ...]]:
         """Graph name -> values inside it, first to last, at which the growth of an error is followed.
 
-        Where a runner answers with them too, `drive` passes them on.
+        If a runner returns them too, `drive` passes them on.
         """
 
 
@@ -304,7 +304,7 @@ class CaseSource(Protocol):
     ) -> Iterator[Case | str]:
         """Cases made of a user's own files, one after the other, and a line for every file that cannot be used.
 
-        only: the names of the cases that are wanted; no other file is opened.
+        only: the names of the requested cases; no other file is opened.
         """
 
     @property
@@ -319,11 +319,11 @@ class Fittable(Protocol):
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
         """Kind of classifier -> the outputs it reads, joined: (output, `as is` or its `mean` over the second axis).
 
-        Kinds are `logreg`, `linear` and `knn`; empty where the outputs are no features.
+        Kinds are `logreg`, `linear` and `knn`; empty where the outputs are not features.
         """
 
     def fitted_head(self, kind: str) -> str:
-        """What the recipe's `[head]` calls a fitted classifier of `kind`."""
+        """The name in the recipe's `[head]` of a fitted classifier of `kind`."""
 
 
 class Servable(Protocol):
@@ -331,17 +331,17 @@ class Servable(Protocol):
 
     @property
     def text(self) -> TextRole | None:
-        """How it writes text; None for a model that writes none."""
+        """How the model generates text; None if it does not."""
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-        """What is served in front of the graphs; `samples` is a folder of files like those that clients will send."""
+        """The preparation served in front of the graphs; `samples`: a folder of files like those of the clients."""
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """A graph's inputs, an item for each of `encoded`; a UsageError that names an unusable item."""
 
 
 class Reported(Protocol):
-    """What listings and reports show of a model."""
+    """What listings and reports show about a model."""
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -367,11 +367,11 @@ class Model(WeightLayout, Exportable, Runnable, Oracle, CaseSource, Fittable, Se
 
 @runtime_checkable
 class HasCompanionFiles(Protocol):
-    """A model whose graphs other people's tools load together with files of theirs."""
+    """A model whose graphs other tools load, together with files that those tools define."""
 
     @property
     def companion_files(self) -> Mapping[str, bytes]:
-        """Name -> content of what lies beside the graphs in a bundle."""
+        """Name -> content of the files beside the graphs in a bundle."""
 
 
 class Family(Protocol):
@@ -386,23 +386,23 @@ class Family(Protocol):
 
 @runtime_checkable
 class DescribesWeights(Protocol):
-    """A family that reads what a user's weights, and the files beside them, say of the model they are of."""
+    """A family that recognises a model by a user's weights and the files beside them."""
 
     def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
-        """The recipe for the weights at `weights`, a file or a folder, by what they are and what lies beside them.
+        """The recipe for the weights at `weights`, a file or a folder, from their tensors and the files beside them.
 
-        found: their tensors. None when they are not this family's; a UsageError when they are, and what a recipe needs
-        can be seen nowhere.
+        found: their tensors. None if they are not this family's; raises UsageError if they are and a value that the
+        recipe needs is nowhere to be found.
         """
 
     def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
-        """What the weights and the files beside them say of what `recipe` describes.
+        """The facts in the weights and the files beside them about what `recipe` describes.
 
         The caller refuses facts that contradict the recipe or one another, and adds the rest to it.
         """
 
     def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
-        """What no weights show, with the value it has unless the recipe or a file says otherwise, and why that one."""
+        """Values that weights cannot show: each with its default, which recipe or file can replace, and the reason."""
 
 
 def installed() -> tuple[str, ...]:
@@ -422,7 +422,7 @@ def find(name: str) -> Family:
 
 
 def code_of(model: object) -> str:
-    """The hash of our own code and the family's: results of other code are not reused."""
+    """The hash of dinoexport's code and the family's: results of other code are not reused."""
     own = Path(dinoexport.__file__)
     brought = Path(sys.modules[type(model).__module__].__file__ or own)
     sources = sorted({path for module in (own, brought) for path in _sources(module)})
@@ -430,5 +430,5 @@ def code_of(model: object) -> str:
 
 
 def _sources(module: Path) -> tuple[Path, ...]:
-    """A package's source files, or the one file of a module that is no package."""
+    """A package's source files, or the one file of a module that is not a package."""
     return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)

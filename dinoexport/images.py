@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-# A decoded image of 64 Mpx is 192 MB; what is larger is refused before it is decoded, or resized to that.
+# A decoded image of 64 Mpx is 192 MB; a larger one is refused before it is decoded, and no resize gives a larger one.
 MAX_PIXELS = 64_000_000
 MAX_PIXELS_VARIABLE = "DINOEXPORT_MAX_PIXELS"
 _ROWS_AT_ONCE = 256
@@ -38,13 +38,13 @@ _ORIENTATION, _QUARTER_TURNS = 0x0112, frozenset({5, 6, 7, 8})
 
 
 def max_pixels() -> int:
-    """How many pixels an image may have: MAX_PIXELS, or what the environment says; a UsageError for no number."""
+    """The largest number of pixels of an image: MAX_PIXELS, or the environment's; raises UsageError if not a number."""
     chosen = os.environ.get(MAX_PIXELS_VARIABLE)
     if chosen is None:
         return MAX_PIXELS
     if not re.fullmatch(r"[1-9]\d{0,11}", chosen, re.ASCII):
         raise UsageError(
-            f"${MAX_PIXELS_VARIABLE} is {chosen!r}, no number of pixels.", next_step="Set it to 64000000, say."
+            f"${MAX_PIXELS_VARIABLE} is {chosen!r}, not a number of pixels.", next_step="Set it to 64000000."
         )
     return int(chosen)
 
@@ -54,12 +54,12 @@ Pair = tuple[int, int]  # (height, width) in pixels
 
 
 class Preprocessing(Frozen):
-    """The `[preprocess]` table: what a model was trained to be shown. Default: upstream's evaluation on ImageNet."""
+    """The `[preprocess]` table: the preparation that a model expects. Default: upstream's evaluation on ImageNet."""
 
     mean: tuple[float, ...] = Field(
         default=IMAGENET_MEAN,
         min_length=1,
-        description="Per channel, on pixels in 0..1. No file of weights shows it.",
+        description="Per channel, on pixels in 0..1. Weights do not show it.",
     )
     std: tuple[float, ...] = Field(
         default=IMAGENET_STD, min_length=1, description="Deviation per channel, on pixels in 0..1; see mean."
@@ -68,7 +68,7 @@ class Preprocessing(Frozen):
         default=256,
         description="Pixels of the shorter side before the crop; or [height, width], whatever the image's aspect.",
     )
-    crop: Side | Pair = Field(default=224, description="Pixels a side of the centre that is cut out, or both sides.")
+    crop: Side | Pair = Field(default=224, description="Side of the centre crop in pixels, or [height, width].")
     interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] = Field(
         default="bicubic", description="How an image is resized."
     )
@@ -89,7 +89,7 @@ class Preprocessing(Frozen):
         return _pair(self.crop)
 
     def prepared(self, image: Image.Image) -> Array:
-        """The image resized and its centre cut out, (height, width, 3), with torchvision's rounding."""
+        """The image resized and centre-cropped, (height, width, 3), with torchvision's rounding."""
         import numpy as np
 
         resized = _resized(image, self._resized_size(image), self.interpolation)
@@ -105,7 +105,7 @@ class Preprocessing(Frozen):
         return (scaled, self.resize) if image.width <= image.height else (self.resize, scaled)
 
     def covering(self, image: Image.Image, size: Pair) -> Array:
-        """The image scaled until it covers `size`, and its centre cut out: nothing is stretched or padded."""
+        """The image scaled until it covers `size`, then centre-cropped: nothing is stretched or padded."""
         import numpy as np
 
         height, width = size
@@ -180,10 +180,10 @@ def _opened(source: Path | io.BytesIO, *, named: Path | str) -> Iterator[Image.I
     from PIL import Image, UnidentifiedImageError
 
     try:
-        if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
+        if isinstance(source, Path) and not source.is_file():  # opening a pipe would block forever
             raise ImageError(named, "no such file")
         with warnings.catch_warnings():
-            # Pillow warns of harmless oddities, and of large images, which are refused below.
+            # Pillow warns about harmless defects and about large images, which are refused below.
             warnings.simplefilter("ignore")
             with Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels():
@@ -192,7 +192,7 @@ def _opened(source: Path | io.BytesIO, *, named: Path | str) -> Iterator[Image.I
                 yield image
     except UnidentifiedImageError:
         if isinstance(source, io.BytesIO) and _is_base64(source.getvalue()):
-            raise ImageError(named, "it is base64, and images are taken as the bytes of a file") from None
+            raise ImageError(named, "it is base64; send the bytes of the image file") from None
         raise ImageError(named, f"not a readable image (none of {', '.join(FORMATS)})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports damaged files with all of these.
@@ -200,7 +200,7 @@ def _opened(source: Path | io.BytesIO, *, named: Path | str) -> Iterator[Image.I
 
 
 def _is_base64(encoded: bytes) -> bool:
-    """Whether these are the letters of an image's bytes: what a JSON request is often made of."""
+    """Whether these bytes are an image in base64, as JSON requests often send it."""
     from base64 import b64decode
 
     start = encoded[:64].strip()
@@ -229,7 +229,7 @@ def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
         return image
     # Older Pillows open 16-bit PNG as "I", which elsewhere is 32-bit.
     if image.mode in ("I", "F") and file_format != "PNG":
-        raise ValueError("32-bit grey has no agreed range")
+        raise ValueError("32-bit grey has no standard range")
     wide = np.asarray(image)
     narrow = np.empty(wide.shape, np.uint8)
     for top in range(0, len(wide), _ROWS_AT_ONCE):  # 63 Mpx in float64 at once, twice, would be 1 GB

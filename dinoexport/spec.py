@@ -1,4 +1,4 @@
-"""Types that all packages share. Standard library only, so any module can import it.
+"""Types that all packages share. Uses only the standard library, so any module can import it.
 
 Shapes are written outermost first; a `str` in a shape is the name of a dynamic dimension.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Runner = Callable[[Arrays], dict[str, Array]]
     # Maps one case's inputs to named outputs; it may call runners many times.
     Candidate = Callable[[Arrays], dict[str, Array]]
-else:  # names other modules can import without NumPy being loaded
+else:  # names that other modules can import without loading NumPy
     Array = Arrays = Runner = Candidate = object
 
 Shape = tuple[int | str, ...]
@@ -32,7 +32,7 @@ def silent(_doing: str, _done: int, _total: int) -> None:
 
 
 class Precision(enum.StrEnum):
-    """The arithmetic of a model's body. Which parts still stay in fp32, the family or the runtime decides."""
+    """The arithmetic of a model's body. The family or the runtime decides which parts stay in fp32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -42,7 +42,7 @@ class Precision(enum.StrEnum):
 
 
 class Runtime(enum.StrEnum):
-    """What runs the product of a build: the ONNX itself, or an engine made from it."""
+    """The runtime of a bundle: it runs the ONNX itself, or an engine built from it."""
 
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
@@ -78,10 +78,10 @@ class Dim:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFacts:
-    """What a model's answers mean, where they are no plain features. kind: the head's name.
+    """What a model's outputs mean if they are not plain features. kind: the head's name.
 
-    dataset, terms: what it was trained on, and that data's conditions. value_range: of numbers that have one, in the
-    unit their output names. classes: their names, in the order of the outputs.
+    dataset, terms: the training data and its terms of use. value_range: the range of the values, if they have one, in
+    the unit of the output. classes: their names, in the order of the outputs.
     """
 
     kind: str
@@ -91,7 +91,7 @@ class HeadFacts:
     classes: tuple[str, ...] = ()
 
 
-# What the numbers of an output are, and so what makes two answers the same: vectors (..., D) of features or logits;
+# The kind of an output's numbers, which decides how outputs are compared: vectors (..., D) of features or logits;
 # maps of such vectors, (B, D, h, w); probabilities, which sum to one over the last axis; depth, one number a pixel;
 # labels, the index of the best class.
 OutputKind = Literal["vectors", "maps", "probabilities", "depth", "labels"]
@@ -101,8 +101,8 @@ OutputKind = Literal["vectors", "maps", "probabilities", "depth", "labels"]
 class Tensor:
     """A named input or output of a graph; `meaning` gives its unit or normalisation in words.
 
-    kind: of an output. decided_by: of labels, the output that holds the scores whose best one they name.
-    default: the value of every element of an input that may be left out; None where it may not.
+    kind: of an output. decided_by: for labels, the output with the scores; a label is the index of the best score.
+    default: the value of every element of an input that may be left out; None if it may not.
     """
 
     name: str
@@ -118,8 +118,8 @@ class Tensor:
 class Graph:
     """The signature of one ONNX graph of a model.
 
-    carried: input -> the output that continues it: state, as a decoder's cache is, which the next call takes again.
-    Each is empty along one dynamic dimension at the beginning.
+    carried: input -> the output that is its value in the next call: state, such as a decoder's cache. Each is empty
+    along one dynamic dimension at the beginning.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Profile:
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether inputs of these shapes lie within the range."""
+        """Whether inputs of these shapes are within the range."""
         return all(map(self._covers, shapes, shapes.values()))
 
     def _covers(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -150,8 +150,8 @@ class Profile:
 class Weight:
     """One tensor of the exported graph; `read` returns its float32 values, on any thread.
 
-    bits: 8 or 4 of a product's weight (I, O) that is stored so, 0 of any other. block: how many of its rows share a
-    scale in each column. zero_points: whether a block has one; four bits without are what TensorRT takes.
+    bits: 8 or 4 for a product's weight (I, O) that is stored in that many bits, 0 for any other. block: how many of its
+    rows share a scale in each column. zero_points: whether a block has one; TensorRT takes four bits only without.
     """
 
     shape: tuple[int, ...]
@@ -166,8 +166,8 @@ class Case:
     """One validation case: named inputs, and the reason for the case.
 
     `expect_refusal` marks inputs the model must not accept; no reference exists for them. `neighbours` marks real data,
-    where it means something which of the outputs' vectors are nearest to each other. shown: whether a person learns
-    something from looking at it, as at a photograph. label: the class it belongs to, where that is known.
+    for which nearest neighbours among the outputs' vectors are meaningful. shown: whether the case is worth looking
+    at, such as a photograph. label: the class it belongs to, if that is known.
     distributions: outputs (..., V) that are unnormalised log probabilities. choices: output of chosen indices (B, N) ->
     the distributions (B, N, V) they were chosen from, each after the choices before it.
     """
@@ -193,7 +193,7 @@ class Workload:
     unit: str
 
 
-# Those that run an ONNX graph itself, on a CPU too.
+# The runtimes that run an ONNX graph itself, on a CPU too.
 CPU_RUNTIMES = tuple(runtime for runtime in Runtime if not runtime.has_engine)
 
 
@@ -222,8 +222,8 @@ class Expectation:
 
     outputs: PyTorch's, as float32 arrays by output name. own_error: output name -> the relative L2 error of PyTorch
     itself on this case in the candidate's precision (empty for fp32). own_outputs: PyTorch's outputs in that precision,
-    as float16, for cases that the report draws. leads: for outputs that are labels, by how much each label's best score
-    exceeds the second.
+    as float16, for cases that the report draws. leads: for outputs that are labels, by how much each label's best
+    score exceeds the second.
     """
 
     case: Case

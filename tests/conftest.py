@@ -132,6 +132,14 @@ def _one_runtime() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, _one_runtime: None) -> Path:
+    """A small bundle that passed, built once for all tests that only read one: copy it to change it."""
+    out = tmp_path_factory.mktemp("tiny") / "tiny"
+    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
+    return out
+
+
 def as_if_chosen(built: Path, copy: Path, way: Way) -> Path:
     """A copy of a CPU's bundle that says it ran best in `way`."""
     manifest = bundle.read_manifest(built)

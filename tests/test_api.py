@@ -88,7 +88,7 @@ def test_images_are_prepared_as_the_validation_does(loaded: dinoexport.Bundle) -
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "F", "YCbCr"])
 def test_pillow_images_of_every_mode_are_what_their_file_is(mode: str, loaded: dinoexport.Bundle) -> None:
-    """As RGB, however Pillow holds them; 16-bit grey is scaled, and 32-bit floats have no agreed range."""
+    """As RGB, however Pillow holds them; 16-bit grey is scaled, and 32-bit floats have no standard range."""
     source = Image.open(PHOTOGRAPH).resize((300, 260))
     if mode == "I;16":
         picture = Image.fromarray((np.asarray(source.convert("L")).astype(np.uint16)) * 257)
@@ -129,11 +129,11 @@ def test_more_images_than_a_batch_are_run_in_several(folder: Path, loaded: dinoe
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("no/such/file.jpg", "no/such/file.jpg is no file"),
+        ("no/such/file.jpg", "no/such/file.jpg is not a file"),
         ([], "no image in an empty sequence"),
         (b"GIF89a", "not a readable image"),
-        (3, "A int is no image"),
-        ([np.zeros((224, 224, 3), np.uint8)], "A ndarray is no image"),
+        (3, "A int is not an image"),
+        ([np.zeros((224, 224, 3), np.uint8)], "A ndarray is not an image"),
         (np.zeros((1, 3, 224, 224), np.float64), "float64"),
         ({"pixel": np.zeros((1, 3, 224, 224), np.float32)}, "Inputs are"),
     ],
@@ -149,7 +149,7 @@ def test_a_directory_or_a_pipe_is_not_opened(loaded: dinoexport.Bundle, tmp_path
 
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path, tmp_path / "pipe.jpg"):
-        with pytest.raises(InputRefused, match="is no file"):
+        with pytest.raises(InputRefused, match="is not a file"):
             loaded(path)
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_bundle_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationFailed, match="damaged"):
         dinoexport.load(copy)
     assert dinoexport.load(copy, check=False).manifest.verdict == "passed"
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         dinoexport.load(tmp_path)
 
 

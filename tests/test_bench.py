@@ -105,7 +105,7 @@ def test_what_takes_too_long_is_left_out_and_said(folder: Path, monkeypatch: pyt
 
 def test_noise_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.Neighbours, "share", lambda self: 0.4)
-    assert any("other processes had 40%" in note for note in bench.bench(folder).notes)
+    assert any("other processes used 40%" in note for note in bench.bench(folder).notes)
 
 
 def test_a_blas_that_was_told_what_to_do_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_blas_that_was_told_what_to_do_is_said(folder: Path, monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     assert not any("the peak" in note for note in bench.bench(folder).notes)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
-    assert any("under OPENBLAS_CORETYPE=Haswell" in note for note in bench.bench(folder).notes)
+    assert any("with OPENBLAS_CORETYPE=Haswell set" in note for note in bench.bench(folder).notes)
 
 
 def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,15 +125,14 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     elsewhere = manifest.checkpoint.model_copy(update={"source": "https://example.org/weights.pth"})
     absent = manifest.model_copy(update={"checkpoint": elsewhere})
-    ask, why = bench._pytorch(
-        pipeline.build_request(TINY).model, pipeline.build_request(TINY).recipe, absent, None, silent
-    )
+    request = pipeline.build_request(TINY)
+    ask, why = bench._pytorch(folder, request.model, request.recipe, absent, (None, None), silent)
     assert ask is None and "--weights" in why
 
 
 def test_other_weights_are_refused(folder: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bench", str(folder), "--weights", "synthetic:1"])
-    assert result.exit_code == 1 and "not what the bundle was made from" in result.stderr
+    assert result.exit_code == 1 and "not what the bundle was built from" in result.stderr
 
 
 def test_the_verb(folder: Path) -> None:

@@ -1,16 +1,17 @@
-"""A bundle: one folder that says what it holds, proves it, and is complete or absent.
+"""A bundle: one self-describing, verifiable folder that appears complete or not at all.
 
-    manifest.json       what is here, what it was made from, what was measured
+    manifest.json       the files, what they were built from, and what was measured
     NAME.onnx(.data)    the graphs with their external weights
-    reference.npz       inputs and PyTorch's answers, to judge any runtime elsewhere without torch
+    reference.npz       inputs, PyTorch's outputs and limits, to validate any runtime on another machine without torch
     report.json         every figure of the verdict
-    report.html         the same to look at, with pictures
-    sbom.cdx.json       what went in: checkpoint, files, packages, as a CycloneDX bill of materials
-    precision.json      with --precision auto: which parts stayed fp32, and every form that was tried
-    NAME.rtx(.log)      engines compiled from the graphs, and what the compiler said; engines.json holds their facts
+    report.html         the same as a page with pictures
+    sbom.cdx.json       checkpoint, files and packages, as a CycloneDX bill of materials
+    precision.json      with --precision auto: which parts stayed fp32, and every combination that was tried
+    NAME.rtx(.log)      engines compiled from the graphs, and the compiler's messages; engines.json holds their facts
     model.sig           with --sign: OpenSSF's signature of all the others; not in the manifest, which it signs
 
-Reading one trusts nothing in it: names are plain, sizes and hashes must be the manifest's, arrays are never unpickled.
+Nothing in a bundle is trusted when it is read: names must be plain file names, sizes and hashes must be the manifest's,
+arrays are never unpickled.
 """
 
 from dinoexport.bundle.manifest import (

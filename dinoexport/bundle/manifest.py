@@ -1,4 +1,4 @@
-"""Manifest of a bundle: what it holds, what it was made from, what was measured; and checks of its files."""
+"""The manifest of a bundle (files, sources, measurements) and checks of the bundle's files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENGINES = "engines.json"
 PRECISION = "precision.json"
 # A plain file name: no separator, no leading dot, so no path out of the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
-# A thousand times what a real manifest takes; what is larger is none, and is not read.
+# A thousand times the size of a real manifest; a larger file is not a manifest and is not read.
 MANIFEST_MAX_BYTES = 1 << 24
 Verdict = Literal["passed", "rejected", "unjudged"]
 
@@ -54,10 +54,10 @@ class BundleFile(Frozen):
 
 
 class CheckpointFacts(Frozen):
-    """Where the weights came from. sha256 is the file's, or that of the rule for synthetic weights.
+    """Where the weights came from. sha256: the file's, or for synthetic weights that of the rule that generates them.
 
-    prefix: what stands before the model's tensors in the file, where that was asked for. assumed: the recipe's key ->
-    its value and why it was taken, for what no file says and no weights show. notes: what was chosen and left out.
+    prefix: the prefix of the model's tensor names in the file, if one was requested. assumed: recipe key -> its value
+    and the reason, for values that neither a file nor the weights show. notes: what was chosen and left out.
     """
 
     source: str
@@ -69,16 +69,16 @@ class CheckpointFacts(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A bundle that is older than these keys is still what it was written as."""
+        """A bundle written before these keys existed keeps its content and its hash."""
         content: dict[str, Any] = handler(self)
         return {key: value for key, value in content.items() if value or key not in ("prefix", "assumed", "notes")}
 
 
 class HeadManifest(Frozen):
-    """What turns the model's outputs into answers; see `spec.HeadFacts`.
+    """The head that turns the backbone's outputs into results; see `spec.HeadFacts`.
 
-    source, sha256: of the head's own file; empty where the checkpoint holds it too. file: its copy in the bundle, of a
-    head that was fitted here and is published nowhere.
+    source, sha256: of the head's own file; empty if the checkpoint holds the head. file: for a head that was fitted
+    here and is published nowhere, its copy in the bundle.
     """
 
     kind: str
@@ -103,7 +103,7 @@ class GraphFacts(Frozen):
 
     @classmethod
     def of(cls, graph: Graph, file: str) -> GraphFacts:
-        """The facts of `graph`, which lies in `file`."""
+        """The facts of `graph`, which is stored in `file`."""
         return cls(
             name=graph.name,
             file=file,
@@ -137,10 +137,10 @@ class EngineFacts(Frozen):
     """An engine built from the graph of the same name.
 
     device: the GPU it was built on, empty when it was compiled without one. profiles: profile -> input -> smallest,
-    most likely and largest shape, in the engine's own order. scratch_bytes: what it needs on the device beside its
-    weights, inputs and outputs. It, weight_bytes and fused_attentions are None where nothing said so. executed:
-    `never`, or `on DEVICE at TIME`, when a GPU has run every case the profiles cover and the judge passed it; report
-    has the figures. caution: the target's, and what could not be looked at.
+    most likely and largest shape, in the engine's own order. scratch_bytes: device memory it needs in addition to
+    weights, inputs and outputs. scratch_bytes, weight_bytes and fused_attentions are None if they are unknown.
+    executed: `never`, or `on DEVICE at TIME` when a GPU has run every case that the profiles cover and the outputs
+    passed; report has the figures. caution: the target's, and what could not be inspected.
     """
 
     graph: FileName
@@ -183,7 +183,7 @@ class Timed(Frozen):
 
 
 class CpuFacts(Frozen):
-    """How the graphs ran best on the CPU that built the bundle, when it was asked `load`.
+    """The fastest way to run the graphs on the CPU that built the bundle, measured with the workload `load`.
 
     arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
     measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
@@ -206,7 +206,7 @@ class CpuFacts(Frozen):
 
     @property
     def measured_ms(self) -> float | None:
-        """The chosen way's median, where anything was measured."""
+        """The chosen way's median time, if anything was measured."""
         return next((timed.median_ms for timed in self.measured if timed.way == self.chosen), None)
 
 
@@ -234,7 +234,7 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _lists_what_is_opened(self) -> Self:
-        """A file that is not listed has no hash to hold, so nobody may be sent to it."""
+        """Refuses a manifest that refers to a file it does not list: such a file has no hash to check."""
         needed = {graph.file for graph in self.graphs} | {engine.file for engine in self.engines}
         needed |= set() if self.verdict == "unjudged" else {REFERENCE}
         if missing := sorted(needed - {file.name for file in self.files}):
@@ -246,17 +246,17 @@ class Manifest(Frozen):
         return self.changed(files=(*self.files, *files), stage_keys={**self.stage_keys, name: key})
 
     def to_bytes(self) -> bytes:
-        """The manifest file's content, which ends in a hash of itself, so that a changed byte is noticed here too."""
+        """The manifest file's content. It ends in a hash of itself, so that a changed byte in it is noticed too."""
         content = self.model_dump(mode="json")
         return _canonical({**content, "manifest_sha256": hashlib.sha256(_canonical(content)).hexdigest()})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
-        """The manifest in `raw`; a ValidationFailed when it is damaged, or from another schema."""
+        """The manifest in `raw`; raises ValidationFailed if it is damaged or has another schema version."""
         try:
             content = json.loads(raw)
             if not isinstance(content, dict):
-                raise TypeError("it is no object")
+                raise TypeError("it is not an object")
             if content.get("schema_version") != SCHEMA:
                 raise UsageError(
                     f"{MANIFEST} has schema version {content.get('schema_version')!r}; this dinoexport reads {SCHEMA}.",
@@ -286,7 +286,7 @@ def _plain(value: Tensor | Dim) -> dict[str, Any]:
 
 
 def damaged(problem: str) -> ValidationFailed:
-    """What is said of a bundle that is not as it was written."""
+    """The error for a bundle that is not as it was written."""
     return ValidationFailed(f"The bundle is damaged: {problem}.", next_step="Copy it again, or build it again.")
 
 
@@ -304,7 +304,7 @@ def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progre
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`; its files are not looked at."""
+    """The manifest of the bundle in `folder`; the files are not checked."""
     try:
         raw = untrusted.read_bytes(folder / MANIFEST, max_bytes=MANIFEST_MAX_BYTES, links=False)
     except Unreadable as error:
@@ -312,7 +312,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise _linked(MANIFEST, folder) from None
         if error.absent or not untrusted.is_regular(folder / MANIFEST):
             raise UsageError(
-                f"{folder} is no bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
+                f"{folder} is not a bundle: it has no {MANIFEST}.", next_step="dinoexport build VARIANT makes one."
             ) from None
         if "bytes" in error.problem:
             raise damaged(f"{MANIFEST} is not readable: {error.problem}") from None
@@ -321,9 +321,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
-    """Puts `manifest` in the place of the bundle's own; False where the folder cannot be written to.
+    """Replaces the bundle's manifest by `manifest`; False if the folder cannot be written to.
 
-    A signature goes with the old one: better a bundle that is not signed than one that is not what was signed.
+    The signature is removed with the old manifest: an unsigned bundle is better than one that differs from what was
+    signed.
     """
     try:
         rewrite(folder, before=read_manifest(folder), after=manifest)
@@ -335,11 +336,11 @@ def rewrite_manifest(folder: Path, manifest: Manifest) -> bool:
 def rewrite(
     folder: Path, *, before: Manifest, after: Manifest, sign: Callable[[Manifest, str], bytes] | None = None
 ) -> None:
-    """Puts the manifest `after` in the place of `before`, and its signature in that of the old one, at once.
+    """Replaces the manifest `before` by `after`, and the old signature by a new one, in one step.
 
-    sign: gives the signature of the files in a manifest, as those of a folder of the given name; without it a signature
-    that is there goes. Raises ValidationFailed when the bundle's manifest is not `before` any more, UsageError when a
-    bundle that is to be signed holds what no build put there, MissingRequirement when it cannot be written to.
+    sign: computes the signature of the files in a manifest, as those of a folder of the given name; without it an
+    existing signature is removed. Raises ValidationFailed if the bundle's manifest is not `before` any more,
+    UsageError if a bundle to be signed holds files that no build wrote, MissingRequirement if it cannot be written to.
     """
     with files.disk_errors(folder), changes.changing(folder, doing=f"changing {folder}") as change:
         if read_manifest(folder).to_bytes() != before.to_bytes():
@@ -352,8 +353,8 @@ def rewrite(
             known = {file.name for file in after.files} | {MANIFEST, SIGNATURE}
             if added := sorted({path.name for path in folder.iterdir()} - known):
                 raise UsageError(
-                    f"{folder} holds what no build put there: {', '.join(added)}.",
-                    next_step="Move that away first: a signature speaks for everything in the folder.",
+                    f"{folder} holds files that no build wrote: {', '.join(added)}.",
+                    next_step="Move them away first: a signature covers everything in the folder.",
                 )
             (change.new / SIGNATURE).write_bytes(sign(after, change.place.name))
             steps.append(changes.move(change.new / SIGNATURE, change.place / SIGNATURE))
@@ -364,14 +365,14 @@ def rewrite(
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
-    """The manifest of the bundle in `folder`, after every file's size and hash were found to be what it says."""
+    """The manifest of the bundle in `folder`, after checking every file's size and hash against it."""
     manifest = read_manifest(folder)
     check_files(folder, manifest.files, progress=progress)
     return manifest
 
 
 def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progress = silent) -> None:
-    """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes."""
+    """Raises ValidationFailed for the first of `wanted` that is absent, a link, or has other bytes."""
     for file in wanted:
         path = folder / file.name
         try:
@@ -386,9 +387,9 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Raises ValidationFailed for a graph that holds what we do not write, or weights that are not listed.
+    """Raises ValidationFailed for a graph with content that dinoexport does not write, or with unlisted weights.
 
-    Its files were checked before (`check_files`), so what is read here is what they are.
+    `check_files` checked its files before, so their bytes are those of the manifest.
     """
     sizes = {file.name: file.size_bytes for file in manifest.files}
     for graph in manifest.graphs:
@@ -398,20 +399,20 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             raise unreadable(folder, graph.file, error) from None
         except ValueError as error:
             raise ValidationFailed(
-                f"{graph.file} is no graph of ours: {error}.", next_step="Do not run it. Build the bundle again."
+                f"{graph.file} is not from dinoexport: {error}.", next_step="Do not run it. Build the bundle again."
             ) from None
 
 
 def unreadable(folder: Path, name: str, error: Unreadable) -> DinoexportError:
-    """What is said of a file of the bundle in `folder` that cannot or must not be opened."""
+    """The error for a file of the bundle in `folder` that cannot or must not be opened."""
     if error.is_link:
         return _linked(name, folder)
-    problem = "is missing or no regular file" if not untrusted.is_regular(folder / name, links=False) else ""
+    problem = "is missing or not a regular file" if not untrusted.is_regular(folder / name, links=False) else ""
     return damaged(f"{name} {problem or f'cannot be read: {error.problem}'}")
 
 
 def _linked(name: str, folder: Path) -> ValidationFailed:
-    """A cache, as Hugging Face's, keeps links; what they lead to is nobody's promise, and ONNX opens none."""
+    """A cache such as Hugging Face's holds links. Nothing guarantees their targets, and ONNX Runtime opens no links."""
     return ValidationFailed(
         f"{name} in {folder} is a link, and a bundle holds plain files.",
         next_step=f"Copy what the links lead to, then use the copy: cp -rL {shlex.quote(str(folder))} COPY",

@@ -1,11 +1,11 @@
-"""What an ONNX file holds, before a runtime opens it: operators, subgraphs, and the files it would read.
+"""Inspect an ONNX file before a runtime opens it: operators, subgraphs, and the files it would read.
 
-A graph from outside is a program: a Loop need not end, a constant can be larger than memory, and external data can name
-any file. So a bundle's graph may hold only operators that dinoexport writes, no subgraph and no function, and its
-weights lie in the one file that the manifest lists for it.
+An untrusted graph is a program: a Loop may never end, a constant can be larger than memory, and external data can name
+any file. A bundle's graph may therefore hold only operators that dinoexport writes, no subgraph and no function, and
+its weights must be in the one file that the manifest lists for it.
 
-The reader knows as much of protobuf's wire format (https://protobuf.dev/programming-guides/encoding) as that takes, for
-`validate` needs no onnx. Field numbers: onnx/onnx.proto.
+`validate` must not need onnx, so this module reads protobuf's wire format itself, as far as the checks need it
+(https://protobuf.dev/programming-guides/encoding). Field numbers: onnx/onnx.proto.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from dinoexport.system import untrusted
 
-# Everything but the weights: a graph of forty blocks has 2 MB.
+# The file without its weights: a graph of forty blocks has 2 MB.
 GRAPH_MAX_BYTES = 1 << 27
-# Elements of one constant that a graph may unfold by itself: what a position grid of the largest input takes, twice.
+# Elements of one constant that a graph may expand by itself: twice the position grid of the largest input.
 _UNFOLDED_MAX = 1 << 28
 _UNFOLDING = frozenset({"Expand", "ConstantOfShape", "Reshape", "Tile", "Pad"})
 OPERATORS = frozenset(
@@ -33,9 +33,9 @@ OPERATORS = frozenset(
     ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding
     Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze
     Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor
-    """.split()  # noqa: SIM905 (a list of so many is not read better)
+    """.split()  # noqa: SIM905 (a list of so many would be harder to read)
 )
-# Of ONNX Runtime's own, in the domain com.microsoft.
+# ONNX Runtime's own operators, in the domain com.microsoft.
 _OWN_DOMAIN = "com.microsoft"
 OWN_OPERATORS = frozenset(
     """
@@ -54,7 +54,7 @@ _BITS = {
 
 
 def check(path: Path, *, data_bytes: int | None) -> None:
-    """Raises ValueError, or `untrusted.Unreadable`, for an ONNX file that is not like one of ours.
+    """Raises ValueError or `untrusted.Unreadable` for an ONNX file with content that dinoexport does not write.
 
     data_bytes: the size of the file NAME.onnx.data beside it; None when there is none.
     """
@@ -62,7 +62,7 @@ def check(path: Path, *, data_bytes: int | None) -> None:
     try:
         _check_model(raw, f"{path.name}.data", data_bytes)
     except (IndexError, TypeError, struct.error, UnicodeDecodeError, OverflowError) as error:
-        raise ValueError(f"it is no ONNX file ({error})") from None
+        raise ValueError(f"it is not an ONNX file ({error})") from None
 
 
 def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> None:
@@ -70,7 +70,7 @@ def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> Non
     if _MODEL_FUNCTIONS in model:
         raise ValueError("it defines functions")
     if len(model.get(_MODEL_GRAPH, ())) != 1:
-        raise ValueError("it is no ONNX file")
+        raise ValueError("it is not an ONNX file")
     graph = _grouped(_message(model[_MODEL_GRAPH][0]))
     if _GRAPH_SPARSE in graph:
         raise ValueError("it holds a sparse tensor")
@@ -104,11 +104,11 @@ def _check_node(
         for name in map(_text, node.get(1, ())):
             sizes = [abs(size) for size in constants.get(name, ()) if size]
             if math.prod(sizes) > _UNFOLDED_MAX:
-                raise ValueError(f"a {kind} unfolds to {'x'.join(map(str, sizes[:8]))} elements")
+                raise ValueError(f"a {kind} expands to {'x'.join(map(str, sizes[:8]))} elements")
 
 
 def _check_tensor(raw: memoryview, data_name: str, data_bytes: int | None) -> tuple[str, tuple[int, ...]]:
-    """A tensor's name and int64 values; its declared size is that of its data, here or in the one file listed."""
+    """A tensor's name and int64 values. Its declared size must be that of its data, inline or in the listed file."""
     tensor = _grouped(raw)
     name, dims = _last_text(tensor, 8), [dim for value in tensor.get(1, ()) for dim in _integers(value)]
     dtype = int(tensor.get(2, [0])[-1])
@@ -121,22 +121,22 @@ def _check_tensor(raw: memoryview, data_name: str, data_bytes: int | None) -> tu
     if external:
         _check_place(name, size, external, data_name, data_bytes)
     elif size > GRAPH_MAX_BYTES or (inline and len(inline) != size):
-        raise ValueError(f"the tensor {name!r} is said to have {size} bytes")
+        raise ValueError(f"the tensor {name!r} declares {size} bytes, and its data have another size")
     values = struct.unpack(f"<{len(inline) // 8}q", inline) if dtype == _INT64 and inline else ()
     return name, values
 
 
 def _check_place(name: str, size: int, external: Mapping[str, str], data_name: str, data_bytes: int | None) -> None:
     if external.get("location") != data_name or data_bytes is None:
-        raise ValueError(f"the weights {name!r} lie in {external.get('location')!r}, which the bundle does not list")
+        raise ValueError(f"the weights {name!r} are in {external.get('location')!r}, which the bundle does not list")
     offset, length = _number(external.get("offset", "0")), _number(external.get("length", str(size)))
     if length != size or offset + length > data_bytes:
-        raise ValueError(f"the weights {name!r} are {size} bytes at {offset}, where {data_name} has {data_bytes}")
+        raise ValueError(f"the weights {name!r} are {size} bytes at {offset}, and {data_name} has {data_bytes}")
 
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise ValueError(f"{text[:20]!r} is no place in a file")
+        raise ValueError(f"{text[:20]!r} is not a position in a file")
     return int(text)
 
 
@@ -157,7 +157,7 @@ def _last_text(message: Mapping[int, list[Any]], number: int) -> str:
 
 
 def _fields(raw: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field: an int, or the bytes of what has a length."""
+    """(number, value) of each field: an int, or the bytes of a length-delimited field."""
     at = 0
     while at < len(raw):
         key, at = _varint(raw, at)
@@ -192,7 +192,7 @@ def _varint(raw: memoryview, at: int) -> tuple[int, int]:
 
 
 def _integers(value: Any) -> list[int]:
-    """Of a repeated field: one, or all of them packed."""
+    """The values of a repeated field: one, or all of them packed."""
     if isinstance(value, int):
         return [_signed(value)]
     found, at = [], 0
@@ -208,7 +208,7 @@ def _signed(value: int) -> int:
 
 def _message(value: Any) -> memoryview:
     if not isinstance(value, memoryview):
-        raise IndexError("a number where a message is")
+        raise IndexError("a number where a message is expected")
     return value
 
 

@@ -31,7 +31,7 @@ class _StoredCase(Frozen):
 
 
 class _Index(Frozen):
-    """What `index.json` in a reference.npz holds beside the arrays."""
+    """The content of `index.json` in a reference.npz: everything besides the arrays."""
 
     version: Literal[1] = VERSION
     reference: str
@@ -42,9 +42,10 @@ class _Index(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The content of reference.npz. `name` describes whose code computed the outputs.
+    """The content of reference.npz. `name` states whose code computed the outputs.
 
-    kinds: output -> what its numbers are, and for labels the output that holds their scores; other outputs are vectors.
+    kinds: output -> the kind of its numbers, and for labels the output that holds their scores; outputs that are not
+    listed are vectors.
     """
 
     name: str
@@ -90,7 +91,7 @@ def write(path: Path, reference: Reference) -> None:
 
 
 def read(path: Path) -> Reference:
-    """The reference in `path`; a ValidationFailed when it is damaged, a UsageError when it is of another version."""
+    """The reference in `path`; raises ValidationFailed if it is damaged, UsageError if it has another version."""
     try:
         arrays = archive.read(path)
         content = json.loads(arrays.pop("index.json").tobytes())
@@ -104,7 +105,7 @@ def read(path: Path) -> Reference:
         raise damaged(f"{path.name} is not readable: {error.problem}") from None
     except UsageError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds that share no other base
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds of exceptions for damaged files
         raise damaged(f"{path.name} is not readable: {error}") from None
     expectations, refusals = [], []
     for i, entry in enumerate(index.cases):

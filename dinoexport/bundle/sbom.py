@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.license import License
 
 PACKAGES = ("cyclonedx",)
-# What is longer in a package's `License` field is the licence's own text, not its name.
+# A longer `License` field holds the text of the licence, not its name.
 _LICENCE_NAME_MAX = 64
 
 
@@ -57,7 +57,7 @@ def _checkpoint(manifest: Manifest) -> Component:
     from cyclonedx.model.component import Component, ComponentType
 
     found = manifest.checkpoint
-    made_up = found.source.startswith("synthetic")
+    synthetic = found.source.startswith("synthetic")
     published = [] if not found.source.startswith("http") else [
         ExternalReference(type=ExternalReferenceType.DISTRIBUTION, url=XsUri(found.source))
     ]  # fmt: skip
@@ -65,9 +65,9 @@ def _checkpoint(manifest: Manifest) -> Component:
         type=ComponentType.MACHINE_LEARNING_MODEL,
         name=f"{manifest.variant} checkpoint",
         bom_ref="checkpoint",
-        description=f"{found.source}{', made up; the hash is that of the rule' if made_up else ''}",
+        description=f"{found.source}{', synthetic; the hash is that of the rule' if synthetic else ''}",
         hashes=[HashType(alg=HashAlgorithm.SHA_256, content=found.sha256)],
-        licenses=[] if made_up else _licences(found.licence),
+        licenses=[] if synthetic else _licences(found.licence),
         external_references=published,
     )
 
@@ -92,7 +92,7 @@ def _files(manifest: Manifest) -> list[Component]:
 
 
 def _package(name: str, version: str) -> Component:
-    """A package that made the bundle. It is no part of what runs: CycloneDX calls such a one `excluded`."""
+    """A package that built the bundle. It does not run with the bundle, so its scope is CycloneDX's `excluded`."""
     from cyclonedx.model.component import Component, ComponentScope, ComponentType
     from packageurl import PackageURL
 
@@ -112,7 +112,7 @@ def _package(name: str, version: str) -> Component:
 
 
 def _licence_of(package: str) -> str:
-    """What an installed package's metadata say in a word; empty where they do not, or hold the whole text."""
+    """An installed package's licence as its metadata name it; empty if they name none or hold the whole text."""
     try:
         found: Message = metadata(package)  # type: ignore[assignment]  # typeshed's protocol lacks `get`
     except PackageNotFoundError:
@@ -127,7 +127,7 @@ def _licence_of(package: str) -> str:
 
 
 def _licences(words: str) -> list[License]:
-    """By its SPDX name where it has one, else in the words given."""
+    """The licence by its SPDX name if it has one, else in the words given."""
     from cyclonedx.contrib.license.factories import LicenseFactory
 
     return [LicenseFactory().make_from_string(words)] if words else []

@@ -1,8 +1,8 @@
-"""Who made a bundle: OpenSSF model signing, with an elliptic-curve key of your own.
+"""Sign bundles and verify signatures: OpenSSF model signing, with the user's own elliptic-curve key.
 
-`model.sig` is an in-toto statement of every file's SHA-256 in a DSSE envelope, what `model_signing verify key` and
-other tools of that scheme read too (https://github.com/ossf/model-signing-spec). The manifest's own hashes notice
-damage; a signature notices who did it.
+`model.sig` is an in-toto statement of every file's SHA-256 in a DSSE envelope. `model_signing verify key` and other
+tools of that scheme read it too (https://github.com/ossf/model-signing-spec). The manifest's hashes detect damage; a
+signature proves who made the bundle.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from dinoexport.system.untrusted import Unreadable
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-# model-signing 1.1 imports the second and does not ask for it.
+# model-signing 1.1 imports the second and does not declare it as a dependency.
 PACKAGES = ("model_signing", "OpenSSL")
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MAKE_A_KEY = (
     "Make a pair: openssl ecparam -name prime256v1 -genkey -noout -out sign.pem; "
     "openssl ec -in sign.pem -pubout -out verify.pem"
 )
-# A statement of a bundle's dozen files takes 3 kB; what is larger is none, and is not read.
+# A statement of a bundle's dozen files takes 3 kB; a larger file is not a signature and is not read.
 _SIGNATURE_MAX_BYTES = 1 << 20
 _KEY_MAX_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What a signature was found to speak for. fingerprint: of the key; manifest: the very one that was signed."""
+    """A verified signature. fingerprint: of the key; manifest: the manifest that was signed."""
 
     fingerprint: str
     manifest: Manifest
@@ -49,34 +49,34 @@ class Verified:
 
 @dataclass(frozen=True, kw_only=True)
 class Signer:
-    """A private key that was opened. fingerprint: of its public half, as it stands in a signature."""
+    """An opened private key. fingerprint: of its public half, as written in a signature."""
 
     path: Path
     passphrase: bytes | None
     fingerprint: str
 
     def sign(self, folder: Path) -> None:
-        """Signs the bundle in `folder`, after every byte was found to be the manifest's; the signature appears at once.
+        """Checks every byte of the bundle in `folder` against the manifest and signs it, in one step.
 
-        Raises UsageError when it did not pass, or holds what no build put there: a signature speaks for the folder.
+        Raises UsageError if the bundle did not pass or holds files that no build wrote: a signature covers the folder.
         """
         with changes.reading(folder):
             manifest = bundle.verify(folder)
         bundle.rewrite(folder, before=manifest, after=manifest, sign=self.signature)
 
     def signature(self, manifest: Manifest, name: str) -> bytes:
-        """The signature of a folder called `name` that holds the files of `manifest`, and it.
+        """The signature of a folder called `name` that holds `manifest` and its files.
 
-        Nothing is read: the hashes are the manifest's, so that what is signed is what was verified.
+        Nothing is read: the hashes are the manifest's, so the signed content is the verified content.
         """
         from model_signing import signing
 
         if manifest.verdict != "passed":
             raise UsageError(
-                f"{name} is {manifest.verdict}, and only what passed is signed.",
-                next_step="dinoexport build makes a judged bundle.",
+                f"{name} is {manifest.verdict}; only bundles that passed are signed.",
+                next_step="dinoexport build makes a validated bundle.",
             )
-        # The annotation of `password` says str, but it is handed on to what takes bytes alone.
+        # The annotation of `password` is str, but it is passed on to a function that takes only bytes.
         passphrase: Any = self.passphrase
         config = signing.Config().use_elliptic_key_signer(private_key=self.path, password=passphrase)
         hashes: Any = _Hashes(name=name, sha256={f.name: f.sha256 for f in manifest.files} | _of_manifest(manifest))
@@ -88,13 +88,13 @@ class Signer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Hashes:
-    """What model-signing takes for its hashing of a folder: hashes that are known already, by the files' names."""
+    """Replaces model-signing's hashing of a folder by hashes that are already known, by file name."""
 
     name: str
     sha256: Mapping[str, str]
 
     def hash(self, _folder: Any, **_: Any) -> Any:
-        """The folder's manifest in model-signing's sense."""
+        """The folder's manifest as model-signing defines it."""
         from model_signing import manifest
         from model_signing._hashing.hashing import Digest
 
@@ -104,7 +104,7 @@ class _Hashes:
         return manifest.Manifest(self.name, items, stated)
 
     def add_ignored_paths(self, **_: Any) -> None:
-        """A statement cannot make us ignore a file."""
+        """A statement cannot make dinoexport ignore a file."""
 
 
 def _of_manifest(manifest: Manifest) -> dict[str, str]:
@@ -112,9 +112,9 @@ def _of_manifest(manifest: Manifest) -> dict[str, str]:
 
 
 def open_signer(path: Path, *, ask: Callable[[], str]) -> Signer:
-    """The private key in `path`, opened; `ask` is asked for its passphrase if it has one.
+    """The opened private key in `path`; `ask` returns its passphrase if it has one.
 
-    Raises UsageError when it is no private key for this scheme.
+    Raises UsageError when it is not a private key for this scheme.
     """
     require("sign", *PACKAGES)
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -123,12 +123,12 @@ def open_signer(path: Path, *, ask: Callable[[], str]) -> Signer:
     raw = _read(path)
     if b"PUBLIC KEY" in raw:
         raise UsageError(
-            f"{path} is a public key, and signing takes the private one.", next_step="Give that one as --sign."
+            f"{path} is a public key, and signing needs the private key.", next_step="Give that one as --sign."
         )
     passphrase = None
     try:
         key = load_pem_private_key(raw, None)
-    except TypeError:  # how it says that the key is encrypted
+    except TypeError:  # raised for an encrypted key
         passphrase = ask().encode()
         try:
             key = load_pem_private_key(raw, passphrase)
@@ -142,10 +142,10 @@ def open_signer(path: Path, *, ask: Callable[[], str]) -> Signer:
 
 
 def verify(folder: Path, public_key: Path) -> Verified:
-    """What `public_key` signed, after every file of the bundle in `folder` was found to be that.
+    """Verifies that `public_key` signed the bundle in `folder` and that every file is the signed one.
 
-    Nothing else of the bundle is looked at before. Raises ValidationFailed for a bundle that is unsigned, signed by
-    another key or changed, UsageError for what is no public key.
+    Nothing else of the bundle is read before. Raises ValidationFailed for a bundle that is unsigned, signed by another
+    key or changed, UsageError if `public_key` is not a public key.
     """
     require("sign", *PACKAGES)
     from cryptography.exceptions import InvalidSignature
@@ -154,7 +154,7 @@ def verify(folder: Path, public_key: Path) -> Verified:
     fingerprint = _fingerprint(_open_public(public_key))
     with changes.reading(folder):
         if not untrusted.is_regular(folder / bundle.MANIFEST):
-            raise UsageError(f"{folder} is no bundle: it has no {bundle.MANIFEST}.", next_step="Check the path.")
+            raise UsageError(f"{folder} is not a bundle: it has no {bundle.MANIFEST}.", next_step="Check the path.")
         raw = _raw_signature(folder)
         signer = None if raw is None else _hint(folder, raw)
         if raw is None or signer is None:
@@ -180,13 +180,13 @@ def verify(folder: Path, public_key: Path) -> Verified:
         except ValueError as error:
             problem = _differences(raw, found) if "Signature mismatch" in str(error) else str(error)
             raise _not_theirs(folder, problem) from None
-        except Exception as error:  # a signature lacks its parts in a dozen ways
+        except Exception as error:  # a damaged signature raises a dozen kinds of exceptions
             raise _not_theirs(folder, f"{bundle.SIGNATURE} is not readable: {error!r}") from None
     return Verified(fingerprint=fingerprint, manifest=manifest)
 
 
 def _hashes_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in the folder but the signature; a ValidationFailed for anything that is no file."""
+    """The SHA-256 of every file in the folder except the signature; raises ValidationFailed for anything but a file."""
     try:
         names = sorted(path.name for path in folder.iterdir())
         return {name: files.sha256(folder / name, links=False) for name in names if name != bundle.SIGNATURE}
@@ -195,7 +195,7 @@ def _hashes_of(folder: Path) -> dict[str, str]:
 
 
 def _differences(raw: bytes, found: Mapping[str, str]) -> str:
-    """Which files are not those of the statement, whose own signature is right."""
+    """Which files differ from the statement, whose own signature is valid."""
     resources = json.loads(b64decode(json.loads(raw)["dsseEnvelope"]["payload"]))["predicate"]["resources"]
     signed = {resource["name"]: resource["digest"] for resource in resources}
     lines = [f"{name} was added" for name in sorted(found.keys() - signed.keys())]
@@ -205,7 +205,7 @@ def _differences(raw: bytes, found: Mapping[str, str]) -> str:
 
 
 def signed_by(folder: Path) -> str | None:
-    """The fingerprint that the signature of the bundle in `folder` bears, unverified; None when it has no signature."""
+    """The fingerprint in the signature of the bundle in `folder`, unverified; None if it has no signature."""
     raw = _raw_signature(folder)
     return None if raw is None else _hint(folder, raw)
 
@@ -236,7 +236,7 @@ def _open_public(path: Path) -> EllipticCurvePublicKey:
     raw = _read(path)
     if b"PRIVATE KEY" in raw:
         raise UsageError(
-            f"{path} is a private key, and verifying takes the public one.",
+            f"{path} is a private key, and verifying needs the public key.",
             next_step=f"openssl ec -in {shlex.quote(str(path))} -pubout -out verify.pem writes it.",
         )
     try:
@@ -256,18 +256,18 @@ def _read(path: Path) -> bytes:
 
 
 def _fingerprint(key: EllipticCurvePublicKey) -> str:
-    """As model-signing writes it: the SHA-256 of the public key as PEM."""
+    """The SHA-256 of the public key as PEM, as model-signing writes it."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def _no_key(path: Path, half: str) -> UsageError:
-    return UsageError(f"{path} is no {half} key in PEM on the curves {', '.join(CURVES)}.", next_step=_MAKE_A_KEY)
+    return UsageError(f"{path} is not a {half} key in PEM on the curves {', '.join(CURVES)}.", next_step=_MAKE_A_KEY)
 
 
 def _not_theirs(folder: Path, problem: str) -> ValidationFailed:
     return ValidationFailed(
         f"{folder} is not what was signed: {problem}.",
-        next_step="Get it again from who signed it; do not serve it as it is.",
+        next_step="Get it again from the owner of the key; do not serve it as it is.",
     )

@@ -18,10 +18,10 @@ def main() -> NoReturn:
     """Runs the command line. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     interrupts.leave_at_once()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal has no letter for is shown as its code
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show are printed as their codes
             stream.reconfigure(errors="backslashreplace")
-    # PyTorch and its tracer are objects that live to the end. Walking them again and again took a quarter of the time
-    # of tracing, and once more at the end 1.2 s of every command that had imported them.
+    # The objects of PyTorch and its tracer live until the end. Garbage collection walked them repeatedly: a quarter
+    # of the time of tracing, and 1.2 s at the end of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
     try:
         app()

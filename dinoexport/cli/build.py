@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.places import destination
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
     Json,
@@ -28,13 +28,13 @@ Variant = Annotated[
     str | None,
     typer.Argument(
         metavar="[VARIANT|RECIPE.toml]",
-        help="A shipped variant, or the path of your own recipe. Default: made from --weights and the files beside.",
+        help="A shipped variant, or the path of your own recipe. Default: derived from --weights and files beside it.",
         show_default=False,
     ),
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which of several models in the file: what stands before its tensors' names."),
+    typer.Option(metavar="NAME", help="The prefix of tensor names that selects one of several models in the file."),
 ]
 Weights = Annotated[
     str | None,
@@ -45,11 +45,11 @@ Weights = Annotated[
 ]
 HeadOption = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="What turns tokens into answers: depth, labels, classes; see `list`."),
+    typer.Option(metavar="KIND", help="The head: turns tokens into depth, labels or classes; see `list`."),
 ]
 HeadWeights = Annotated[
     str | None,
-    typer.Option(metavar="PATH|synthetic:SEED", help="The head's own weights. Default: the published ones."),
+    typer.Option(metavar="PATH|synthetic:SEED", help="The weights of the head. Default: the published ones."),
 ]
 PrecisionOption = Annotated[
     str | None,
@@ -71,7 +71,9 @@ RuntimeOption = Annotated[
         help="Default: the first of the target's runtimes that can be used; on a CPU, the faster one.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The bundle's folder. Default: bundles/NAME.")]
+Out = Annotated[
+    str | None, typer.Option(metavar="DIR|URL", help="The bundle's folder, or where to send it. Default: bundles/NAME.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Repeat every stage, and reuse none.")]
 ReferenceOption = Annotated[
     str,
@@ -108,7 +110,7 @@ def build(
     runtime: RuntimeOption = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A profile of the recipe, for the engine; repeat the option for several."),
+        typer.Option(metavar="NAME", help="A profile of the recipe for the engine; repeat the option for several."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
@@ -127,43 +129,44 @@ def build(
         from dinoexport.cli import formatting
         from dinoexport.pipeline import build as pipeline
 
-        with progress_lines() as progress:
-            request = pipeline.build_request(
-                variant,
-                weights=weights,
-                prefix=prefix,
-                head=head,
-                head_weights=head_weights,
-                precision=precision_of(precision),
-                target=target,
-                runtime=runtime_of(runtime),
-                engine_choices=engine_choices(profile, preset),
-                out=out,
-                judge_code=choice("reference", reference, ("plain", "hub")),
-                progress=progress,
-            )
-        _say_settled(request.settled, to_stderr=as_json)
-        signer = signer_of(sign)
-        try:
+        with destination(out) as folder:
             with progress_lines() as progress:
-                built = pipeline.build(
-                    request, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
+                request = pipeline.build_request(
+                    variant,
+                    weights=weights,
+                    prefix=prefix,
+                    head=head,
+                    head_weights=head_weights,
+                    precision=precision_of(precision),
+                    target=target,
+                    runtime=runtime_of(runtime),
+                    engine_choices=engine_choices(profile, preset),
+                    out=folder,
+                    judge_code=choice("reference", reference, ("plain", "hub")),
+                    progress=progress,
                 )
-        except pipeline.Rejected as rejected:
-            show_report(rejected.report, to_stderr=as_json)
-            fail(rejected, as_json, verdict="rejected", report=rejected.report.to_json())
+            _say_settled(request.settled, to_stderr=as_json)
+            signer = signer_of(sign)
+            try:
+                with progress_lines() as progress:
+                    built = pipeline.build(
+                        request, force=force, keep_rejected=keep_rejected, signer=signer, progress=progress
+                    )
+            except pipeline.Rejected as rejected:
+                show_report(rejected.report, to_stderr=as_json)
+                fail(rejected, as_json, verdict="rejected", report=rejected.report.to_json())
         assert built.report is not None
         if as_json:
-            say_json(
-                _built_facts(built) | {"report": built.report.to_json(), "signed_by": signer and signer.fingerprint}
-            )
+            signed_by = signer and signer.fingerprint
+            say_json(_built_facts(built, out) | {"report": built.report.to_json(), "signed_by": signed_by})
             return
         show_report(built.report)
         if built.engines.report:
             show_report(built.engines.report)
         _say_reused(built)
         say("")
-        say(f"Bundle: {built.folder}")
+        where = out or str(built.folder)
+        say(f"Bundle: {where}")
         say(f"Report: {built.folder / 'report.html'}")
         for line in formatting.signature_lines(signer and signer.fingerprint, by_us=True):
             say(line)
@@ -171,9 +174,9 @@ def build(
             say(f"Precision: {formatting.precision(built.manifest)}")
         show_ways(built.manifest, not_run=built.engines.not_run)
         if request.model.text is not None and "text" not in built.manifest.stage_keys:
-            say("Text:   no tokenizer lies beside the weights; generate and deploy need one in the bundle")
-        say(f"Next:   dinoexport inspect {built.folder}")
-        say(f"        dinoexport validate {built.folder}   (on the machine that will serve it; needs no torch)")
+            say("Text:   there is no tokenizer beside the weights; generate and deploy need one in the bundle")
+        say(f"Next:   dinoexport inspect {where}")
+        say(f"        dinoexport validate {where}   (on the machine that will serve it; needs no torch)")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -193,25 +196,26 @@ def export(
     with reporting(as_json):
         from dinoexport.pipeline import build as pipeline
 
-        request = pipeline.build_request(
-            variant,
-            weights=weights,
-            head=head,
-            head_weights=head_weights,
-            prefix=prefix,
-            precision=precision_of(precision),
-            target=target,
-            out=out,
-        )
-        _say_settled(request.settled, to_stderr=as_json)
-        with progress_lines() as progress:
-            built = pipeline.export_only(request, progress=progress, force=force)
+        with destination(out) as folder:
+            request = pipeline.build_request(
+                variant,
+                weights=weights,
+                head=head,
+                head_weights=head_weights,
+                prefix=prefix,
+                precision=precision_of(precision),
+                target=target,
+                out=folder,
+            )
+            _say_settled(request.settled, to_stderr=as_json)
+            with progress_lines() as progress:
+                built = pipeline.export_only(request, progress=progress, force=force)
         if as_json:
-            say_json(_built_facts(built))
+            say_json(_built_facts(built, out))
             return
         _say_reused(built)
-        say(f"Bundle: {built.folder}   UNJUDGED: nothing was measured")
-        say(f"Next:   dinoexport build {variant} makes a judged one")
+        say(f"Bundle: {out or built.folder}   UNJUDGED: nothing was measured")
+        say(f"Next:   dinoexport build {variant} makes a validated one")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -265,9 +269,9 @@ def engine_choices(profiles: list[str] | None, preset: str | None) -> dict[str, 
     )
 
 
-def _built_facts(built: Any) -> dict[str, Any]:
+def _built_facts(built: Any, out: str | None) -> dict[str, Any]:
     return {
-        "bundle": str(built.folder),
+        "bundle": out or str(built.folder),
         "verdict": built.manifest.verdict,
         "reused": list(built.reused),
         "assumed": built.manifest.checkpoint.assumed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,61 +11,94 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.escaping import printable
-from dinoexport.cli.terminal import Json, choice, fail, progress_lines, reporting, say, say_json, show_report
+from dinoexport.cli.places import BundleArgument, folder_of
+from dinoexport.cli.terminal import (
+    Json,
+    choice,
+    fail,
+    progress_lines,
+    reporting,
+    say,
+    say_json,
+    say_json_line,
+    show_report,
+    state_line,
+)
 
 if TYPE_CHECKING:
     from dinoexport.embed.plan import Plan
     from dinoexport.embed.run import Embedded, Layout, State
 
-# How often a log gets a line; a terminal's line is drawn anew each time.
-_LINE_EVERY_S = 10.0
+# How often a log gets a line; on a terminal the line is redrawn.
+_LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2
 
 
 @app.command(epilog=EXIT_CODES)
 def embed(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     images: Annotated[
         str,
         typer.Option(metavar="DIR|'GLOB'|URL|FILE.parquet[:COLUMN]", help="What to embed."),
     ],
     out: Annotated[
-        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call goes on there.")
+        str, typer.Option(metavar="DIR|URL", help="Where the Parquet files go; a later call continues there.")
     ],
     size: Annotated[
-        str, typer.Option(metavar="default|nearest", help="One size for all, or each near its own: local images only.")
+        str,
+        typer.Option(
+            metavar="default|nearest",
+            help="One size for all images, or for each image the nearest size; nearest: local images only.",
+        ),
     ] = "default",
     outputs: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="Columns: outputs, or NAME_mean of NAME_tokens. Default: class_token."),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="float32|float16", help="What vectors are stored as.")] = "float32",
-    normalise: Annotated[bool, typer.Option("--normalise", help="Make each vector's L2 norm 1.")] = False,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|float16", help="The type in which vectors are stored.")
+    ] = "float32",
+    normalise: Annotated[bool, typer.Option("--normalise", help="Scale each vector to L2 norm 1.")] = False,
     shards: Annotated[
-        int | None, typer.Option(min=1, max=100_000, metavar="N", help="Files. Default: of 50,000 rows at most.")
+        int | None,
+        typer.Option(
+            min=1, max=100_000, metavar="N", help="Number of output files. Default: as many as hold 50,000 rows each."
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes. Default: see the docs.")] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only shards that are I modulo N, I from 0.")] = "0/1",
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="ray: on the cluster RAY_ADDRESS names.")] = "local",
-    max_failed: Annotated[str, typer.Option(metavar="SHARE", help="Exit 1 when more images failed than this.")] = "1%",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of processes. Default: chosen for this machine, see docs/embed.md."
+        ),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the shards whose number modulo N is I; I starts at 0.")
+    ] = "0/1",
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="ray: on the cluster that RAY_ADDRESS names.")
+    ] = "local",
+    max_failed: Annotated[
+        str, typer.Option(metavar="SHARE", help="Exit with code 1 if more than this share of the images failed.")
+    ] = "1%",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try failed images of finished shards again.")
     ] = False,
-    extend: Annotated[bool, typer.Option("--extend", help="List again and add what is new.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="List the images again and add the new ones.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Embed 0.1 % of the finished rows again, compare, and do nothing else.")
+        bool, typer.Option("--verify", help="Only embed 0.1 % of the finished rows again and compare.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed images into Parquet, resumably. With --json, progress goes to stderr as a JSON object a line."""
+    """Embed images into Parquet files, resumably. With --json, progress is printed as JSON lines on stderr."""
     with reporting(as_json):
         from dinoexport.embed import run
 
+        folder = folder_of(bundle)
         if verify:
-            _verify(bundle, images, out, as_json)
+            _verify(folder, images, out, as_json)
             return
         with _watching(as_json) as watch, progress_lines() as progress:
             found = run.embed(
-                bundle,
+                folder,
                 images,
                 out,
                 size=choice("size", size, ("default", "nearest")),
@@ -120,7 +152,7 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
         "because": layout.why,
     }
     if as_json:
-        typer.echo(json.dumps({"plan": facts}), err=True)
+        say_json_line({"plan": facts})
         return
     words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     say(f"Plan:   {words}", to_stderr=True)
@@ -128,35 +160,30 @@ def _say_plan(plans: Sequence[Plan], layout: Layout, as_json: bool) -> None:
 
 @contextmanager
 def _watching(as_json: bool) -> Iterator[Callable[[State], None]]:
-    """How far it is, on stderr: a line that is drawn anew on a terminal, one every ten seconds in a log."""
-    import sys
+    """Progress on stderr: a line that is redrawn on a terminal, or one line every ten seconds in a log."""
     import time
     from dataclasses import asdict
 
-    terminal = sys.stderr.isatty() and not as_json
     said = 0.0
+    with state_line() as (line, drawn):
 
-    def watch(state: State) -> None:
-        nonlocal said
-        now = time.monotonic()
-        last = state.shards == state.shards_total
-        if now - said < (0.2 if terminal else _LINE_EVERY_S) and not last:
-            return
-        said = now
-        if as_json:
-            typer.echo(json.dumps(asdict(state)), err=True)
-        else:
-            typer.echo(("\r\x1b[K" if terminal else "") + line_of(state), nl=not terminal, err=True)
+        def watch(state: State) -> None:
+            nonlocal said
+            now = time.monotonic()
+            every_s = _DRAWN_EVERY_S if drawn and not as_json else _LINE_EVERY_S
+            if now - said < every_s and state.shards < state.shards_total:
+                return
+            said = now
+            if as_json:
+                say_json_line(asdict(state))
+            else:
+                line(line_of(state))
 
-    try:
         yield watch
-    finally:
-        if terminal and said:
-            typer.echo("", err=True)
 
 
 def line_of(state: State) -> str:
-    """How far it is, in one line."""
+    """The progress in one line."""
     left = "unknown" if state.left_s is None else duration(state.left_s)
     return (
         f"{state.rows} of about {state.rows_total} rows, {state.shards} of {state.shards_total} shards, "
@@ -165,7 +192,7 @@ def line_of(state: State) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """A duration in seconds, minutes or hours."""
     minutes, hours = round(seconds / 60), seconds / 3600
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -185,7 +212,7 @@ def _verify(bundle: Path, images: str, out: str, as_json: bool) -> None:
         say(printable(line), to_stderr=as_json)
     if not found.passed:
         failed = ValidationFailed(
-            f"{out} does not hold what the bundle gives for these images.",
+            f"{out} does not hold the outputs that the bundle gives for these images.",
             next_step="The lines above say which parts or images; remove those parts and run embed again.",
         )
         fail(failed, as_json, **facts)

@@ -9,6 +9,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.build import Force, RuntimeOption, engine_choices
+from dinoexport.cli.places import BundleArgument, destination, folder_of
 from dinoexport.cli.terminal import (
     Json,
     Sign,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @app.command("compile", epilog=EXIT_CODES)
 def compile_(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     target: Annotated[
         str | None, typer.Option(metavar="NAME[,triton:TAG]", help="The card; see `list`. Default: the GPU here.")
     ] = None,
@@ -43,30 +44,36 @@ def compile_(
         str | None, typer.Option(metavar="fast|balanced|max", help="How long TensorRT searches for kernels.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Another bundle, with the engines. Default: they are added.")
+        str | None,
+        typer.Option(metavar="DIR|URL", help="Write another bundle with the engines. Default: add them to BUNDLE."),
     ] = None,
     force: Force = False,
     sign: Sign = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
-    """Build engines from a bundle's own ONNX and judge them by the reference it carries; needs no torch."""
+    """Build engines from a bundle's own ONNX and validate them with the bundle's reference; needs no torch."""
     with reporting(as_json):
         from dinoexport.pipeline import compile_bundle
+        from dinoexport.system import store
 
+        folder = folder_of(bundle)
         if verify is not None:
             from dinoexport.bundle import signing
 
-            signing.verify(bundle, verify)
+            signing.verify(folder, verify)
         signer = signer_of(sign)
+        if out is None and store.is_url(bundle) and signer is None:
+            compile_bundle.refuse_signed(folder, bundle)
         try:
-            with progress_lines() as progress:
+            # A bundle in a store gets its engines there.
+            with destination(out or (bundle if store.is_url(bundle) else None)) as into, progress_lines() as progress:
                 compiled = compile_bundle.compile_bundle(
-                    bundle,
+                    folder,
                     target=target,
                     runtime=runtime_of(runtime),
                     engine_choices=engine_choices(profile, preset),
-                    out=out,
+                    out=into,
                     signer=signer,
                     force=force,
                     progress=progress,
@@ -80,12 +87,12 @@ def compile_(
 @app.command(epilog=EXIT_CODES)
 def merge(
     first: Annotated[Path, typer.Argument(metavar="A", help="A bundle with an engine.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The same, with an engine for another card.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle with both goes.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The same bundle with an engine for another card.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the bundle with both engines.")],
     sign: Sign = None,
     as_json: Json = False,
 ) -> None:
-    """Collect engines for several cards into one bundle; deploy then lets Triton choose by the card."""
+    """Merge the engines of two bundles into one bundle for several cards; Triton then chooses by the card."""
     with reporting(as_json):
         from dinoexport.pipeline import compile_bundle
 

@@ -1,19 +1,19 @@
-"""What is shown as it is, and what only as its code: names from a hostile file must not steer a terminal."""
+"""Escape characters that could control a terminal, because names may come from a hostile file."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that is no visible one or a space as its code, as `\x1b`.
+    r"""The text with every character that is neither visible nor a space replaced by its code, such as `\x1b`.
 
-    Control characters (C0, C1), line ends, marks that change the direction of text, and the lone surrogates that stand
-    for bytes of a file's name that are not UTF-8. A line is one line, whatever is in it.
+    These are control characters (C0, C1), line ends, marks that change the direction of text, and lone surrogates
+    (bytes of a file's name that are not UTF-8). The result is always one line.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else _code(ord(c)) for c in text)
 
 
 def paragraph(text: str) -> str:
-    """The same for text of several lines: all but the first are indented, so that none passes for a line of ours."""
+    """The same for text of several lines. All but the first are indented, so that none looks like a new message."""
     return "\n  ".join(printable(line) for line in text.split("\n"))
 
 

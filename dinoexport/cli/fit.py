@@ -18,12 +18,12 @@ from dinoexport.cli.terminal import Json, choice, progress_lines, reporting, say
 @app.command(epilog=EXIT_CODES)
 def fit(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that gives features.")],
-    images: Annotated[Path, typer.Option(metavar="DIR", help="Images to learn from; each subfolder is a class.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Training images; each subfolder is a class.")],
     head: Annotated[
         str, typer.Option(metavar="logreg|linear|knn", help="Which classifier; linear reads patch tokens too.")
     ] = "logreg",
     balanced: Annotated[
-        bool, typer.Option("--balanced", help="Weigh classes alike, however many images each has.")
+        bool, typer.Option("--balanced", help="Give all classes the same weight, however many images each has.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the new bundle goes. Default: BUNDLE-HEAD.")
@@ -31,7 +31,7 @@ def fit(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Fit a classifier on a bundle's features and publish a bundle that ends in its probabilities; needs no torch."""
+    """Fit a classifier on a bundle's features and publish a bundle that outputs its probabilities; needs no torch."""
     with reporting(as_json):
         from dinoexport.pipeline.fit import flow
         from dinoexport.pipeline.fit.classifiers import HEAD_KINDS
@@ -46,11 +46,11 @@ def fit(
         low, high = held.interval
         say(
             f"Held-out accuracy: {held.accuracy:.1%} of {held.images} images "
-            f"(95 % interval {low:.1%} to {high:.1%}); none of them was fitted on"
+            f"(95 % interval {low:.1%} to {high:.1%}); the classifier was not fitted on them"
         )
         say(table("Recall", [{"class": label, "recall": f"{share:.0%}"} for label, share in held.recall.items()]))
         for name, true, given, probability in held.confusions[:10]:
-            say(printable(f"{name}: {true} taken for {given} with {probability:.0%}"))
+            say(printable(f"{name}: {true} classified as {given} with {probability:.0%}"))
         for line in made.said:
             say(printable(f"note: {line}"))
         say(f"\nBundle: {made.folder}")

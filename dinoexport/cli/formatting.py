@@ -1,4 +1,4 @@
-"""What the verbs `list`, `inspect` and `schema` show, as plain data."""
+"""Format results of all commands, for tables and for JSON, as plain data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dinoexport.validation.judge import Report, Row
 
 Rows = list[dict[str, Any]]
-# More than a build has; a user's images can make a hundred thousand.
+# More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
 
 
@@ -87,7 +87,7 @@ def recipe_schema() -> dict[str, Any]:
         for option in options:  # references count from the root
             schema["$defs"] |= option.pop("$defs", {})
         schema["properties"][table] = {"anyOf": options, "description": schema["properties"][table]["description"]}
-    # With `base` any key may be left out, at any depth: the merged recipe is held to the rest when it is loaded.
+    # With `base` any key may be left out, at any depth: required keys are checked when the merged recipe is loaded.
     required = schema.pop("required")
     return {**_nothing_required(schema), "anyOf": [{"required": ["base"]}, {"required": required}]}
 
@@ -148,7 +148,7 @@ def of_path(path: Path) -> dict[str, Any]:
 
 
 def _head(manifest: bundle.Manifest) -> dict[str, str]:
-    """What a bundle's head is, where its weights are from, and how many classes it names."""
+    """A bundle's head: its kind, the source of its weights, and how many classes it names."""
     head = manifest.head
     if head is None:
         return {}
@@ -171,7 +171,7 @@ def page_of(folder: Path) -> Path:
     pages = [file for file in manifest.files if file.name == bundle.REPORT_HTML]
     if not pages:
         raise UsageError(
-            f"{folder} has no {bundle.REPORT_HTML}: it was exported and never judged, or built by an older dinoexport.",
+            f"{folder} has no {bundle.REPORT_HTML}: it was never validated, or an older dinoexport built it.",
             next_step="dinoexport build makes one.",
         )
     bundle.check_files(folder, pages)
@@ -315,6 +315,7 @@ def deployed_facts(deployed: Deployed) -> dict[str, Any]:
 def deployed_lines(deployed: Deployed) -> list[str]:
     """What the repository serves now, and how to make a running server load it."""
     before = f" (before: {deployed.previous})" if deployed.previous else ""
+    where = "BUNDLE" if isinstance(deployed.repository, str) else shlex.quote(str(deployed.repository))
     return [
         f"Serving: {deployed.name} version {deployed.version}{before}, in {deployed.repository}",
         f"Models:  {', '.join(deployed.models)}",
@@ -322,7 +323,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
         "Next, to make a running server load it:",
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/unload" for model in deployed.retired),
         *(f"         curl -X POST HOST:8000/v2/repository/models/{model}/load" for model in deployed.models),
-        f"         dinoexport check http://HOST:8000 {shlex.quote(str(deployed.repository))} --model {deployed.name}",
+        f"         dinoexport check http://HOST:8000 {where} --model {deployed.name}",
     ]
 
 
@@ -339,7 +340,7 @@ def _of_onnx(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise UsageError(f"{path} is no readable ONNX file: {error}.", next_step="Check the path.") from None
+        raise UsageError(f"{path} is not a readable ONNX file: {error}.", next_step="Check the path.") from None
     graph = model.graph
     weights = {id(t): math.prod(t.dims) for t in graph.initializer}
     facts = {

@@ -9,6 +9,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.build import HeadWeights, ReferenceOption, Weights
+from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
@@ -30,7 +31,7 @@ from dinoexport.cli.terminal import (
 
 @app.command(epilog=EXIT_CODES)
 def validate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Validate on these images instead; needs torch and the weights.")
     ] = None,
@@ -56,7 +57,7 @@ def validate(
     trust_plan: Annotated[
         bool,
         typer.Option(
-            "--trust-plan", help="Run a version-compatible plan, which holds code, though no signature was verified."
+            "--trust-plan", help="Run a version-compatible plan, which holds code, without a verified signature."
         ),
     ] = False,
     sign: Sign = None,
@@ -66,18 +67,24 @@ def validate(
     with reporting(as_json):
         from dinoexport.bundle import signing
         from dinoexport.cli import formatting
-        from dinoexport.errors import ValidationFailed
+        from dinoexport.errors import UsageError, ValidationFailed
         from dinoexport.report import mismatches
+        from dinoexport.system import store
         from dinoexport.validation import validate_bundle
 
         signer = signer_of(sign)
-        verified = signing.verify(bundle, verify) if verify is not None else None
-        signed = signing.signed_by(bundle)
+        folder, remote = folder_of(bundle), store.is_url(bundle)
+        if signer is not None and remote:
+            raise UsageError(
+                f"{bundle} is not signed where it lies.", next_step="Sign it when it is built: build --sign."
+            )
+        verified = signing.verify(folder, verify) if verify is not None else None
+        signed = signing.signed_by(folder)
         if page is not None:
             mismatches.check(page, images)
         with progress_lines() as progress:
             validated = validate_bundle.validate(
-                bundle,
+                folder,
                 images=images,
                 weights=weights,
                 head_weights=head_weights,
@@ -87,6 +94,7 @@ def validate(
                 signer=signer,
                 signed=None if verified is None else verified.manifest,
                 trust_plan=trust_plan,
+                record=not remote,
                 progress=progress,
             )
             if page is not None and images is not None:
@@ -141,14 +149,16 @@ def _show_more(validated: Any, page: Path | None, *, explain: bool, to_stderr: b
 
 @app.command(epilog=EXIT_CODES)
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder, or an ONNX file.")],
+    path: Annotated[
+        str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle's folder or its URL, or an ONNX file.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Show what a bundle or an ONNX file contains. Nothing is run."""
     with reporting(as_json):
         from dinoexport.cli import formatting
 
-        found = formatting.of_path(path)
+        found = formatting.of_path(folder_of(path))
         if as_json:
             say_json(found)
             return
@@ -210,7 +220,7 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, throughput and the share of the machine's peak on this machine, beside PyTorch."""
+    """Measure latency, throughput and the share of this machine's peak, and compare them with PyTorch."""
     with reporting(as_json):
         from dinoexport import bench as stopwatch
         from dinoexport.system import changes

@@ -8,15 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import Json, Verify, choice, fail, progress_lines, reporting, say, say_json, show_report
 
 
 @app.command(epilog=EXIT_CODES)
 def deploy(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     to: Annotated[
-        Path, typer.Option(metavar="REPOSITORY", help="Triton's model repository; created if it does not exist.")
+        str,
+        typer.Option(metavar="DIR|URL", help="Triton's model repository; created if it does not exist."),
     ],
     name: Annotated[str | None, typer.Option(help="The model's name in Triton. Default: the variant's name.")] = None,
     backend: Annotated[
@@ -41,34 +43,45 @@ def deploy(
 ) -> None:
     """Add a bundle to a Triton model repository as the next version, and serve that version."""
     with reporting(as_json):
-        from dinoexport.serving.triton import model_repository, served_models
+        from dinoexport.serving.triton import model_repository, served_models, store_repository
+        from dinoexport.system import store
 
+        folder = folder_of(bundle)
         chosen = None if backend is None else choice("backend", backend, served_models.BACKENDS)
         with progress_lines() as progress:
-            deployed = model_repository.deploy(
-                bundle, to, name=name, backend=chosen, triton=triton, samples=samples, verify=verify, progress=progress
-            )
+            how: dict[str, Any] = {
+                "name": name, "backend": chosen, "triton": triton, "samples": samples, "verify": verify,
+            }  # fmt: skip
+            if store.is_url(to):
+                deployed = store_repository.deploy(folder, to, progress=progress, **how)
+            else:
+                deployed = model_repository.deploy(folder, Path(to), progress=progress, **how)
         _show_deployed(deployed, as_json)
 
 
 @app.command(epilog=EXIT_CODES)
 def rollback(
-    repository: Annotated[Path, typer.Argument(metavar="REPOSITORY", help="Triton's model repository.")],
+    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Triton's model repository, or its URL.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name in Triton.")],
     as_json: Json = False,
 ) -> None:
     """Serve the previous version again. Nothing is removed."""
     with reporting(as_json):
-        from dinoexport.serving.triton import model_repository
+        from dinoexport.serving.triton import model_repository, store_repository
+        from dinoexport.system import store
 
-        _show_deployed(model_repository.rollback(repository, name), as_json)
+        if store.is_url(repository):
+            _show_deployed(store_repository.rollback(repository, name), as_json)
+        else:
+            _show_deployed(model_repository.rollback(Path(repository), name), as_json)
 
 
 @app.command(epilog=EXIT_CODES)
 def check(
     url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:8000 or grpc://HOST:8001.")],
     bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE|REPOSITORY", help="The bundle that was deployed, or the repository.")
+        str,
+        typer.Argument(metavar="BUNDLE|REPOSITORY", help="The bundle that was deployed, or the repository."),
     ],
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model's name. Default: the only model on the server.")
@@ -89,10 +102,11 @@ def check(
         from dinoexport.serving import address
         from dinoexport.serving import check as probe
 
+        folder = folder_of(bundle)
         with progress_lines() as progress:
             checked = probe.check(
                 url,
-                bundle,
+                folder,
                 model=model,
                 quick=quick,
                 timeout_s=timeout_s,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows under the first one's keys."""
+    """A table of rows; the keys of the first row are the header."""
     from rich.table import Table
     from rich.text import Text
 
@@ -19,7 +19,9 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     for column in rows[0] if rows else ():
         shown.add_column(Text(printable(column)))
     for row in rows:
-        shown.add_row(*(Text(printable(_cell(value))) for value in row.values()))  # no markup: brackets are brackets
+        shown.add_row(
+            *(Text(printable(_cell(value))) for value in row.values())
+        )  # Text, so that brackets are not read as markup
     return shown
 
 

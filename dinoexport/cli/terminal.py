@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -63,7 +63,7 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
 
 
 def _shortened(text: str) -> str:
-    """At most so many lines as a person looks at; --json has them all."""
+    """At most as many lines as a person reads; --json has them all."""
     lines = text.rstrip("\n").split("\n")
     if len(lines) <= _LINES_MAX:
         return text
@@ -131,7 +131,7 @@ def signer_of(key: Path | None) -> Any:
 
 
 def say(what: Table | str, *, to_stderr: bool = False) -> None:
-    """A line or a table. Whatever it holds, a line stays one line of visible characters."""
+    """Prints a line or a table. A line stays one line of visible characters, whatever its content."""
     from rich.console import Console
 
     if isinstance(what, str):
@@ -143,7 +143,7 @@ def say(what: Table | str, *, to_stderr: bool = False) -> None:
 
 
 def say_text(piece: str) -> None:
-    """A piece of a text that a model writes: on a terminal with line ends and tabs, and without what would steer it."""
+    """Prints text from a model. On a terminal, control characters are escaped, except line ends and tabs."""
     if sys.stdout.isatty():
         piece = "".join(c if c in "\n\t" else printable(c) for c in piece)
     sys.stdout.write(piece)
@@ -153,6 +153,28 @@ def say_text(piece: str) -> None:
 def say_json(content: Any) -> None:
     """Prints the one JSON object on stdout."""
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def say_json_line(content: Any) -> None:
+    """A JSON object as one line on stderr: progress beside the one object on stdout."""
+    typer.echo(json.dumps(content, allow_nan=False), err=True)
+
+
+@contextmanager
+def state_line() -> Iterator[tuple[Callable[[str], None], bool]]:
+    """Says on stderr how far a long command is; and whether that is a terminal, where each line replaces the last."""
+    drawn, said = sys.stderr.isatty(), False
+
+    def line(text: str) -> None:
+        nonlocal said
+        said = True
+        typer.echo(("\r\x1b[K" if drawn else "") + printable(text), nl=not drawn, err=True)
+
+    try:
+        yield line, drawn
+    finally:
+        if drawn and said:
+            typer.echo("", err=True)
 
 
 def show_report(report: Report, *, to_stderr: bool = False) -> None:

@@ -15,25 +15,31 @@ from dinoexport.cli.terminal import Json, progress_lines, reporting, say, say_js
 @app.command(epilog=EXIT_CODES)
 def generate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
-    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A text to go on with; - reads it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin.")
+    ] = None,
     infill: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="PREFIX SUFFIX", help="Write what belongs between the two.")
+        tuple[str, str] | None, typer.Option(metavar="PREFIX SUFFIX", help="Write the text between the two.")
     ] = None,
     suffix_first: Annotated[
         bool, typer.Option("--suffix-first", help="Put the suffix before the prefix in an infilling prompt.")
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question of a conversation.")] = False,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the conversation begins with.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="The share of probability that is drawn from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same answer for the same seed. Default: any.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is the user's turn of a conversation.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system text of the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The largest number of tokens in the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that together have this probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same answer. Default: a random seed.")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeat it for several.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write text with a bundle on this machine, as it is written."""
+    """Generate text with a bundle on this machine, and print it token by token."""
     with reporting(as_json):
         from dinoexport.runtime import text_model
         from dinoexport.text import generation, requests
@@ -59,10 +65,12 @@ def openai(
     model_place: Annotated[
         str, typer.Argument(metavar="URL|BUNDLE", help="A Triton server's http://HOST:8000, or a bundle to open here.")
     ],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only text model there is.")] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name. Default: the only text model on the server.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
-    timeout_s: Annotated[float, typer.Option(help="Seconds a server is given for the next words.")] = 60.0,
+    timeout_s: Annotated[float, typer.Option(help="Time limit for each piece of the answer, in seconds.")] = 60.0,
     headers: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Lines `Name: value` to send; a token goes in $DINOEXPORT_TOKEN."),
@@ -89,14 +97,14 @@ def openai(
 def _asked(
     prompt: str | None, infill: tuple[str, str] | None, *, suffix_first: bool, chat: bool, system: str | None
 ) -> dict[str, Any]:
-    """What is asked, as a request has it."""
+    """The request that the options describe."""
     from dinoexport.errors import UsageError
 
     if (prompt is None) == (infill is None) or (infill is not None and chat):
         raise UsageError("Give a prompt, or --infill PREFIX SUFFIX.", next_step='dinoexport generate BUNDLE "prompt"')
     if (system is not None and not chat) or (suffix_first and infill is None):
         raise UsageError(
-            f"{'--system' if system is not None else '--suffix-first'} says nothing here.",
+            f"{'--system' if system is not None else '--suffix-first'} has no effect here.",
             next_step="--system belongs to --chat, --suffix-first to --infill.",
         )
     if infill is not None:
@@ -125,7 +133,7 @@ def _show_end(written: Any, as_json: bool) -> None:
     say("")
     rest_s = written.seconds - written.first_s
     speed = f", {(len(written.ids) - 1) / rest_s:.1f} tokens/s" if len(written.ids) > 1 and rest_s > 0 else ""
-    reason = {"length": "the limit of tokens", "stop": "the model or a stop text ended it"}[written.reason]
+    reason = {"length": "the limit of tokens", "stop": "the model or a stop text"}[written.reason]
     say(
         f"{written.prompt_tokens} tokens read, {len(written.ids)} written, the first after {written.first_s:.2f} s"
         f"{speed}; {reason}",

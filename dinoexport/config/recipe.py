@@ -20,14 +20,14 @@ from dinoexport.errors import UsageError
 from dinoexport.spec import Dim, Precision, Runtime, closest
 from dinoexport.system import untrusted
 
-# A hundred times the longest recipe; what a hostile one repeats is bounded with it.
+# A hundred times the longest recipe; it also bounds what a hostile recipe can repeat.
 _TOML_MAX_BYTES = 1 << 18
-# A name becomes part of file names, so it may hold nothing a path could use.
+# A name becomes part of file names, so characters that mean something in a path are not allowed.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-# The dimension of what a graph carries from call to call, which is empty at first.
+# The dimension of the state that a graph carries from call to call; it is empty at first.
 PAST = "past"
 
 
@@ -50,8 +50,8 @@ class WeightFile(Frozen):
     )
     sha256: Sha256 | None = Field(
         default=None,
-        description="The hash the file must have. Default: nobody recorded it; that of the first download is kept, and "
-        "every later one must have it.",
+        description="The hash the file must have. Default: unknown; the hash of the first download is kept, and "
+        "every later download must have it.",
     )
     size_bytes: int | None = Field(default=None, gt=0, description="The published size, where it is recorded.")
 
@@ -90,7 +90,7 @@ class EngineChoices(Frozen):
     compatibility: Literal["this-gpu", "same-cc", "ampere+"] = Field(
         default="this-gpu",
         description="Where a `tensorrt` plan may run: on the GPU model that built it, on any of its capability, "
-        "or on Ampere and newer. The wider two do without cuDNN's and cuBLAS's kernels; `ampere+` also limits shared "
+        "or on Ampere and newer. The last two use no kernels of cuDNN and cuBLAS; `ampere+` also limits shared "
         "memory to 48 KiB, which may keep attention from being fused.",
     )
     version_compatible: bool = Field(
@@ -100,7 +100,7 @@ class EngineChoices(Frozen):
     )
     strip_weights: bool = Field(
         default=False,
-        description="A `tensorrt` plan without its weights; they are put in from the ONNX beside it when it is opened. "
+        description="A `tensorrt` plan without its weights; they are read from the ONNX beside it when it is opened. "
         "Triton cannot do that.",
     )
     weight_streaming: bool = Field(
@@ -110,7 +110,7 @@ class EngineChoices(Frozen):
 
 
 class Recipe(Frozen):
-    """All that determines the result of a build. `model`, `graph` and `preprocess` are the family's own tables."""
+    """Everything that determines the result of a build. `model`, `graph` and `preprocess` are defined by the family."""
 
     name: Name = Field(description="The variant's name.")
     family: Name = Field(description="The model family that understands `model` and `graph`.")
@@ -121,24 +121,24 @@ class Recipe(Frozen):
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
     quantised: Literal["activations", "weights"] = Field(
         default="activations",
-        description="What int8 and int4 store in fewer bits. `activations`: also what they are multiplied with, one "
-        "scale a tensor, in int8 alone. `weights`: only them, a scale for each block, written while exporting.",
+        description="What int8 and int4 store in fewer bits. `activations`: weights and activations, with one "
+        "scale a tensor; int8 only. `weights`: only weights, with a scale for each block, written while exporting.",
     )
     model: dict[str, Any] = Field(description="The architecture, in the family's terms.")
     graph: dict[str, Any] = Field(default_factory=dict, description="Choices about the graph, in the family's terms.")
     head: dict[str, Any] = Field(
         default_factory=dict,
-        description="What turns the backbone's outputs into answers, in the family's terms. Default: nothing does.",
+        description="The head that turns the backbone's outputs into results, in the family's terms. Default: none.",
     )
     preprocess: dict[str, Any] = Field(
-        default_factory=dict, description="How inputs are made of files as users have them, in the family's terms."
+        default_factory=dict, description="How users' files are prepared as inputs, in the family's terms."
     )
     profile: dict[str, Range] = Field(description="The range of each dynamic dimension.")
     profiles: dict[Name, dict[str, Range]] = Field(
         default_factory=dict,
-        description="Named parts of that range for an engine to be tuned for; what is left out is as in `profile`.",
+        description="Named parts of that range for which an engine is tuned; dimensions left out are as in `profile`.",
     )
-    engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is made from the graph.")
+    engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is built from the graph.")
     sizes: tuple[Annotated[str, Field(pattern=r"^\d{1,9}(x\d{1,9})*$")], ...] = Field(
         default=(),
         max_length=16,
@@ -147,24 +147,24 @@ class Recipe(Frozen):
     )
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
     heads: dict[Name, WeightFile] = Field(
-        default_factory=dict, description="Heads that are published for this variant, and where their weights are."
+        default_factory=dict, description="Heads that are published for this variant, with the source of their weights."
     )
     head_validation: Name | None = Field(
-        default=None, description="The validation of the variant with one of those heads. Default: `validation`."
+        default=None, description="The validation file for the variant with one of those heads. Default: `validation`."
     )
 
     @property
     def judged_by(self) -> str:
-        """The validation's name: of the model as it is, with its head or without one."""
+        """The name of the validation file for this model, with or without a head."""
         return self.head_validation if self.head and self.head_validation else self.validation
 
     @property
     def title(self) -> str:
-        """The variant's name, with its head's where it has the choice of several."""
+        """The variant's name, with the head's name if the variant has several heads."""
         return f"{self.name}-{self.head['kind']}" if self.heads and "kind" in self.head else self.name
 
     def with_head(self, kind: str) -> Recipe:
-        """This recipe with the head `kind`; what its own `[head]` says of that kind stays."""
+        """This recipe with the head `kind`; settings in its own `[head]` for that kind are kept."""
         return self.changed(head={**self.head, "kind": kind})
 
     @model_validator(mode="after")
@@ -178,8 +178,8 @@ class Recipe(Frozen):
 class Target(Frozen):
     """A kind of machine that a bundle is built for.
 
-    runtimes: what can run there, the preferred first, with what each one is good for. cautions: what a user must know
-    before relying on one. precisions: what the machine has, the fastest sensible one first, with its reason; lacks:
+    runtimes: the runtimes for this machine, the preferred first, with the use of each. cautions: what a user must know
+    before relying on one. precisions: what the machine has, the recommended one first, with its reason; lacks:
     what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
     """
 
@@ -197,7 +197,7 @@ class Target(Frozen):
 class Limit(Frozen):
     """A limit, and the reason for its value."""
 
-    # An infinite limit would be none at all.
+    # An infinite limit would limit nothing.
     value: float = Field(allow_inf_nan=False)
     reason: str = Field(min_length=20)
 
@@ -205,7 +205,7 @@ class Limit(Frozen):
 class Limits(Frozen):
     """The limits for a candidate of one precision, per output and per case.
 
-    kl_mean_max to top1_gap_max: of outputs that are distributions, see `metrics.divergence`; their relative errors are
+    kl_mean_max to top1_gap_max: for outputs that are distributions, see `metrics.divergence`; their relative errors are
     those of centred logits, and cosines say nothing of them.
     neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
     knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
@@ -280,7 +280,7 @@ def _keys(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as a file that `load` reads, without what is as it is by default."""
+    """The recipe as TOML that `load` reads, without values that are the default."""
     content = recipe.model_dump(mode="json", exclude_defaults=True)
     plain = {key: value for key, value in content.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
@@ -308,8 +308,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The table in `path`; a UsageError when it cannot be read or is not TOML."""
     try:
         return tomllib.loads(untrusted.read_bytes(path, max_bytes=_TOML_MAX_BYTES).decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # besides its own error tomllib lets these two through
-        raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Mend the line it names.") from None
+    except (ValueError, RecursionError) as error:  # tomllib also raises these two
+        raise UsageError(f"{path} is not valid TOML: {error}.", next_step="Fix the line it names.") from None
 
 
 def variants() -> tuple[str, ...]:
@@ -318,7 +318,7 @@ def variants() -> tuple[str, ...]:
 
 
 def load(variant_or_path: str) -> Recipe:
-    """The shipped recipe of that name, or the user's own recipe at that path.
+    """The shipped recipe called `name`, or the user's own recipe at that path.
 
     A recipe may start with `base = "NAME"` from a shipped one, or from one of `recipes/bases`, which hold what the
     variants of a family share; it then holds only what differs.
@@ -331,7 +331,7 @@ def load(variant_or_path: str) -> Recipe:
 
 
 def _with_base(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole table of a recipe that may name the one it starts from."""
+    """The complete table of a recipe, merged with the recipe it starts from."""
     own = dict(table)
     base = own.pop("base", None)
     if base is None:
@@ -359,7 +359,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path]:
-    """The validation called `name` and the folder of its files: beside the user's recipe, else the shipped one."""
+    """The validation file `name` and its folder: the folder of the user's recipe, else the shipped one."""
     folders = [folder for folder in (beside, resources.folder("validate")) if folder is not None]
     for folder in folders:
         path = folder / f"{name}.toml"

@@ -23,7 +23,7 @@ _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What will be built, and for which machine. triton: the image tag and its TensorRT, if the target names one."""
+    """The resolved target and runtime. triton: the image tag and its TensorRT, if the target names one."""
 
     target: Target
     runtime: Runtime
@@ -33,14 +33,14 @@ class Chosen:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the product runs on a CPU: which of its runtimes, and on how many threads, is then measured."""
+        """Whether the bundle runs on a CPU. If so, the fastest runtime and number of threads are measured."""
         return not self.target.compute_capabilities
 
     @property
     def traced(self) -> Precision:
         """The precision of the graph itself.
 
-        On a CPU bf16 is a runtime's arithmetic, and int8 the quantiser's work unless weights alone are in it.
+        On a CPU, bf16 is the arithmetic of a runtime, and the quantiser makes int8 unless only the weights are int8.
         """
         if self.on_cpu and self.precision is Precision.BF16:
             return Precision.FP32
@@ -72,7 +72,7 @@ def choose(
     runtime = _runtime(machine_kind, Runtime.TENSORRT if triton and not runtime else runtime, recipe, gpus)
     if triton and runtime is not Runtime.TENSORRT:
         raise UsageError(
-            f"triton:{triton.tag} is about TensorRT plans, and {runtime} makes none.", next_step="Leave it out."
+            f"triton:{triton.tag} concerns TensorRT plans, and {runtime} builds none.", next_step="Leave it out."
         )
     check_choices(recipe.engine, runtime)
     if precision is Precision.INT4 and recipe.quantised == "activations":
@@ -145,15 +145,15 @@ def _at_least_ampere(capability: str) -> bool:
 
 
 def check_choices(choices: EngineChoices, runtime: Runtime) -> None:
-    """Raises UsageError for what `runtime` has not, or not together.
+    """Raises UsageError for settings that `runtime` does not have or cannot combine.
 
     Only classic TensorRT has these: TensorRT-RTX 1.7 ignores levels and refuses version-compatible plans. A
     version-compatible plan runs in the lean runtime it carries, which cannot refit one
-    (https://developer.nvidia.com/blog/tensorrt-hardware-version-compatibility/), so it needs its weights in it.
+    (https://developer.nvidia.com/blog/tensorrt-hardware-version-compatibility/), so the plan must hold its weights.
     """
     if choices.version_compatible and choices.strip_weights:
         raise UsageError(
-            "A version-compatible plan cannot be stripped of its weights: its lean runtime cannot put them back.",
+            "A version-compatible plan must hold its weights: its lean runtime cannot refit them.",
             next_step="Take strip_weights or version_compatible out of [engine].",
         )
     chosen = choices.model_dump(exclude_defaults=True, exclude={"profiles"})
@@ -183,19 +183,20 @@ def _triton(modifier: str) -> Triton:
     known = triton_tags()
     if kind != "triton" or not tag or (said and not _VERSION.match(said)):
         raise UsageError(
-            f"{modifier!r} is no modifier of a target.", next_step="Write a100,triton:26.08 or a100,triton:TAG=11.2.1."
+            f"{modifier!r} is not a modifier of a target.",
+            next_step="Write a100,triton:26.08 or a100,triton:TAG=11.2.1.",
         )
     if not said and tag not in known:
         raise UsageError(
-            f"Which TensorRT is in the Triton image {tag} is not known here.{closest(tag, list(known))}",
-            next_step=f"Known: {', '.join(known)}. Else read it inside the image, dpkg -l 'libnvinfer*', "
-            f"and say triton:{tag}=VERSION.",
+            f"dinoexport does not know the TensorRT version in the Triton image {tag}.{closest(tag, list(known))}",
+            next_step=f"Known: {', '.join(known)}. For another tag, run dpkg -l 'libnvinfer*' inside the image "
+            f"and give triton:{tag}=VERSION.",
         )
     wanted = said or known[tag]
     here = hardware.installed_engine_runtime(Runtime.TENSORRT)
     if here is None or here.split(".")[:3] != wanted.split("."):
         raise MissingRequirement(
-            f"Triton {tag} has TensorRT {wanted}, and loads no other's plans; here is {here or 'none'}.",
+            f"Triton {tag} loads only plans of its own TensorRT {wanted}; this machine has {here or 'none'}.",
             next_step=f"pip install 'tensorrt=={wanted}.*', or build inside nvcr.io/nvidia/tensorrt:{tag}-py3.",
         )
     return Triton(tag=tag, tensorrt=wanted)

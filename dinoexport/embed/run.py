@@ -170,7 +170,7 @@ def _summary(
     if failed > max_failed * rows:
         raise ValidationFailed(
             f"{failed} of {rows} images could not be embedded, more than {max_failed:.2%}; their rows say why.",
-            next_step="Everything is kept. Mend them and give --retry-failed, or allow more with --max-failed.",
+            next_step="Everything is kept. Fix them and give --retry-failed, or allow more with --max-failed.",
         )
     return Embedded(
         out=str(place),
@@ -376,7 +376,7 @@ def _check(folder: Path, manifest: Manifest, progress: Progress) -> None:
     if manifest.verdict != "passed":
         raise ValidationFailed(
             f"{folder} is {manifest.verdict}, and only what passed is used to embed.",
-            next_step="dinoexport build makes a judged bundle.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     bundle.verify(folder, progress=progress)
 
@@ -386,7 +386,7 @@ def part_of(word: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)
     if not found or not int(found[1]) < int(found[2]):
         raise UsageError(
-            f"--shard {word!r} is no I/N.", next_step="Write 0/64 to 63/64, as $SLURM_ARRAY_TASK_ID/64 gives."
+            f"--shard {word!r} is not I/N.", next_step="Write 0/64 to 63/64, as $SLURM_ARRAY_TASK_ID/64 gives."
         )
     return int(found[1]), int(found[2])
 
@@ -396,5 +396,5 @@ def share_of(word: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", word.strip())
     share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
     if not 0 <= share <= 1:
-        raise UsageError(f"--max-failed {word!r} is no share.", next_step="Write 1% or 0.01.")
+        raise UsageError(f"--max-failed {word!r} is not a share.", next_step="Write 1% or 0.01.")
     return share

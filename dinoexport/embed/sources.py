@@ -73,7 +73,7 @@ def open_source(images: str) -> Source:
 
 
 def _column_of(images: str) -> tuple[str, str | None]:
-    """(place, column) of `FILE.parquet[:COLUMN]`; the column is None for what is no Parquet."""
+    """(place, column) of `FILE.parquet[:COLUMN]`; the column is None for what is not Parquet."""
     if images.endswith(".parquet"):
         return images, ""
     place, found, column = images.rpartition(":")
@@ -217,7 +217,7 @@ class ParquetColumn:
             for name, path in self._paths.items():
                 self._files[name] = pq.ParquetFile(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UsageError(f"{path} is no readable Parquet file: {error}", next_step="Check the file.") from None
+            raise UsageError(f"{path} is not a readable Parquet file: {error}", next_step="Check the file.") from None
         self._column = column or self._only_candidate()
         for name, file in self._files.items():
             if self._column not in file.schema_arrow.names or not _holds_bytes(

@@ -1,8 +1,8 @@
-"""ONNX to an engine: a classic TensorRT plan, built on its own GPU, or a TensorRT-RTX engine, compiled without one.
+"""Build an engine from ONNX: a classic TensorRT plan, on its own GPU, or a TensorRT-RTX engine, without a GPU.
 
-One function for both; only the builder's configuration differs, and that is `worker`'s affair. What comes back is
-looked at before it is believed: its header, its weights, and whether attention was fused. A bundle's ONNX, its graph
-and these choices are all it needs: neither torch nor the checkpoint.
+One function builds both; only the builder's configuration differs, which `worker` sets. The result is verified: its
+header, its weights, and whether attention is fused. The build needs only a bundle's ONNX, its graph and these
+settings: neither torch nor the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from dinoexport.runtime import engine_header
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Profile, Progress, Runtime, silent
 from dinoexport.system import subprocess_job
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
-from dinoexport.weights.download import cache_folder
 
 TIMEOUT_S = 3 * 3600
 INSPECTION_TIMEOUT_S = 600
-_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order the driver lists GPUs in
+_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which the driver lists GPUs
 DEFAULT = EngineChoices()
-# An engine's weights are the graph's plus constants it folds: 0.14 % measured. A silent upcast would double them.
+# An engine holds the graph's weights plus folded constants: 0.14 % measured. A silent upcast would double them.
 _WEIGHTS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A built engine and what was found in it.
+    """A built engine and the facts found in it.
 
-    weight_bytes: None where TensorRT does not say. attentions: softmaxes in the graph. fused_attentions: how many of
-    them the engine computes in fused kernels. scratch_bytes: device memory it needs beside weights, inputs and outputs.
-    not_looked_at: why a classic plan could not be opened after it was built; it is kept, and what only opening tells,
-    fused_attentions and perhaps scratch_bytes, is None.
+    weight_bytes: None if TensorRT does not report it. attentions: softmaxes in the graph. fused_attentions: how many of
+    them the engine computes in fused kernels. scratch_bytes: device memory in addition to weights, inputs and outputs.
+    not_looked_at: why a classic plan could not be opened after it was built. Such a plan is kept, and the facts that
+    need an opened plan (fused_attentions, perhaps scratch_bytes) are None.
     """
 
     path: Path
@@ -72,9 +72,9 @@ def build(
 ) -> Engine:
     """Builds an engine of `onnx` with these profiles into `folder` and checks it.
 
-    `gpu`: the one a classic plan is built on; TensorRT-RTX needs none. Raises MissingRequirement without the packages
-    or the memory, BuildError with the log's useful lines when the compiler fails, dies or takes too long, or when the
-    engine is not the one asked for.
+    `gpu`: the GPU on which a classic plan is built; TensorRT-RTX needs none. Raises MissingRequirement without the
+    packages or the memory, BuildError with the relevant lines of the log if the compiler fails, dies or takes too
+    long, or if the engine is not the requested one.
     """
     require(TABLE[runtime].extra, *TABLE[runtime].build_modules)
     path = folder / f"{graph.name}{TABLE[runtime].engine_suffix}"
@@ -138,7 +138,7 @@ def build(
 
 
 def _looked_at(path: Path, log: Path, choices: EngineChoices, progress: Progress) -> tuple[Mapping[str, Any], str]:
-    """What a classic plan says once it is opened, or why it could not be; its words join the builder's log."""
+    """The facts of an opened classic plan, or why it could not be opened; its messages go to the builder's log."""
     own_log = path.with_name(f"{path.name}.inspector.log")
     try:
         job = {"engine": str(path), "host_code": choices.version_compatible}
@@ -152,7 +152,7 @@ def _looked_at(path: Path, log: Path, choices: EngineChoices, progress: Progress
             progress=progress,
         )
     except (BuildError, MissingRequirement) as error:
-        return {}, f"It could not be opened after it was built, so nobody looked into it: {error.message}"
+        return {}, f"It could not be opened after it was built, so it was not inspected: {error.message}"
     finally:
         if own_log.exists():
             with log.open("ab") as whole:
@@ -170,11 +170,11 @@ def check_memory(
     where: str,
     choices: EngineChoices = DEFAULT,
 ) -> None:
-    """Refuses profiles whose engine `where` has no memory for, by an estimate, before the build is begun.
+    """Refuses profiles whose engine does not fit into the memory of `where`, by an estimate, before the build starts.
 
-    The largest profile counts: all of them work in one scratch buffer. With weight streaming no weights have to stay on
-    the device, but two of the largest at a time. Raises MissingRequirement with the size of each dimension that would
-    fit, the others as they are.
+    The largest profile counts, because all profiles share one scratch buffer. With weight streaming only twice the
+    largest weight has to be on the device. Raises MissingRequirement with the size of each dimension that would fit if
+    the others stay the same.
     """
     if choices.weight_streaming:
         weight_bytes = 2 * profiles.largest_weight_bytes(onnx)
@@ -196,7 +196,7 @@ def check_memory(
 
 
 def _timing_cache(gpu: Gpu, version: str | None) -> Path:
-    """What TensorRT measured on this GPU with this driver and version; every build there shares it."""
+    """The timing cache for this GPU, driver and TensorRT version; all builds on this machine share it."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu.name}-{gpu.driver}-tensorrt-{version}")
     folder = cache_folder() / "timing"
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,13 +204,13 @@ def _timing_cache(gpu: Gpu, version: str | None) -> Path:
 
 
 def _scratch_in(log: Path) -> int | None:
-    """The largest profile's device memory, in the compiler's own words; None where it does not say."""
+    """The largest profile's device memory as the compiler logged it; None if it logged none."""
     found = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(errors="replace"))
     return max(map(int, found), default=None)
 
 
 def _softmaxes(onnx: Path) -> int:
-    """How many nodes have the type Softmax or Attention, field 4 of a NodeProto: a box that serves has no onnx."""
+    """The number of nodes of type Softmax or Attention (field 4 of a NodeProto), read without onnx."""
     content = onnx.read_bytes()
     return content.count(b"\x22\x07Softmax") + content.count(b"\x22\x09Attention")
 
@@ -218,8 +218,8 @@ def _softmaxes(onnx: Path) -> int:
 def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:
     """The layers that are fused-attention kernels.
 
-    A TensorRT-RTX engine names the graph's layers beside the kernel; its weights come last and are not read. Of a
-    classic plan the inspector gives each layer's name and tactic; those of further profiles carry a suffix.
+    A TensorRT-RTX engine names the graph's layers next to the kernel; its weights come last and are not read. For a
+    classic plan the inspector gives each layer's name and tactic; layers of further profiles have a suffix.
     """
     if header.runtime is Runtime.TENSORRT:
         named = [layer for layer in layers if isinstance(layer, dict) and "mha" in json.dumps(layer).lower()]

@@ -1,7 +1,7 @@
-"""What a classic plan says once it is opened: `python -m dinoexport.engines.inspector JOB`, with JOB as JSON.
+"""Read the facts of a classic plan by opening it: `python -m dinoexport.engines.inspector JOB`, with JOB as JSON.
 
-In a process of its own, after the builder's has ended: the plan is on the disk by then and stays there whatever happens
-here, and the builder's memory is free again.
+Runs in a separate process after the builder's has ended. The plan is then on the disk and stays there even if this
+process crashes, and the builder's memory is free again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dinoexport.system import subprocess_job
 
 
 def main(job: dict[str, Any]) -> None:
-    """Reports on job["engine"], which was built here: what it holds may run."""
+    """Reports on job["engine"], which was built here, so the code in it may run."""
     module, opened, _ = open_plan(Path(job["engine"]), Runtime.TENSORRT, host_code=job["host_code"])
     with os.fdopen(int(os.environ[subprocess_job.REPORT]), "w") as report:
         report.write(json.dumps({"said": looked_at(module, opened)}) + "\n")
@@ -36,7 +36,7 @@ def looked_at(module: Any, opened: Any) -> dict[str, Any]:
 
 
 def _weight_bytes(opened: Any) -> int | None:
-    """None where TensorRT does not say: 10.13 has no such call, and that of 10.14 always raises TypeError."""
+    """None if TensorRT does not report it: 10.13 has no such call, and the call in 10.14 always raises TypeError."""
     try:
         return int(opened.get_engine_stat())
     except (AttributeError, TypeError):

@@ -12,16 +12,16 @@ from dinoexport.config.recipe import Range, Recipe
 from dinoexport.errors import UsageError
 from dinoexport.spec import Dim, Graph, Profile, closest
 
-# Beside the live tensors of the ONNX the compiler wants room to work in: TensorRT-RTX 1.7 asked for 1.11 to 1.33 times
+# In addition to the live tensors the compiler needs workspace: TensorRT-RTX 1.7 needed 1.11 to 1.33 times
 # them (ViT-S, fp16, 1x518x518 to 16x1022x1022), and in fp32 for 0.9 times them at 16x1022x1022.
 HEADROOM = 1.35
 WHOLE = "whole"
 
 
 def of(recipe: Recipe, graph: Graph) -> tuple[Profile, ...]:
-    """The profiles the recipe chooses for `graph`'s engine; without a choice one, over the whole range.
+    """The profiles that the recipe chooses for `graph`'s engine; if it chooses none, one over the whole range.
 
-    A UsageError names the profile that does not exist, leaves the graph's range, or ends between legal sizes.
+    Raises UsageError that names a profile that does not exist, exceeds the graph's range, or ends between legal sizes.
     """
     chosen = recipe.engine.profiles
     if not chosen:
@@ -50,7 +50,7 @@ def profile(name: str, graph: Graph, ranges: Mapping[str, Range]) -> Profile:
     def shape(sizes: tuple[int | str, ...], end: int) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else ends[size][end] for size in sizes)
 
-    given = [t for t in graph.inputs if t.default is None]  # a compiler takes an input with a default for a constant
+    given = [t for t in graph.inputs if t.default is None]  # a compiler treats an input with a default as a constant
     return Profile(name=name, shapes={t.name: (shape(t.shape, 0), shape(t.shape, 1), shape(t.shape, 2)) for t in given})
 
 
@@ -59,18 +59,18 @@ def _ends(name: str, dim: Dim, wanted: Range | None) -> tuple[int, int, int]:
         return dim.min, dim.opt, dim.max
     ends = (wanted.min, wanted.opt, wanted.max)
     if ends[0] < dim.min or ends[2] > dim.max:
-        raise _wrong(name, f"{dim.name} {ends[0]} to {ends[2]} leaves [profile]'s {dim.min} to {dim.max}.")
+        raise _wrong(name, f"{dim.name} {ends[0]} to {ends[2]} exceeds [profile]'s {dim.min} to {dim.max}.")
     if off := [size for size in ends if size % dim.step]:
-        raise _wrong(name, f"{dim.name} {off[0]} is no multiple of {dim.step}.")
+        raise _wrong(name, f"{dim.name} {off[0]} is not a multiple of {dim.step}.")
     return ends
 
 
 def _wrong(name: str, problem: str) -> UsageError:
-    return UsageError(f"[profiles.{name}]: {problem}", next_step="Mend the profile.")
+    return UsageError(f"[profiles.{name}]: {problem}", next_step="Fix the profile.")
 
 
 def fitting(onnx: Path, graph: Graph, wanted: Profile, budget_bytes: int) -> dict[str, int]:
-    """For each dimension the largest size whose profile needs no more than `budget_bytes`, the others as they are."""
+    """For each dimension the largest size whose profile needs at most `budget_bytes` if the others stay the same."""
     found = {}
     for dim in graph.dims:
         smallest, _, largest = _ends_in(wanted, graph, dim.name)
@@ -101,10 +101,10 @@ def _narrowed(wanted: Profile, graph: Graph, dim: str, largest: int) -> Profile:
 
 
 def scratch_bytes(onnx: Path, profile: Profile) -> int:
-    """About how much device memory an engine needs at the profile's largest shapes, beside its weights.
+    """The approximate device memory of an engine at the profile's largest shapes, without its weights.
 
-    The most that is alive at once while the graph's nodes run in order. Attention is counted as fused, its scores never
-    written out: in fp32 the compiler does write them where there is room, and does without where there is not.
+    The largest sum of tensors that are alive at once while the graph's nodes run in order. Attention is counted as
+    fused, without its scores: in fp32 the compiler stores them only if there is enough memory.
     """
     import onnx as onnx_package
 

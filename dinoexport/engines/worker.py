@@ -1,6 +1,6 @@
 """The child process of `builder.build`: `python -m dinoexport.engines.worker JOB`, with JOB as JSON.
 
-Strongly typed: each tensor has the precision the graph gives it, and no builder flag says otherwise.
+Networks are strongly typed: each tensor has the precision of the graph, and no builder flag changes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(job: dict[str, Any]) -> None:
     from polygraphy.backend.trt import PostprocessConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.logger import G_LOGGER
 
-    G_LOGGER.module_severity = G_LOGGER.VERBOSE  # some forty lines; the memory the engine needs is among them
+    G_LOGGER.module_severity = G_LOGGER.VERBOSE  # some forty lines, among them the memory that the engine needs
     classic = job["runtime"] == "tensorrt"
     profiles = []
     for shapes in job["profiles"]:
@@ -37,17 +37,17 @@ def main(job: dict[str, Any]) -> None:
         monitor = _monitor(report)
 
         def finish(_builder: Any, _network: Any, made: Any) -> None:
-            """What Polygraphy's loaders have no argument for.
+            """Settings that Polygraphy's loaders have no argument for.
 
-            TensorRT-RTX's leaves TF32 on: fp32 in the graph means fp32, not ten bits of it. Its engines are captured
-            as CUDA graphs and work in memory that is given to them, which both want it said when they are built.
+            TensorRT-RTX leaves TF32 on; here it is off, so fp32 in the graph means fp32. Its engines are captured
+            as CUDA graphs and use memory from the caller; both must be set when they are built.
             """
             flags = _trt().BuilderFlag
             made.clear_flag(flags.TF32)
             if not classic:
                 made.set_flag(flags.REQUIRE_USER_ALLOCATION)
             elif job["choices"]["strip_weights"]:
-                made.set_flag(flags.REFIT_IDENTICAL)  # the weights put in are the graph's own
+                made.set_flag(flags.REFIT_IDENTICAL)  # refitted weights are the graph's own
             made.progress_monitor = monitor
 
         engine = engine_bytes_from_network(
@@ -69,7 +69,7 @@ def _trt() -> Any:
 
 
 def _classic(job: dict[str, Any], profiles: list[Any]) -> Any:
-    """TensorRT 10.13 and 11. Nothing that 11 removed: precision flags, calibrators, EXPLICIT_BATCH."""
+    """TensorRT 10.13 and 11. Uses nothing that 11 removed: precision flags, calibrators, EXPLICIT_BATCH."""
     from polygraphy.backend.trt import CreateConfig
 
     trt, choices = _trt(), job["choices"]
@@ -100,7 +100,7 @@ def _rtx(job: dict[str, Any], profiles: list[Any]) -> Any:
 
 
 def _monitor(report: Any) -> Any:
-    """An IProgressMonitor that writes how far each outermost phase is."""
+    """An IProgressMonitor that writes the progress of each outermost phase."""
     base: Any = _trt().IProgressMonitor
     phases = _Phases(report)
 
@@ -122,7 +122,7 @@ def _monitor(report: Any) -> Any:
 
 
 class _Phases:
-    """The builder's nested phases. Some overlap and some have their own name for a parent, so nothing is taken back."""
+    """The builder's nested phases. Some overlap and some name themselves as parent, so progress never decreases."""
 
     def __init__(self, report: Any) -> None:
         self._report = report
@@ -131,7 +131,7 @@ class _Phases:
         self._reached: dict[str, int] = {}
 
     def heard(self, what: Callable[..., None], *args: Any) -> None:
-        """Calls `what`, one of TensorRT's threads at a time; nothing that goes wrong is worth the build."""
+        """Calls `what` for one of TensorRT's threads at a time; an error in it must not stop the build."""
         with self._lock, contextlib.suppress(Exception):
             what(*args)
 
@@ -151,7 +151,7 @@ class _Phases:
             self._reach(name, 1000)
 
     def _say(self, name: str) -> None:
-        """How far the outermost phase is: its own steps, and of the one under way what the phases inside have done."""
+        """The progress of the outermost phase: its finished steps, plus the part of the current step that is done."""
         part = 0.0
         while True:
             parent, done, steps = self._running[name]
@@ -162,7 +162,7 @@ class _Phases:
         self._reach(name, round(1000 * part))
 
     def _reach(self, name: str, permille: int) -> None:
-        if permille > self._reached.get(name, -1):  # kernels are timed by the thousand, and said once
+        if permille > self._reached.get(name, -1):  # thousands of kernels are timed, but each value is written once
             self._reached[name] = permille
             self._report.write(json.dumps({"phase": name, "done": permille, "total": 1000}) + "\n")
 

@@ -1,1 +1,1 @@
-"""PyTorch modules to ONNX: traced once, written with streamed weights, quantised."""
+"""Export PyTorch modules to ONNX: trace once, write with streamed weights, quantise."""

@@ -1,4 +1,4 @@
-"""A weight as ONNX wants it, made block by block while it is being written."""
+"""A weight in ONNX's layout, computed block by block while it is being written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Array, Weight
 
-# A block and its cast copy stay in a core's cache, and the pages they lie in are used again for the next one. Writing
-# ViT-g in fp16 took 6.4 s so, 9.7 s with whole tensors, and 10 s or more with a quarter or sixteen times as many.
+# A block and its cast copy fit a core's cache, and their pages are reused for the next block. Writing ViT-g in fp16
+# took 6.4 s with this size, 9.7 s with whole tensors, and 10 s or more with a quarter of it or sixteen times as many.
 _BLOCK_NUMBERS = 1 << 18
 # Columns that are transposed at a time. A whole block at once takes 2.6 times as long: its rows leave the cache.
 _TILE = 64

@@ -1,4 +1,4 @@
-"""Traced pieces to one typed ONNX file with streamed external weights.
+"""Write traced pieces to one typed ONNX file with streamed external weights.
 
 A deep model is the same block many times, so each piece is traced once (`tracer`), or was before (`traces`), and is
 repeated by graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing;
@@ -26,7 +26,7 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-# A signature's types as ONNX has them, without importing it.
+# ONNX's codes of a signature's types, without importing onnx.
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
@@ -249,7 +249,7 @@ def _copied(node: NodeProto, inner: Mapping[str, str], scope: str) -> NodeProto:
 
 
 def _ir_version(opset: int) -> int:
-    """The version of the file format that came with an operator set: older runtimes read no newer one."""
+    """The file format version that belongs to an operator set, because older runtimes read no newer version."""
     if opset >= 23:
         return 11
     return 10 if opset >= 21 else 9

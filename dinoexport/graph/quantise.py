@@ -1,23 +1,23 @@
-"""An fp32 graph made int8 by ONNX Runtime's quantiser: weights per output channel, activations as they come.
+"""Quantise an fp32 graph to int8 with ONNX Runtime's quantiser: weights per output channel, activations dynamically.
 
-Dynamic, so no calibration images decide what the graph is good at. Products of two activations, in attention, are left
-as they are, and so are convolutions. The weights come in two forms, because the two runtimes take int8 differently:
-ONNX Runtime multiplies integers where the graph says so, a scale per tensor of activations; OpenVINO where weights are
-int8 in a graph of floating-point products, a scale per token and group of channels, which is more exact, and what is
-left in bf16.
+Dynamic quantisation needs no calibration images, so the result does not depend on them. Products of two activations, in
+attention, and convolutions stay as they are. The weights come in two forms, because the two runtimes use int8
+differently. ONNX Runtime multiplies integers where the graph has integer products, with one scale per tensor of
+activations. OpenVINO multiplies integers where a floating-point product has int8 weights, with one scale per token and
+group of channels, which is more accurate; it computes the rest in bf16.
 
 ONNX Runtime's weights are unsigned. A CPU with AVX2 but without VNNI adds pairs of products in 16 bits, which overflow
-where unsigned activations meet signed weights ("When and why do I need to try U8U8", onnxruntime.ai/docs/performance):
+for unsigned activations times signed weights ("When and why do I need to try U8U8", onnxruntime.ai/docs/performance):
 a small model's class token was off by 14 % there, and by 5 % with unsigned weights. OpenVINO's int8 needs VNNI anyway.
 
 Measured with signed weights in both forms, ViT-S and ViT-B at 224 and 518 on a CPU with avx512_vnni and avx512_bf16:
-0.39 to 0.64 of ONNX Runtime's fp32 time in ONNX Runtime, 0.40 to 0.50 in OpenVINO, off by 1.7e-2 to 1.8e-2 and 1.6e-2.
-ViT-g shows the value of the finer scale: off by 6e-2 to 7e-2 and by 3e-2.
+0.39 to 0.64 of ONNX Runtime's fp32 time in ONNX Runtime, 0.40 to 0.50 in OpenVINO; errors 1.7e-2 to 1.8e-2 and 1.6e-2.
+ViT-g shows the value of the finer scale: errors 6e-2 to 7e-2 and 3e-2.
 
-Static ranges, calibrated on crops of the very photographs they were then judged on, were
-measured and left out (`benchmarks/static_int8.py`, ViT-S with synthetic weights at 224 and 518): off by 5.3 to 10 %,
-where the limit is 5 % and dynamic is off by 3 %, for 1.03 to 1.13 times its time in ONNX Runtime, 0.88 to 0.92
-in OpenVINO.
+Static ranges were measured and rejected (`benchmarks/static_int8.py`, ViT-S with synthetic weights at 224 and 518),
+although they were calibrated on crops of the same photographs that they were tested on: error 5.3 to 10 %, where the
+limit is 5 % and dynamic quantisation has 3 %; 1.03 to 1.13 times the dynamic time in ONNX Runtime, 0.88 to 0.92 in
+OpenVINO.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from dinoexport.runtime import telemetry
 
 
 def to_int8(onnx: Path, folder: Path, *, signed: bool = False) -> tuple[Path, Path]:
-    """Writes the int8 twin of the file at `onnx` into `folder`, under the same name; returns its paths.
+    """Writes the int8 version of the file at `onnx` into `folder`, under the same name; returns its paths.
 
     signed: whether weights are -128 to 127, or else 0 to 255 with a zero point. The same file gives the same bytes.
-    Raises BuildError when the quantiser refuses the graph.
+    Raises BuildError if the quantiser refuses the graph.
     """
     require("export", "onnx")
     require("cpu", "onnxruntime")
@@ -57,21 +57,21 @@ def to_int8(onnx: Path, folder: Path, *, signed: bool = False) -> tuple[Path, Pa
     except (ValueError, RuntimeError) as error:
         raise BuildError(f"{onnx.name} cannot be quantised: {error}", next_step="Use --precision fp32.") from error
     data = path.with_name(f"{path.name}.data")
-    data.chmod(path.stat().st_mode)  # the quantiser writes for its own user alone
+    data.chmod(path.stat().st_mode)  # the quantiser makes the file readable only for its owner
     return path, data
 
 
 def to_wide_int8(onnx: Path, folder: Path) -> tuple[Path, Path]:
-    """Writes the int8 twin of the file at `onnx` into `folder` as OpenVINO takes it; returns its paths."""
+    """Writes the int8 version for OpenVINO of the file at `onnx` into `folder`; returns its paths."""
     with TemporaryDirectory(dir=folder) as place:
         integer, _ = to_int8(onnx, Path(place), signed=True)
         return with_wide_products(integer, folder)
 
 
 def with_wide_products(int8: Path, folder: Path) -> tuple[Path, Path]:
-    """Writes what `to_int8` wrote at `int8` into `folder` as OpenVINO takes it; returns its paths.
+    """Converts the graph that `to_int8` wrote at `int8` to OpenVINO's form in `folder`; returns its paths.
 
-    Each integer product becomes a float32 one, of the activation and of the same weight with its DequantizeLinear.
+    Each integer product becomes a float32 product of the activation and of the same weight behind DequantizeLinear.
     """
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -101,7 +101,7 @@ def with_wide_products(int8: Path, folder: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the quantiser's advice to prepare the graph first: shapes are known and nothing is left to fold."""
+    """Silences the quantiser's advice to preprocess the graph: shapes are known and nothing is left to fold."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Weights of products in eight or four bits, chosen while they are written: codes, a scale for each block, zero points.
+"""Quantise weights of products to eight or four bits while they are written: codes, block scales, zero points.
 
 A product's weight (I, O) is cut into blocks of `block` rows; each block of each column has a scale, and a zero point in
-four bits. The scale is searched: of a few candidates the one whose block is least off, in squared error. Nearest
-rounding to the whole range of a block is the first candidate; smaller ranges clip the extremes and are finer elsewhere.
+four bits. The scale is the one of a few candidates with the smallest squared error in its block. The first candidate is
+nearest rounding over the whole range of a block; smaller ranges clip the extremes and are finer for other values.
 Only one weight is held at a time, so memory is that of the largest.
 """
 
@@ -19,14 +19,14 @@ import torch
 from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Array, Weight
 
-# How much of a block's range the codes span. 22 of them were hardly better than these (SmolLM2-135M, four bits).
+# The share of a block's range that the codes span. 22 candidates were hardly better (SmolLM2-135M, four bits).
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 # Numbers of a weight that are quantised at a time: a part and its candidates stay in the CPU's cache.
 _PART_NUMBERS = 1 << 20
 
 
 class QuantisedWeight:
-    """The parts a graph holds of one weight. Scales and zero points are kept once made; codes are made when written."""
+    """The tensors of one quantised weight. Scales and zero points are kept; codes are computed when written."""
 
     def __init__(self, weight: Weight, name: str, *, scale_dtype: int) -> None:
         assert weight.bits in (4, 8), weight.bits
@@ -96,7 +96,7 @@ def _tensor(codes: Array, like: ir.LazyTensor) -> ir.Tensor[np.ndarray]:
 
 
 def _symmetric(blocks_NBO: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales (N, O), nothing. Scales are positive, as TensorRT wants them."""
+    """Codes, scales (N, O), None. Scales are positive, as TensorRT requires."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     whole = torch.maximum(blocks_NBO.amax(dim=1) / high, blocks_NBO.amin(dim=1) / low).clamp(min=1e-30)
     scale, codes = _searched(blocks_NBO, whole, torch.zeros_like(whole), low, high)

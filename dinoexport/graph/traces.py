@@ -1,8 +1,8 @@
 """Traced pieces that are kept: those of the shipped recipes come with the package, others lie in the user's cache.
 
 A trace depends on no weights, so an export that finds all of its pieces here needs no torch. It is found by the hash
-of all that it does depend on: the source of the piece's class and of whatever of its package that imports, the
-tracer's, the data the class is made with, and the versions of the packages that trace. Where one of these cannot be
+of all that it does depend on: the code of the piece's class and of whatever of its package that imports, the tracer's,
+the data the class is made with, and the versions of the packages that trace. Where one of these cannot be
 known, as of a package that nobody has listed here, the piece is traced every time.
 
 What is in the cache could have been damaged, or put there under another piece's name. It is bound to its key by a hash
@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _sources(module: str) -> tuple[tuple[str, str], ...]:
-    """(module, SHA-256 of its source) for a module and all it imports from its own package or ours, by name."""
+    """(module, SHA-256 of its code) for a module and all it imports from its own package or ours, by name."""
     roots = frozenset({module.partition(".")[0], __name__.partition(".")[0]})
     found: dict[str, str] = {}
     waiting = [module]
@@ -197,9 +197,9 @@ def _sources(module: str) -> tuple[tuple[str, str], ...]:
         name = waiting.pop()
         if name in found:
             continue
-        source = _source(name)
-        found[name] = hashlib.sha256(source).hexdigest()
-        for imported in _imports(source):
+        tree = ast.parse(_source(name))
+        found[name] = hashlib.sha256(_code(tree).encode()).hexdigest()
+        for imported in _imports(tree):
             root = imported.partition(".")[0]
             if root not in roots and root not in sys.stdlib_module_names and root not in _KNOWN:
                 raise _Unknown
@@ -226,12 +226,20 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _imports(source: bytes) -> Iterator[str]:
+def _code(tree: ast.Module) -> str:
+    """What is executed of a module: no comments, no docstrings, so that words may change. As this Python writes it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
     """What a module imports, anywhere in it; a name that is taken from a module may be one itself, so both are given.
 
     What only type checkers read is left out.
     """
-    waiting: list[ast.AST] = [ast.parse(source)]
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):

@@ -71,7 +71,7 @@ def build(
     preflight.packages(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
-        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
+        text = text_stage(work, request)  # a tokenizer of another model is refused before anything is traced
         with tracing(request, fresh=force, ahead=tracer.IMPORTS) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
@@ -105,7 +105,7 @@ def build(
             manifest = _publish(work, made, manifest, signer if passed else None)
     if not passed:
         raise _rejected(request, judged.report, growth, facts, engines, published=keep_rejected)
-    # A verdict is never reused: this machine has just validated, even if every figure is the same as before.
+    # A verdict is never reused: this machine has just validated the bundle, even if every figure is the same as before.
     reused = tuple(
         stage.name for stage in made.values() if stage.reused and stage.name not in ("judge", "page", "sbom")
     )
@@ -116,13 +116,13 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     """The ONNX stage alone: a bundle marked unjudged, because nothing was measured."""
     if request.auto:
         raise UsageError(
-            "--precision auto chooses by what it measures, and export measures nothing.",
+            "--precision auto chooses by measurements, and export measures nothing.",
             next_step="Use dinoexport build, or name the precision.",
         )
     require("export", *PACKAGES, *sbom.PACKAGES)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
-        text = text_stage(work, request)  # a tokenizer of another model is told before anything is traced
+        text = text_stage(work, request)  # a tokenizer of another model is refused before anything is traced
         with tracing(request, fresh=force) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
@@ -139,14 +139,14 @@ def _publish(work: Workspace, made: Mapping[str, Stage], manifest: Manifest, sig
     manifest = manifest.with_stage(bill.name, bill.key, bill.files)
     onnx_files = {graph.file for graph in manifest.graphs}
     for stage in made.values():
-        if onnx_files & {file.name for file in stage.files}:  # what would be refused later is not published
+        if onnx_files & {file.name for file in stage.files}:  # an ONNX that would be refused later is not published
             bundle.check_graphs(stage.folder, manifest)
     work.publish({**made, bill.name: bill}, manifest, sign=None if signer is None else signer.signature)
     return manifest
 
 
 def _too_slow(facts: CpuFacts | None) -> bool:
-    """Whether a lower precision is not faster, so that its error has no benefit."""
+    """Whether a lower precision is not faster than fp32, so that its error has no benefit."""
     return facts is not None and facts.times_fp32 is not None and facts.times_fp32 >= 1
 
 
@@ -211,5 +211,5 @@ def _rejected(
         next_step = f"Do not deploy it. dinoexport inspect {request.out} shows what is in it."
     else:
         message = f"Nothing was published: {problem}."
-        next_step = "The table shows each figure beside its limit; --keep-rejected publishes the bundle to look at."
+        next_step = "The table shows each figure with its limit; --keep-rejected publishes the bundle for inspection."
     return Rejected(message, next_step=next_step, report=report)

@@ -1,6 +1,7 @@
-"""`compile`: engines from a bundle's own ONNX, on the machine that will serve, judged by the reference it carries.
+"""`compile`: build engines from a bundle's own ONNX on the machine that will serve, and validate them there.
 
-Needs TensorRT and Polygraphy; neither torch, onnx nor the checkpoint. `merge` collects what several cards compiled.
+Needs TensorRT and Polygraphy, but no torch, onnx or checkpoint: the reference is in the bundle. `merge` puts the
+engines of several cards into one bundle.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _BILL, _ENGINE = "sbom", "engine"
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A bundle with its engines. notes: what a user must know of it besides.
+    """A bundle with its engines. notes: what a user must know about it.
 
-    reused: whether the engines were there already. engines: this machine's verdict on them.
+    reused: whether the engines existed already. engines: this machine's verdict on them.
     """
 
     folder: Path
@@ -66,19 +67,16 @@ def compile_bundle(
     force: bool = False,
     progress: Progress = silent,
 ) -> Compiled:
-    """Builds an engine of each graph in `folder` for `target` (default: the GPU here) and judges them where they run.
+    """Builds an engine of each graph in `folder` for `target` (default: the GPU here) and validates it if it runs here.
 
-    The bundle at `out`, by default `folder` itself, changes as one, or not at all when the engines are rejected. Raises
-    UsageError for a bundle that holds nothing to compile or is signed and would be changed, MissingRequirement where
-    TensorRT, the card or its memory is missing, EnginesRejected when the outputs are not PyTorch's.
+    The bundle at `out`, by default `folder` itself, changes in one step, or not at all if the engines are rejected.
+    Raises UsageError for a bundle that holds nothing to compile or is signed and would be changed, MissingRequirement
+    if TensorRT, the card or its memory is missing, EnginesRejected if the outputs are not PyTorch's.
     """
     manifest = bundle.verify(folder, progress=progress)
     _check_compilable(folder, manifest)
-    if out is None and signer is None and (folder / bundle.SIGNATURE).exists():
-        raise UsageError(
-            f"{folder} is signed, and engines added to it would end that.",
-            next_step="Sign it again with --sign KEY, or leave it alone and give --out.",
-        )
+    if out is None and signer is None:
+        refuse_signed(folder, str(folder))
     model, request = _request(folder, manifest, target, runtime, engine_choices)
     require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
     if find_spec("onnx") is not None:
@@ -109,6 +107,15 @@ def compile_bundle(
         )
         changed, notes = _publish(work, made, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=verdict, reused=stage.reused, notes=notes)
+
+
+def refuse_signed(folder: Path, called: str) -> None:
+    """Raises UsageError for a signed bundle, which engines would make another one."""
+    if (folder / bundle.SIGNATURE).exists():
+        raise UsageError(
+            f"{called} is signed, and engines added to it would make the signature invalid.",
+            next_step="Sign it again with --sign KEY, or leave it alone and give --out.",
+        )
 
 
 def merge(
@@ -150,14 +157,14 @@ def merge(
 def _check_compilable(folder: Path, manifest: Manifest) -> None:
     if manifest.verdict != "passed":
         raise ValidationFailed(
-            f"{folder} is {manifest.verdict}, and only what passed is compiled.",
-            next_step="dinoexport build makes a judged bundle.",
+            f"{folder} is {manifest.verdict}; only bundles that passed are compiled.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     way = manifest.cpu.chosen if manifest.cpu else None
     if way is not None and way.precision in (Precision.INT8, Precision.BF16):
         raise UsageError(
-            f"{folder} is in {way.precision} for a CPU's runtime, and TensorRT takes another graph.",
-            next_step="Compile a bundle that was built with --precision fp32, or for a GPU: fp16, bf16.",
+            f"{folder} is in {way.precision} for a CPU's runtime, and TensorRT needs another graph.",
+            next_step="Compile a bundle that was built with --precision fp32, or one for a GPU in fp16 or bf16.",
         )
 
 
@@ -168,26 +175,26 @@ def _request(
     runtime: Runtime | None,
     engine_choices: Mapping[str, Any],
 ) -> tuple[Model, EngineRequest]:
-    """The model, and everything decided; what cannot be is refused."""
+    """The resolved request; impossible ones are refused."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     changed = parse(EngineChoices, {**dict(recipe.engine), **engine_choices}, where="the command line")
     recipe = recipe.changed(engine=changed)
     gpus = hardware.gpus()
     if target is None and not gpus:
-        raise UsageError("This machine has no GPU, so there is no target to guess.", next_step="Name one: --target l4.")
+        raise UsageError("This machine has no GPU, so there is no default target.", next_step="Name one: --target l4.")
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=manifest.precision, gpus=gpus)
     model = family.find(manifest.family).model(recipe)
     request = engine_request(recipe, model, chosen, gpus)
     if request is None:
         raise UsageError(
             f"There is no engine to compile for {chosen.target.name} with {chosen.runtime}: {folder} runs as it is.",
-            next_step="Name a GPU's target, or --runtime tensorrt_rtx where it has that.",
+            next_step="Name a GPU's target, or --runtime tensorrt_rtx if the target has it.",
         )
     return model, request
 
 
 def _check_memory(folder: Path, request: EngineRequest) -> None:
-    """As before a build; only where onnx is installed, for the estimate walks the graph."""
+    """The same estimate as before a build, if onnx is installed: the estimate walks the graph."""
     memory_gb, gpu = request.target.memory_gb, request.gpu
     if memory_gb is None and gpu is None:
         return
@@ -208,7 +215,7 @@ def _graph_stages(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]:
-    """The bundle's stages as they are: where they lie, or copied when the bundle goes elsewhere."""
+    """The bundle's stages unchanged: in their folder, or copied if the bundle goes to another folder."""
     kept: dict[str, Stage] = {}
     for name, key in manifest.stage_keys.items():
         if name == _BILL:
@@ -229,7 +236,7 @@ def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]
 def _publish(
     work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Publishes the stages with a new bill of materials, where what writes one is installed."""
+    """Publishes the stages with a new bill of materials, if the package that writes it is installed."""
     manifest = manifest.model_copy(
         update={
             "files": tuple(file for stage in made.values() for file in stage.files),
@@ -262,7 +269,7 @@ def _rejected(out: Path, report: judge.Report) -> EnginesRejected:
     worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
     return EnginesRejected(
         f"{out} was left as it was: the engine's outputs are not PyTorch's ({worst}).",
-        next_step="The table shows each figure beside its limit; a newer TensorRT or --preset fast may give another.",
+        next_step="The table shows each figure with its limit; try a newer TensorRT or --preset fast.",
         report=report,
     )
 
@@ -271,17 +278,17 @@ def _check_mergeable(folders: Sequence[Path], manifests: Sequence[Manifest]) -> 
     """Raises UsageError unless the bundles differ in nothing but their engines."""
     for folder, manifest in zip(folders, manifests, strict=True):
         if not manifest.engines:
-            raise UsageError(f"{folder} holds no engine.", next_step="dinoexport compile makes one on its card.")
+            raise UsageError(f"{folder} holds no engine.", next_step="dinoexport compile builds one on its card.")
     first, second = manifests
     if _hashes_of_graphs(first) != _hashes_of_graphs(second):
         raise UsageError(
-            f"{folders[0]} and {folders[1]} do not hold the same graphs, so one bundle cannot be both.",
+            f"{folders[0]} and {folders[1]} do not hold the same graphs, so they cannot be merged.",
             next_step="Compile copies of one bundle on each card, then merge those.",
         )
     runtimes = {engine.runtime for manifest in manifests for engine in manifest.engines}
     if len(runtimes) > 1:
         raise UsageError(
-            f"Engines of {' and '.join(sorted(runtimes))} do not go into one bundle.",
+            f"Engines of {' and '.join(sorted(runtimes))} cannot be in one bundle.",
             next_step="Merge bundles of one runtime.",
         )
 
@@ -292,7 +299,7 @@ def _hashes_of_graphs(manifest: Manifest) -> dict[str, str]:
 
 
 def _for_cards(engine: EngineFacts) -> EngineFacts:
-    """The engine under a name that says which cards it is for; one that has such a name keeps it."""
+    """The engine under a name that states its cards; an engine that has such a name keeps it."""
     cards = "_".join(f"sm{capability.replace('.', '')}" for capability in engine.compute_capabilities)
     stem, suffix = f"{engine.graph}.{cards}", Path(engine.file).suffix
     return engine.model_copy(update={"file": f"{stem}{suffix}", "log": f"{stem}{suffix}.log"})
@@ -304,8 +311,8 @@ def _check_distinct(engines: Sequence[EngineFacts]) -> None:
         for capability in engine.compute_capabilities:
             if (engine.graph, capability) in seen:
                 raise UsageError(
-                    f"Both bundles hold an engine of {engine.graph} for SM {capability}, and Triton tells cards apart "
-                    "by that alone.",
+                    f"Both bundles hold an engine of {engine.graph} for SM {capability}, and Triton "
+                    "distinguishes cards only by that.",
                     next_step='For two models of one capability build with [engine] compatibility = "same-cc".',
                 )
             seen.add((engine.graph, capability))

@@ -1,7 +1,7 @@
 """`--precision auto`: the smallest set of parts that must stay in fp32 for an fp16 graph to stay within its limits.
 
-The family defines the parts; here they are only names. The set is found like QuickXplain (Junker 2004, AAAI) finds a
-preferred minimal conflict: each part in it is necessary, returning any one to fp16 breaks a limit.
+The family defines the parts; this module only knows their names. The search is QuickXplain (Junker 2004, AAAI), which
+finds a preferred minimal conflict: each part in the set is necessary, returning any one to fp16 breaks a limit.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class MixedPrecision:
 
 
 def smallest(parts: Sequence[str], holds: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
-    """A subset of `parts` that holds and of which no part can be left out; earlier parts are preferred.
+    """A subset of `parts` that holds the limits and in which each part is necessary; earlier parts are preferred.
 
-    `parts` together must hold, none of them must not, and more parts must never do worse. Asks of the order of
-    k log(n / k) times for k of n parts.
+    `parts` together must hold, the empty set must not, and more parts must never be worse. Tests about k log(n / k)
+    subsets to find k of n parts.
     """
 
     def needed(given: tuple[str, ...], just_given: bool, among: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,10 +83,10 @@ def search(
     *,
     progress: Progress = silent,
 ) -> MixedPrecision:
-    """Tries forms of the graph, the fastest first, until the smallest set of fp32 parts is found.
+    """Tries combinations, the fastest first, until the smallest set of fp32 parts is found.
 
-    The first form is put to every case, the others to those it failed: the build that follows judges the found form on
-    all of them again. Graphs are written to `folder` and removed.
+    The first combination runs every case, the others only the cases that it failed: the build then validates the found
+    combination on all cases again. Graphs are written to `folder` and removed.
     """
     trials: dict[tuple[str, ...], Trial] = {}
     traces: Traces = {}
@@ -100,7 +100,7 @@ def search(
             problems = _problems(form, checkpoint, replace(reference, expectations=tuple(asked)), folder, traces)
             failed.extend(problems if not failed else ())
             trials[ordered] = Trial(fp32=ordered, passed=not problems, failed_by=next(iter(problems.values()), ""))
-            progress("trying forms of the graph", len(trials), 0)
+            progress("trying combinations of precisions", len(trials), 0)
         return trials[ordered].passed
 
     found: tuple[str, ...] | None = ()

@@ -23,10 +23,10 @@ from dinoexport.weights.settle import Settled, settle
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """What engines are compiled for, and how.
+    """Where the engines will run, and how they are compiled.
 
     code: hash of the code that made the graphs and will compile them. profiles: graph name -> its engine's profiles.
-    gpu: the one whose kernels are measured; None where the runtime compiles without looking at a GPU.
+    gpu: the one whose kernels are measured; None if the runtime compiles without a GPU.
     """
 
     graphs: tuple[Graph, ...]
@@ -43,9 +43,9 @@ class EngineRequest:
 class BuildRequest:
     """A resolved build request: every decision is made, and impossible ones are refused.
 
-    engine: what to compile from the graphs; None where the ONNX is what runs. cpu_runtimes: those a CPU's bundle may be
-    for. auto: whether parts of the graph go back to fp32 until the limits hold. prefix: what stands before the model's
-    tensors in the file of weights. settled: how recipe and weights were brought together.
+    engine: what to compile from the graphs; None if the ONNX itself runs. cpu_runtimes: the candidates for a CPU's
+    bundle. auto: whether parts of the graph return to fp32 until the limits hold. prefix: of the model's tensor names
+    in the weight file. settled: how recipe and weights were reconciled.
     """
 
     recipe: Recipe
@@ -93,9 +93,9 @@ def build_request(
     judge_code: evaluate.Judge = "plain",
     progress: Progress = silent,
 ) -> BuildRequest:
-    """Reads recipe, target and validation, and refuses what cannot be built before any work is done.
+    """Reads recipe, target and validation; refuses impossible requests before any work is done.
 
-    variant_or_path: None where `weights` and the files beside them make the recipe. target: None means this machine's
+    variant_or_path: None if `weights` and the files beside them give the recipe. target: None means this machine's
     GPU, else the CPU. engine_choices: changes to the recipe's `[engine]`. head: turns the
     model's outputs into answers; head_weights: its file, if it is not the published one.
     """
@@ -133,9 +133,9 @@ def build_request(
 
 
 def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[Gpu]) -> EngineRequest | None:
-    """The engines of `recipe` for the chosen target; None where its runtime takes the ONNX itself.
+    """The engines of `recipe` for the chosen target; None if its runtime runs the ONNX itself.
 
-    A classic plan is made of kernels measured on the first of `gpus`; TensorRT-RTX compiles without looking at it.
+    A classic plan consists of kernels measured on the first of `gpus`; TensorRT-RTX compiles without a GPU.
     """
     if not chosen.runtime.has_engine:
         return None

@@ -1,7 +1,7 @@
-"""A build's stages: each made once, kept beside the bundle until it is published, reused only if its key matches.
+"""A build's stages: made once, kept beside the bundle until it is published, reused only if the key matches.
 
 A stage's folder appears by rename, so a killed build leaves finished stages or nothing. The bundle appears as one
-change (`system.changes`): its files are moved out of their stages, then its folder takes the place of the one before.
+change (`system.changes`): its files are moved out of their stages, then its folder replaces the old one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,11 @@ from pydantic import ValidationError
 
 from dinoexport import bundle
 from dinoexport.bundle import BundleFile, Manifest
-from dinoexport.config.recipe import Frozen
 from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.pipeline.shared_cache import INDEX, Index, SharedCache, shared_cache
 from dinoexport.spec import Progress
 from dinoexport.system import changes, files, untrusted
 from dinoexport.system.changes import Change
-
-_INDEX = "stage.json"
-
-
-class _Index(Frozen):
-    """What a stage's folder says of itself: its whole key, of which the folder's name has only the beginning."""
-
-    key: str
-    files: tuple[BundleFile, ...]
 
 
 def key_of(**parts: Any) -> str:
@@ -43,7 +34,7 @@ def key_of(**parts: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A finished stage: its files in `folder`, and whether they were there already."""
+    """A finished stage: its files in `folder`, and whether they come from an earlier run."""
 
     name: str
     key: str
@@ -54,15 +45,16 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Where one bundle is being built. `out` is the bundle's place, `folder` the hidden one beside it."""
+    """Where one bundle is being built. `out` is the bundle's path, `folder` the hidden folder beside it."""
 
     change: Change
     force: bool
     progress: Progress
+    shared: SharedCache | None = None
 
     @property
     def out(self) -> Path:
-        """The bundle's place."""
+        """The bundle's path."""
         return self.change.place
 
     @property
@@ -70,8 +62,11 @@ class Workspace:
         """The hidden folder beside it."""
         return self.change.folder
 
-    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Stage:
-        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`."""
+    def stage(self, name: str, key: str, make: Callable[[Path], None], *, costly: bool = False) -> Stage:
+        """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`.
+
+        costly: one that is dearer to make than to send is also looked for in the cache that machines share.
+        """
         folder = self.folder / f"{name}-{key[:16]}"
         if not self.force:
             if (found := self._kept(key, folder)) is not None:
@@ -80,17 +75,23 @@ class Workspace:
                 return Stage(name=name, key=key, folder=self.out, files=found, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
         partial = self._empty(f"{name}.partial")
+        shared = self.shared if costly else None
+        if shared and not self.force and (taken := shared.take(name, key, partial, progress=self.progress)) is not None:
+            self._finish(partial, key, folder, taken)
+            return Stage(name=name, key=key, folder=folder, files=taken, reused=True)
         make(partial)
         made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
         self._finish(partial, key, folder, made)
+        if shared:
+            shared.give(key, folder, made, progress=self.progress)
         return Stage(name=name, key=key, folder=folder, files=made, reused=False)
 
     def publish(
         self, stages: Mapping[str, Stage], manifest: Manifest, *, sign: Callable[[Manifest, str], bytes] | None = None
     ) -> None:
-        """Puts all stages' files and the manifest at `out`, at once, and clears the workspace.
+        """Moves all stages' files and the manifest to `out` in one step, and clears the workspace.
 
-        sign: what gives the signature of the files in a manifest, as those of a folder of the given name.
+        sign: computes the signature of the files in a manifest, as those of a folder of the given name.
         """
         ready = self.change.new / "bundle"
         ready.mkdir()
@@ -99,7 +100,7 @@ class Workspace:
             (ready / bundle.SIGNATURE).write_bytes(sign(manifest, self.out.name))
         steps = []
         for stage in stages.values():
-            # What the bundle that is replaced had already stays there too until it goes: it is whole to the end.
+            # Files of the replaced bundle are linked, not moved: it stays complete until the new one replaces it.
             put = changes.link if stage.folder == self.out else changes.move
             steps += [put(stage.folder / file.name, ready / file.name) for file in stage.files]
         steps.append(changes.move(ready, self.out))
@@ -116,20 +117,20 @@ class Workspace:
         return folder
 
     def _finish(self, partial: Path, key: str, folder: Path, made: tuple[BundleFile, ...]) -> None:
-        (partial / _INDEX).write_text(_Index(key=key, files=made).model_dump_json())
+        (partial / INDEX).write_text(Index(key=key, files=made).model_dump_json())
         os.rename(partial, folder)
 
     def _kept(self, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
-        """What an interrupted build left finished, if its key is the same and every byte still as it was."""
+        """The stage that an interrupted build finished, if its key is the same and no byte has changed."""
         try:
-            index = _Index.model_validate_json((folder / _INDEX).read_bytes())
+            index = Index.model_validate_json((folder / INDEX).read_bytes())
             bundle.check_files(folder, index.files, progress=self.progress)
         except (OSError, ValidationError, DinoexportError):
             return None
         return index.files if index.key == key else None
 
     def _from_previous(self, name: str, key: str) -> tuple[BundleFile, ...] | None:
-        """The files of the same stage in the bundle that stands at `out`, if their key and bytes are right."""
+        """The files of the same stage in the existing bundle at `out`, if their key and bytes are right."""
         try:
             manifest = bundle.read_manifest(self.out)
             if manifest.stage_keys.get(name) != key:
@@ -143,13 +144,14 @@ class Workspace:
 
 @contextmanager
 def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspace]:
-    """The workspace for a bundle at `out`, held against other processes.
+    """The workspace for a bundle at `out`, locked against other processes.
 
-    Whatever happens inside, nothing half made is left: finished stages stay for the next run, all else goes.
+    Whatever happens inside, nothing half written remains: finished stages stay for the next run, the rest is removed.
     """
     doing = f"building {os.path.realpath(out)}"
+    shared = shared_cache()
     with files.disk_errors(out), changes.changing(out, doing=doing, progress=progress) as change:
-        work = Workspace(change=change, force=force, progress=progress)
+        work = Workspace(change=change, force=force, progress=progress, shared=shared)
         try:
             _check_place(change.place)
             if force:
@@ -160,14 +162,14 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
 
 
 def _remove(folder: Path, pattern: str) -> None:
-    """Removes the stages in `folder` whose names fit."""
+    """Removes the stages in `folder` whose names match."""
     for stage in folder.glob(pattern):
         if stage.is_dir():
             shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_place(out: Path) -> None:
-    """What is no bundle is somebody's data: it is never replaced. A damaged bundle, or an old one, may be."""
+    """Refuses to replace a folder that is not a bundle: it is the user's data. A damaged or old bundle is replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     manifest = out / bundle.MANIFEST
@@ -176,12 +178,12 @@ def _check_place(out: Path) -> None:
     if untrusted.is_regular(manifest, links=False):
         content = untrusted.read_bytes(manifest, max_bytes=bundle.MANIFEST_MAX_BYTES, links=False)
     if b'"manifest_sha256"' not in content:
-        raise UsageError(f"{out} exists and is no bundle.", next_step="Choose another --out, or remove it yourself.")
+        raise UsageError(f"{out} exists and is not a bundle.", next_step="Choose another --out, or remove it yourself.")
     listed = {bundle.MANIFEST, bundle.SIGNATURE} | {
         path.name for path in out.iterdir() if json.dumps(path.name).encode() in content
     }
     if added := sorted({path.name for path in out.iterdir()} - listed):
         raise UsageError(
-            f"{out} holds what no build put there: {', '.join(added)}.",
-            next_step="Move that away first, or choose another --out: a bundle is replaced as a whole.",
+            f"{out} holds files that no build wrote: {', '.join(added)}.",
+            next_step="Move them away first, or choose another --out: a bundle is replaced as a whole.",
         )

@@ -281,7 +281,7 @@ def _sizes(graphs: Sequence[Graph], reference: Reference) -> _Sizes | None:
 
 
 def _figure(value: float) -> str:
-    """Two significant digits; a value just below one, such as a cosine, as its difference from one."""
+    """Two significant digits; a value just below one, such as a cosine, is shown as its difference from one."""
     if not isfinite(value):
         return str(value)
     if 0.99 < value < 1:

@@ -19,7 +19,7 @@ from dinoexport.validation.downstream import Agreement
 from dinoexport.validation.validate_bundle import Validated
 
 TEMPLATE = Path(__file__).parent / "templates" / "mismatches.html.jinja"
-# By this a page of ours is known, which may be replaced by another.
+# Marks a page that dinoexport wrote, so that a later page may replace it.
 _OURS = b'<meta name="generator" content="dinoexport">'
 # Enough to see what kind of item differs; no browser opens a page of ten thousand pictures.
 _ITEMS_MAX = 24
@@ -45,7 +45,7 @@ def write(path: Path, validated: Validated, images: Path, *, progress: Progress)
         if model.uses and wanted:
             cases = user_files.usable(model, images, [], progress, only=wanted)
             pictures = {case.name: model.uses.thumbnail(case.inputs) for case in cases}
-    content = render(validated, found, pictures).encode(errors="backslashreplace")  # names of files need not be UTF-8
+    content = render(validated, found, pictures).encode(errors="backslashreplace")  # file names may not be UTF-8
     files.write_output(path, content, ours=_OURS)
 
 

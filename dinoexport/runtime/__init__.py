@@ -26,7 +26,7 @@ class Opened:
 
     arithmetic: reads from the runtime which arithmetic it really uses for given inputs. The requested precision proves
     nothing: OpenVINO computes fp32 in bf16 by default, and ONNX Runtime casts fp16 to fp32 around every product. begin:
-    starts sequences whose carried values the runtime keeps itself, where the graph has some and the runtime can.
+    starts sequences whose carried values the runtime keeps itself, if the graph has some and the runtime can.
     """
 
     run: Runner
@@ -65,7 +65,7 @@ def check_inputs(graph: Graph, arrays: Arrays) -> None:
                 _check_dim(expected, size, dims)
     import numpy as np
 
-    # Carried values come from the graph itself, and a cache would take longer to look through than a step does.
+    # Carried values come from the graph itself, and checking a whole cache would take longer than a step.
     for name, array in arrays.items():
         if name not in graph.carried and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputRefused(f"{name} holds NaN or Inf.", next_step="Check how it was computed.")
@@ -81,6 +81,6 @@ def _check_dim(name: str, size: int, dims: Mapping[str, Dim]) -> None:
         below = size // dim.multiple_of * dim.multiple_of
         nearest = [s for s in (below, below + dim.multiple_of) if dim.min <= s <= dim.max]
         raise InputRefused(
-            f"{name} {size} is no multiple of {dim.multiple_of}.",
+            f"{name} {size} is not a multiple of {dim.multiple_of}.",
             next_step=f"The nearest legal sizes are {' and '.join(map(str, nearest))}.",
         )

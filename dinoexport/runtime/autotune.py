@@ -25,7 +25,7 @@ _RUNS = 10
 _VISITS, _VISITS_MAX = 2, 8
 # 1.5 times as slow as the best on the first visit, by CPU time too: not worth a second one.
 _HOPELESS = 1.5
-# The runtimes that may compute in a precision on a CPU, int8 each from a form of its own.
+# The runtimes that may compute in a precision on a CPU; for int8 each needs its own form of the graph.
 RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
     precision: tuple(runtime for runtime, facts in TABLE.items() if precision in facts.cpu_precisions)
     for precision in Precision
@@ -69,7 +69,7 @@ def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForms:
-    """Graphs of one precision, by their files, in the form that each possible runtime takes."""
+    """The files of the graphs in one precision, in the form that each possible runtime needs."""
 
     precision: Precision
     graphs: Mapping[Runtime, Mapping[Path, Graph]]

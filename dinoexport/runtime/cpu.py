@@ -107,7 +107,7 @@ def _calls(model: Runnable, opened: Mapping[str, Opened], inputs: Arrays) -> lis
 
 
 def title(runtime: Runtime) -> str:
-    """The runtime's name and version, as people write it."""
+    """The runtime's name and version for people."""
     return f"{TABLE[runtime].title} {version(runtime)}"
 
 
@@ -127,7 +127,7 @@ def usable_cpus() -> int:
 
 
 def machine() -> str:
-    """The CPU's name, as /proc/cpuinfo has it."""
+    """The CPU's name in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""CUDA's runtime, whose failures are our errors, and device buffers that grow."""
+"""CUDA's runtime, with failures as dinoexport's errors, and device buffers that grow."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from dinoexport.errors import BuildError, MissingRequirement
 
-_NEXT_STEP = "dinoexport doctor says what this machine has."
+_NEXT_STEP = "dinoexport doctor shows what this machine has."
 
 
 class Cuda:
-    """The calls of `cuda.bindings.runtime`, each giving its value or raising BuildError."""
+    """The calls of `cuda.bindings.runtime`. Each returns its value or raises BuildError."""
 
     def __init__(self) -> None:
         try:
@@ -21,7 +21,7 @@ class Cuda:
         self.api: Any = runtime
 
     def __call__(self, name: str, *args: Any) -> Any:
-        """What the call `name` gives: nothing, one value or several."""
+        """The result of the call `name`: nothing, one value or several."""
         try:
             error, *values = getattr(self.api, name)(*args)
         except RuntimeError as failed:  # cuda-bindings 12 without a driver
@@ -32,7 +32,7 @@ class Cuda:
 
 
 class Buffers:
-    """Named buffers on the device. One that grows moves; `moved` is called before its old place is given back."""
+    """Named buffers on the device. A buffer that grows moves; `moved` is called before its old memory is freed."""
 
     def __init__(self, cuda: Cuda, moved: Callable[[], None]) -> None:
         self._cuda = cuda
@@ -40,13 +40,13 @@ class Buffers:
         self._held: dict[str, tuple[int, int]] = {}  # name -> (device address, capacity in bytes)
 
     def address(self, name: str) -> int:
-        """Where the buffer lies."""
+        """The buffer's address."""
         return self._held[name][0]
 
     def grown(self, name: str, size_bytes: int) -> tuple[int, int]:
         """The buffer's address and capacity, which is at least `size_bytes`.
 
-        When there is no memory for that many, the buffer is gone and its place is free: nothing points to it.
+        If there is not enough memory, the buffer is gone and its memory is free: nothing points to it.
         """
         if name not in self._held or self._held[name][1] < size_bytes:
             self._moved()
@@ -56,12 +56,12 @@ class Buffers:
             try:
                 self._held[name] = (int(self._cuda("cudaMalloc", size_bytes)), size_bytes)
             except BuildError:
-                self._cuda.api.cudaGetLastError()  # it must not be blamed on the next call
+                self._cuda.api.cudaGetLastError()  # so that the next call does not report this error
                 raise
         return self._held[name]
 
     def free(self) -> None:
-        """Gives every buffer back; raises the first failure after all were tried."""
+        """Frees every buffer; raises the first failure after all were tried."""
         failed: BuildError | None = None
         while self._held:
             _, (address, _) = self._held.popitem()

@@ -1,7 +1,7 @@
-"""Sequences of tokens fed to a graph that carries state: a decoder and its cache, the same whatever runs it.
+"""Feed sequences of tokens to a graph that carries state: a decoder and its cache, the same for all runtimes.
 
-The graph's names are those that Hugging Face's exporters and onnxruntime-genai gave them: `input_ids`,
-`attention_mask` in, `logits` out, and the carried values its signature names. Two inputs may be left out:
+The graph's names are those of Hugging Face's exporters and onnxruntime-genai: inputs `input_ids` and
+`attention_mask`, output `logits`, and the carried values that its signature names. Two inputs are optional:
 `logits_to_keep`, as in Hugging Face's models, and `first_position`, where a sequence begins.
 """
 
@@ -22,7 +22,7 @@ LOGITS = "logits"
 
 @runtime_checkable
 class Decoder(Protocol):
-    """A batch of sequences and their cache, empty at first. Not to be used by two threads at once."""
+    """A batch of sequences and their cache, empty at first. Two threads must not use it at once."""
 
     @property
     def past_tokens(self) -> int:
@@ -30,7 +30,7 @@ class Decoder(Protocol):
 
     @property
     def inside(self) -> Arrays:
-        """What the last call gave besides the signature's outputs, where the graph was opened to be looked into."""
+        """Outputs of the last call besides the signature's, if the graph was opened with inner values as outputs."""
 
     def step(self, input_ids_BT: Array, attention_mask_BS: Array) -> Array:
         """Adds T tokens to each sequence and returns the logits (B, V), float32, that follow the last of them.
@@ -42,26 +42,26 @@ class Decoder(Protocol):
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """The same with the logits (B, keep, V) of the last `keep` tokens, 0 for all of them.
 
-        first_position: of each sequence's first token that is no padding.
+        first_position: of each sequence's first token that is not padding.
         """
 
     def reset(self) -> None:
         """Forgets all sequences; the next ones may be another number of them."""
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Goes on with these sequences of the batch, in this order; one may come twice or not at all."""
+        """Continues with these sequences of the batch, in this order; one may occur twice or not at all."""
 
     def carried(self) -> dict[str, Array]:
         """The cache as the graph's carried inputs, (B, heads, past, width); they may share the decoder's memory."""
 
     def resume(self, carried: Arrays) -> None:
-        """Goes on from such a cache instead of its own: with other sequences, or another number of them."""
+        """Continues from such a cache instead of its own: with other sequences, or another number of them."""
 
 
 def begin(opened: Runner, graph: Graph) -> Decoder:
     """A decoder with an empty cache on a graph that is open; several may use one.
 
-    Where the runtime keeps state itself it does so here; any other runner is given the cache with every call.
+    If the runtime keeps state itself, the decoder uses that; any other runner gets the cache with every call.
     """
     if isinstance(opened, Opened) and opened.begin is not None:
         return opened.begin()
@@ -69,7 +69,7 @@ def begin(opened: Runner, graph: Graph) -> Decoder:
 
 
 class ArrayDecoder:
-    """A decoder whose cache is arrays that go in and out with every call: what any runner can do."""
+    """A decoder whose cache is passed in and out as arrays with every call, so that it works with any runner."""
 
     def __init__(self, run: Runner, graph: Graph) -> None:
         self._run, self._graph = run, graph
@@ -113,7 +113,7 @@ class ArrayDecoder:
 def inputs_of(
     input_ids_BT: Array, attention_mask_BS: Array, keep: int = 0, first_position: int = 0
 ) -> dict[str, Array]:
-    """All inputs of one call but the carried ones."""
+    """All inputs of one call except the carried ones."""
     import numpy as np
 
     return {
@@ -125,7 +125,7 @@ def inputs_of(
 
 
 def check_step(graph: Graph, inputs: Arrays, batch: int, past_tokens: int) -> None:
-    """Raises InputRefused where a step's inputs are not the graph's, or do not continue a cache of this size.
+    """Raises InputRefused if a step's inputs are not the graph's, or do not continue a cache of this size.
 
     batch: of the sequences in the cache; 0 for an empty one.
     """

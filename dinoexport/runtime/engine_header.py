@@ -1,4 +1,4 @@
-"""What an engine file says of itself in its first bytes, and whether it can run here. No GPU, no TensorRT needed."""
+"""Read the header of an engine file and check whether the engine can run here. Needs no GPU and no TensorRT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime
 from dinoexport.system.hardware import Gpu
 
-# Compute capabilities in the order of the bits of an RTX engine's target mask, as read off engines built for each.
+# Compute capabilities in the order of the bits of an RTX engine's target mask, found from engines built for each.
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The version that built an engine; of a TensorRT-RTX engine also its size, its GPUs and its weights' size."""
+    """The version that built an engine; for a TensorRT-RTX engine also its size, its GPUs and its weights' size."""
 
     runtime: Runtime
     version: str
@@ -29,16 +29,16 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the engine at `path`; a BuildError when it is none, or cut short.
+    """The header of the engine at `path`; raises BuildError if it is not an engine or is truncated.
 
     TensorRT: magic `ftrt`, serialisation version 0 at 4, version at 24, as NVIDIA's trtexec reads it
-    (samples/common/sampleEngines.cpp, printPlanVersion). TensorRT-RTX 1.7: the layout is read off its engines: magic
+    (samples/common/sampleEngines.cpp, printPlanVersion). TensorRT-RTX 1.7: the layout was found from its engines: magic
     `vtrt`, size at 16, version at 24, targets as a bit mask at 32, the weights' size at 56.
     """
     with path.open("rb") as file:
         start = file.read(64)
     if len(start) < 64 or start[:4] not in (b"ftrt", b"vtrt"):
-        raise BuildError(f"{path.name} is no TensorRT engine.", next_step="Build it again.")
+        raise BuildError(f"{path.name} is not a TensorRT engine.", next_step="Build it again.")
     version = ".".join(map(str, start[24:28]))
     if start[:4] == b"ftrt":
         if start[4:8] != bytes(4):
@@ -51,7 +51,7 @@ def read_header(path: Path) -> Header:
     )
     if size_bytes != path.stat().st_size:
         raise BuildError(
-            f"{path.name} is cut short: it says {size_bytes} bytes and has {path.stat().st_size}.",
+            f"{path.name} is cut short: it declares {size_bytes} bytes and has {path.stat().st_size}.",
             next_step="Copy it again, or build it again.",
         )
     return Header(
@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
 
 
 def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
-    """The GPU that can run `engine`; a MissingRequirement says what is wrong, before TensorRT crashes on it."""
+    """The GPU that can run `engine`; raises MissingRequirement with the reason, before TensorRT would crash."""
     capabilities = ", ".join(engine.compute_capabilities)
     if not gpus:
         raise MissingRequirement(
@@ -77,12 +77,12 @@ def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
         fits = gpu.compute_capability in engine.compute_capabilities
     if not fits:
         raise MissingRequirement(
-            f"{engine.file} is for SM {capabilities}; here is {gpu.name}, SM {gpu.compute_capability}.",
+            f"{engine.file} is for SM {capabilities}; this machine has {gpu.name}, SM {gpu.compute_capability}.",
             next_step="Build a bundle for this GPU.",
         )
     if engine.compatibility == "this-gpu" and engine.device not in ("", gpu.name):
         raise MissingRequirement(
-            f"{engine.file} was built on {engine.device} for that model alone; here is {gpu.name}.",
+            f"{engine.file} was built on {engine.device} and runs only on that model; this machine has {gpu.name}.",
             next_step='Build it here, or there with [engine] compatibility = "same-cc".',
         )
     _check_version(engine)
@@ -101,6 +101,6 @@ def _check_version(engine: EngineFacts) -> None:
     here, built = (tuple(map(int, version.split(".")[:3])) for version in (found, engine.runtime_version))
     if here != built and not (engine.version_compatible and here > built):
         raise MissingRequirement(
-            f"{engine.file} was built by {engine.runtime} {engine.runtime_version}; here is {found}.",
+            f"{engine.file} was built by {engine.runtime} {engine.runtime_version}; this machine has {found}.",
             next_step=f"Install {engine.runtime_version} here, or build the bundle with {found}.",
         )

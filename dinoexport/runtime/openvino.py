@@ -18,17 +18,16 @@ from dinoexport.spec import Array, Arrays, Graph, Precision, Runner
 if TYPE_CHECKING:
     from dinoexport.runtime.decoding import Decoder
 
-# OpenVINO's names of the precisions it can compute a graph in, as it lists what a CPU is capable of.
-# Four bits are widened to eight on the way to a product.
+# OpenVINO's names of the precisions it can compute a graph in, as it lists a CPU's capabilities.
 _CAPABILITIES = {Precision.FP32: "FP32", Precision.BF16: "BF16", Precision.INT8: "INT8", Precision.INT4: "INT8"}
 _NARROW = (Precision.INT8, Precision.INT4)
-# Activations that meet int8 weights are made int8 in groups of so many channels. ViT-B at 224 and 518: 0.50 and 0.47 of
-# fp32's time, 0.54 and 0.50 in groups of 64, 0.61 and 0.53 in 32, its default; off by 1.6e-2 to 1.5e-2.
+# Activations of products with int8 weights are int8 in groups of this many channels. ViT-B at 224, 518: 0.50, 0.47 of
+# fp32's time; 0.54, 0.50 in groups of 64; 0.61, 0.53 in groups of 32, OpenVINO's default; errors 1.6e-2 to 1.5e-2.
 _GROUP_CHANNELS = 128
-# What it calls them where it is told, and in a compiled model.
+# OpenVINO's names of precisions in settings and in a compiled model.
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 _INT8 = "i8"
-# Layers of a compiled model in which products are computed; the rest moves or adds.
+# Layers of a compiled model that compute products; the others move or add.
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
 
 
@@ -80,13 +79,13 @@ def open_graph(
         "INFERENCE_NUM_THREADS": threads,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_CHANNELS if precision in _NARROW else 0,
     }
-    if graph.carried:  # eight bits unless it is told, off by 4e-3 where all else is fp32
+    if graph.carried:  # the default is eight bits, which gives an error of 4e-3 where all else is fp32
         options["KV_CACHE_PRECISION"] = _HINTS[wide]
     try:
         model = _read(core, path, graph, shapes)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
-        # One line, and without where the file lay: it is kept in the bundle of a build that another runtime serves.
+        # One line without the file's path: it is stored in the bundle of a build for which another runtime is chosen.
         why = " ".join(str(error).replace(str(path), path.name).split())
         raise BuildError(
             f"OpenVINO refuses {path.name}: {why[:300]}", next_step="dinoexport inspect shows what is in it."
@@ -105,8 +104,8 @@ def open_graph(
             if layer["layerType"].astype(str) in _PRODUCTS
         )
         if _INT8 in found:
-            # A layer is called so for its weights, even where they are widened before they are multiplied, as on a CPU
-            # without VNNI. Then it changes nothing to forbid int8 activations.
+            # A layer is named by its weights, even if they are widened before they are multiplied, as on a CPU
+            # without VNNI. Then forbidding int8 activations changes nothing.
             widened = opened(core.compile_model(model, "CPU", options | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}))
             ours, wide_answers = run(arrays), widened(arrays)
             same = all((ours[name] == wide_answers[name]).all() for name in ours)

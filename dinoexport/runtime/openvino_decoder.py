@@ -1,7 +1,7 @@
-"""A graph that carries state made stateful for OpenVINO, and a decoder whose cache stays in the compiled model.
+"""Make a graph that carries state stateful for OpenVINO, and run a decoder whose cache stays in the compiled model.
 
-OpenVINO has one kernel for attention and its cache together, for graphs of a certain form: the cache a variable, its
-rows chosen by an input, and grouped heads repeated by Broadcast. Its ONNX front end gives plain tensors and Tile.
+OpenVINO has a kernel that combines attention and its cache, for graphs of a certain form: the cache is a variable, an
+input selects its rows, and Broadcast repeats grouped heads. Its ONNX front end gives plain tensors and Tile instead.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _heads_by_broadcast(model: Any) -> None:
 
 
 def _as_parameter(model: Any, tensor: Tensor) -> None:
-    """The front end takes an input with a default for a constant."""
+    """The front end treats an input with a default as a constant."""
     openvino = telemetry.openvino()
     from openvino import opset13 as ops
 
@@ -80,11 +80,11 @@ def _as_parameter(model: Any, tensor: Tensor) -> None:
 
 
 class OpenVinoDecoder:
-    """What `decoding.Decoder` asks for, on an infer request of its own."""
+    """A `decoding.Decoder` with its own infer request."""
 
     def __init__(self, compiled: Any, graph: Graph) -> None:
         self._request, self._graph = compiled.create_infer_request(), graph
-        # A state is called by its variable, which is called by the two tensors it joins.
+        # A state has the name of its variable, which joins the names of two tensors.
         self._states = {
             name: next(s for s in self._request.query_state() if s.name in (name + given, name, given))
             for name, given in graph.carried.items()
@@ -148,7 +148,7 @@ class OpenVinoDecoder:
         self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)
 
     def call(self, arrays: Arrays) -> dict[str, Array]:
-        """One call with the carried values given and returned, as any runner's: they are put into the state first."""
+        """One call with the carried values as inputs and outputs, like any runner; they are copied to the state."""
         openvino = telemetry.openvino()
 
         check_inputs(self._graph, arrays)
@@ -166,7 +166,7 @@ class OpenVinoDecoder:
 
 
 def states(compiled: Any) -> Mapping[str, str]:
-    """What a stateful model keeps its carried values in: name -> the runtime's own word for their precision."""
+    """The precision in which a stateful model keeps its carried values: name -> the runtime's name of the precision."""
     request = compiled.create_infer_request()
     return {state.name: state.state.get_element_type().get_type_name() for state in request.query_state()}
 

@@ -19,8 +19,8 @@ from dinoexport.spec import Array, Arrays, Graph, Runner
 if TYPE_CHECKING:
     from dinoexport.runtime.decoding import Decoder
 
-# ONNX Runtime's names of the types that numbers are multiplied in, as everybody else calls them; the first that an
-# input of a product has decides: a quantised product has its scales in float beside its bytes.
+# ONNX Runtime's names of the types that are multiplied -> their usual names. The first one that an input of a product
+# has decides, because a quantised product has float scales in addition to its bytes.
 _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "bf16", "float": "f32", "double": "f64"}
 
 
@@ -105,12 +105,12 @@ class Operator:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product, two in attention, or a convolution: nearly all of a network's arithmetic."""
+        """Whether it is a matrix product, attention (two products) or a convolution: nearly all arithmetic."""
         return any(word in self.kind for word in ("MatMul", "Gemm", "Conv", "Attention"))
 
     @property
     def arithmetic(self) -> str:
-        """What it multiplies in; of weights alone in few bits, which are packed away, what it was told to."""
+        """The arithmetic of the product; for packed weights of few bits, the requested arithmetic."""
         if self.kind == "MatMulNBits":
             return "int8"
         return next((name for kind, name in _ARITHMETIC.items() if kind in self.types), "unknown")
@@ -170,7 +170,7 @@ def _session(
     options.intra_op_num_threads = threads
     # Without this, idle threads of several sessions in one process compete by spinning.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # What meets weights of few bits is made int8 in blocks: the default of today, said so that it stays.
+    # Activations of products with weights of few bits are quantised to int8 in blocks: today's default, set explicitly.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     for name, size in sizes.items():
         options.add_free_dimension_override_by_name(name, size)

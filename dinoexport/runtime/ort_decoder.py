@@ -11,7 +11,7 @@ from dinoexport.spec import Array, Arrays, Graph
 
 
 class OrtDecoder:
-    """What `decoding.Decoder` asks for: the outputs that carry state are bound as the next call's inputs, uncopied."""
+    """A `decoding.Decoder` that binds the outputs that carry state as the next call's inputs, without a copy."""
 
     def __init__(self, session: Any, graph: Graph) -> None:
         self._session, self._graph = session, graph
@@ -38,7 +38,7 @@ class OrtDecoder:
             }
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            # As a value: of an input with a default the binding knows no type to take an array as.
+            # Bound as a value: for an input with a default the binding knows no type for an array.
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)

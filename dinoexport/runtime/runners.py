@@ -58,7 +58,7 @@ def built_way(manifest: Manifest) -> Way:
 def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
     """How this machine runs a bundle's graphs: like the machine that built it, if possible.
 
-    runtime: runs them in this one instead, in the same precision; a UsageError when it does not compute in it.
+    runtime: runs them in this runtime instead, in the same precision; raises UsageError if it lacks that precision.
     """
     built = built_way(manifest)
     if runtime is None or runtime is built.runtime:
@@ -76,9 +76,9 @@ def open_engines(
 ) -> tuple[Candidate, str]:
     """The engines as a function from a case's inputs to its outputs, and the GPU that runs them.
 
-    trusted: whether it is known who made them, so that code they hold may run on this machine: a version-compatible
-    plan holds some. Raises MissingRequirement, before any is opened, when one is for another device or version, or
-    holds code and is not trusted.
+    trusted: whether the author is known, so that code in an engine may run on this machine: a version-compatible plan
+    holds code. Raises MissingRequirement, before any is opened, if one is for another device or version, or holds
+    code and is not trusted.
     """
     gpus = hardware.gpus()
     devices = [engine_header.check_runs_here(facts, gpus).name for facts in engines.values()]
@@ -86,7 +86,7 @@ def open_engines(
         if facts.version_compatible and not trusted:
             raise MissingRequirement(
                 f"{facts.file} was not run: it is version-compatible, so it holds code that would run on this machine, "
-                "and nothing says who made it.",
+                "and its author is unknown.",
                 next_step="dinoexport validate BUNDLE --verify KEY checks who signed it; --trust-plan runs it anyway.",
             )
     signatures = {graph.name: graph for graph in graphs.values()}

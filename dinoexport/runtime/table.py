@@ -23,7 +23,7 @@ OpenGraph = Callable[[Path, Graph, Way, Shapes | None], Opened]
 class RuntimeFacts:
     """One row of the table.
 
-    title: the name as people write it. does: its purpose. extra: the extra of this package that installs it.
+    title: the name for people. does: its purpose. extra: the extra of this package that installs it.
     distributions: names on PyPI that provide it; any one suffices. modules: imported to run; build_modules: imported to
     compile an engine, empty if the ONNX itself is run. cpu_precisions: the precisions it supports on CPUs; `computes`
     checks this machine's CPU. engine_suffix: of the engines it compiles.
@@ -48,7 +48,7 @@ class RuntimeFacts:
 TABLE: Mapping[Runtime, RuntimeFacts] = {
     Runtime.ONNXRUNTIME: RuntimeFacts(
         title="ONNX Runtime",
-        does="runs and judges graphs",
+        does="runs and validates graphs",
         extra="cpu",
         distributions=("onnxruntime", "onnxruntime-gpu"),
         modules=("onnxruntime",),
@@ -58,7 +58,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
     ),
     Runtime.OPENVINO: RuntimeFacts(
         title="OpenVINO",
-        does="runs graphs on CPUs, in bf16 too where the CPU has it",
+        does="runs graphs on CPUs, also in bf16 if the CPU has it",
         extra="openvino",
         distributions=("openvino",),
         modules=("openvino",),
@@ -80,7 +80,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
     ),
     Runtime.TENSORRT_RTX: RuntimeFacts(
         title="TensorRT-RTX",
-        does="compiles engines, without a GPU too",
+        does="compiles engines, also without a GPU",
         extra="rtx",
         distributions=hardware.ENGINE_DISTRIBUTIONS[Runtime.TENSORRT_RTX],
         modules=("tensorrt_rtx", "cuda.bindings"),
@@ -102,5 +102,5 @@ def installed(among: Collection[Runtime] = tuple(TABLE)) -> tuple[Runtime, ...]:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # what find_spec says of a module that was put out of action
+    except ValueError:  # find_spec raises it for a module that was disabled
         return False

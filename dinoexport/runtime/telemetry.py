@@ -1,11 +1,11 @@
-"""ONNX Runtime and OpenVINO, loaded so that neither sends nor stores anything about its use.
+"""Load ONNX Runtime and OpenVINO so that neither sends nor stores anything about its use.
 
 Both are built with telemetry that is on unless it is switched off before they are loaded:
 
-    ONNX Runtime, since 1.32   writes a lasting device id and a queue of events to ~/.cache/Microsoft and sends them
-    OpenVINO                   posts to Google Analytics from a process of its own, with a lasting id in the home folder
+    ONNX Runtime, since 1.32   writes a permanent device id and a queue of events to ~/.cache/Microsoft and sends them
+    OpenVINO                   posts to Google Analytics from a separate process, with a permanent id in the home folder
 
-Nobody else in this package imports them, which a test sees to.
+No other module of this package imports them; a test checks that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OPENVINO_SENDER = "openvino_telemetry"
 
 
 def onnxruntime() -> Any:
-    """The package `onnxruntime`, which sends nothing, whatever the environment says."""
+    """The package `onnxruntime` with telemetry off, whatever the environment says."""
     os.environ[_ORT_SWITCH] = "1"  # read when its library is loaded; child processes inherit it
     import onnxruntime as package
 
@@ -28,7 +28,7 @@ def onnxruntime() -> Any:
 
 
 def openvino() -> Any:
-    """The package `openvino`, which sends nothing: it finds no package to send with."""
+    """The package `openvino` without telemetry: the package that would send it cannot be imported."""
     if "openvino" in sys.modules:
         return sys.modules["openvino"]
     before = sys.modules.get(_OPENVINO_SENDER)
@@ -43,7 +43,7 @@ def openvino() -> Any:
 
 
 def findings() -> dict[str, str]:
-    """What is switched off, by package, for `doctor`."""
+    """The disabled telemetry by package, for `doctor`."""
     return {
         "onnxruntime": f"telemetry off: {_ORT_SWITCH}=1 is set before it is loaded",
         "openvino": f"telemetry off: it is loaded without {_OPENVINO_SENDER}",

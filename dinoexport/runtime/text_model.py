@@ -1,4 +1,4 @@
-"""A bundle, or what a server has of one, opened to write text: its graph as a decoder, its tokenizer, its prompts."""
+"""Open a bundle, or a server's copy of one, to generate text: the graph as a decoder, the tokenizer, the prompts."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dinoexport.text import tokenizer
 from dinoexport.text.decoder import LOGITS, SteppedDecoder
 from dinoexport.text.requests import TextModel
 
-# One call may take about a second on two cores, so that nobody who leaves or joins waits longer: multiplications.
+# Multiplications per call: about a second on two cores, so that no request waits longer to join or leave.
 _CALL_PRODUCTS = 2.25e11
 _CHUNKS = (16, 512)
 
 
 def tokenizer_file(manifest: Manifest) -> str | None:
-    """The name of the bundle's tokenizer, None where it has none."""
+    """The name of the bundle's tokenizer; None if it has none."""
     return next((file.name for file in manifest.files if file.name in tokenizer.FILES), None)
 
 
 def open_bundle(folder: Path) -> TextModel:
-    """The bundle in `folder`, run as it was judged. Raises UsageError for one that writes no text."""
+    """The bundle in `folder`, run as it was validated. Raises UsageError for one that does not generate text."""
     manifest = bundle.read_manifest(folder)
     name = tokenizer_file(manifest)
     if name is None:
         raise UsageError(
-            f"{folder} has no tokenizer, so there is no way from text to it.",
+            f"{folder} has no tokenizer, so it cannot take text.",
             next_step="Build it with the tokenizer's file beside the weights.",
         )
     (facts,) = manifest.graphs
@@ -56,7 +56,7 @@ def open_served(
     """Graph and tokenizer by their paths; `recipe` as the manifest or the served model has it."""
     model = family.find(family_name).model(parse(Recipe, recipe, where="the recipe"))
     if model.text is None:
-        raise UsageError(f"A {family_name} writes no text.", next_step="Ask a decoder.")
+        raise UsageError(f"A {family_name} does not generate text.", next_step="Use a bundle of a decoder.")
     found = tokenizer.load(tokenizer_path)
     (opened,) = cpu.open_graphs({onnx: graph}, cpu.way_here(way)).values()
     decoder = SteppedDecoder(
@@ -70,7 +70,7 @@ def open_served(
 
 
 def context_of(graph: Graph) -> int:
-    """The most tokens the graph takes, past and new together."""
+    """The largest number of tokens that the graph takes, past and new together."""
     return next(dim.max for dim in graph.dims if dim.name == "total")
 
 

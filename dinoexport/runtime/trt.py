@@ -1,8 +1,8 @@
-"""An engine on the GPU. Classic TensorRT and TensorRT-RTX alike: their interfaces agree in nearly all that is used.
+"""Run an engine on the GPU. Classic TensorRT and TensorRT-RTX share this code: their interfaces are nearly the same.
 
-No device memory is allocated per call: buffers grow to the largest shapes seen and stay. Each profile has a context of
-its own; since calls are serial, all of them work in one scratch buffer, as large as the shapes need. Shapes that come
-again are replayed as a CUDA graph, which TensorRT-RTX captures by itself.
+No device memory is allocated per call: buffers grow to the largest shapes seen and stay. Each profile has its own
+context. Calls are serial, so all contexts share one scratch buffer, as large as the shapes need. Repeated shapes are
+replayed as a CUDA graph, which TensorRT-RTX captures by itself.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dinoexport.runtime.cuda import Buffers, Cuda
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Profile, Runtime
 
-_DOCTOR = "dinoexport doctor says what this machine has."
-# The name of no tensor.
+_DOCTOR = "dinoexport doctor shows what this machine has."
+# A name that no tensor has.
 _SCRATCH = ""
 
 
 def load(runtime: Runtime) -> Any:
-    """The module `runtime` names; a MissingRequirement when it is there and its libraries cannot be loaded."""
+    """The module that `runtime` names; raises MissingRequirement if its libraries cannot be loaded."""
     try:
         return importlib.import_module(runtime.value)
     except (ImportError, OSError) as error:
@@ -42,7 +42,7 @@ def load(runtime: Runtime) -> Any:
 
 
 class Said:
-    """What TensorRT's logger heard: errors, the last few."""
+    """The last few errors of TensorRT's logger."""
 
     def __init__(self, trt: Any) -> None:
         severity = trt.ILogger.Severity
@@ -53,24 +53,24 @@ class Said:
                 trt.ILogger.__init__(self)
 
             def log(self, level: Any, message: str) -> None:
-                """Any thread of TensorRT's may call it."""
+                """Any thread of TensorRT may call this."""
                 if level in (severity.INTERNAL_ERROR, severity.ERROR):
                     heard.append(message.strip())
 
         self.logger = Logger()
 
     def error(self, problem: str, next_step: str) -> BuildError:
-        """The error for `problem` with TensorRT's own words, which are then forgotten."""
+        """The error for `problem` with TensorRT's own messages, which are then cleared."""
         words = " ".join(self._heard)[:600]
         self._heard.clear()
         return BuildError(f"{problem} TensorRT said: {words}" if words else problem, next_step=next_step)
 
 
 def open_plan(path: Path, runtime: Runtime, *, host_code: bool = False) -> tuple[Any, Any, Said]:
-    """The module, the engine at `path` and what TensorRT says of it; a BuildError when it cannot be opened.
+    """The module, the engine at `path` and TensorRT's messages; raises BuildError if it cannot be opened.
 
-    host_code: lets a version-compatible plan run the host code it holds. Mapped, not read: the file's pages are the
-    only copy in host memory beside TensorRT's own.
+    host_code: lets a version-compatible plan run the host code it holds. The file is mapped, not read, so its pages are
+    the only copy in host memory besides TensorRT's own.
     """
     trt = load(runtime)
     said = Said(trt)
@@ -84,7 +84,7 @@ def open_plan(path: Path, runtime: Runtime, *, host_code: bool = False) -> tuple
     if opened is None:
         raise said.error(
             f"{runtime} {trt.__version__} cannot open {path.name}.",
-            "dinoexport doctor says what this machine has; build the bundle again here.",
+            "dinoexport doctor shows what this machine has; build the bundle again here.",
         )
     return trt, opened, said
 
@@ -100,13 +100,13 @@ def open_engine(
 ) -> Engine:
     """A runner of the engine at `path`, whose profiles are `profiles` in its own order.
 
-    `weights_from`: the ONNX a stripped plan's weights are put in from. host_code: as in `open_plan`. Raises
+    `weights_from`: the ONNX with a stripped plan's weights. host_code: as in `open_plan`. Raises
     MissingRequirement without the packages or the memory, BuildError when the engine cannot be opened or is not
     `graph`'s, InputRefused from the runner for inputs outside the signature and OutsideProfile for those that no
     profile covers.
     """
     require(TABLE[runtime].extra, *TABLE[runtime].modules)
-    # CUDA counts the fastest GPU first, the driver by the PCI bus; the GPU that was checked is the one that shall run.
+    # CUDA orders GPUs by speed, the driver by PCI bus; this setting makes the GPU that was checked the one that runs.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     trt, opened, said = open_plan(path, runtime, host_code=host_code)
     _check(opened, graph, profiles, path)
@@ -116,7 +116,7 @@ def open_engine(
 
 
 def _check(opened: Any, graph: Graph, profiles: Sequence[Profile], path: Path) -> None:
-    """Raises BuildError when the engine has other tensors or profiles than were said."""
+    """Raises BuildError if the engine's tensors or profiles are not those of the bundle."""
     tensors = {opened.get_tensor_name(index) for index in range(opened.num_io_tensors)}
     wanted = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
     if tensors != wanted or opened.num_optimization_profiles != len(profiles):
@@ -136,7 +136,7 @@ def _put_weights_in(trt: Any, said: Said, opened: Any, onnx: Path) -> None:
 
 @dataclass
 class _Context:
-    """A profile's execution context, and what it is bound to. runs: since it was; replay: those runs' CUDA graph."""
+    """A profile's execution context and its bindings. runs: calls since it was bound; replay: their CUDA graph."""
 
     context: Any
     profile: int
@@ -147,7 +147,7 @@ class _Context:
 
 
 class Engine:
-    """An open engine: call it with named arrays. Not to be called from two threads at once."""
+    """An open engine: call it with named arrays. Two threads must not call it at once."""
 
     def __init__(self, trt: Any, opened: Any, graph: Graph, profiles: tuple[Profile, ...], said: Said) -> None:
         self._trt = trt
@@ -160,8 +160,8 @@ class Engine:
         self._cuda = Cuda()
         self._buffers = Buffers(self._cuda, self._unbind_all)
         self._stream = self._cuda("cudaStreamCreate")
-        # TensorRT-RTX specialises its kernels to a shape and captures its own graphs, once they are there; a capture of
-        # ours could hold the general kernels it falls back on meanwhile.
+        # TensorRT-RTX specialises its kernels to a shape and then captures its own graphs; a capture here could hold
+        # the general kernels that it uses until then.
         self._captures_itself = hasattr(trt, "CudaGraphStrategy")
         try:
             if opened.streamable_weights_size:
@@ -171,7 +171,7 @@ class Engine:
             raise
 
     def __call__(self, arrays: Arrays) -> dict[str, Array]:
-        """The outputs for these inputs; all arrays in host memory."""
+        """The outputs for these inputs; all arrays are in host memory."""
         import numpy as np
 
         check_inputs(self._graph, arrays)
@@ -188,7 +188,7 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Gives the device's memory back, whatever went wrong before; a second time does nothing."""
+        """Frees the device's memory, whatever went wrong before; a second call does nothing."""
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
@@ -203,7 +203,7 @@ class Engine:
                 self._cuda("cudaStreamDestroy", stream)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the interpreter's end CUDA's module may be gone
+        with contextlib.suppress(Exception):  # when the interpreter ends, CUDA's module may be gone
             self.close()
 
     def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -223,7 +223,7 @@ class Engine:
         return self._contexts[index]
 
     def _new_context(self, index: int) -> Any:
-        """An execution context without scratch memory of its own, set to the profile."""
+        """An execution context without its own scratch memory, set to the profile."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._captures_itself:
             config = self._opened.create_runtime_config()
@@ -236,7 +236,7 @@ class Engine:
             context = self._opened.create_execution_context(strategy)
         try:
             usable = context is not None and context.set_optimization_profile_async(index, int(self._stream))
-        except RuntimeError:  # that is how the bindings say no here
+        except RuntimeError:  # the bindings report a refusal with this exception
             usable = False
         if not usable:
             raise self._said.error(
@@ -248,7 +248,7 @@ class Engine:
         return context
 
     def _buffer_bytes(self) -> int:
-        """What the tensors take at the largest shapes of the largest profile; asked of contexts that are dropped."""
+        """The bytes of the tensors at the largest shapes of the largest profile, computed with temporary contexts."""
         found = 0
         for index, profile in enumerate(self._profiles):
             largest = {name: ends[2] for name, ends in profile.shapes.items()}
@@ -313,10 +313,10 @@ class Engine:
             self._cuda("cudaMemcpyAsync", *ends, array.nbytes, kind, self._stream)
 
     def _enqueue(self, used: _Context) -> None:
-        """Runs the kernels: as they are at first, for TensorRT sets a shape up there; then captured; then replayed.
+        """Runs the kernels: directly the first time, when TensorRT sets up a shape; then captured; then replayed.
 
-        A graph is good only for the state its context was captured in (TensorRT's developer guide, CUDA graphs), so
-        there is one for each context, and `_bind` ends it.
+        A graph is valid only for the context state in which it was captured (TensorRT's developer guide, CUDA graphs),
+        so there is one for each context, and `_bind` discards it.
         """
         if used.runs == 1 and not self._captures_itself:
             used.replay = self._captured(used.context)
@@ -327,7 +327,7 @@ class Engine:
             raise self._said.error("The engine failed to run.", _DOCTOR)
 
     def _captured(self, context: Any) -> Any:
-        """The kernels of one run as an executable graph; None where they cannot be captured."""
+        """The kernels of one run as an executable graph; None if they cannot be captured."""
         api = self._cuda.api
         self._cuda("cudaStreamBeginCapture", self._stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
@@ -340,6 +340,6 @@ class Engine:
                 error, replay = api.cudaGraphInstantiate(captured, 0)
             self._cuda("cudaGraphDestroy", captured)
         if int(error):
-            api.cudaGetLastError()  # a refused capture must not be blamed on the next call
+            api.cudaGetLastError()  # so that the next call does not report the refused capture
             return None
         return replay

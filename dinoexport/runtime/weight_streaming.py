@@ -1,4 +1,4 @@
-"""How many of an engine's weights stay on the device, where the rest is streamed in from host memory."""
+"""Set how many of an engine's weights stay on the device; the others are streamed from host memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dinoexport.runtime.cuda import Cuda
 
 
 def fit(cuda: Cuda, opened: Any, buffer_bytes: Callable[[], int]) -> int:
-    """Sets the engine's budget to what the device has free beside scratch memory and tensors; gives it in bytes.
+    """Sets the engine's budget to the device memory that scratch memory and tensors leave free; returns it in bytes.
 
-    TensorRT takes a budget only while there are no execution contexts, and drops one it does not take without a word,
-    so it is read back. `buffer_bytes` says what the tensors take at most; it may make contexts and drop them.
+    TensorRT accepts a budget only while there are no execution contexts and silently drops one that it does not accept,
+    so the budget is read back. `buffer_bytes` returns the largest size of the tensors; it may make temporary contexts.
 
-    Raises MissingRequirement when even with every weight streamed there is too little memory, BuildError when the
-    engine does not take the budget.
+    Raises MissingRequirement if there is too little memory even with every weight streamed, BuildError if the engine
+    does not accept the budget.
     """
     _set(opened, 0)
     free_bytes, _ = cuda("cudaMemGetInfo")
     tensor_bytes = buffer_bytes()
-    scratch_bytes = opened.device_memory_size_v2  # with what streaming itself works in
+    scratch_bytes = opened.device_memory_size_v2  # includes the memory that streaming needs
     room_bytes = free_bytes - tensor_bytes - scratch_bytes
     if room_bytes < 0:
         raise MissingRequirement(
@@ -39,6 +39,6 @@ def _set(opened: Any, budget_bytes: int) -> None:
     if opened.weight_streaming_budget_v2 != budget_bytes:
         raise BuildError(
             f"The engine keeps {opened.weight_streaming_budget_v2} bytes of its weights on the device, not the "
-            f"{budget_bytes} it was told.",
+            f"{budget_bytes} that were set.",
             next_step="Report it.",
         )

@@ -86,7 +86,7 @@ def _headers(path: Path) -> dict[str, str]:
             continue
         header = _HEADER.fullmatch(line.strip())
         if header is None:
-            raise UsageError(f"Line {number} of {path} is no header.", next_step="Write each as Name: value.")
+            raise UsageError(f"Line {number} of {path} is not a header.", next_step="Write each as Name: value.")
         found[header[1].lower()] = header[2]
     return found
 
@@ -102,6 +102,6 @@ def _visible(secret: str, where: str) -> str:
 def _no_address(url: str) -> UsageError:
     shown = re.sub(r"//[^/@]*@", "//...@", url)
     return UsageError(
-        f"{shown!r} is no address of a server.",
+        f"{shown!r} is not an address of a server.",
         next_step="Use http://HOST:8000 or grpc://HOST:8001; https, grpcs for TLS.",
     )

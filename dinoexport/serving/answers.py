@@ -38,7 +38,7 @@ def parsed_json(raw: bytes, what: str) -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
-        raise Malformed(f"{what} is no JSON") from None
+        raise Malformed(f"{what} is not JSON") from None
 
 
 def decoded(body: bytes, header_length: str | None, names: Sequence[str]) -> dict[str, Array]:

@@ -88,7 +88,7 @@ class DinoClient:
         batch = next(dim for dim in self.graph.dims if dim.name == self.graph.inputs[0].shape[0])
         if not 1 <= len(items) <= batch.max:
             raise InputRefused(
-                f"{len(items)} items are no batch of 1 to {batch.max}.", next_step="Send them in several requests."
+                f"{len(items)} items are not a batch of 1 to {batch.max}.", next_step="Send them in several requests."
             )
         return self._infer(front_end, {ENCODED: np.array(list(items), dtype=object).reshape(-1, 1)}, {})
 

@@ -109,7 +109,7 @@ class _Http:
         asked = self._ask("GET", f"/v2/models/{quote(model, safe='')}/config")
         found = answers.parsed_json(asked.body, f"the configuration of {model!r}")
         if not isinstance(found, dict):
-            raise Malformed(f"the configuration of {model!r} is no object")
+            raise Malformed(f"the configuration of {model!r} is not an object")
         return found
 
     def infer(
@@ -136,7 +136,7 @@ class _Http:
                     continue
                 event = answers.parsed_json(line.removeprefix(b"data:"), "an event")
                 if not isinstance(event, dict):
-                    raise Malformed("an event is no object")
+                    raise Malformed("an event is not an object")
                 if "error" in event:  # the status was sent with the first response
                     raise _refused("broken", str(event["error"])[:_WORDS_MAX])
                 yield event
@@ -270,7 +270,7 @@ class _Grpc:
             )
         config = found.get("config") if isinstance(found, dict) else None
         if not isinstance(config, dict):
-            raise Malformed(f"the configuration of {model!r} is no object")
+            raise Malformed(f"the configuration of {model!r} is not an object")
         return config
 
     def infer(

@@ -187,7 +187,7 @@ def _begun(place: Path) -> bool:
 def work_folder(place: Path) -> Path:
     """The hidden folder beside `place`, on its file system, where its changes are made."""
     if not place.name:
-        raise UsageError(f"{place} is no place for this.", next_step="Name a folder below it.")
+        raise UsageError(f"{place} is not a place for this.", next_step="Name a folder below it.")
     return place.with_name(f".{place.name}.work")
 
 
@@ -282,7 +282,7 @@ def _parse(change: Change, entry: Any) -> tuple[Step, int | None]:
     """The step that `entry` of a record says; a ValueError for one that this module does not write."""
     kind, source, target, inode = entry
     if kind not in get_args(Kind) or (source is None) != (kind == "remove") or not isinstance(inode, int | None):
-        raise ValueError(f"{entry!r} is no step")
+        raise ValueError(f"{entry!r} is not a step")
     found = [_inside(change, word) for word in (source, target) if word is not None]
     return Step(kind=kind, target=found[-1], source=found[0] if len(found) == 2 else None), inode
 
@@ -291,7 +291,7 @@ def _inside(change: Change, written: Any) -> Path:
     """The path in the place or in the work folder; a ValueError for one that could lead elsewhere."""
     word, *parts = str(written).split("/")
     if word not in ("work", "place") or any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"{written!r} is no path of a step")
+        raise ValueError(f"{written!r} is not a path of a step")
     path = change.folder if word == "work" else change.place
     for part in parts:
         if path.is_symlink():
@@ -311,11 +311,11 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
     record = change.folder / _RECORD
     try:
         if not stat.S_ISREG(os.lstat(record).st_mode) or record.stat().st_size > _RECORD_BYTES_MAX:
-            raise ValueError("it is no regular file of a sensible size")
+            raise ValueError("it is not a regular file of a sensible size")
         steps = [_parse(change, entry) for entry in json.loads(record.read_bytes())["steps"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(
-            f"{record} is no record of a change of ours ({error}).",
+            f"{record} is not a record of a change of ours ({error}).",
             next_step=f"Nothing was done by it. Move {change.folder} away.",
         ) from None
     (change.folder / _OLD).mkdir(exist_ok=True)
@@ -329,7 +329,7 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
             raise
         raise BuildError(
             f"The change of {change.place} was begun and could not be finished: {error}.",
-            next_step="Whatever dinoexport does there next finishes it first. Mend the cause and run it again.",
+            next_step="Whatever dinoexport does there next finishes it first. Fix the cause and run it again.",
         ) from error
     _discard(change.folder / _OLD)
     _discard(change.new)

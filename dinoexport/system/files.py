@@ -93,7 +93,7 @@ def check_output(path: Path, *, ours: bytes) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be a file: {error}.", next_step=elsewhere) from None
     if not stat.S_ISREG(found.st_mode):
-        raise UsageError(f"{path} is there already and is no regular file.", next_step=elsewhere)
+        raise UsageError(f"{path} is there already and is not a regular file.", next_step=elsewhere)
     with untrusted.opened(path, links=False) as file:
         if ours not in file.read(_LOOKED_AT_BYTES):
             raise UsageError(

@@ -65,7 +65,9 @@ def _open(path: Path) -> int:
 
 
 def _no_lock(path: Path) -> UsageError:
-    return UsageError(f"{path} is a link or no regular file, so it is no lock of ours.", next_step="Move it away.")
+    return UsageError(
+        f"{path} is a link or no regular file, so it is not a lock of dinoexport.", next_step="Move it away."
+    )
 
 
 @contextmanager

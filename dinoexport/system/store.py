@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ SCHEMES = ("s3", "gs", "az", "http", "https")
 _READ_ONLY = ("http", "https")
 # A store that answers 503 is asked again, waiting longer each time, until this much time has passed.
 _RETRY_S = 60
+# How often one object is asked for from its beginning when the store breaks off in its midst.
+_FETCHES = 4
+_PIECE_BYTES = 8 << 20
 _DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.partial$")
 
 
@@ -37,8 +41,14 @@ class Place(Protocol):
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
         """(name, size in bytes) of every file below `under`, in no order that may be relied on."""
 
-    def read(self, name: str) -> bytes:
-        """A file's content; a FileNotFoundError when there is none."""
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """A file's content; a FileNotFoundError when there is none, a ValueError when it is larger than `max_bytes`."""
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copies a file to the new local file `target`; a FileNotFoundError when there is none."""
+
+    def size(self, name: str) -> int | None:
+        """A file's size in bytes; None when there is none."""
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
         """Puts a file in place as a whole. new: a FileExistsError when another one is there already."""
@@ -48,6 +58,9 @@ class Place(Protocol):
 
     def publish(self, draft: Path, name: str) -> None:
         """Puts the finished draft at `name`, over what was there; the draft is gone afterwards."""
+
+    def upload(self, source: Path, name: str, *, new: bool = False) -> None:
+        """Puts a copy of the local file `source` at `name`. new: a FileExistsError when something is there already."""
 
     def remove(self, name: str) -> None:
         """Removes a file; no error when there is none."""
@@ -85,9 +98,21 @@ class LocalPlace:
                         name = Path(entry.path).relative_to(self._folder).as_posix()
                         yield name, entry.stat(follow_symlinks=False).st_size
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """The file's content."""
+        _check_size(name, (self._folder / name).stat().st_size, max_bytes)
         return (self._folder / name).read_bytes()
+
+    def fetch(self, name: str, target: Path) -> None:
+        """By a copy of its bytes."""
+        with (self._folder / name).open("rb") as found, target.open("xb") as made:
+            shutil.copyfileobj(found, made, _PIECE_BYTES)
+
+    def size(self, name: str) -> int | None:
+        """As the file system says."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return (self._folder / name).stat().st_size
+        return None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
         """By rename, or where it must be new by a link, which fails on a name that is taken."""
@@ -128,6 +153,18 @@ class LocalPlace:
                 os.fsync(file.fileno())
             os.replace(draft, self._folder / name)
 
+    def upload(self, source: Path, name: str, *, new: bool = False) -> None:
+        """By a copy beside its final name, and a rename."""
+        if new:
+            self.write(name, source.read_bytes(), new=True)
+            return
+        draft = self.draft(name)
+        try:
+            shutil.copyfile(source, draft)
+            self.publish(draft, name)
+        finally:
+            draft.unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Removes the file."""
         (self._folder / name).unlink(missing_ok=True)
@@ -151,7 +188,7 @@ class RemotePlace:
         scheme = urlsplit(url).scheme
         if scheme not in SCHEMES:
             raise UsageError(
-                f"{url}: {scheme}:// is no kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
+                f"{url}: {scheme}:// is not a kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
             )
         if "@" in urlsplit(url).netloc:
             raise UsageError(
@@ -191,12 +228,39 @@ class RemotePlace:
             for page in obstore.list(self._store, under or None, chunk_size=1000):
                 yield from ((str(found["path"]), int(found["size"])) for found in page)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """The object's content."""
         import obstore
 
         with self._errors(name):
-            return bytes(obstore.get(self._store, name).bytes())
+            found = obstore.get(self._store, name)
+            _check_size(name, int(found.meta["size"]), max_bytes)
+            return bytes(found.bytes())
+
+    def fetch(self, name: str, target: Path) -> None:
+        """In pieces; from the beginning again where the store breaks off."""
+        import obstore
+
+        with self._errors(name), target.open("xb") as file:
+            for left in reversed(range(_FETCHES)):
+                file.seek(0)
+                file.truncate()
+                try:
+                    for piece in obstore.get(self._store, name).stream(min_chunk_size=_PIECE_BYTES):
+                        file.write(piece)
+                except obstore.exceptions.GenericError:
+                    if not left:
+                        raise
+                else:
+                    break
+
+    def size(self, name: str) -> int | None:
+        """As the store says of the object alone: a listing may be late."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._errors(name):
+            return int(obstore.head(self._store, name)["size"])
+        return None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
         """One PUT; where it must be new, a conditional one."""
@@ -212,13 +276,20 @@ class RemotePlace:
         return Path(self._drafts) / f".{name.replace('/', '_')}.{_host()}.{os.getpid()}.partial"
 
     def publish(self, draft: Path, name: str) -> None:
-        """One PUT, or a multipart upload, which is invisible until it is complete."""
+        """As `upload`."""
+        self.upload(draft, name)
+        draft.unlink()
+
+    def upload(self, source: Path, name: str, *, new: bool = False) -> None:
+        """One PUT, or a multipart upload, which is invisible until it is complete; what must be new is one PUT."""
         import obstore
 
         self.check_writable()
-        with self._no_bucket(), self._errors(name), draft.open("rb") as file:
-            obstore.put(self._store, name, file)
-        draft.unlink()
+        with self._no_bucket(), self._errors(name), source.open("rb") as file:
+            if new:
+                obstore.put(self._store, name, file, mode="create", use_multipart=False)
+            else:
+                obstore.put(self._store, name, file)
 
     def remove(self, name: str) -> None:
         """Removes the object."""
@@ -227,6 +298,35 @@ class RemotePlace:
         self.check_writable()
         with self._errors(name), suppress(FileNotFoundError):
             obstore.delete(self._store, name)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object inside the store."""
+        import obstore
+
+        self.check_writable()
+        with self._errors(source):
+            obstore.copy(self._store, source, target)
+
+    def read_tagged(self, name: str, *, max_bytes: int) -> tuple[bytes, str]:
+        """An object's content and the store's tag of that content; (b"", "") when there is none."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._errors(name):
+            found = obstore.get(self._store, name)
+            _check_size(name, int(found.meta["size"]), max_bytes)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+        return b"", ""
+
+    def write_over(self, name: str, content: bytes, *, tag: str) -> None:
+        """One PUT over the content that has `tag`, or where there is none; a FileExistsError when there is another."""
+        import obstore
+
+        self.check_writable()
+        if not tag:
+            self.write(name, content, new=True)
+            return
+        with self._no_bucket(), self._errors(name):
+            obstore.put(self._store, name, content, mode={"e_tag": tag}, use_multipart=False)
 
     def check_writable(self) -> None:
         """Raises UsageError for a place that is only read from."""
@@ -255,7 +355,7 @@ class RemotePlace:
             yield
         except (FileNotFoundError, exceptions.NotFoundError):
             raise FileNotFoundError(where) from None
-        except exceptions.AlreadyExistsError:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise FileExistsError(where) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
             raise MissingRequirement(
@@ -274,6 +374,11 @@ class RemotePlace:
                 f"{where}: the store {f'answers {status[1]}' if status else 'cannot be reached or broke off'}.",
                 next_step="Check the address and the network, and run it again: what is finished is kept.",
             ) from None
+
+
+def _check_size(name: str, size_bytes: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size_bytes > max_bytes:
+        raise ValueError(f"{name} has {size_bytes} bytes, more than {max_bytes}")
 
 
 def _host() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dinoexport.text.tokenizer import Tokenizer
 
-_UNFINISHED = "�"  # what bytes that are no character (yet) are decoded to
+_UNFINISHED = "�"  # what bytes that are not characters (yet) are decoded to
 
 
 class Detokeniser:
@@ -65,7 +65,7 @@ class StopStrings:
         return shown
 
     def finish(self) -> str:
-        """What was held back and is no stop string after all."""
+        """What was held back and is not a stop string after all."""
         shown, self._held = self._held, ""
         return shown
 

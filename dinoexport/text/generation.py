@@ -219,7 +219,7 @@ class Batch:
 
 
 def _accepted(answer: Answer, logits_V: Array) -> str:
-    """What one more token adds; logits that are no numbers end this answer and no other."""
+    """What one more token adds; logits that are not numbers end this answer and no other."""
     import numpy as np
 
     if np.isfinite(logits_V).all():

@@ -99,7 +99,7 @@ def messages_of(content: Any) -> tuple[Message, ...]:
             content = None
     if not _is_list(content) or not 1 <= len(content) <= MESSAGES_MAX:
         raise InputRefused(
-            f"messages are no list of 1 to {MESSAGES_MAX} turns.",
+            f"messages are not a list of 1 to {MESSAGES_MAX} turns.",
             next_step='Write them as [{"role": "user", "content": "..."}].',
         )
     turns = []

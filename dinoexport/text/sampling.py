@@ -26,7 +26,7 @@ class Sampling:
     """How an answer is chosen and where it ends.
 
     max_tokens: the most tokens of an answer. temperature: 0 takes the likeliest token. top_p: the share of probability
-    that is drawn from. seed: None takes one that differs each time. stop: strings that end the answer and are no part
+    that is drawn from. seed: None takes one that differs each time. stop: strings that end the answer and are not part
     of it. Raises InputRefused for values that mean nothing.
     """
 

@@ -43,13 +43,13 @@ class Tokenizer(Protocol):
         """Ids that the tokenizer's own file marks as control tokens."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of its own, without begin and end tokens. Raises InputRefused for what is no Unicode."""
+        """The ids of a text of its own, without begin and end tokens. Raises InputRefused for what is not Unicode."""
 
     def encode_continuing(self, text: str) -> list[int]:
         """The ids of a text that continues another: nothing is put before it."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are no character become U+FFFD, control tokens nothing."""
+        """The text of `ids`; bytes that are not characters become U+FFFD, control tokens nothing."""
 
     def piece_id(self, piece: str) -> int | None:
         """The id of the piece spelt so, None where the vocabulary has none."""
@@ -61,14 +61,14 @@ class Tokenizer(Protocol):
 def load(path: Path) -> Tokenizer:
     """The tokenizer in a file called tokenizer.model or tokenizer.json.
 
-    Raises UsageError for what is no regular file, too large, or not readable as one.
+    Raises UsageError for what is not a regular file, too large, or not readable as one.
     """
     content = untrusted.read_bytes(path, max_bytes=MAX_BYTES)
     if path.name.endswith(".model"):
         return _SentencePiece(content, path)
     if path.name.endswith(".json"):
         return _Json(content, path)
-    raise UsageError(f"{path.name} is no tokenizer's name.", next_step=f"Give a {SENTENCEPIECE} or a {JSON}.")
+    raise UsageError(f"{path.name} is not a tokenizer's name.", next_step=f"Give a {SENTENCEPIECE} or a {JSON}.")
 
 
 def find(folder: Path) -> Path | None:

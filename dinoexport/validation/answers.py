@@ -1,7 +1,7 @@
-"""What makes two answers the same, by what their numbers are: vectors, probabilities, depths or labels.
+"""Compare two outputs according to the kind of their numbers: vectors, probabilities, depths or labels.
 
-Labels are integers, so they have no error of their own: a pixel's label must be the reference's wherever the
-reference's best score is ahead of its second by more than the scores' error can close. The rest may go either way.
+Labels are integers, so they have no error of their own. If the reference's best score exceeds its second best by more
+than the error of the scores explains, the pixel's label must be the reference's. Other pixels may have another label.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dinoexport.spec import Array, OutputKind
 from dinoexport.validation.metrics import Distance, distance
 
 _WITHIN = 1.25  # the ratio that published depth results count by (Eigen et al. 2014, arXiv:1406.2283: delta < 1.25)
-# Of the largest depth: what both sides of a ratio are raised by, so that two depths of about zero are alike.
+# A share of the largest depth that is added to both sides of a ratio, so that two depths near zero count as equal.
 _FLOOR = 1e-6
 
 
@@ -31,7 +31,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One output against the reference's. figures: what people know the difference by, without a limit."""
+    """One output compared with the reference's. figures: usual measures of the difference, without a limit."""
 
     distance: Distance | None
     bounds: tuple[Bound, ...]
@@ -39,19 +39,19 @@ class Compared:
 
 
 def at_most(figure: str, value: float, limit: Limit) -> Bound:
-    """The bound of a figure that may not be larger; NaN does not hold it."""
+    """The bound of a figure with an upper limit; NaN does not hold it."""
     return Bound(figure=figure, value=value, limit=limit.value, reason=limit.reason, holds=value <= limit.value)
 
 
 def at_least(figure: str, value: float, limit: Limit) -> Bound:
-    """The bound of a figure that may not be smaller; NaN does not hold it."""
+    """The bound of a figure with a lower limit; NaN does not hold it."""
     return Bound(figure=figure, value=value, limit=limit.value, reason=limit.reason, holds=value >= limit.value)
 
 
 def compare(kind: OutputKind, answer: Array, expected: Array, limits: Limits, own_error: float | None) -> Compared:
-    """Numbers against numbers; labels have `compare_labels`. own_error: PyTorch's relative L2 in this precision.
+    """Compares real values; for labels see `compare_labels`. own_error: PyTorch's relative L2 in this precision.
 
-    Raises ValueError when the shapes differ or there is nothing to compare.
+    Raises ValueError if the shapes differ or there is nothing to compare.
     """
     measured = distance(as_vectors(kind, answer), as_vectors(kind, expected))
     if kind == "probabilities" and limits.probability_difference_max is not None:
@@ -67,9 +67,10 @@ def compare(kind: OutputKind, answer: Array, expected: Array, limits: Limits, ow
 
 
 def compare_labels(answer: Array, expected: Array, lead: Array, error: float, limits: Limits) -> Compared:
-    """Labels against labels. lead: of each one's best score over its second. error: the scores' largest.
+    """Compares labels. lead: each label's best score minus its second best. error: the scores' largest error.
 
-    Both scores may move by `error`, so a lead of twice that decides. Raises ValueError when the shapes differ.
+    Both scores may change by `error`, so only a lead of more than twice that decides. Raises ValueError if the shapes
+    differ.
     """
     if answer.shape != expected.shape or lead.shape != expected.shape:
         raise ValueError(f"shape {answer.shape} where the reference has {expected.shape}")
@@ -77,7 +78,7 @@ def compare_labels(answer: Array, expected: Array, lead: Array, error: float, li
         raise ValueError("nothing to compare: the reference holds no label")
     decided = lead > 2 * error
     same = answer == expected
-    # Of no decided label at all nothing is wrong; that the scores are right is their own row's to say.
+    # If no label is decided, none is wrong; the scores have their own row.
     agreement = float(same[decided].mean()) if decided.any() else 1.0
     every = Limit(value=1.0, reason="where the best score leads by more than the error, another label is a defect")
     bounds = [at_least("decided_agreement", agreement if error == error else float("nan"), every)]
@@ -89,7 +90,7 @@ def compare_labels(answer: Array, expected: Array, lead: Array, error: float, li
 
 
 def as_vectors(kind: OutputKind, array: Array) -> Array:
-    """(..., D): of maps (B, D, h, w) the channels of each place, of depths the whole image."""
+    """Vectors (..., D): for maps (B, D, h, w) the channels of each position, for depths the whole image."""
     import numpy as np
 
     if kind == "maps":
@@ -98,7 +99,7 @@ def as_vectors(kind: OutputKind, array: Array) -> Array:
 
 
 def share_within(answer: Array, expected: Array) -> float:
-    """The share of depths within 1.25 times the reference's, either way."""
+    """The share of depths within a factor of 1.25 of the reference's."""
     import numpy as np
 
     floor = _FLOOR * max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))

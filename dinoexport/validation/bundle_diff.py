@@ -47,13 +47,13 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
     a, b = (_opened(folder, progress) for folder in (first, second))
     if a.manifest.family != b.manifest.family or a.inputs != b.inputs:
         raise UsageError(
-            f"{first} and {second} do not take the same inputs, so they cannot be asked the same questions.",
-            next_step="dinoexport inspect shows each one's inputs.",
+            f"{first} and {second} do not take the same inputs, so they cannot be compared.",
+            next_step="dinoexport inspect shows the inputs of each.",
         )
     if a.manifest.verdict == "unjudged":
         raise UsageError(
             f"{first} was exported without a reference, so there are no inputs to compare on.",
-            next_step="Give the judged bundle first, or build one.",
+            next_step="Give the validated bundle first, or build one.",
         )
     asked = reference_file.read(first / bundle.REFERENCE).expectations
     outputs, speed = _asked(a, b, asked, progress)

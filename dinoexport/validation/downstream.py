@@ -25,7 +25,7 @@ NEIGHBOURS = 10
 _TEMPERATURE = 0.07
 _FOLDS_MAX = 5
 _NAMED_MAX = 5  # items that differ are shown; the JSON has all of them
-# Neighbours whose cosines differ by less are equally near, as copies of one item are.
+# Neighbours whose cosines differ by less are equally near, for example copies of one item.
 _EQUALLY_NEAR = 1e-9
 # MiB that scikit-learn may use for distances at a time: ten thousand items have 800 MB of them.
 _DISTANCES_MIB = 128
@@ -137,7 +137,7 @@ def agreement(uses: Uses, items: Sequence[Item], limits: Limits, *, progress: Pr
     said: list[str] = []
     usable = [item for item in items if item.candidate]
     if len(usable) < len(items):
-        said.append(f"{len(items) - len(usable)} of {len(items)} have no usable answer and are left out here")
+        said.append(f"{len(items) - len(usable)} of {len(items)} have no usable output and are left out here")
     if not usable:
         return Agreement(measures=(), said=tuple(said))
     progress("comparing decisions", 0, 0)
@@ -179,12 +179,12 @@ def _recall(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[s
 
     count = neighbours_for(len(items))
     if not count:
-        said.append(f"recall: left out, for {len(items)} have no neighbours to tell apart; it takes 3")
+        said.append(f"recall: left out, because it needs 3 items and there are {len(items)}")
         return None
     if count < NEIGHBOURS:
         said.append(
-            f"recall: of the {count} nearest, not {NEIGHBOURS}, for there are only {len(items)}; "
-            f"{NEIGHBOURS} takes {2 * NEIGHBOURS + 1}"
+            f"recall: of the {count} nearest, not {NEIGHBOURS}, because there are only {len(items)}; "
+            f"{NEIGHBOURS} needs {2 * NEIGHBOURS + 1}"
         )
     exact, ours = _vectors(items, uses.neighbours_by)
     search = NearestNeighbors(n_neighbors=count, metric="cosine")
@@ -218,11 +218,11 @@ def _by_class(uses: Uses, items: Sequence[Item], limits: Limits, said: list[str]
     labelled = [item for item in items if sizes[item.label] > 1 and item.label]
     what = "k-NN classification and linear probe"
     if sizes and (without := sum(not item.label for item in items)):
-        said.append(f"{what}: {without} of no class are left out")
+        said.append(f"{what}: items without a class are left out: {without}")
     if alone:
-        said.append(f"{what}: left out, for nothing of their class remains to learn from: {', '.join(alone)}")
+        said.append(f"{what}: left out, because no other item of their class remains to learn from: {', '.join(alone)}")
     if len({item.label for item in labelled}) < 2:
-        said.append(f"{what}: left out, for that takes two classes (subfolders) of at least two")
+        said.append(f"{what}: left out, because it needs two classes (subfolders) with at least two items each")
         return ()
     knn_limit = _granting(limits.knn_agreement_min, len(labelled), KNN, said)
     probe_limit = _granting(limits.probe_agreement_min, len(labelled), PROBE, said)
@@ -236,7 +236,9 @@ def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]
 
     count = neighbours_for(len(items))
     if count < NEIGHBOURS:
-        said.append(f"k-NN classification: by the {count} nearest, not {NEIGHBOURS}, for there are only {len(items)}")
+        said.append(
+            f"k-NN classification: by the {count} nearest, not {NEIGHBOURS}, because there are only {len(items)}"
+        )
     labels = np.array([item.label for item in items])
 
     def vote(distances: Array) -> Array:
@@ -244,7 +246,7 @@ def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]
         return weights
 
     classifier = KNeighborsClassifier(n_neighbors=count, metric="cosine", weights=vote)
-    # Nothing to predict means: each item by all the others.
+    # Without a split, each item is classified by all the others.
     exact, ours = (classifier.fit(side, labels).predict(None) for side in _vectors(items, uses.neighbours_by))
     return _decided(KNN, uses.neighbours_by, items, labels, exact, ours, limit, f"by {count} neighbours")
 

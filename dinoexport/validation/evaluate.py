@@ -40,7 +40,7 @@ from dinoexport.validation.metrics import centred, distance, divergence
 from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
-# Ends the name under which a model's reference gives how far each label's best score is ahead: `labels/lead`.
+# Suffix of the name under which a reference gives each label's lead over the second best: `labels/lead`.
 LEAD = "/lead"
 
 
@@ -129,7 +129,7 @@ def exact(
 
 
 def kinds_of(graphs: Sequence[Graph]) -> dict[str, tuple[OutputKind, str]]:
-    """What the numbers of the graphs' outputs are, of those that are not vectors."""
+    """The kind of the numbers of each output that is not a vector."""
     outputs = (tensor for graph in graphs for tensor in graph.outputs)
     return {tensor.name: (tensor.kind, tensor.decided_by) for tensor in outputs if tensor.kind != "vectors"}
 
@@ -137,7 +137,7 @@ def kinds_of(graphs: Sequence[Graph]) -> dict[str, tuple[OutputKind, str]]:
 def _own_error(case: Case, ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> dict[str, float]:
     """Relative L2 per output, and the divergence of distributions.
 
-    Where PyTorch's own precision overflows it says nothing about a candidate: left out.
+    An output in which PyTorch's own precision overflows is left out, because it says nothing about a candidate.
     """
     errors: dict[str, float] = {}
     for name in exact.keys() - case.choices.keys():
@@ -174,7 +174,7 @@ def judge_engines(
     watch: Callable[[Candidate], Candidate] = lambda candidate: candidate,
     progress: Progress = silent,
 ) -> EngineVerdict:
-    """Evaluates engines that were just built, on this machine's GPU like any runtime; if it cannot, gives the reason.
+    """Evaluates engines that were just built, on this machine's GPU; if that is not possible, returns the reason.
 
     watch: wraps the candidate, for a caller that needs its outputs too.
     """
@@ -253,8 +253,8 @@ def growth_of(
 ) -> Growth | None:
     """How the error grows inside `graphs`, on the most informative of `cases` in `report`.
 
-    None when the family has no probes, nothing was measured that could be followed, or another runtime than ONNX
-    Runtime ran the graphs, which alone shows what is inside.
+    None if the family has no probes, no error was measured, or a runtime other than ONNX Runtime ran the graphs: only
+    ONNX Runtime shows inner values.
     """
     told = error_analysis.telling_case(report)
     if told is None or not model.probes or way.runtime is not Runtime.ONNXRUNTIME:
@@ -300,12 +300,13 @@ def same_weights(
     checkpoint = open_checkpoint(model, recipe, source, prefix=prefix, head_source=head_source, progress=progress)
     if head is not None and checkpoint.head is not None and checkpoint.head.sha256 != head.sha256:
         raise ValidationFailed(
-            f"{checkpoint.head.source} is not the head the bundle was made from: {head.source}, SHA-256 {head.sha256}.",
+            f"{checkpoint.head.source} is not the head that the bundle was built from: {head.source}, "
+            f"SHA-256 {head.sha256}.",
             next_step="Give that file as --head-weights PATH.",
         )
     if checkpoint.sha256 != made_from.sha256:
         raise ValidationFailed(
-            f"{checkpoint.source} is not what the bundle was made from: {made_from.source}, "
+            f"{checkpoint.source} is not what the bundle was built from: {made_from.source}, "
             f"SHA-256 {made_from.sha256}.",
             next_step="Give those weights as --weights PATH.",
         )

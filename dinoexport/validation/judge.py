@@ -29,7 +29,7 @@ from dinoexport.validation.metrics import (
     neighbour_agreement,
 )
 
-# Output name -> what its numbers are, and of labels the output that holds their scores.
+# Output name -> the kind of its numbers, and for labels the output that holds their scores.
 Kinds = Mapping[str, tuple[OutputKind, str]]
 __all__ = ["Bound", "Kinds", "Report", "Row", "judge", "without_nan"]
 
@@ -107,7 +107,7 @@ def judge(
 ) -> Report:
     """Runs every case and compares every output with the reference output.
 
-    kinds: what the numbers of an output are; outputs without an entry are vectors.
+    kinds: the kind of an output's numbers; outputs without an entry are vectors.
     """
     rows: list[Row] = []
     not_covered: list[str] = []
@@ -178,7 +178,7 @@ class _Figures:
 
 
 def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limits, kinds: Kinds) -> _Figures:
-    """Output `name` held against the limits as what it is. Raises ValueError."""
+    """Output `name` compared with the limits according to its kind. Raises ValueError."""
     case, own = expectation.case, expectation.own_error
     answer, expected = answers[name], expectation.outputs[name]
     if name in case.choices:
@@ -204,9 +204,9 @@ def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limi
 
 
 def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
-    """The distributions `output` of both sides as far as they follow the same choices, (N, V) each.
+    """The distributions `output` of both sides, (N, V) each, up to the first choice that differs.
 
-    Those after the first choice that differs are answers to different questions. Raises ValueError where shapes differ.
+    Later distributions follow different choices, so they cannot be compared. Raises ValueError if shapes differ.
     """
     import numpy as np
 
@@ -222,7 +222,7 @@ def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tu
 
 
 def own_kl(output: str) -> str:
-    """What `Expectation.own_error` calls the mean divergence of PyTorch's own precision, beside its relative error."""
+    """The key in `Expectation.own_error` of the mean divergence of PyTorch's own precision."""
     return f"{output}/kl"
 
 
@@ -237,7 +237,7 @@ def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None)
         bounds.append(at_least("top1_kept", measured.top1_kept, least))
     times = limits.times_own_error_max
     if times is not None and own_kl_mean is not None:
-        # Twice the error is four times the divergence, which grows with its square.
+        # Divergence grows with the square of the error, so twice the error is four times the divergence.
         bounds.append(
             at_most("kl_mean", measured.kl_mean, Limit(value=times.value**2 * own_kl_mean, reason=times.reason))
         )
@@ -245,7 +245,7 @@ def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None)
 
 
 def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits: Limits) -> tuple[Bound, ...]:
-    """How sure the reference was where the candidate first chose otherwise; 0 where both chose the same all along."""
+    """The reference's lead at the first choice where the candidate differs; 0 if all choices are the same."""
     import numpy as np
 
     if answer.shape != expected.shape:
@@ -257,7 +257,7 @@ def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits:
             gap = max(gap, float(logits_NV[first].max() - logits_NV[first][ours[first]]))
     limit = limits.top1_gap_max
     if limit is None:
-        raise ValueError("the limits have no top1_gap_max to hold a first difference against")
+        raise ValueError("the limits have no top1_gap_max to compare a first difference with")
     return (at_most("top1_gap", gap, limit),)
 
 

@@ -64,12 +64,12 @@ def distance(candidate: Array, reference: Array) -> Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """How far distributions over V entries are from the reference's; natural logarithms.
+    """The distance of distributions over V entries from the reference's; natural logarithms.
 
     kl_*: Kullback-Leibler divergence of the candidate from the reference, the mean and the worst distribution's.
-    top1_kept: the share whose likeliest entry is the same. top1_gap: where it is another, how far the reference's
-    logit of the candidate's choice lies below its best, at the widest: rounding turns near ties over, damage does not
-    stop there. 0 where none changed.
+    top1_kept: the share whose most likely entry is the same. top1_gap: over the others, the largest difference between
+    the reference's best logit and its logit of the candidate's choice; 0 if all are the same. Rounding only changes
+    near ties, damage also changes wide ones.
     """
 
     kl_mean: float
@@ -78,7 +78,7 @@ class Divergence:
     top1_gap: float
 
 
-# Distributions that are compared at a time: in float64 their copies are what memory goes to.
+# Distributions that are compared at a time: their float64 copies take most of the memory.
 _ROWS = 64
 
 
@@ -112,7 +112,7 @@ def divergence(candidate: Array, reference: Array) -> Divergence:
 
 
 def centred(logits: Array) -> Array:
-    """Logits (..., V) without what is common to all entries of a distribution, which means nothing; float64."""
+    """Logits (..., V) in float64 without the offset common to a distribution, which has no meaning."""
     import numpy as np
 
     wide = logits.astype(np.float64)
@@ -134,7 +134,7 @@ _ENOUGH_VECTORS = 64
 
 
 def neighbour_agreement(candidate: Array, reference: Array) -> float | None:
-    """The share of vectors whose nearest other vector, by cosine, is the same one in both; None where they are few.
+    """The share of vectors whose nearest other vector, by cosine, is the same one in both; None if they are few.
 
     Both (B, ..., D). This is what a retrieval over these vectors would notice. With several items in a batch, the
     neighbours of a vector are searched in the other items only, not among the vectors beside it.
@@ -168,7 +168,7 @@ def vector_errors(candidate: Array, reference: Array) -> Array:
     theirs = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
     with np.errstate(invalid="ignore"):
         errors, lengths = np.linalg.norm(ours - theirs, axis=1), np.linalg.norm(theirs, axis=1)
-        far: Array = np.where(errors > 0, np.inf, errors)  # of a zero vector: zero divided by zero is no difference
+        far: Array = np.where(errors > 0, np.inf, errors)  # for a zero vector: zero divided by zero is no difference
         np.divide(errors, lengths, out=far, where=lengths > 0)
     return far
 

@@ -25,10 +25,10 @@ from dinoexport.config.recipe import Limits
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
 from dinoexport.family import CaseSource, Uses
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import downstream
 from dinoexport.validation.downstream import Agreement, Item
 from dinoexport.validation.judge import Report, Row
-from dinoexport.weights import download
 
 _FACTS = "facts.json"
 
@@ -70,7 +70,7 @@ class Keep:
     def named(cls, *identity: str) -> Keep:
         """The one for `identity`, in the user's cache."""
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        return cls(folder=download.cache_folder() / "validated" / key[:32])
+        return cls(folder=cache_folder() / "validated" / key[:32])
 
     @property
     def usable(self) -> bool:
@@ -86,7 +86,7 @@ class Keep:
         try:
             arrays = archive.read(self._path(digest))
             facts = _STORED.validate_json(arrays.pop(_FACTS).tobytes())
-        except Exception:  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of error for damage
+        except Exception:  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of exceptions for damaged files
             return None
         return Found(
             rows=tuple(replace(row, case=case.name, why=case.why) for row in facts.rows),
@@ -216,7 +216,7 @@ def judge_own(
         return of_chunk
 
     keep = Keep.named(*names, *identity, limits.model_dump_json())
-    said = [] if keep.usable else [f"{keep.folder} cannot be written: a run that is interrupted begins anew"]
+    said = [] if keep.usable else [f"{keep.folder} cannot be written: an interrupted run must start again"]
     rows: list[Row] = []
     items: list[Item] = []
     not_covered: list[str] = []
@@ -227,7 +227,7 @@ def judge_own(
         not_covered += [] if found.covered else [found.item.name]
         known += before
     if known:
-        said.append(f"{known} of {len(items)} were taken over from a run that was interrupted")
+        said.append(f"{known} of {len(items)} results come from an interrupted run")
     aggregate = downstream.agreement(uses, items, limits, progress=progress) if uses else None
     report = Report(
         candidate=names[0],

@@ -62,15 +62,16 @@ def validate(
     signer: Signer | None = None,
     signed: Manifest | None = None,
     trust_plan: bool = False,
+    record: bool = True,
     progress: Progress = silent,
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
 
-    Its engines, where this machine can run them, else its graph; `runtime` says which of them it must be. Every byte is
-    checked first, against the bundle's own manifest or the one that was found to be `signed`. `images` and `explained`
-    need torch and the weights the bundle was made from: `weights`, or where the manifest says they came from. A bundle
-    that passed is signed by `signer`; what its engines did here is recorded, in a signed bundle only with a `signer`.
-    A plan that holds code is run only when it is in what was `signed`, or with `trust_plan`.
+    Runs its engines if this machine can run them, else its graph; `runtime` chooses one of them. Every byte is checked
+    first, against the bundle's own manifest or the verified manifest `signed`. `images` and `explained` need torch and
+    the weights the bundle was built from: `weights`, or their source in the manifest. A bundle that passed is signed
+    by `signer`; the result of its engines is recorded, in a signed bundle only with a `signer`. A plan that holds code
+    is run only if it is in `signed`, or with `trust_plan`. record: whether the result may be written into the manifest.
 
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
@@ -88,7 +89,9 @@ def validate(
     if passed and signer is not None:
         bundle.rewrite(folder, before=before, after=validated.manifest, sign=signer.signature)
     elif records:
-        not_recorded = _record(folder, before, validated.manifest)
+        not_recorded = (
+            _record(folder, before, validated.manifest) if record else "Not recorded: the bundle is in an object store."
+        )
         return replace(validated, recorded=not not_recorded, not_recorded=not_recorded)
     return replace(validated, recorded=records)
 
@@ -104,13 +107,13 @@ def _judged(
     explained: bool,
     progress: Progress,
 ) -> Validated:
-    """The verdict; its manifest records what the engines did here. given: weights of the model and of its head."""
+    """The verdict; its manifest records the engines' result here. given: weights of the model and of its head."""
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     if images is None and manifest.verdict == "unjudged":
         raise UsageError(
-            f"{folder} was exported without a reference, so there is nothing to judge it by.",
-            next_step="dinoexport build makes a judged bundle.",
+            f"{folder} was exported without a reference, so it cannot be validated.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     opened = _open(folder, manifest, model, runtime, trusted=trusted)
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
@@ -168,11 +171,9 @@ def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, pro
 
 
 def _record(folder: Path, before: Manifest, after: Manifest) -> str:
-    """Records in the bundle what this machine found; returns the reason if that is not possible."""
+    """Records this machine's result in the bundle; returns the reason if that is not possible."""
     if os.path.lexists(folder / bundle.SIGNATURE):
-        return (
-            "Not recorded, for the bundle is signed: dinoexport validate BUNDLE --sign KEY records it and signs again."
-        )
+        return "Not recorded, because the bundle is signed: validate it with --sign KEY to record it and sign again."
     try:
         bundle.rewrite(folder, before=before, after=after)
     except MissingRequirement:
@@ -182,9 +183,9 @@ def _record(folder: Path, before: Manifest, after: Manifest) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What of a bundle is run. device: the GPU of its engines; empty for the graph, with the reason in not_run.
+    """The part of a bundle that is run. device: the engines' GPU; empty for the graph, with the reason in not_run.
 
-    one_thread: opens the graph with one thread, where it has more.
+    one_thread: opens the graph with one thread, if it has more.
     """
 
     candidate: Candidate

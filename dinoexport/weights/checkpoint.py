@@ -103,7 +103,7 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
     if source is not None and source.startswith(SYNTHETIC):
         found = _SYNTHETIC.fullmatch(source)
         if found is None or found["stress"]:
-            raise UsageError(f"{source!r} is no synthetic head.", next_step="Write synthetic:SEED, as synthetic:0.")
+            raise UsageError(f"{source!r} is not a synthetic head.", next_step="Write synthetic:SEED, as synthetic:0.")
         seed = int(found["seed"])
         identity = f"synthetic:{seed}:{head.name}:{sorted(head.tensors.items())}"
         return Checkpoint(
@@ -206,7 +206,7 @@ def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
     found = _SYNTHETIC.fullmatch(source)
     if found is None:
         raise UsageError(
-            f"{source!r} is no synthetic checkpoint.",
+            f"{source!r} is not a synthetic checkpoint.",
             next_step="Write synthetic:SEED with a whole number, as synthetic:0, or synthetic-stress:SEED[:PEAK].",
         )
     seed, peak = int(found["seed"]), None

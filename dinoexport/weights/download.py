@@ -17,6 +17,7 @@ from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import MissingRequirement, WeightsError
 from dinoexport.spec import Progress
 from dinoexport.system import files, locks
+from dinoexport.system.cache import cache_folder
 
 # Begins the address of a file that comes in a package.
 _PACKAGED = "pypi:"
@@ -29,13 +30,6 @@ _CHUNK_BYTES = 1 << 20
 _NAME_LENGTH_MAX = 100
 # Of a file whose size neither the recipe nor the server says.
 _SIZE_MAX = 1 << 38
-
-
-def cache_folder() -> Path:
-    """`$DINOEXPORT_CACHE`, else the XDG cache folder."""
-    chosen = os.environ.get("DINOEXPORT_CACHE")
-    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen or f"{xdg}/dinoexport").expanduser()
 
 
 def cached_path(file: WeightFile) -> Path:

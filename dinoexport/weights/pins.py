@@ -15,6 +15,7 @@ from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import WeightsError
 from dinoexport.spec import Progress
 from dinoexport.system import files
+from dinoexport.system.cache import cache_folder
 from dinoexport.weights import download
 
 
@@ -40,7 +41,7 @@ def with_hash(file: WeightFile, *, progress: Progress) -> WeightFile:
 
 
 def _pin(file: WeightFile) -> Path:
-    return download.cache_folder() / "weights" / "pins" / f"{hashlib.sha256(file.url.encode()).hexdigest()}.txt"
+    return cache_folder() / "weights" / "pins" / f"{hashlib.sha256(file.url.encode()).hexdigest()}.txt"
 
 
 def _read(pin: Path) -> str | None:

@@ -108,7 +108,7 @@ def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
         if before is not None and not _same(before.value, fact.value):
             raise UsageError(
                 f"{before.source} says {fact.key} = {_shown(before.value)}, {fact.source} says {_shown(fact.value)}.",
-                next_step="Mend the one that is wrong. The numbers of a build would rest on a guess.",
+                next_step="Fix the one that is wrong. The numbers of a build would rest on a guess.",
             )
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")

@@ -379,7 +379,7 @@ def test_a_file_that_cannot_be_read_is_said_so(folder: Path, monkeypatch: pytest
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UsageError, match="is no bundle"):
+        with pytest.raises(UsageError, match="is not a bundle"):
             bundle.verify(place)
 
 

@@ -51,23 +51,23 @@ WRONG = {
     "functions": (
         model(functions=[helper.make_function("f", "F", ["a"], ["b"], [], [helper.make_opsetid("", 17)])]), "functions",
     ),
-    "a huge constant": (model(helper.make_node("Expand", ["x", "shape"], ["y"]), initializers=[SHAPE]), "unfolds"),
+    "a huge constant": (model(helper.make_node("Expand", ["x", "shape"], ["y"]), initializers=[SHAPE]), "expands"),
     "ConstantOfShape": (
-        model(helper.make_node("ConstantOfShape", ["shape"], ["y"]), initializers=[SHAPE]), "unfolds",
+        model(helper.make_node("ConstantOfShape", ["shape"], ["y"]), initializers=[SHAPE]), "expands",
     ),
     "another file": (model(initializers=[external("/etc/passwd")]), "/etc/passwd"),
     "a file above": (model(initializers=[external("../m.onnx.data")]), "does not list"),
     "a file that is not listed": (model(initializers=[external("other.data")]), "other.data"),
-    "beyond the file's end": (model(initializers=[external("m.onnx.data", offset=8)]), "where m.onnx.data has 16"),
+    "beyond the file's end": (model(initializers=[external("m.onnx.data", offset=8)]), "and m.onnx.data has 16"),
     "less than its shape": (model(initializers=[external("m.onnx.data", length=8)]), "16 bytes"),
-    "an offset that is none": (model(initializers=[external("m.onnx.data", offset=-1)]), "no place"),
+    "an offset that is none": (model(initializers=[external("m.onnx.data", offset=-1)]), "not a position"),
     "a tensor without its data": (
-        model(initializers=[TensorProto(name="w", data_type=1, dims=[1 << 40])]), "is said to have",
+        model(initializers=[TensorProto(name="w", data_type=1, dims=[1 << 40])]), "declares",
     ),
     "a negative shape": (model(initializers=[TensorProto(name="w", data_type=1, dims=[-1])]), "shape"),
-    "nothing": (b"", "no ONNX file"),
-    "text": (b"hello world", "no ONNX file"),
-    "two graphs": (model() + model(), "no ONNX file"),
+    "nothing": (b"", "not an ONNX file"),
+    "text": (b"hello world", "not an ONNX file"),
+    "two graphs": (model() + model(), "not an ONNX file"),
 }  # fmt: skip
 
 

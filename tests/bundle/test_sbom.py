@@ -63,9 +63,9 @@ def test_everything_that_went_in_is_listed_with_its_hash() -> None:
     assert sorted(whole) == sorted(found)
 
 
-def test_made_up_weights_are_called_so() -> None:
+def test_synthetic_weights_are_called_so() -> None:
     checkpoint = by_ref(bill(checkpoint=manifest().checkpoint))["checkpoint"]
-    assert "made up" in checkpoint["description"] and "externalReferences" not in checkpoint
+    assert ", synthetic;" in checkpoint["description"] and "externalReferences" not in checkpoint
     assert "licenses" not in checkpoint, "nobody licensed them"
 
 

@@ -95,7 +95,7 @@ def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> No
     ("key", "words"),
     [
         ("absent.pem", "cannot be read: No such file"), ("sign.pub", "is a public key"),
-        ("rsa.pem", "no private key in PEM"), ("text.pem", "no private key in PEM"),
+        ("rsa.pem", "not a private key in PEM"), ("text.pem", "not a private key in PEM"),
         ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: it is a folder"),
     ],
 )  # fmt: skip
@@ -108,8 +108,8 @@ def test_what_cannot_sign(keys: Path, key: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("absent.pub", "cannot be read"), ("sign.pem", "is a private key"), ("rsa.pub", "no public key in PEM"),
-        ("bitcoin.pub", "on the curves"), ("text.pem", "no public key in PEM"),
+        ("absent.pub", "cannot be read"), ("sign.pem", "is a private key"), ("rsa.pub", "not a public key in PEM"),
+        ("bitcoin.pub", "on the curves"), ("text.pem", "not a public key in PEM"),
     ],
 )  # fmt: skip
 def test_what_cannot_verify(signed: Path, keys: Path, key: str, words: str) -> None:
@@ -182,7 +182,7 @@ def test_what_was_changed_is_refused(signed: Path, keys: Path, change: Any, word
 def test_what_is_no_bundle_is_not_called_forged(tmp_path: Path, keys: Path) -> None:
     for path in (tmp_path / "absent", keys / "text.pem"):
         assert signing.signed_by(path) is None
-        with pytest.raises(UsageError, match="is no bundle"):
+        with pytest.raises(UsageError, match="is not a bundle"):
             signing.verify(path, keys / "sign.pub")
 
 
@@ -204,7 +204,7 @@ def test_nothing_is_signed_that_no_build_put_there(small: Path, keys: Path) -> N
     (small / bundle.MANIFEST).write_bytes(
         manifest(verdict="rejected", files=bundle.read_manifest(small).files).to_bytes()
     )
-    with pytest.raises(UsageError, match="only what passed is signed"):
+    with pytest.raises(UsageError, match="only bundles that passed are signed"):
         signer.sign(small)
     assert signing.signed_by(small) is None and not list(small.glob("*.partial"))
 
@@ -298,10 +298,10 @@ def test_a_signed_manifest_changes_only_with_its_signature(
     signer = signing.open_signer(keys / "sign.pem", ask=never)
     signer.sign(folder)
     before = (folder / bundle.MANIFEST).read_bytes()
-    open_engines = lambda model, engines, graphs: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
+    open_engines = lambda model, engines, graphs, **_: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
     monkeypatch.setattr(evaluate.runners, "open_engines", open_engines)
     shown = run("validate", folder, "--verify", keys / "sign.pub")
-    assert shown.exit_code == 0 and "Not recorded, for the bundle is signed" in shown.stdout
+    assert shown.exit_code == 0 and "Not recorded, because the bundle is signed" in shown.stdout
     assert (folder / bundle.MANIFEST).read_bytes() == before
     signing.verify(folder, keys / "sign.pub")
     told = run("validate", folder, "--verify", keys / "sign.pub", "--sign", keys / "other.pem", "--json")

@@ -88,10 +88,10 @@ def test_list() -> None:
         (("build", "vits14", "--reference", "hubb"), 2, "Did you mean 'hub'?"),
         (("build", "absent.toml"), 2, "cannot be read"),
         (("build", "vits14", "--weights", "absent.pth"), 3, "There is no file absent.pth"),
-        (("build", "vits14", "--weights", "synthetic:x"), 2, "no synthetic checkpoint"),
+        (("build", "vits14", "--weights", "synthetic:x"), 2, "not a synthetic checkpoint"),
         (("export", "vitz14"), 2, "There is no variant"),
-        (("validate", "absent"), 2, "no bundle"),
-        (("inspect", "absent"), 2, "no bundle"),
+        (("validate", "absent"), 2, "not a bundle"),
+        (("inspect", "absent"), 2, "not a bundle"),
         (("inspect", "absent.onnx"), 2, "absent.onnx"),
     ],
 )

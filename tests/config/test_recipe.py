@@ -284,7 +284,7 @@ def test_a_wrong_key_in_a_recipe_with_a_base_is_refused(tmp_path: Path) -> None:
         b"a = " + b"[" * 50_000,  # deeper than the parser's stack
         b"a = " + b"9" * 5_000,  # more digits than Python turns into a number
     ],
-    ids=["no value", "twice the same", "no UTF-8", "binary", "deep", "long number"],
+    ids=["no value", "twice the same", "not UTF-8", "binary", "deep", "long number"],
 )
 def test_what_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.toml"

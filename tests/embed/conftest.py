@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoexport.pipeline import build as pipeline
-from tests.conftest import DATA
-
 # 60 images, of which every tenth is broken: garbage, cut short, empty.
 COUNT, BROKEN = 60, 6
 
@@ -36,11 +33,9 @@ def fill(folder: Path, count: int = COUNT, *, first: int = 0) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose cases are small, so that it is built in seconds."""
-    out = tmp_path_factory.mktemp("embed") / "tiny"
-    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
-    return out
+def tiny(tiny_bundle: Path) -> Path:
+    """A bundle whose cases are small."""
+    return tiny_bundle
 
 
 @pytest.fixture(scope="session")

@@ -413,7 +413,7 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         ({"images": str(photos / "*.xyz")}, "lists no image"),
         ({"outputs": ["class_tokens"]}, "Did you mean 'class_token'"),
         ({"outputs": ["class_token"] * 2}, "names one twice"),
-        ({"out": "ftp://somewhere/x"}, "ftp:// is no kind of place"),
+        ({"out": "ftp://somewhere/x"}, "ftp:// is not a kind of place"),
         ({"out": "s3://user:password@bucket/x"}, "is not taken"),
         ({"out": "https://example.invalid/x"}, "only read from"),
     ):
@@ -422,10 +422,10 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
             run.embed(tiny, given.pop("images"), given.pop("out"), **{**LENIENT, **given})
         assert "password" not in str(raised.value).replace("a password", "") and raised.value.next_step
     for word in ("3/3", "-1/2", "1", "1/0"):
-        with pytest.raises(UsageError, match="no I/N"):
+        with pytest.raises(UsageError, match="not I/N"):
             run.part_of(word)
     for word in ("101%", "-1", "x"):
-        with pytest.raises(UsageError, match="no share"):
+        with pytest.raises(UsageError, match="not a share"):
             run.share_of(word)
     assert run.share_of("1%") == 0.01 and run.share_of("0.5") == 0.5
     locked = tmp_path / "locked"

@@ -17,7 +17,7 @@ from dinoexport.embed import run, verify
 from dinoexport.errors import MissingRequirement
 from dinoexport.system import store
 from tests.embed.conftest import BROKEN, COUNT
-from tests.embed.s3_server import S3Server, missing
+from tests.stores.s3_server import S3Server, missing
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,8 @@ def test_what_a_profile_covers(shapes: dict[str, tuple[int, ...]], covered: bool
     ("ranges", "words"),
     [
         ({"lenght": Range(min=3, opt=3, max=3)}, r"the model has no dimension 'lenght'\. Did you mean 'length'"),
-        ({"batch": Range(min=1, opt=1, max=5)}, r"batch 1 to 5 leaves \[profile\]'s 1 to 4"),
-        ({"length": Range(min=3, opt=4, max=9)}, "length 4 is no multiple of 3"),
+        ({"batch": Range(min=1, opt=1, max=5)}, r"batch 1 to 5 exceeds \[profile\]'s 1 to 4"),
+        ({"length": Range(min=3, opt=4, max=9)}, "length 4 is not a multiple of 3"),
     ],
 )
 def test_wrong_profiles_are_named(ranges: dict[str, Range], words: str) -> None:
@@ -91,7 +91,7 @@ def test_the_recipe_chooses(tmp_path: Path) -> None:
     mine.write_text(
         'base = "vits14"\n[profiles.odd]\nheight = { min = 14, opt = 225, max = 518 }\n[engine]\nprofiles = ["odd"]\n'
     )
-    with pytest.raises(UsageError, match=r"\[profiles\.odd\]: height 225 is no multiple of 14"):
+    with pytest.raises(UsageError, match=r"\[profiles\.odd\]: height 225 is not a multiple of 14"):
         pipeline.build_request(str(mine), target="a100")
     mine.write_text('base = "vits14"\n[profiles.odd]\nheight = { min = 28, opt = 14, max = 518 }\n')
     with pytest.raises(UsageError, match="needs min <= opt <= max"):

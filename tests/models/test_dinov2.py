@@ -361,7 +361,7 @@ def test_strict_sizes_are_refused_with_the_nearest_ones() -> None:
     model = model_of("tiny_swiglu", sizes="strict")
     case = model.case({"name": "odd", "why": "no multiple of 14", "height": 30, "width": 28}, DATA)
     assert isinstance(case, Case) and case.expect_refusal
-    with pytest.raises(InputRefused, match="height 30 is no multiple of 14") as refused:
+    with pytest.raises(InputRefused, match="height 30 is not a multiple of 14") as refused:
         check_inputs(model.graphs[0], case.inputs)
     assert "28 and 42" in refused.value.next_step
 

@@ -130,7 +130,7 @@ def test_turned_grey_of_16_bits(tmp_path: Path) -> None:
 def test_grey_of_32_bits_is_refused(tmp_path: Path, dtype: type) -> None:
     """Is 1.0 white, or 255, or the largest value there is? A guess would be a wrong picture."""
     path = saved(tmp_path / "x.tif", Image.fromarray(np.ones((4, 4), dtype)))
-    assert "no agreed range" in refused(path)
+    assert "no standard range" in refused(path)
 
 
 def test_transparency_is_dropped(tmp_path: Path) -> None:

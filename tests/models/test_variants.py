@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from dinoexport import family
 from dinoexport.config.recipe import Range, Recipe
+from dinoexport.engines import builder, profiles
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import fold, graph, reference, synthetic
 from dinoexport.models.dinov2.config import Architecture
+from dinoexport.spec import Precision, Runtime
 from dinoexport.validation.metrics import distance
 from tests import conformance
 from tests.conftest import DATA
@@ -291,3 +293,27 @@ def test_channels_need_their_mean() -> None:
     with pytest.raises(UsageError, match="'means'"):
         model_of({}, preprocess={"means": MEAN})
     assert model_of({"in_chans": 4}).front_ends(None, progress=lambda *_: None) == ()
+
+
+# Together they hold every form of graph that a published variant has not: an even table, another patch, an offset with
+# registers, antialiasing without them, four channels, another feed-forward, absent biases and LayerScale.
+COMPILED: dict[str, dict[str, Any]] = {
+    "even table": VARIANTS["trained224"] | KINDS["tanh"] | KINDS["narrow feed-forward"],
+    "registers with an offset": VARIANTS["reg_offset"] | KINDS["relu"] | KINDS["no LayerScale"],
+    "patch 8, antialiased": VARIANTS["plain_antialias"] | KINDS["four channels, patch 8"] | KINDS["no qkv bias"],
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_every_form_compiles_with_attention_fused(form: str, tmp_path: Path) -> None:
+    """TensorRT-RTX compiles it for an A100 over the whole range of sizes, and fuses attention in every block."""
+    model = family.find("dinov2").model(
+        recipe_of(COMPILED[form] | {"depth": 1}).model_copy(update={"precision": Precision.FP16})
+    )
+    conformance.export_to(tmp_path, model, read_of(model))
+    (graph_spec,) = model.graphs
+    engine = builder.build(
+        tmp_path / "model.onnx", graph_spec, tmp_path, compute_capabilities=("8.0",),
+        runtime=Runtime.TENSORRT_RTX, profiles=[profiles.profile("whole", graph_spec, {})],
+    )  # fmt: skip
+    assert (engine.fused_attentions, engine.attentions) == (1, 1)

@@ -19,6 +19,7 @@ import pytest
 from dinoexport import bundle
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, WeightsError
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.stages.export import graph_recipe
 from dinoexport.spec import Precision
 from dinoexport.validation import evaluate, validate_bundle
 from tests.conftest import DATA, HEARING_SIGINT
@@ -43,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Everything in `folder` that is no finished bundle and no finished stage."""
+    """Everything in `folder` that is neither a finished bundle nor a finished stage."""
     return sorted(
         path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".part", ".tmp", ".previous"))
     )
@@ -80,6 +81,27 @@ def test_onnx_says_where_it_came_from(built: Path) -> None:
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     assert locations == {"model.onnx.data"}
+
+
+def test_the_graph_says_nothing_that_did_not_decide_it(tmp_path: Path) -> None:
+    """Addresses of heads, an engine's choices and tables left at their defaults are no part of the graph's bytes."""
+    (tmp_path / "plain.toml").write_text('base = "vits14"\n')
+    (tmp_path / "more.toml").write_text(
+        'base = "vits14"\n[preprocess]\n[heads.mine]\nurl = "https://example.org/head.pth"\n'
+    )
+    plain, more = (graph_recipe(pipeline.build_request(str(tmp_path / f"{name}.toml"))) for name in ("plain", "more"))
+    assert plain.keys() == {
+        "family",
+        "graph",
+        "licence",
+        "model",
+        "name",
+        "precision",
+        "profile",
+        "validation",
+        "weights",
+    }
+    assert more == plain | {"name": more["name"]}
 
 
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:
@@ -214,7 +236,7 @@ def test_validate_on_images_of_ones_own(built: Path, tmp_path: Path) -> None:
     validated = validate_bundle.validate(built, images=tmp_path)
     assert validated.report.passed and {row.case for row in validated.report.rows} == {"0.png", "1.png"}
     assert len(validated.skipped) == 1 and "broken.jpg" in validated.skipped[0]
-    with pytest.raises(ValidationFailed, match="not what the bundle was made from"):
+    with pytest.raises(ValidationFailed, match="not what the bundle was built from"):
         validate_bundle.validate(built, images=tmp_path, weights="synthetic:1")
 
 
@@ -301,7 +323,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "file" / "bundle"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("somebody's")
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=tmp_path / "data"))
     assert (tmp_path / "data" / "precious").read_text() == "somebody's"
 

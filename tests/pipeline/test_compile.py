@@ -49,11 +49,9 @@ importlib.util.find_spec = find_spec
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tiny_bundle: Path) -> Path:
     """A tiny fp32 bundle without an engine."""
-    out = tmp_path_factory.mktemp("compiled") / "bundle"
-    pipeline.build(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
-    return out
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +200,7 @@ def test_engines_that_are_wrong_change_nothing(built: Path, tmp_path: Path, monk
 
 
 def test_refusals(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no GPU, so there is no target"):
+    with pytest.raises(UsageError, match="no GPU, so there is no default target"):
         compiling.compile_bundle(built)
     with pytest.raises(MissingRequirement, match="built on that card itself"):
         compiling.compile_bundle(built, target="a100", runtime=Runtime.TENSORRT)

@@ -39,7 +39,8 @@ class Recorded:
 
     @staticmethod
     def stage(name: str) -> Any:
-        return SimpleNamespace(name=name, key=f"key of {name}", folder=object(), files=(object(),), reused=False)
+        file = SimpleNamespace(name=f"{name}.onnx")
+        return SimpleNamespace(name=name, key=f"key of {name}", folder=object(), files=(file,), reused=False)
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         exports = iter((self.plain, self.after_search))
@@ -66,7 +67,8 @@ class Recorded:
         patch.setattr(pipeline, "tracing", tracing)
         for check in ("packages", "disk", "memory"):
             patch.setattr(pipeline.preflight, check, lambda *args, name=check: self.calls.update({name: args}))
-        answering("open_checkpoint", "checkpoint")
+        answering("open_weights", "checkpoint")
+        answering("text_stage", dict)
         answering("export_graphs", lambda: next(exports))
         answering("compute_reference", self.reference)
         answering("search_precision", (self.search, self.promoted))
@@ -80,7 +82,9 @@ class Recorded:
         answering("render_report", self.page)
         answering("list_materials", self.bill)
         answering("tried", {"fp32": ["norms"]})
-        self.manifest = SimpleNamespace(with_stage=lambda *args: self.manifest)
+        patch.setattr(pipeline.bundle, "check_graphs", lambda *args: self.calls.update(check_graphs=args))
+        graphs = tuple(SimpleNamespace(file=f"{name}.onnx") for name in ("export", "quantise"))
+        self.manifest = SimpleNamespace(with_stage=lambda *args: self.manifest, graphs=graphs)
         answering("_manifest", self.manifest)
 
     def _publish(self, made: Any, manifest: Any, *, sign: Any) -> None:
@@ -107,6 +111,7 @@ def test_a_cpu_build_judges_and_publishes_the_form_that_was_chosen(monkeypatch: 
         seen.request, chosen.folder, "checkpoint", seen.report, seen.facts, silent,
     )  # fmt: skip
     assert seen.calls["record_verdict"] == (seen.work, seen.report, "growth", seen.facts)
+    assert seen.calls["check_graphs"] == (chosen.folder, seen.manifest)
     assert list(seen.published.values()) == [chosen, seen.reference.stage, seen.verdict, seen.page, seen.bill]
     assert built.report is seen.report and "compile_engines" not in seen.calls and "memory" not in seen.calls
 
@@ -114,7 +119,7 @@ def test_a_cpu_build_judges_and_publishes_the_form_that_was_chosen(monkeypatch: 
 def test_weights_reference_and_graph_come_from_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Recorded(monkeypatch, **on_cpu())
     pipeline.build(seen.request)
-    assert seen.calls["open_checkpoint"] == ("model", "recipe", "weights")
+    assert seen.calls["open_weights"] == (seen.request, silent)
     assert seen.calls["export_graphs"] == (seen.work, seen.request, "checkpoint", "traces")
     assert seen.calls["compute_reference"] == (seen.work, seen.request, "checkpoint")
     assert seen.calls["_manifest"][1] == "checkpoint"

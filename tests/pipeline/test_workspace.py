@@ -344,7 +344,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(place: Path, names: dict[s
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content)
     before = everything_below(place)
-    with pytest.raises(UsageError, match="is no bundle") as caught:
+    with pytest.raises(UsageError, match="is not a bundle") as caught:
         build(out, Maker(), force=force)
     assert "--out" in caught.value.next_step
     assert everything_below(place) == before
@@ -362,7 +362,7 @@ def test_a_bundle_with_a_users_file_in_it_is_not_replaced(place: Path) -> None:
 
 def test_a_file_is_never_replaced(place: Path) -> None:
     (place / "out").write_text("mine")
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         build(place / "out", Maker())
     assert (place / "out").read_text() == "mine"
 

@@ -251,7 +251,7 @@ def test_report_of_a_bundle_without_one(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     pipeline.export_only(pipeline.build_request(str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=out))
     result = CliRunner().invoke(cli.app, ["report", str(out)])
-    assert result.exit_code == 2 and "never judged" in result.stderr
+    assert result.exit_code == 2 and "never validated" in result.stderr
 
 
 # What a browser finds: boxes past the window's edge, text wider than its box, images that did not load.

@@ -96,7 +96,7 @@ def test_a_plan_that_holds_code_runs_only_for_who_is_known(
     validated = validate_bundle.validate(folder)
     assert validated.report.passed and "holds code that would run on this machine" in validated.not_run
     assert not device.opened, "the graph was judged instead"
-    with pytest.raises(MissingRequirement, match="nothing says who made it") as refused:
+    with pytest.raises(MissingRequirement, match="its author is unknown") as refused:
         validate_bundle.validate(folder, runtime=Runtime.TENSORRT)
     assert "--verify KEY" in refused.value.next_step and "--trust-plan" in refused.value.next_step
     assert validate_bundle.validate(folder, trust_plan=True).report.candidate.startswith("tensorrt 11.4")

@@ -93,7 +93,7 @@ def test_a_size_out_of_range_is_refused(shape: tuple[int, ...], said: str) -> No
 def test_a_size_that_is_no_multiple_is_refused_with_both_nearest(size: int, nearest: str) -> None:
     for shape, name in (((1, 3, size, 28), "height"), ((1, 3, 28, size), "width")):
         error = refused(graph(), pixels(*shape))
-        assert error.message == f"{name} {size} is no multiple of 14."
+        assert error.message == f"{name} {size} is not a multiple of 14."
         assert error.next_step == f"The nearest legal sizes are {nearest}."
         check_inputs(graph(multiple_of=1), pixels(*shape))
 
@@ -143,7 +143,7 @@ def test_a_size_is_taken_exactly_when_it_is_promised(batch: int, height: int, wi
         check_inputs(wanted, arrays)
         return
     error = refused(wanted, arrays)
-    if "no multiple" in error.message:
+    if "not a multiple" in error.message:
         wrong = next(side for side in (height, width) if side % multiple)
         low, high = (int(word) for word in error.next_step.rstrip(".").split() if word.isdigit())
         assert low < wrong < high == low + multiple

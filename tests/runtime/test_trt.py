@@ -295,7 +295,7 @@ def test_the_weights_budget_is_what_scratch_and_tensors_leave(
 
 def test_a_budget_that_is_not_taken_is_noticed(published: Path, tmp_path: Path, device: Device) -> None:
     device.failing = "weight_streaming_budget_v2"
-    with pytest.raises(BuildError, match="keeps 5000 bytes of its weights on the device, not the 0 it was told"):
+    with pytest.raises(BuildError, match="keeps 5000 bytes of its weights on the device, not the 0 that were set"):
         opened(published, tmp_path, streamable_bytes=5000, small=SMALL)
 
 

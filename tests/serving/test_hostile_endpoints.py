@@ -156,7 +156,7 @@ def outputs(**changes: Any) -> dict[str, Any]:
 
 
 WRONG = {
-    "no JSON": inferred(b"{", b""),
+    "not JSON": inferred(b"{", b""),
     "an array": inferred([], b""),
     "no outputs": inferred({}, b""),
     "outputs that are none": inferred({"outputs": 3}, b""),
@@ -382,7 +382,7 @@ def test_addresses(url: str, expected: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(UsageError, match="no address of a server") as caught:
+    with pytest.raises(UsageError, match="not an address of a server") as caught:
         DinoClient(url)
     assert "pw" not in caught.value.message
 
@@ -416,7 +416,7 @@ def test_grpc_sends_it_too(grpc_server: tuple[int, dict[str, Any]], monkeypatch:
     assert all(sent["authorization"] == "Bearer s3cret" for sent in told["metadata"])
 
 
-@pytest.mark.parametrize("line", ["no header", "A: b\x00", "A b: c", ": x", "A:\x1b[2J"])
+@pytest.mark.parametrize("line", ["not a header", "A: b\x00", "A b: c", ": x", "A:\x1b[2J"])
 def test_a_header_that_is_none(tmp_path: Path, line: str) -> None:
     (tmp_path / "headers").write_text(line)
     with pytest.raises(UsageError, match="Line 1 of"):

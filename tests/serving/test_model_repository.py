@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -59,6 +60,10 @@ def parsed(config: Path) -> Any:
     return text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
 
 
+def config_of(repository: Path, name: str) -> str:
+    return (repository / name / "config.pbtxt").read_text()
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -78,7 +83,7 @@ def test_queues_have_limits_where_triton_can_keep_them(
 
 @pytest.mark.parametrize("tag", ["latest", "26.8", "24.1O", "", "26.08-py3"])
 def test_what_is_no_tag_is_refused_whatever_is_served(built: Path, tmp_path: Path, tag: str) -> None:
-    with pytest.raises(UsageError, match="no tag of a Triton image") as caught:
+    with pytest.raises(UsageError, match="not a tag of a Triton image") as caught:
         model_repository.deploy(built, tmp_path / "models", backend="python", triton=tag)
     assert "--triton 26.08" in caught.value.next_step and not (tmp_path / "models").exists()
 
@@ -118,6 +123,22 @@ def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Bac
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("pixels", 11, [3, -1, -1])]
     assert [(o.name, list(o.dims)) for o in config.output] == [("class_token", [96]), ("patch_tokens", [-1, 96])]
     assert not config.response_cache.enable and not config.instance_group[0].HasField("rate_limiter")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
+def test_configurations_are_these_to_the_letter(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
+    """`data/served/BACKEND/MODEL.pbtxt`, whose long string of facts is cut: what Triton obeys, and what people read.
+
+    After a wanted change read the difference, then write them anew with UPDATE_GOLDEN=1 in the environment.
+    """
+    deployed = model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)
+    for name in deployed.models:
+        written = re.sub(r'string_value: ".*"', 'string_value: "..."', config_of(tmp_path / "models", name))
+        golden = DATA / "served" / backend / f"{name}.pbtxt"
+        if os.environ.get("UPDATE_GOLDEN"):
+            golden.parent.mkdir(parents=True, exist_ok=True)
+            golden.write_text(written)
+        assert written == golden.read_text(), golden
 
 
 def test_derived_lines_say_what_they_were_derived_from(built: Path, tmp_path: Path) -> None:
@@ -182,7 +203,7 @@ def test_what_is_refused_leaves_nothing(built: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationFailed, match="damaged"):
         model_repository.deploy(tmp_path / "damaged", repository)
     for name in ("../evil", "A", "", "a" * 65):
-        with pytest.raises(UsageError, match="no name"):
+        with pytest.raises(UsageError, match="not a name"):
             model_repository.deploy(built, repository, name=name or " ")
     with pytest.raises(UsageError, match="no TensorRT plan"):
         model_repository.deploy(built, repository, backend="tensorrt_plan")
@@ -548,7 +569,11 @@ def test_one_plan_of_one_profile(built: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("tag", "words"),
-    [("26.07", "Triton 26.07 has 11.1.0"), ("26.10=11.4.0", "has 11.4.0"), ("26.10", "is not known here")],
+    [
+        ("26.07", "Triton 26.07 has 11.1.0"),
+        ("26.10=11.4.0", "has 11.4.0"),
+        ("26.10", "is not known here"),
+    ],
 )
 def test_a_plan_that_cannot_load_is_refused(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, words: str
@@ -727,7 +752,7 @@ def test_command(built: Path, tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "Did you mean 'python'?" in wrong.stderr
     assert run("rollback", str(tmp_path / "models"), "tiny_swiglu").exit_code == 2
     absent = run("deploy", str(tmp_path / "absent"), *to)
-    assert absent.exit_code == 2 and "no bundle" in absent.stderr
+    assert absent.exit_code == 2 and "not a bundle" in absent.stderr
 
 
 def test_two_at_once_are_refused(built: Path, tmp_path: Path) -> None:

@@ -184,10 +184,10 @@ def test_bad_requests_say_why(served, wrong: dict, words: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([], "no list of 1 to 1000 turns"),
+        ([], "not a list of 1 to 1000 turns"),
         ([{"role": "assistant", "content": "x"}], "the user has the last word"),
         ([{"role": "robot", "content": "x"}], "the user has the last word; this is robot"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "holds what is no text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "holds what is not text"),
         ([{"role": "user", "content": "x", "tool_calls": [1]}], "has tool_calls"),
         ([{"role": "user", "content": 3}], "role and content are texts"),
     ],
@@ -204,7 +204,7 @@ def test_what_is_no_json(served) -> None:
         connection.request("POST", "/v1/completions", body)
         response = connection.getresponse()
         assert response.status == 400
-        assert "no JSON object" in json.loads(response.read())["error"]["message"]
+        assert "not a JSON object" in json.loads(response.read())["error"]["message"]
     connection.close()
 
 

@@ -142,6 +142,13 @@ def test_kserve_takes_the_service_and_kubernetes_its_pod() -> None:
     assert container["name"] == "kserve-container"  # what KServe looks for
 
 
+def test_kserve_takes_a_repository_in_a_bucket() -> None:
+    (service,) = documents(KUBERNETES / "kserve-s3.yaml")
+    jsonschema.validate(service, kserve_schema())
+    model = service["spec"]["predictor"]["model"]
+    assert model["storageUri"].startswith("s3://") and model["modelFormat"] == {"name": "triton"}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -117,8 +117,8 @@ def test_generate(built: Path, model: requests.TextModel) -> None:
     [
         (["x", "--infill", "a", "b"], "Give a prompt, or --infill"),
         (["--infill", "a", "b"], "not trained to fill in text"),
-        (["x", "--system", "y"], "--system says nothing here"),
-        (["x", "--suffix-first"], "--suffix-first says nothing here"),
+        (["x", "--system", "y"], "--system has no effect here"),
+        (["x", "--suffix-first"], "--suffix-first has no effect here"),
         ([""], "The prompt is empty"),
         (["x" * 600], "601 tokens; the model takes 512"),
         (["x", "--top-p", "2"], "top_p 2.0 means nothing"),
@@ -145,7 +145,7 @@ def test_a_bundle_without_a_tokenizer_says_so(built: Path, tmp_path: Path) -> No
     without = manifest.model_copy(update={"files": tuple(file for file in manifest.files if file.stage != "text")})
     shutil.copytree(built, tmp_path / "bundle")
     (tmp_path / "bundle" / bundle.MANIFEST).write_bytes(without.to_bytes())
-    with pytest.raises(UsageError, match="no tokenizer, so there is no way from text"):
+    with pytest.raises(UsageError, match="no tokenizer, so it cannot take text"):
         text_model.open_bundle(tmp_path / "bundle")
     with pytest.raises(UsageError, match="there is no tokenizer in it"):
         model_repository.deploy(tmp_path / "bundle", tmp_path / "models")
@@ -272,7 +272,7 @@ def test_a_crowd_is_refused_in_words(served: Server) -> None:
         ({"prompt": "x", "top_p": 0}, "top_p 0.0 means nothing"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens -1 means nothing"),
         ({"messages": "[1]"}, "A message has a role"),
-        ({"messages": "[" * 5000}, "messages are no list"),
+        ({"messages": "[" * 5000}, "messages are not a list"),
         ({"prompt_ids": [5, 999]}, "The model has no token 999"),
         ({"messages": '[{"role": "assistant", "content": "x"}]'}, "the user has the last word"),
     ],

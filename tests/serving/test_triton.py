@@ -264,7 +264,7 @@ BAD_ARRAYS = {
 UNPARSABLE = {
     "fewer numbers than the shape": (_pixels([1, 14, 14, 3], data=[1, 2, 3]), "Shape does not match"),
     "malformed JSON": ('{"inputs": [', "failed to parse the request JSON"),
-    "no JSON": (b"\xff\xd8\xff garbage", "failed to parse the request JSON"),
+    "not JSON": (b"\xff\xd8\xff garbage", "failed to parse the request JSON"),
 }
 
 
@@ -380,7 +380,7 @@ def test_client_refuses_what_the_server_would(server: Server) -> None:
     client = DinoClient(server.http, model="bytes")
     client._transport = None  # type: ignore[assignment]
     for shape, words in (
-        ((1, 28, 30, 3), "no multiple of 14"),
+        ((1, 28, 30, 3), "not a multiple of 14"),
         ((9, 14, 14, 3), "batch 9 is outside 1 to 8"),
         ((1, 14, 14, 4), "shape"),
     ):
@@ -393,7 +393,7 @@ def test_client_refuses_what_the_server_would(server: Server) -> None:
             raise InputRefused(f"{error.message} {error.next_step}") from None
     assert refused.value.exit_code == 2
     for count in (0, 9):
-        with pytest.raises(InputRefused, match=f"{count} items are no batch of 1 to 8"):
+        with pytest.raises(InputRefused, match=f"{count} items are not a batch of 1 to 8"):
             client.encoded([b"x"] * count, front_end="images")
 
 

@@ -162,7 +162,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path, kind: str) -> N
 def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "victim").write_text("mine")
     make(tmp_path / "lock")
-    with pytest.raises(UsageError, match="no lock of ours"), locks.exclusive(tmp_path / "lock", doing="it"):
+    with pytest.raises(UsageError, match="not a lock of dinoexport"), locks.exclusive(tmp_path / "lock", doing="it"):
         pass
     assert (tmp_path / "victim").read_text() == "mine"
 
@@ -186,7 +186,7 @@ def test_a_record_that_is_none_does_nothing(tmp_path: Path, record: bytes) -> No
     (tmp_path / ".place.work" / "change.json").write_bytes(record)
     before = files_in(tmp_path)
     for verb in (lambda: changes.settle(place), lambda: several_files(place)):
-        with pytest.raises(UsageError, match="no record of a change"):
+        with pytest.raises(UsageError, match="not a record of a change"):
             verb()
         assert files_in(tmp_path) == before
 
@@ -195,14 +195,14 @@ def test_a_record_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
     place = written(tmp_path / "place", OLD)
     (tmp_path / ".place.work").mkdir()
     os.mkfifo(tmp_path / ".place.work" / "change.json")
-    with pytest.raises(UsageError, match="no record of a change"):
+    with pytest.raises(UsageError, match="not a record of a change"):
         changes.settle(place)
 
 
 @pytest.mark.parametrize("place", ["/", "."])
 def test_a_place_without_a_name_is_refused_or_resolved(place: str, tmp_path: Path) -> None:
     if place == "/":
-        with pytest.raises(UsageError, match="no place"), changes.changing(Path(place), doing="it"):
+        with pytest.raises(UsageError, match="not a place"), changes.changing(Path(place), doing="it"):
             pass
     changes.settle(Path(place))
 

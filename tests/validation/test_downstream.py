@@ -248,7 +248,7 @@ def test_never_more_neighbours_than_half_of_the_others(count: int, neighbours: i
 def test_eleven_are_measured_by_fewer_neighbours_and_it_is_said() -> None:
     rng = np.random.RandomState(5)
     found = of(items(rng.standard_normal((11, 24)), rng.standard_normal((11, 24))))
-    assert any("of the 5 nearest, not 10, for there are only 11; 10 takes 21" in line for line in found.said)
+    assert any("of the 5 nearest, not 10, because there are only 11; 10 needs 21" in line for line in found.said)
     assert measured(found)["recall"].value < 0.9, "features of chance would be perfect among ten of ten"
 
 
@@ -257,7 +257,9 @@ def test_one_or_two_have_no_neighbours_and_it_is_said(count: int) -> None:
     vectors = np.random.RandomState(6).standard_normal((count, 24))
     found = of(items(vectors, vectors, matched=[1.0] * count))
     assert measured(found).keys() == {"correspondence"}
-    assert any(line.startswith(f"recall: left out, for {count} have no") for line in found.said)
+    assert any(
+        line.startswith(f"recall: left out, because it needs 3 items and there are {count}") for line in found.said
+    )
     assert any("k-NN classification and linear probe: left out" in line for line in found.said)
 
 
@@ -265,8 +267,8 @@ def test_a_class_with_one_item_is_left_out_by_name() -> None:
     exact, labels = clusters(8, 3, spread=0.2)
     labels[0], labels[1] = "alone", ""
     found = of(items(exact, exact, labels))
-    assert any(line.endswith("nothing of their class remains to learn from: alone") for line in found.said)
-    assert any(line.endswith("1 of no class are left out") for line in found.said)
+    assert any(line.endswith("no other item of their class remains to learn from: alone") for line in found.said)
+    assert any(line.endswith("items without a class are left out: 1") for line in found.said)
     assert measured(found)["knn_agreement"].items == measured(found)["probe_agreement"].items == 22
     assert measured(found)["recall"].items == 24
 
@@ -276,7 +278,7 @@ def test_without_two_classes_nothing_is_classified_and_it_is_said(labels: list[s
     exact, _ = clusters(8, 3, spread=0.2)
     found = of(items(exact, exact, labels))
     assert measured(found).keys() == {"recall"}
-    assert any("takes two classes (subfolders) of at least two" in line for line in found.said)
+    assert any("needs two classes (subfolders) with at least two items each" in line for line in found.said)
 
 
 def test_items_without_a_usable_answer_are_counted() -> None:
@@ -284,10 +286,10 @@ def test_items_without_a_usable_answer_are_counted() -> None:
     some = items(exact, exact)
     some[:2] = [dataclasses.replace(item, candidate={}) for item in some[:2]]
     found = of(some)
-    assert found.said[0] == "2 of 24 have no usable answer and are left out here"
+    assert found.said[0] == "2 of 24 have no usable output and are left out here"
     assert measured(found)["recall"].items == 22
     none = of([dataclasses.replace(item, candidate={}) for item in some])
-    assert none.measures == () and none.said == ("24 of 24 have no usable answer and are left out here",)
+    assert none.measures == () and none.said == ("24 of 24 have no usable output and are left out here",)
 
 
 def test_the_json_names_every_item_that_differs() -> None:

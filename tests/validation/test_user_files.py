@@ -27,9 +27,9 @@ from dinoexport.models.dinov2 import cases
 from dinoexport.pipeline import build as pipeline
 from dinoexport.report import mismatches
 from dinoexport.spec import Arrays, Case, Expectation, Precision, silent
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import downstream, evaluate, judge, user_files, validate_bundle
 from dinoexport.validation.user_files import Aggregate
-from dinoexport.weights import download
 from tests.conftest import DATA, HEARING_SIGINT
 from tests.image_inputs import taken
 
@@ -99,7 +99,7 @@ class Run:
 
 
 def kept_files() -> list[Path]:
-    return sorted((download.cache_folder() / "validated").rglob("*.npz"))
+    return sorted((cache_folder() / "validated").rglob("*.npz"))
 
 
 # Streamed and resumed
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
     run = Run()
     aggregate = run(numbered(30))
     assert run.asked == [case.name for case in numbered(30)][12:]
-    assert aggregate.said == ("12 of 30 were taken over from a run that was interrupted",)
+    assert aggregate.said == ("12 of 30 results come from an interrupted run",)
     at_one_go = Run()(numbered(30))
     assert aggregate.report.to_json() == at_one_go.report.to_json() and aggregate.agreement == at_one_go.agreement
     assert kept_files() == []
@@ -166,7 +166,7 @@ def test_what_is_damaged_is_asked_again_and_no_pickle_is_loaded(tmp_path: Path) 
     run = Run()
     aggregate = run(numbered(16))
     assert len(run.asked) == 4 + 4 and aggregate.report.passed
-    assert aggregate.said == ("8 of 16 were taken over from a run that was interrupted",)
+    assert aggregate.said == ("8 of 16 results come from an interrupted run",)
     assert not (tmp_path / "was here").exists()
 
 
@@ -180,7 +180,7 @@ def test_figures_that_are_not_finite_are_kept_as_they_are() -> None:
     assert aggregate.said[0].startswith("4 of 24")
     assert [row.case for row in aggregate.report.failures] == ["class0/2"]
     assert aggregate.agreement is not None
-    assert "1 of 24 have no usable answer and are left out here" in aggregate.agreement.said
+    assert "1 of 24 have no usable output and are left out here" in aggregate.agreement.said
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
@@ -297,7 +297,7 @@ def test_a_candidate_of_another_shape_or_name_is_left_out() -> None:
         aggregate = Run(candidate=wrong)(numbered(24))
         assert not aggregate.report.passed
         assert aggregate.agreement is not None and aggregate.agreement.measures == ()
-        assert aggregate.agreement.said == ("24 of 24 have no usable answer and are left out here",)
+        assert aggregate.agreement.said == ("24 of 24 have no usable output and are left out here",)
 
 
 # The whole of it, on files
@@ -345,7 +345,7 @@ def test_validate_reports_all_measures(built: Path, pictures: Path) -> None:
         found["knn_agreement"].of == "class_token" and found["probe_agreement"].of == "class_token + mean_patch_token"
     )
     said = "\n".join(validated.aggregate.agreement.said)
-    assert "remains to learn from: owls" in said and "1 of no class" in said
+    assert "remains to learn from: owls" in said and "items without a class are left out: 1" in said
     assert [row.output for row in validated.report.rows[-4:]] == list(found)
     assert len(validated.skipped) == 1
 
@@ -394,7 +394,7 @@ def test_interrupted_by_ctrl_c_and_taken_over(built: Path, pictures: Path, tmp_p
     assert 0 < kept < 26 and not list(cache.rglob("*.partial"))
     again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"{kept} of 26 were taken over from a run that was interrupted" in again.stdout
+    assert f"{kept} of 26 results come from an interrupted run" in again.stdout
     assert not list(cache.rglob("*.npz"))
 
 

@@ -220,7 +220,7 @@ def test_a_variant_nobody_publishes_is_not_named(tmp_path: Path, state: Tensors)
     assert "missing: blocks.11.norm1.weight (384,)" in message
 
 
-# Values that are no weights
+# Values that are not weights
 
 
 @FORMATS

@@ -19,7 +19,7 @@ import pytest
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import MissingRequirement, WeightsError
 from dinoexport.spec import silent
-from dinoexport.system import locks
+from dinoexport.system import cache, locks
 from dinoexport.weights import download
 
 # Two and a half of the downloader's reads: a break can fall inside, a resume can start inside.
@@ -329,7 +329,7 @@ def test_a_redirect_to_a_local_file_is_not_followed(site: Site, tmp_path: Path) 
 def test_no_address_leads_out_of_the_cache(path: str) -> None:
     file = WeightFile(url=f"http://127.0.0.1{path}", sha256="ab" * 32)
     place = download.cached_path(file)
-    assert place.parent == download.cache_folder() / "weights" / ("ab" * 8)
+    assert place.parent == cache.cache_folder() / "weights" / ("ab" * 8)
     assert place.name.isascii()
     assert place.name.isprintable()
     assert 0 < len(place.name) <= 100
@@ -416,9 +416,9 @@ def test_two_builds_may_use_one_cached_file(site: Site) -> None:
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert download.cache_folder() == tmp_path / "cache"
+    assert cache.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("DINOEXPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert download.cache_folder() == tmp_path / "xdg" / "dinoexport"
+    assert cache.cache_folder() == tmp_path / "xdg" / "dinoexport"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert download.cache_folder() == Path("~/.cache/dinoexport").expanduser()
+    assert cache.cache_folder() == Path("~/.cache/dinoexport").expanduser()

@@ -46,7 +46,7 @@ def saved(path: Path, pickled: bytes) -> Path:
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_is_refused(tmp_path: Path, kind: str) -> None:
     started = time.monotonic()
-    with pytest.raises(Exception):  # noqa: B017 (pickletools' own for what is no pickle)
+    with pytest.raises(Exception):  # noqa: B017 (pickletools' own for what is not pickle)
         pickle_check.check(HOSTILE[kind])
     path = saved(tmp_path / "w.pth", HOSTILE[kind])
     with pytest.raises(WeightsError, match="nothing of it was run"):

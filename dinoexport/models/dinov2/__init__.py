@@ -464,7 +464,7 @@ class Dinov2Model:
     def card(self) -> Mapping[str, str]:
         """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md), where it is one of them."""
         patch = self.arch.patch_size
-        crop = f"An image whose sides are no multiples of {patch} is cropped to the closest smaller multiple."
+        crop = f"An image whose sides are not multiples of {patch} is cropped to the closest smaller multiple."
         if not self.recipe.weights:
             return {
                 "model": f"yours: {self.recipe.name}, a {self.arch.native_size}-pixel ViT of DINOv2's architecture, "

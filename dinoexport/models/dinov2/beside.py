@@ -41,7 +41,7 @@ class Config:
         wrong = isinstance(value, bool) and kind is not bool
         if value is not None and (wrong or not isinstance(value, kind)):
             raise UsageError(
-                f"{self.path}: {key} is {value!r}, which makes no sense.", next_step="Mend the file, or move it away."
+                f"{self.path}: {key} is {value!r}, which makes no sense.", next_step="Fix the file, or move it away."
             )
         return value
 
@@ -93,7 +93,7 @@ def _text(path: Path) -> str | None:
             return None
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{path} cannot be read.", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} cannot be read.", next_step="Fix the file, or move it away.") from None
 
 
 def _json(path: Path) -> Config | None:
@@ -103,7 +103,7 @@ def _json(path: Path) -> Config | None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({error}).", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} is not JSON ({error}).", next_step="Fix the file, or move it away.") from None
     return Config(path, content) if isinstance(content, dict) else None
 
 
@@ -117,7 +117,7 @@ def _yaml(path: Path) -> Config | None:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no YAML ({error}).", next_step="Mend the file, or move it away.") from None
+        raise UsageError(f"{path} is not YAML ({error}).", next_step="Fix the file, or move it away.") from None
     return Config(path, content) if isinstance(content, dict) else None
 
 
@@ -202,7 +202,7 @@ def _numbers(config: Config, key: str) -> tuple[float, ...] | None:
     if values is None:
         return None
     if not values or not all(isinstance(number, int | float) and not isinstance(number, bool) for number in values):
-        raise UsageError(f"{config.path}: {key} is {value!r}, not numbers.", next_step="Mend the file.")
+        raise UsageError(f"{config.path}: {key} is {value!r}, not numbers.", next_step="Fix the file.")
     return tuple(float(number) for number in values)
 
 

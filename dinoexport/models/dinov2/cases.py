@@ -27,7 +27,7 @@ Pixels = Annotated[int, Field(ge=1)]
 class ImageInput:
     """How a model takes images: its one input, made of pictures or of noise.
 
-    as_bytes: uint8 (B, H, W, C) instead of normalised pixels (B, C, H, W). strict: sizes that are no multiples of the
+    as_bytes: uint8 (B, H, W, C) instead of normalised pixels (B, C, H, W). strict: sizes that are not multiples of the
     patch are refused.
     """
 
@@ -94,7 +94,7 @@ class CaseTable(Frozen):
 def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case:
     """The case `table` describes, for a model that takes images as `taken`; photographs lie in `folder`/images.
 
-    Where it refuses sizes that are no multiples of the patch, noise of such a size is a case of refusal.
+    Where it refuses sizes that are not multiples of the patch, noise of such a size is a case of refusal.
     """
     patch = taken.arch.patch_size
     entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")

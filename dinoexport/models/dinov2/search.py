@@ -157,7 +157,7 @@ def _chosen(backbone: Backbone, candidates: Sequence[Backbone], found: Shapes) -
     if left_out:
         more = f" and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
         few = ", ".join(left_out[:_LISTED])
-        notes.append(f"Left out, for they are no part of it: {few}{more}.")
+        notes.append(f"Left out, for they are not part of it: {few}{more}.")
     return Found(backbone=backbone, strays=strays, notes=tuple(notes))
 
 

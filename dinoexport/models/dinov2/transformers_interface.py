@@ -89,10 +89,12 @@ class TransformersModel(Dinov2Model):
         )
         return (*body, replace(head, piece=piece, outputs=(_TOKENS, _POOLED)))
 
-    def _normalised(self, arrays: Arrays) -> Array:
+    def normalised(self, arrays: Arrays) -> Array:
+        """As the other form's; the input is normalised already."""
         return arrays[_THEIRS]
 
-    def _named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
+    def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
+        """The last block's tokens together, and its class token."""
         tokens = tokens_BND[self.arch.depth - 1]
         return {_TOKENS: np.ascontiguousarray(tokens), _POOLED: np.ascontiguousarray(tokens[:, 0])}
 

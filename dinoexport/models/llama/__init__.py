@@ -140,7 +140,7 @@ class LlamaModel:
                 name=FIRST_POSITION,
                 dtype="int64",
                 shape=(1,),
-                meaning="the position of each sequence's first token that is no padding",
+                meaning="the position of each sequence's first token that is not padding",
                 default=0,
             ),
         )
@@ -193,7 +193,7 @@ class LlamaModel:
 
     @property
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
-        """Nothing: a decoder's outputs are no features of an item."""
+        """Nothing: a decoder's outputs are not features of an item."""
         return {}
 
     def fitted_head(self, kind: str) -> str:

@@ -48,7 +48,7 @@ class Stem(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stream (B, T, D), cosines and sines (B, T, K/2) in float32, mask (B, 1, T, S), true where a token is seen.
 
-        A sequence's first token that is no padding stands at `first_position`. Positions are counted in float32, which
+        A sequence's first token that is not padding stands at `first_position`. Positions are counted in float32, which
         holds every whole number that a context has, and angles are products rounded to float32, as the published code
         makes them; a table would also limit the context.
         A token of padding sees itself, so that no row of the mask is empty and no softmax is NaN. The mask has an axis

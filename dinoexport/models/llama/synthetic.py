@@ -71,7 +71,7 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
 
 
 def prompt(vocabulary: int, length: int, seed: int, row: int = 0) -> Array:
-    """A prompt of `length` token ids (T,), int64: BOS, then ids that are no special tokens."""
+    """A prompt of `length` token ids (T,), int64: BOS, then ids that are not special tokens."""
     generator = np.random.RandomState(zlib.crc32(f"{seed}:prompt:{length}:{row}".encode()))
     tokens = generator.randint(3, vocabulary, length)
     tokens[0] = BOS

@@ -1,8 +1,8 @@
-"""Classifiers on features: logistic regression and k-NN as DINOv2's evaluation has them, fitted by scikit-learn.
+"""Classifiers on features: logistic regression and k-NN as in DINOv2's evaluation, fitted by scikit-learn.
 
-dinov2/eval/log_regression.py: class token, not normalised, float64, L2, C chosen by a share of the data and refitted
+dinov2/eval/log_regression.py: class token, not normalised, float64, L2, C chosen on a share of the data and refitted
 on all. dinov2/eval/knn.py: class token, normalised, softmax(cosine / 0.07) over the nearest; here over the k
-themselves, so that they sum to one, which changes no decision. `linear` is the convex form of dinov2/eval/linear.py:
+alone, so that the weights sum to one, which changes no decision. `linear` is the convex form of dinov2/eval/linear.py:
 the same solver on standardised class and mean patch token, with the scale folded back.
 """
 
@@ -43,7 +43,7 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """How the classifier did on images it was never fitted on. interval: Wilson's, 95 %.
+    """The classifier's accuracy on images it was not fitted on. interval: Wilson's, 95 %.
 
     recall: by class. confusions: (image, its class, the class it was given, with which probability), worst first.
     """
@@ -57,7 +57,7 @@ class Held:
 
 
 def fit(kind: HeadKind, features_ND: Array, labels_N: Array, *, classes: int, balanced: bool, seed: int) -> Fitted:
-    """Fits one classifier, with one thread: sums in another order would give other bytes."""
+    """Fits one classifier with one thread, because sums in another order would give other bytes."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1):
@@ -67,7 +67,7 @@ def fit(kind: HeadKind, features_ND: Array, labels_N: Array, *, classes: int, ba
 
 
 def probabilities(kind: HeadKind, fitted: Fitted, features_ND: Array) -> Array:
-    """(N, K) in float64, by the definition and not by a graph."""
+    """Probabilities (N, K) in float64, computed by the definition and not by a graph."""
     import numpy as np
 
     features = features_ND.astype(np.float64)
@@ -84,7 +84,7 @@ def probabilities(kind: HeadKind, fitted: Fitted, features_ND: Array) -> Array:
 
 
 def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], classes: Sequence[str]) -> Held:
-    """What the probabilities of held-out images are worth; `names` are the images'."""
+    """Evaluates the probabilities of held-out images; `names` are the images'."""
     import numpy as np
 
     given = [classes[k] for k in probabilities_NK.argmax(axis=1)]
@@ -109,7 +109,7 @@ def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], 
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927): right at 0 and 1 too, where the normal one has no width."""
+    """Wilson's 95 % interval of a share (Wilson 1927). At 0 and 1 the normal interval would have no width."""
     z2, share = _WILSON_Z**2, right / of
     middle = (share + z2 / (2 * of)) / (1 + z2 / of)
     half = _WILSON_Z * sqrt(share * (1 - share) / of + z2 / (4 * of * of)) / (1 + z2 / of)
@@ -161,7 +161,7 @@ def _solved(features_ND: Array, labels_N: Array, c: float, *, balanced: bool) ->
 
     model = LogisticRegression(C=c, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None)
     with warnings.catch_warnings():
-        # With next to no regularisation of separable classes there is no end; what a thousand steps give is judged.
+        # Separable classes with almost no regularisation do not converge; the result of a thousand steps is evaluated.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features_ND, labels_N)
 
@@ -174,7 +174,7 @@ def _neighbours(features_ND: Array, labels_N: Array, classes: int) -> Fitted:
     if not (lengths > 0).all():
         raise UsageError("An image's class token is zero.", next_step="Look at the bundle: dinoexport validate.")
     count = min(_NEIGHBOURS, int(np.bincount(labels_N, minlength=classes).min()))
-    # Held in fp16 by the graph; what is compared with it is rounded alike.
+    # The graph stores these in fp16, so the values compared with it are rounded in the same way.
     bank = (features / lengths).astype(np.float16).astype(np.float32)
     table = {"bank": len(bank), "neighbours": count, "temperature": _TEMPERATURE}
     votes = np.eye(classes, dtype=np.float32)[labels_N]

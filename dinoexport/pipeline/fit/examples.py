@@ -1,7 +1,7 @@
-"""A folder of labelled images as examples: a class for each subfolder, a share held out, no image on both sides.
+"""Labelled images as examples: a class for each subfolder, a share held out, no image in both shares.
 
-What is held out is decided by the images' bytes alone, so that adding an image moves no other from one share to the
-other, and files with the same bytes always stay together.
+Only an image's bytes decide whether it is held out. Adding an image therefore moves no other image to the other share,
+and files with the same bytes are always in the same share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dinoexport.spec import Arrays, Progress, silent
 from dinoexport.system import files
 
 HELD_OUT = 0.2  # of each class, and of every class at least one image
-_IMBALANCE = 20  # times the smallest class from which on imbalance is said
+_IMBALANCE = 20  # times the smallest class; a larger ratio is reported as imbalance
 _NAMED_MAX = 8
 
 
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """All usable images of a folder in two shares. said: what a user must know about them."""
+    """All usable images of a folder in two shares. said: notes for the user about them."""
 
     classes: tuple[str, ...]
     fitted: tuple[Example, ...]
@@ -70,13 +70,13 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
         found.append(Example(name=case.name, label=case.label, digest=digest, inputs=case.inputs))
     if outside := [example.name for example in found if not example.label]:
         raise UsageError(
-            f"{_listed(outside)} of {folder} lie in no subfolder, so they have no class.",
+            f"{_listed(outside)} of {folder} are in no subfolder, so they have no class.",
             next_step="Put each image into the folder of its class.",
         )
     classes = tuple(sorted({example.label for example in found}))
     if len(classes) < 2:
         had = f"one class, {classes[0]!r}" if classes else "no image that can be read"
-        raise UsageError(f"{folder} has {had}.", next_step="A classifier needs two subfolders of images at least.")
+        raise UsageError(f"{folder} has {had}.", next_step="A classifier needs at least two subfolders of images.")
     _refuse_two_labels(found)
     fitted, held_out = split(found, seed=seed)
     refuse_leak(fitted, held_out)
@@ -86,7 +86,7 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
     if counts[most] > _IMBALANCE * counts[least]:
         said.append(
             f"classes are imbalanced: {most} has {counts[most]} images, {least} has {counts[least]}; "
-            "--balanced weighs them alike"
+            "--balanced gives them the same weight"
         )
     if copies := len(found) - len({example.digest for example in found}):
         said.append(f"{copies} files are copies of others; copies are on the same side of the split")
@@ -94,13 +94,13 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
 
 
 def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
-    """(fitted, held out) by class; a UsageError that names the classes of one image."""
+    """(fitted, held out) by class; raises UsageError that names the classes with one image."""
     by_class: dict[str, dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
     for example in examples:
         by_class[example.label][example.digest].append(example)
     if single := sorted(label for label, groups in by_class.items() if len(groups) < 2):
         raise UsageError(
-            f"{_listed(single)}: a class of one image can be fitted or judged, not both.",
+            f"{_listed(single)}: a class with one image cannot be both fitted and held out.",
             next_step="Add images, or leave the class out.",
         )
     fitted: list[Example] = []
@@ -115,12 +115,12 @@ def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], lis
 
 
 def refuse_leak(fitted: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raises UsageError when an image is in both shares: what is fitted on says nothing about new images."""
+    """Raises UsageError if an image is in both shares: accuracy on fitted images says nothing about new images."""
     both = {example.digest for example in fitted} & {example.digest for example in held_out}
     if both:
         names = sorted(example.name for example in held_out if example.digest in both)
         raise UsageError(
-            f"{_listed(names)} are held out and fitted on as well: the accuracy would be too good.",
+            f"{_listed(names)} are both held out and fitted: the accuracy would be too high.",
             next_step="Remove the copies.",
         )
 
@@ -131,7 +131,7 @@ def _refuse_two_labels(examples: Sequence[Example]) -> None:
         labels[example.digest].setdefault(example.label, example.name)
     if wrong := [" and ".join(sorted(names.values())) for names in labels.values() if len(names) > 1]:
         raise UsageError(
-            f"One image in two classes: {_listed(sorted(wrong))}.", next_step="Leave it in the one it belongs to."
+            f"One image in two classes: {_listed(sorted(wrong))}.", next_step="Keep it only in its own class."
         )
 
 

@@ -1,6 +1,6 @@
-"""A fitted classifier put behind a bundle's own graph: a few standard ONNX nodes after the outputs it reads.
+"""Append a fitted classifier to a bundle's own graph: a few standard ONNX nodes after the outputs it reads.
 
-The backbone's file of weights is not touched; the head's numbers lie in the graph's file itself.
+The backbone's weight file is not changed; the head's numbers are stored in the graph's own file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from dinoexport.errors import BuildError
 from dinoexport.spec import Array, Graph
 
-# What a feature is made of an output: the output as it is, or its mean over the second axis.
+# How a feature is computed from an output: the output as it is, or its mean over the second axis.
 Feature = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extension:
-    """What is put behind a graph. graph: the new signature. features: what the head reads.
+    """A head to append to a graph. graph: the new signature. features: the outputs that the head reads.
 
     tensors, table: see `classifiers.Fitted`. metadata: of the new file, besides the old one's.
     """
@@ -31,7 +31,7 @@ class Extension:
     metadata: Mapping[str, str]
 
     def write(self, source: Path, target: Path) -> None:
-        """Writes the graph at `source` with the head as its end to `target`; external data stays the file it is."""
+        """Writes the graph at `source` with the head appended to `target`; the external data file stays the same."""
         import numpy as np
         import onnx
         from onnx import TensorProto, helper
@@ -86,7 +86,7 @@ class _Nodes:
         self.stored: list[Any] = []
 
     def add(self, op: str, inputs: Sequence[str], output: str, *more: str, **attributes: Any) -> str:
-        """A node; its first output's name. more: its other outputs."""
+        """Adds a node and returns its first output's name. more: its other outputs."""
         from onnx import helper
 
         names = [f"head/{name}" for name in (output, *more)]

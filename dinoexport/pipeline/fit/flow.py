@@ -1,7 +1,7 @@
-"""The whole flow: labelled images -> the bundle's own features -> a classifier -> a new bundle, judged as a whole.
+"""The whole flow: labelled images -> the bundle's own features -> a classifier -> a new bundle, validated as a whole.
 
-No torch and no checkpoint: the backbone is the bundle's graph, byte for byte, and what PyTorch would answer follows
-from the tokens that the bundle's reference holds.
+No torch and no checkpoint are needed: the backbone is the bundle's graph, byte for byte, and PyTorch's probabilities
+are computed from PyTorch's tokens in the bundle's reference.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from dinoexport.report import html_report
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Candidate, Expectation, Precision, Progress, silent
 from dinoexport.system import files
+from dinoexport.system.cache import cache_folder
 from dinoexport.validation import evaluate
 from dinoexport.validation.judge import Report
-from dinoexport.weights import download
 
 HEAD_FILE = "head.safetensors"
 LABELS_FILE = "labels.json"
@@ -47,7 +47,7 @@ _PROBABILITY_MAX = {Precision.FP32: 1e-4, Precision.FP16: 0.02, Precision.BF16: 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedBundle:
-    """A published bundle with a fitted head. said: what a user must know about the images and the head."""
+    """A published bundle with a fitted head. said: notes for the user about the images and the head."""
 
     folder: Path
     manifest: Manifest
@@ -66,10 +66,10 @@ def fit(
     force: bool = False,
     progress: Progress = silent,
 ) -> FittedBundle:
-    """Fits a classifier on `images`, whose subfolders are classes, and publishes the bundle with it as its end.
+    """Fits a classifier on `images`, whose subfolders are classes, and publishes the bundle with the classifier.
 
-    Raises UsageError for images or a bundle that cannot be used, ValidationFailed when the whole graph's probabilities
-    are not those that follow from PyTorch's tokens.
+    Raises UsageError for images or a bundle that cannot be used, ValidationFailed if the graph's probabilities are not
+    those computed from PyTorch's tokens.
     """
     require("export", *PACKAGES)
     manifest = bundle.verify(folder, progress=progress)
@@ -110,8 +110,8 @@ def fit(
 def _refuse(folder: Path, manifest: Manifest, model: Model, kind: str) -> None:
     if manifest.verdict != "passed":
         raise ValidationFailed(
-            f"{folder} is {manifest.verdict}; a head is fitted on features that are PyTorch's only.",
-            next_step="dinoexport build makes a judged bundle.",
+            f"{folder} is {manifest.verdict}; a head is fitted only on validated features.",
+            next_step="dinoexport build makes a validated bundle.",
         )
     if kind not in model.fits or len(manifest.graphs) != 1:
         raise UsageError(
@@ -127,11 +127,11 @@ def _key(read: tuple[str, str]) -> str:
 def _features(
     candidate: Candidate, manifest: Manifest, wanted: Sequence[Example], progress: Progress
 ) -> dict[str, dict[str, Array]]:
-    """Image's digest -> the features of all kinds, float32; kept in the cache, so that another head costs seconds."""
+    """Image's digest -> the features of all kinds, float32; cached, so that another head takes only seconds."""
     import numpy as np
 
     key = key_of(graphs=[f.sha256 for f in manifest.files if ".onnx" in f.name], way=str(runners.way_of(manifest)))
-    place = download.cache_folder() / "features" / key[:32]
+    place = cache_folder() / "features" / key[:32]
     found: dict[str, dict[str, Array]] = {}
     for done, example in enumerate(wanted, start=1):
         progress("computing features", done, len(wanted))
@@ -142,7 +142,7 @@ def _features(
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 found[example.digest] = {name: stored[name] for name in stored.files}
             continue
-        except Exception:  # absent, or damaged in one of a dozen ways: it is computed again
+        except Exception:  # absent, or damaged in any way: it is computed again
             found[example.digest] = _of_image(candidate(example.inputs))
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with files.disk_errors(place):
@@ -155,7 +155,7 @@ def _features(
 
 
 def _of_image(outputs: Arrays) -> dict[str, Array]:
-    """Every output of one image as it is, or its mean over the second axis where it has one."""
+    """Every output of one image as it is, or its mean over the second axis if it has one."""
     import numpy as np
 
     return {
@@ -180,7 +180,7 @@ def _publish(
     force: bool,
     progress: Progress,
 ) -> FittedBundle:
-    """Writes, judges and publishes the bundle with the head."""
+    """Writes, validates and publishes the bundle with the head."""
     model = family.find(recipe.family).model(recipe)
     (graph,), (old,) = model.graphs, manifest.graphs
     graph = replace(graph, dims=old.graph().dims)
@@ -252,7 +252,7 @@ def _warnings(fitted: Fitted, manifest: Manifest) -> list[str]:
     if "fitted.bank" in fitted.tensors and (size := fitted.tensors["fitted.bank"].size * 2) > _LARGE_BYTES:
         said.append(f"the graph holds {size / 1e6:.0f} MB of features; --head logreg holds a few kB instead")
     if manifest.engines:
-        said.append("the bundle's engines end in features and were left out; only the ONNX has the head")
+        said.append("the bundle's engines output features and were left out; only the ONNX has the head")
     return said
 
 
@@ -279,7 +279,7 @@ def _expected(
     reads: Sequence[tuple[str, str]],
     kind: HeadKind,
 ) -> Reference:
-    """The reference of the whole graph: what follows, in float64, from PyTorch's tokens in the bundle's reference."""
+    """The reference of the whole graph, computed in float64 from PyTorch's tokens in the bundle's reference."""
     import numpy as np
 
     expectations = []
@@ -302,7 +302,7 @@ def _expected(
         )
     limit = Limit(
         value=_PROBABILITY_MAX[manifest.precision],
-        reason="a softmax changes by no more than half of what its logits do; what features lose in this precision",
+        reason="a softmax changes by at most half of the change of its logits; the features' error in this precision",
     )
     limits = of_backbone.limits.changed(probability_difference_max=limit)
     return Reference(

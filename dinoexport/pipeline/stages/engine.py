@@ -1,10 +1,10 @@
-"""Stage `engine`: an engine from each graph. Needs the graphs' files alone: no checkpoint, no cases, no torch."""
+"""Stage `engine`: an engine from each graph. Needs only the graphs' files: no checkpoint, no cases, no torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dinoexport import bundle
@@ -19,13 +19,14 @@ from dinoexport.report import html_report
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Progress
 from dinoexport.system import files
+from dinoexport.system.hardware import Gpu
 from dinoexport.validation import evaluate
 
 
 def compile_engines(
     work: Workspace, request: EngineRequest, onnx_folder: Path, onnx_files: Sequence[BundleFile]
 ) -> Stage:
-    """An engine from each of the request's graphs, which are `onnx_files` in `onnx_folder`; their facts beside them."""
+    """Builds an engine from each of the request's graphs, `onnx_files` in `onnx_folder`, and writes their facts."""
 
     def make(folder: Path) -> None:
         facts = [
@@ -42,10 +43,15 @@ def compile_engines(
         runtime=request.runtime,
         choices=request.choices.model_dump(mode="json"),
         profiles={name: [asdict(profile) for profile in found] for name, found in request.profiles.items()},
-        gpu=request.gpu,
+        gpu=gpu_facts(request.gpu),
         versions=[TABLE[request.runtime].installed_version(), versions_of(("polygraphy",))],
     )
-    return work.stage("engine", key, make)
+    return work.stage("engine", key, make, costly=True)
+
+
+def gpu_facts(gpu: Gpu | None) -> Mapping[str, object] | None:
+    """What of a card decides its plans: not which of several like ones it is."""
+    return None if gpu is None else asdict(replace(gpu, index=0, uuid=""))
 
 
 def _compile(request: EngineRequest, onnx: Path, graph: Graph, folder: Path, progress: Progress) -> EngineFacts:
@@ -95,9 +101,9 @@ def judge_engines(
     *,
     progress: Progress,
 ) -> evaluate.EngineVerdict:
-    """Judges the engines on every case where this machine's GPU can run them; else gives the reason why not.
+    """Validates the engines on every case if this machine's GPU can run them; if not, returns the reason.
 
-    The answers that the report draws join `kept`, under the name of the candidate.
+    Outputs that the report draws are added to `kept`, under the name of the candidate.
     """
     content = json.loads((engines_folder / bundle.ENGINES).read_text())
     engines: Mapping[Path, EngineFacts] = {

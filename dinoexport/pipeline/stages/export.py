@@ -19,10 +19,10 @@ from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.spec import Array
 from dinoexport.weights.checkpoint import Checkpoint
 
-# Waits for what is being traced, and gives it.
+# Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What an engine is built for and how: it changes neither the graph nor what PyTorch answers.
-_ENGINE_ONLY = {"engine", "profiles", "sizes"}
+# What changes neither the graph nor PyTorch's outputs: settings of engines and runtimes, and where heads are published.
+_NOT_THE_GRAPHS = {"engine", "profiles", "sizes", "heads"}
 
 
 def tracing(request: BuildRequest, *, fresh: bool, ahead: Sequence[str] = ()) -> AbstractContextManager[Traced]:
@@ -43,10 +43,10 @@ def tracing(request: BuildRequest, *, fresh: bool, ahead: Sequence[str] = ()) ->
 
 
 def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, traced: Traced) -> Stage:
-    """The traced graphs with their weights. Neither where the weights lay nor what an engine is for changes a byte."""
+    """The traced graphs with their weights. Neither the path of the weights nor engine settings change a byte."""
     metadata = {
         "dinoexport.variant": request.recipe.name,
-        # The hash alone: the same weights at another path must give the same bytes.
+        # Only the hash: the same weights at another path must give the same bytes.
         "dinoexport.checkpoint_sha256": checkpoint.sha256,
         **head_metadata(request, checkpoint),
         "dinoexport.licence": request.recipe.licence,
@@ -70,9 +70,15 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
             for name, content in request.model.companion_files.items():
                 (folder / name).write_bytes(content)
 
-    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make)
+    return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make, costly=True)
 
 
 def graph_recipe(request: BuildRequest) -> dict[str, Any]:
-    """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps."""
-    return request.recipe.model_dump(mode="json", exclude=_ENGINE_ONLY)
+    """The part of the recipe that decides the graph and the reference outputs, ready for json.dumps.
+
+    Fields at their defaults are left out, so that one which a later version adds leaves the bytes of older graphs as
+    they are.
+    """
+    recipe = request.recipe
+    unused = _NOT_THE_GRAPHS if recipe.head else _NOT_THE_GRAPHS | {"head_validation"}
+    return recipe.model_dump(mode="json", include=set(recipe.model_dump(exclude=unused, exclude_defaults=True)))

@@ -24,9 +24,9 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A candidate's verdict. kept: the answers and errors that the report draws, by the name of the candidate.
+    """A candidate's verdict. kept: the outputs and errors that the report draws, by the name of the candidate.
 
-    An engine that is judged later adds its own to `kept`.
+    An engine that is validated later adds its own to `kept`.
     """
 
     report: Report
@@ -58,7 +58,7 @@ def follow_error(
     facts: CpuFacts | None,
     progress: Progress,
 ) -> Growth | None:
-    """How the error grows inside the graphs in `folder`, block by block; None where nothing shows it."""
+    """How the error grows inside the graphs in `folder`, block by block; None if inner values are not available."""
     return evaluate.growth_of(
         report,
         request.cases,

@@ -40,7 +40,7 @@ def search_precision(
         (folder / bundle.PRECISION).write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
     key = key_of(code=family.code_of(model), reference=reference.stage.key, runtimes=versions_of(RUNTIMES))
-    stage = work.stage("precision", key, make)
+    stage = work.stage("precision", key, make, costly=True)
     recipe, promoted = mixed_precision.promoted(request.recipe, model, tried(stage)["fp32"])
     return stage, replace(request, recipe=recipe, model=promoted)
 

@@ -1,4 +1,4 @@
-"""Stage `quantise`: the exported graphs in the form each CPU runtime takes them."""
+"""Stage `quantise`: the exported graphs in the form that each CPU runtime needs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Runtime
 from dinoexport.system import files
 
-# The same graphs as stages, by the runtime that takes them so.
+# The same graphs as stages, by runtime.
 Forms = Mapping[Runtime, Stage]
 
 
 def forms_of(work: Workspace, request: BuildRequest, plain: Stage) -> Forms:
-    """The graphs by CPU runtime: the export itself, or in int8 a twin made for that runtime."""
+    """The graphs by CPU runtime: the export itself, or for int8 a copy quantised for that runtime."""
     if request.precision is not Precision.INT8 or request.chosen.traced is Precision.INT8:
         return dict.fromkeys(request.cpu_runtimes, plain)
     integer = _quantised(work, plain, quantise.to_int8)
@@ -34,8 +34,10 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
         for done, name in enumerate(onnx_files, start=1):
             form(source.folder / name, folder)
             work.progress("quantising", done, len(onnx_files))
-        for file in source.files:  # what lies beside the graphs for other people's tools
+        for file in source.files:  # files beside the graphs for other tools
             if not file.name.endswith((".onnx", ".onnx.data")):
                 files.copy(source.folder / file.name, folder / file.name, sha256=file.sha256)
 
-    return work.stage("quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make)
+    return work.stage(
+        "quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make, costly=True
+    )

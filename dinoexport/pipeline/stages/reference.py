@@ -58,7 +58,7 @@ def compute_reference(work: Workspace, request: BuildRequest, checkpoint: Checkp
         judge_code=request.judge_code,
         versions=versions_of(TRACERS),
     )
-    stage = work.stage("reference", key, make)
+    stage = work.stage("reference", key, make, costly=True)
     return ReferenceOutputs(stage=stage, stored=reference_file.read(stage.folder / bundle.REFERENCE))
 
 

@@ -40,7 +40,7 @@ def render_report(
 
 
 def list_materials(work: Workspace, manifest: Manifest) -> Stage:
-    """What went into the bundle that `manifest` describes; last, because it lists every other file."""
+    """The bill of materials of the bundle that `manifest` describes. It is the last stage: it lists all other files."""
     content = sbom.of(manifest)
 
     def make(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage `text`: the tokenizer of a model that writes text, as a file of the bundle."""
+"""Stage `text`: the tokenizer of a model that generates text, as a file of the bundle."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dinoexport.weights.checkpoint import SYNTHETIC
 
 
 def text_stage(work: Workspace, request: BuildRequest) -> dict[str, Stage]:
-    """The tokenizer that lies in or beside the weights, by the stage's name; nothing where there is none.
+    """The tokenizer in or beside the weights, by the stage's name; empty if there is none.
 
-    Raises UsageError for a tokenizer that cannot be read, or is not that of a model with this vocabulary.
+    Raises UsageError for a tokenizer that cannot be read, or whose vocabulary is not the model's.
     """
     model, weights = request.model, request.weights
     if model.text is None or (weights is None and not request.recipe.weights):

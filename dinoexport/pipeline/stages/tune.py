@@ -1,4 +1,4 @@
-"""Choosing how a bundle runs on a CPU: measured on this machine, never reused."""
+"""Choose how a bundle runs on a CPU: measured on this machine, never reused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinoexport.spec import Precision, Progress
 
 
 def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
-    """The fastest way to run the graphs on this machine; with less precision than fp32, beside fp32."""
+    """The fastest way to run the graphs on this machine; a precision below fp32 is compared with fp32."""
     graphs = {runtime: request.graph_files(stage.folder) for runtime, stage in forms.items()}
     wanted = GraphForms(precision=request.precision, graphs=graphs)
     if request.precision is not Precision.BF16 and request.chosen.traced is not Precision.FP32:

@@ -1,4 +1,4 @@
-"""The weights of a build: the checkpoint and, where the model has one, its head's own file. Nothing is made here."""
+"""The weights of a build: the checkpoint and, if the model has a head, the head's file. No stage is made here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_weights(request: BuildRequest, progress: Progress) -> Checkpoint:
 
 
 def head_of(request: BuildRequest, checkpoint: Checkpoint) -> HeadManifest | None:
-    """What the manifest says of the model's head."""
+    """The manifest's facts of the model's head."""
     facts = request.model.head_facts
     if facts is None:
         return None
@@ -33,7 +33,7 @@ def head_of(request: BuildRequest, checkpoint: Checkpoint) -> HeadManifest | Non
 
 
 def head_metadata(request: BuildRequest, checkpoint: Checkpoint) -> dict[str, str]:
-    """What the ONNX file itself says of its head: whose weights, and what its classes are called."""
+    """The ONNX file's own metadata of its head: the source of the weights, and the names of the classes."""
     facts = request.model.head_facts
     if facts is None:
         return {}

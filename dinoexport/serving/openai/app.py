@@ -161,5 +161,5 @@ async def _body(request: Request) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise InputRefused("The request is no JSON object.", next_step="Send one.")
+        raise InputRefused("The request is not a JSON object.", next_step="Send one.")
     return body

@@ -46,7 +46,7 @@ def chat_values(body: Mapping[str, Any]) -> dict[str, Any]:
     _check(body, {"messages", "max_tokens", "max_completion_tokens", *_SHARED})
     messages = body.get("messages")
     if not isinstance(messages, list):
-        raise InputRefused("messages are no list.", next_step='Send [{"role": "user", "content": "..."}].')
+        raise InputRefused("messages are not a list.", next_step='Send [{"role": "user", "content": "..."}].')
     limit = body.get("max_completion_tokens")
     return {
         "messages": [_message(message) for message in messages],
@@ -57,14 +57,14 @@ def chat_values(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise InputRefused("A message is no object.", next_step='Send {"role": "user", "content": "..."}.')
+        raise InputRefused("A message is not an object.", next_step='Send {"role": "user", "content": "..."}.')
     content = message.get("content")
     if isinstance(content, list):
         texts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
         ]
         if not all(isinstance(text, str) for text in texts):
-            raise InputRefused("A message holds what is no text.", next_step="Send text alone.")
+            raise InputRefused("A message holds what is not text.", next_step="Send text alone.")
         content = "".join(str(text) for text in texts)
     if further := sorted(key for key in set(message) - {"role", "content", "name"} if message[key] not in (None, [])):
         raise InputRefused(f"A message has {further[0]}, which is not supported.", next_step="Leave it out.")
@@ -75,7 +75,7 @@ def _message(message: Any) -> dict[str, Any]:
 def _text_of(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise InputRefused("A message holds what is no text.", next_step="Send text alone.")
+    raise InputRefused("A message holds what is not text.", next_step="Send text alone.")
 
 
 def _check(body: Mapping[str, Any], known: set[str]) -> None:

@@ -54,7 +54,7 @@ class Deployed:
     before and are not any more.
     """
 
-    repository: Path
+    repository: Path | str
     name: str
     version: int
     previous: int | None
@@ -92,13 +92,13 @@ def deploy(
         if manifest.verdict != "passed":
             raise ValidationFailed(
                 f"{folder} is {manifest.verdict}, and only what passed is deployed.",
-                next_step="dinoexport build makes a judged bundle.",
+                next_step="dinoexport build makes a validated bundle.",
             )
         bundle.check_files(folder, manifest.files, progress=progress)
         bundle.check_graphs(folder, manifest)
         name = _checked_name(name or manifest.variant)
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
-            raise UsageError(f"{triton!r} is no tag of a Triton image.", next_step="Write it as --triton 26.08.")
+            raise UsageError(f"{triton!r} is not a tag of a Triton image.", next_step="Write it as --triton 26.08.")
         plans = served_models.plans_of(manifest)
         recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
         model = family.find(manifest.family).model(recipe)
@@ -314,7 +314,7 @@ def _checked_name(name: str) -> str:
     """A name Triton, a URL and a path can all bear."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise UsageError(
-            f"{name!r} is no name for a served model.",
+            f"{name!r} is not a name for a served model.",
             next_step="Use lower-case letters, digits, - and _; give it as --name.",
         )
     return name

@@ -1,6 +1,6 @@
 """The releases of a served model: which versions belong together, which is served, and which were served before it.
 
-A record beside the model folders, REPOSITORY/NAME.releases.json, which Triton passes over for it is no folder. It is
+A record beside the model folders, REPOSITORY/NAME.releases.json, which Triton passes over for it is not a folder. It is
 plain data that knows no file system: a repository in an object store has the same record.
 """
 
@@ -97,7 +97,7 @@ class Releases(Frozen):
         except (ValidationError, ValueError) as error:
             lines = str(error).splitlines()
             raise UsageError(
-                f"{record_name(name)} is no record of releases ({lines[0] if lines else error!r}).",
+                f"{record_name(name)} is not a record of releases ({lines[0] if lines else error!r}).",
                 next_step="Move it away: releases are then found by their folders, as far as these tell.",
             ) from None
         return found

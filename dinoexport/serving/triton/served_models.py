@@ -281,7 +281,7 @@ def _graph_model(
     for i, item in enumerate(items if len(items) < 2 else (items[0], items[-1])):
         inputs = []
         for j, tensor in enumerate(graph.inputs):
-            file = f"{version}-{i}-{j}"  # names in a bundle are no file names
+            file = f"{version}-{i}-{j}"  # names in a bundle are not file names
             warmup[file] = item[tensor.name]
             value = (
                 Entry("data_type", Word(DATA_TYPES[tensor.dtype])),

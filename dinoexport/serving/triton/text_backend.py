@@ -189,7 +189,7 @@ def _plain(value: Any, name: str) -> Any:
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:
-        raise UsageError(f"{name} is no UTF-8.", next_step="Encode it as UTF-8.") from None
+        raise UsageError(f"{name} is not UTF-8.", next_step="Encode it as UTF-8.") from None
 
 
 def _log_broken() -> None:

@@ -29,7 +29,7 @@ INPUTS: Final[Mapping[str, Value]] = {
     "temperature": Value(data_type="TYPE_FP32", meaning="0, the default, takes the likeliest token"),
     "top_p": Value(data_type="TYPE_FP32", meaning="the share of probability that is drawn from; 1"),
     "seed": Value(data_type="TYPE_INT64", meaning="the same answer for the same seed; any"),
-    "stop": Value(data_type="TYPE_STRING", meaning="texts that end the answer and are no part of it", many=True),
+    "stop": Value(data_type="TYPE_STRING", meaning="texts that end the answer and are not part of it", many=True),
     STREAM: Value(data_type="TYPE_BOOL", meaning="whether the answer comes in pieces; else it is one response"),
 }
 TEXT, REASON, PROMPT_TOKENS, TOKENS, TOKEN_IDS = (

@@ -22,7 +22,7 @@ Form = Literal[
     "classifier", "linear_depth", "dpt_depth", "segmentation", "depth_anything", "fitted_linear", "fitted_knn"
 ]
 _LAYERS = 4
-# Upstream's choice for ViT-L is no even spread; the others' are (dinov2/hub/depthers.py, out_index).
+# Upstream's choice for ViT-L is not an even spread; the others' are (dinov2/hub/depthers.py, out_index).
 _SPREAD = {24: (4, 11, 17, 23)}
 
 

@@ -252,7 +252,7 @@ class HeadedModel:
     ) -> list[dict[str, Array]]:
         """Not offered: the hub's linear depth heads ignore their range, and its segmentation needs mmcv."""
         raise UsageError(
-            "torch.hub's code is no reference for heads: it gives linear NYU depths eight times too large.",
+            "torch.hub's code is not a reference for heads: it gives linear NYU depths eight times too large.",
             next_step="Use --reference plain, whose formulas the official code's numbers pin.",
         )
 
