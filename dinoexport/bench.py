@@ -185,7 +185,8 @@ def _own_forms(
     if len(graphs) != 1 or next(iter(graphs.values())).carried:
         raise UsageError("This bundle's graph has no size of its own.", next_step="Leave --size out.")
     (graph,) = graphs.values()
-    loads, forms = [], {}
+    loads: list[Workload] = []
+    forms: dict[str, Mapping[str, Runner]] = {}
     for size in wanted:
         shapes = of_size.shapes_of(size, graph)
         inputs = of_size.sample(graph, shapes)
@@ -199,7 +200,7 @@ def _own_forms(
         specialised.settle()
         (form,) = specialised.forms
         notes.append(f"{own}: {form.state}{form.why and f', {form.why}'}; it takes {form.memory_bytes / 1e6:.0f} MB")
-        forms[own] = opened
+        forms[own] = dict(opened)
     return tuple(loads), forms
 
 

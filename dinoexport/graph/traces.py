@@ -32,7 +32,7 @@ from typing import Any
 from dinoexport.family import Piece
 from dinoexport.graph import tracer
 from dinoexport.system import hardware, untrusted
-from dinoexport.weights.download import cache_folder
+from dinoexport.system.cache import cache_folder
 
 SHIPPED = Path(__file__).with_name("shipped_traces.zip")
 _INDEX = "index.json"

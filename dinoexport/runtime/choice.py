@@ -22,8 +22,8 @@ from typing import Literal
 
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import untrusted
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.timing import Latencies
-from dinoexport.weights.download import cache_folder
 
 # What is this near to the first cannot be told from it.
 _ALIKE = 1.04

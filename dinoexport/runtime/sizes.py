@@ -237,7 +237,7 @@ def _apart(ours: Arrays, general: Arrays) -> float:
         wanted, got = expected.astype(np.float64), ours[name].astype(np.float64)
         if got.shape != wanted.shape or not np.isfinite(got).all():
             return float("inf")
-        worst = max(worst, float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30)))
+        worst = max(worst, float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-30))
     return worst
 
 
