@@ -13,6 +13,7 @@
 # make traces    trace the shipped recipes' pieces again, after a change of what is traced
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
+# make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -31,7 +32,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: traces demo demo-text check quick test mutants docs reference pictures bench engines gpu soak soak-text tensorrt-facts clean
+.PHONY: traces demo demo-text check quick test mutants docs reference pictures bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -96,6 +97,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps timm
 	touch $(READY)
+
+gpu-wheels:
+	$(PYTHON) -m scripts.gpu_wheels --to build/gpu-wheels
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu.md

@@ -1,8 +1,9 @@
 """`python -m benchmarks.embed BUNDLE --images DIR`: the cost of `embed` beside that of a session and a decoder alone.
 
 CPU seconds are compared, which other load on the machine changes little: those of `embed` with all its processes and
-those of decoding the same images and running the same batches in this process, with one thread each. The resident
-memory of the workers is sampled on the way, for a trend.
+those of decoding the same images and running the same batches in this process, with one thread each. Starting the
+workers costs the same for any number of images, so `embed` runs twice, on all images and on half: the difference
+is what an image costs. The resident memory of the workers is sampled on the way, for a trend.
 """
 
 from __future__ import annotations
@@ -81,6 +82,22 @@ def sampled(stop: threading.Event, found: list[tuple[float, int]]) -> None:
             found.append((time.monotonic(), max(sizes)))
 
 
+def embedded(
+    folder: Path, images: Path, out: Path, workers: int | None
+) -> tuple[float, run.Embedded, list[tuple[float, int]]]:
+    """(CPU seconds of all workers, what was embedded, their resident memory on the way)."""
+    stop, memory = threading.Event(), []  # type: ignore[var-annotated]
+    watcher = threading.Thread(target=sampled, args=(stop, memory))
+    watcher.start()
+    before = cpu_s(resource.RUSAGE_CHILDREN)
+    try:
+        found = run.embed(folder, str(images), str(out), workers=workers, max_failed=1)
+    finally:
+        stop.set()
+        watcher.join()
+    return cpu_s(resource.RUSAGE_CHILDREN) - before, found, memory
+
+
 def main() -> None:
     """Measures, and prints one JSON object."""
     parser = argparse.ArgumentParser()
@@ -90,28 +107,28 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     wanted = parser.parse_args()
     decoding, session = alone(wanted.bundle, wanted.images, wanted.count)
-    out = Path(tempfile.mkdtemp()) / "out"
-    stop, memory = threading.Event(), []
-    watcher = threading.Thread(target=sampled, args=(stop, memory))
-    watcher.start()
-    before, started = cpu_s(resource.RUSAGE_CHILDREN), time.monotonic()
-    try:
-        found = run.embed(wanted.bundle, str(wanted.images), str(out), workers=wanted.workers, max_failed=1)
-    finally:
-        stop.set()
-        watcher.join()
-        shutil.rmtree(out.parent)
-    used = (cpu_s(resource.RUSAGE_CHILDREN) - before) / found.rows
+    names = [item.name for item in sources.open_source(str(wanted.images)).items()]
+    with tempfile.TemporaryDirectory() as scratch:
+        half = Path(scratch) / "half"
+        for name in names[::2]:
+            (half / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(wanted.images / name, half / name)
+        of_half, _, _ = embedded(wanted.bundle, half, Path(scratch) / "first", wanted.workers)
+        started = time.monotonic()
+        of_all, found, memory = embedded(wanted.bundle, wanted.images, Path(scratch) / "second", wanted.workers)
+        wall_s = time.monotonic() - started
+    used = (of_all - of_half) / (len(names) - len(names[::2]))
     sizes = [size for _, size in memory]
     tenth = max(1, len(sizes) // 10)
     middle, last = sizes[4 * tenth : 5 * tenth] or sizes, sizes[-2 * tenth : -tenth] or sizes
     print(json.dumps({
         "rows": found.rows,
-        "wall_s": round(time.monotonic() - started, 1),
+        "wall_s": round(wall_s, 1),
         "workers": found.layout and found.layout.workers,
         "decoding_ms": round(decoding * 1e3, 2),
         "session_ms": round(session * 1e3, 2),
         "embed_ms": round(used * 1e3, 2),
+        "start_s": round(of_all - used * len(names), 1),
         "share": round((decoding + session) / used, 3),
         "resident_mb_middle": round(float(np.median(middle)) / 1e6, 1),
         "resident_mb_late": round(float(np.median(last)) / 1e6, 1),

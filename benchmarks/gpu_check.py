@@ -1,10 +1,11 @@
 """Everything about speed and truth that wants a GPU, in one command and one table: `python benchmarks/gpu_check.py`.
 
 For each variant, size and batch: PyTorch eager and compiled, ONNX Runtime, TensorRT and TensorRT-RTX where they are
-present, in fp16 on the GPU. Each is timed from host memory to host memory, as a server would be, and its tokens are
-judged against PyTorch fp32 on the CPU: a fast wrong answer is marked wrong. Without a GPU it runs the CPU's rows in
-fp32, and says what it left out. `--out FILE` has each row as soon as it is known: what breaks later loses none. After
-`--minutes` nothing new is begun, and what is left is listed.
+present, in fp16 on the GPU. Each is timed from host memory to host memory, as a server would be. Every image of every
+batch is judged as a bundle is, by a reference.npz with PyTorch's fp32 outputs and the bundle's limits, but for the one
+that PyTorch's own fp16 sets, which a CPU takes too long for. A fast wrong answer is marked wrong. Without a GPU it runs
+the CPU's rows in fp32, and says what it left out. `--out FILE` has each row as soon as it is known: what breaks later
+loses none. After `--minutes` nothing new is begun, and what is left is listed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,18 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinoexport import bundle
+from dinoexport.bundle import reference_file
+from dinoexport.bundle.reference_file import Reference
 from dinoexport.config import recipe
 from dinoexport.config.recipe import Range
 from dinoexport.engines import builder, profiles
 from dinoexport.errors import DinoexportError
 from dinoexport.graph.onnx_writer import export
 from dinoexport.models.dinov2 import reference
+from dinoexport.models.dinov2.synthetic import pixels
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import ort, trt
 from dinoexport.runtime.table import TABLE
-from dinoexport.spec import Case, Expectation, Graph, Precision, Runtime, silent
+from dinoexport.spec import Arrays, Case, Expectation, Graph, Precision, Runtime, silent
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
+from dinoexport.validation import evaluate
 from dinoexport.validation.judge import judge
 from dinoexport.weights.checkpoint import open_checkpoint
 
@@ -48,23 +54,24 @@ WARM_UPS, SECONDS = 3, 2.0
 FAILURES = (DinoexportError, RuntimeError, OSError, ValueError)
 DEVICE = "cuda"
 COPIED_ITEMS = 1 << 26
-JUDGED = 2  # images of each batch that PyTorch answers too
+DISTINCT = 2  # images of each size that PyTorch answers; a batch holds them in turn
 Runs = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One variant, exported, with what PyTorch fp32 on the CPU is asked through."""
+    """One variant, exported, with the reference that judges it: a case for each size."""
 
     name: str
     request: pipeline.BuildRequest
     read: Callable[[str], Any]
     onnx: Path
     graph: Graph
+    reference: Reference
 
 
-def exported(name: str, precision: Precision, folder: Path, largest_batch: int) -> Variant:
-    """The variant's ONNX with made-up weights, for batches up to `largest_batch`."""
+def exported(name: str, precision: Precision, folder: Path, largest_batch: int, sizes: Sequence[int]) -> Variant:
+    """The variant's ONNX with synthetic weights, for batches up to `largest_batch`, and its reference at `sizes`."""
     request = pipeline.build_request(name, weights="synthetic:0", precision=precision, target="cpu")
     ranges = {**request.recipe.profile, "batch": Range(min=1, opt=min(8, largest_batch), max=largest_batch)}
     model: Any = request.model
@@ -72,7 +79,23 @@ def exported(name: str, precision: Precision, folder: Path, largest_batch: int) 
     checkpoint = open_checkpoint(model, request.recipe, request.weights, progress=silent)
     (graph,) = model.graphs
     onnx, _ = export(graph, model.calls(graph, checkpoint.read), folder, metadata={})
-    return Variant(name=name, request=request, read=checkpoint.read, onnx=onnx, graph=graph)
+    cases = [
+        Case(name=str(size), why=f"{DISTINCT} noise images", inputs={"pixels": pixels(DISTINCT, size, size, size)})
+        for size in sizes
+    ]
+    limits = request.limits.model_copy(update={"times_own_error_max": None})
+    made = evaluate.compute_reference(
+        request.model,
+        checkpoint,
+        cases,
+        limits,
+        precision=precision,
+        judge_code="plain",
+        kinds=evaluate.kinds_of((graph,)),
+    )
+    reference_file.write(folder / bundle.REFERENCE, made)
+    read = reference_file.read(folder / bundle.REFERENCE)
+    return Variant(name=name, request=request, read=checkpoint.read, onnx=onnx, graph=graph, reference=read)
 
 
 def contenders(variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str]) -> Iterator[tuple[str, Runs]]:
@@ -208,18 +231,22 @@ def flops_per_image(variant: Variant, size: int) -> float:
     return 2.0 * (patches * 3 * arch.patch_size**2 * arch.embed_dim + arch.depth * block)
 
 
-def judged(variant: Variant, answer: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str]:
-    """(relative L2 of the patch tokens, verdict) of the first images of a batch."""
-    limits = variant.request.limits.model_copy(update={"times_own_error_max": None})
-    first = {name: array[:JUDGED] for name, array in answer.items()}
-    case = Case(name="batch", why="the first images of the batch", inputs={})
+def in_turn(arrays: Arrays, batch: int) -> dict[str, Any]:
+    """A batch with the images, or the outputs, of a case in turn."""
+    return {name: array[np.arange(batch) % DISTINCT] for name, array in arrays.items()}
+
+
+def judged(variant: Variant, answer: dict[str, Any], expectation: Expectation, batch: int) -> tuple[str, str]:
+    """(the largest relative L2 of an output, verdict) of a whole batch, by the reference."""
+    case = replace(expectation.case, inputs={})
     report = judge(
-        lambda _: first,
-        [Expectation(case=case, outputs=expected)],
+        lambda _: answer,
+        [Expectation(case=case, outputs=in_turn(expectation.outputs, batch))],
         [],
-        limits,
+        variant.reference.limits,
         candidate_name="candidate",
-        reference_name="PyTorch fp32",
+        reference_name=variant.reference.name,
+        kinds=variant.reference.kinds,
     )
     errors = [row.distance.relative_l2 for row in report.rows if row.distance]
     return (f"{max(errors):.1e}" if errors else "", "right" if report.passed else "WRONG")
@@ -230,29 +257,24 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
     until = time.monotonic() + 60 * arguments.minutes
     peak, memory_speed = peak_flops(gpu), peak_bytes_per_s(gpu)
     precision = Precision.FP16 if gpu else Precision.FP32
-    rng = np.random.default_rng(0)
     for name in arguments.variants:
         if time.monotonic() > until:
             notes.append(f"{name}: {arguments.minutes} minutes were over")
             continue
         with tempfile.TemporaryDirectory() as temporary:
-            variant = exported(name, precision, Path(temporary), max(arguments.batches))
+            variant = exported(name, precision, Path(temporary), max(arguments.batches), arguments.sizes)
             weight_bytes = variant.onnx.with_name(f"{variant.onnx.name}.data").stat().st_size
-            batches = {
-                (size, batch): rng.standard_normal((batch, 3, size, size), np.float32)
-                for size in arguments.sizes
-                for batch in arguments.batches
-            }
-            asked = [{"pixels": images[:JUDGED]} for images in batches.values()]
-            expected = variant.request.model.reference(variant.read, asked, precision=Precision.FP32, progress=silent)
+            shapes = [(e, batch) for e in variant.reference.expectations for batch in arguments.batches]
             for runtime, run in contenders(variant, gpu, Path(temporary), notes):
-                for ((size, batch), images), truth in zip(batches.items(), expected, strict=True):
+                for expectation, batch in shapes:
+                    size = int(expectation.case.name)
+                    images = in_turn(expectation.case.inputs, batch)
                     if time.monotonic() > until:
                         notes.append(f"{name} {size} batch {batch}, {runtime}: {arguments.minutes} minutes were over")
                         continue
                     try:
-                        answer = run({"pixels": images})
-                        samples_ms = timed(lambda run=run, images=images: run({"pixels": images}))  # type: ignore[misc]
+                        answer = run(images)
+                        samples_ms = timed(lambda run=run, images=images: run(images))  # type: ignore[misc]
                     except FAILURES as error:
                         notes.append(f"{name} {size} batch {batch}, {runtime}: {first_line(error)}")
                         continue
@@ -263,7 +285,7 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
                     of_memory = weight_bytes / (ms / 1000) / memory_speed
                     yield (
                         name, str(size), str(batch), runtime, f"{ms:.2f}", spread, f"{rate:.1f}", f"{share:.0%}",
-                        f"{of_memory:.0%}", clock_and_power(gpu), *judged(variant, answer, truth),
+                        f"{of_memory:.0%}", clock_and_power(gpu), *judged(variant, answer, expectation, batch),
                     )  # fmt: skip
                 if hasattr(run, "close"):
                     try:

@@ -202,7 +202,7 @@ class Bundle:
             try:
                 engines = {self.folder / facts.file: facts for facts in self.manifest.engines}
                 candidate, device = runners.open_engines(self._model, engines, graphs, trusted=self._trusted)
-                return candidate, runners.engine_name(self.manifest.engines[0], device)
+                return candidate, runners.engine_name(runners.engines_here(self.manifest.engines)[0], device)
             except MissingRequirement:
                 if self._device == "gpu":
                     raise

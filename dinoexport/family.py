@@ -374,6 +374,15 @@ class HasCompanionFiles(Protocol):
         """Name -> content of the files beside the graphs in a bundle."""
 
 
+@runtime_checkable
+class SizedWeights(Protocol):
+    """A model whose graphs do not store every tensor once in their own precision."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its graphs' weights take in their files."""
+
+
 class Family(Protocol):
     """A kind of model."""
 
@@ -403,6 +412,20 @@ class DescribesWeights(Protocol):
 
     def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
         """Values that weights cannot show: each with its default, which recipe or file can replace, and the reason."""
+
+
+@runtime_checkable
+class SplitsTensors(Protocol):
+    """A family whose published checkpoints hold parts of one tensor in several files."""
+
+    def split_axis(self, name: str) -> int | None:
+        """Along which axis the parts of the tensor `name` are joined; None for one that is whole in each file."""
+
+
+def split_axis(name: str) -> int | None:
+    """What the installed families say of a tensor in several files, before it is known whose it is."""
+    axes = (known.split_axis(name) for known in map(find, installed()) if isinstance(known, SplitsTensors))
+    return next((axis for axis in axes if axis is not None), None)
 
 
 def installed() -> tuple[str, ...]:

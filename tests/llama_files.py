@@ -40,8 +40,8 @@ def write_meta(folder: Path, arch: Architecture, seed: int, shards: int = 1) -> 
         "n_layers": arch.layers,
         "n_heads": arch.heads,
         "n_kv_heads": arch.kv_heads,
-        "multiple_of": 32,
-        "ffn_dim_multiplier": 1.3,
+        "multiple_of": arch.hidden_dim,
+        "ffn_dim_multiplier": arch.hidden_dim / int(8 * arch.dim / 3),
         "norm_eps": arch.norm_eps,
         "rope_theta": arch.rope_theta,
     }
@@ -124,6 +124,14 @@ def write_gguf(path: Path, arch: Architecture, seed: int, kind: str) -> Path:
     inner = {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "w1": "ffn_gate", "w2": "ffn_down"}
     inner |= {"w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(arch.dim)
+    writer.add_block_count(arch.layers)
+    writer.add_feed_forward_length(arch.hidden_dim)
+    writer.add_head_count(arch.heads)
+    writer.add_head_count_kv(arch.kv_heads)
+    writer.add_context_length(arch.context)
+    writer.add_vocab_size(arch.vocabulary)
+    writer.add_rope_dimension_count(arch.head_dim)
     writer.add_rope_freq_base(arch.rope_theta)
     writer.add_layer_norm_rms_eps(arch.norm_eps)
     for name, values in weights(arch, seed).items():

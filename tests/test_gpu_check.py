@@ -14,17 +14,20 @@ from dinoexport.runtime import ort
 from dinoexport.runtime.table import RuntimeFacts
 from dinoexport.spec import Precision, Runtime
 from dinoexport.system import hardware
+from scripts import gpu_wheels
 from tests.conftest import DATA
 from tests.engines.test_builder import A100
 from tests.runtime.test_trt import stand_in
-from tests.standin import face, gpu
+from tests.standin import bindings, face, gpu
+
+ROOT = DATA.parent.parent
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> gpu_check.Variant:
     """The first step, once for all tests."""
     recipe = str(DATA / "tiny_swiglu_reg.toml")
-    return gpu_check.exported(recipe, Precision.FP16, tmp_path_factory.mktemp("exported"), 2)
+    return gpu_check.exported(recipe, Precision.FP16, tmp_path_factory.mktemp("exported"), 2, [28])
 
 
 @pytest.fixture
@@ -117,3 +120,16 @@ def test_time_that_is_over_is_said(on_a_gpu: gpu.Device, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_check, "peak_bytes_per_s", lambda _gpu: 1e9)
     assert run(monkeypatch, out, "--minutes", "0") == 0
     assert not table_of(out) and "0.0 minutes were over" in out.read_text()
+
+
+def test_the_wheels_of_a_gpu_run_are_listed_by_one_command() -> None:
+    """No shell, no source builds, and the versions that the tests have seen."""
+    words = gpu_wheels.command(("download", "--dest", "x"), "3.12")
+    assert "--only-binary=:all:" in words and words[words.index("--python-version") + 1] == "3.12"
+    lines = [line for line in gpu_wheels.REQUIREMENTS.read_text().splitlines() if line[:1] not in ("#", "-", "")]
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    assert pinned["tensorrt-cu13"] == bindings.VERSIONS[-1], "the newest whose bindings were driven"
+    constraints = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert all(version == constraints[name] for name, version in pinned.items() if name in constraints)
+    report = {"install": [{"metadata": {"name": n, "version": "1"}, "download_info": {"url": n}} for n in ("b", "A")]}
+    assert [name for name, _, _ in gpu_wheels.listed(report)] == ["A", "b"]

@@ -8,6 +8,7 @@ import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.places import destination
+from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import (
     Json,
@@ -93,7 +94,8 @@ def list_(as_json: Json = False) -> None:
         if as_json:
             say_json(found)
             return
-        say(table("Variants", found["variants"]))
+        for title, rows in formatting.variant_tables(found["variants"]).items():
+            say(table(title, rows))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
@@ -122,6 +124,9 @@ def build(
     ] = False,
     reference: ReferenceOption = "plain",
     sign: Sign = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what the build would take and need, and refuse what cannot be.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle, validate it against PyTorch, and publish it only if it passes."""
@@ -146,6 +151,9 @@ def build(
                     progress=progress,
                 )
             _say_settled(request.settled, to_stderr=as_json)
+            if dry_run:
+                _show_plan(request, as_json=as_json)
+                return
             signer = signer_of(sign)
             try:
                 with progress_lines() as progress:
@@ -250,6 +258,19 @@ def doctor(as_json: Json = False) -> None:
                 as_json,
                 findings=rows,
             )
+
+
+def _show_plan(request: Any, *, as_json: bool) -> None:
+    from dinoexport.pipeline import preflight
+
+    preflight.packages(request)
+    preflight.weights_fit(request)
+    preflight.disk(request)
+    plan = preflight.plan(request)
+    if as_json:
+        say_json({"plan": plan, "recipe": request.recipe.model_dump(mode="json")})
+        return
+    say(facts_table("Plan; nothing was done", plan))
 
 
 def precision_of(word: str | None) -> Any:

@@ -16,10 +16,10 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.runtime import runners
+from dinoexport.runtime import carried_memory, runners
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
-from dinoexport.system import changes, timing
+from dinoexport.system import changes, memory, timing
 from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 # More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
+# What is known of every variant; the rest are its family's facts.
+_COMMON = ("variant", "parameters", "published_bytes", "licence")
 
 
 def everything() -> dict[str, Rows]:
@@ -48,6 +50,16 @@ def everything() -> dict[str, Rows]:
             for t in map(load_target, resources.names("recipes/targets"))
         ],
     }
+
+
+def variant_tables(variants: Rows) -> dict[str, Rows]:
+    """Variants with the same facts, each in a table of their own, by title; licences without their remarks."""
+    tables: dict[str, Rows] = {}
+    for row in variants:
+        columns = ", ".join(name for name in row if name not in _COMMON)
+        short = {**row, "licence": row["licence"].split(" (")[0]}
+        tables.setdefault(f"Variants by {columns}", []).append(short)
+    return tables
 
 
 def _heads() -> Rows:
@@ -140,11 +152,23 @@ def of_path(path: Path) -> dict[str, Any]:
         ],
         **_engines(manifest),
         **_cpu(manifest),
+        **_memory(manifest),
         "Dimensions": [dim for g in manifest.graphs for dim in g.dims],
         "Files": [
             {"file": f.name, "stage": f.stage, "bytes": f.size_bytes, "SHA-256": f.sha256} for f in manifest.files
         ],
     }
+
+
+def _memory(manifest: bundle.Manifest) -> dict[str, dict[str, str]]:
+    """What a graph that carries state needs of this machine's memory."""
+    sizes = {file.name: file.size_bytes for file in manifest.files}
+    found: dict[str, str] = {}
+    for facts in manifest.graphs:
+        carried = carried_memory.of(facts.graph())
+        if carried is not None:
+            found |= carried.facts(sizes.get(f"{facts.file}.data", sizes[facts.file]), memory.available_bytes())
+    return {"Memory": found} if found else {}
 
 
 def _head(manifest: bundle.Manifest) -> dict[str, str]:

@@ -16,8 +16,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     from rich.text import Text
 
     shown = Table(title=Text(printable(title)), title_justify="left")
-    for column in rows[0] if rows else ():
-        shown.add_column(Text(printable(column)))
+    for i, column in enumerate(rows[0] if rows else ()):
+        shown.add_column(Text(printable(column)), no_wrap=i == 0, overflow="fold")  # nothing is cut
     for row in rows:
         shown.add_row(
             *(Text(printable(_cell(value))) for value in row.values())

@@ -119,6 +119,13 @@ class Recipe(Frozen):
         default=None, description="Arithmetic of the graph's body. Default: the first the target has."
     )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
+    obtain: str = Field(
+        default="", description="Where weights are had that no program may fetch, and under what conditions."
+    )
+    card: dict[Name, str] = Field(
+        default_factory=dict,
+        description="What the authors say of intended use, limits and risks, and what a licence wants passed on.",
+    )
     quantised: Literal["activations", "weights"] = Field(
         default="activations",
         description="What int8 and int4 store in fewer bits. `activations`: weights and activations, with one "
@@ -181,6 +188,8 @@ class Target(Frozen):
     runtimes: the runtimes for this machine, the preferred first, with the use of each. cautions: what a user must know
     before relying on one. precisions: what the machine has, the recommended one first, with its reason; lacks:
     what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
+    known_bad: versions of TensorRT, by their beginning, that are refused there, and why. unified_memory: CPU and GPU
+    share one memory, so an engine cannot have all of it.
     """
 
     name: Name
@@ -188,10 +197,21 @@ class Target(Frozen):
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
     gpus: tuple[str, ...] = ()
     memory_gb: int | None = Field(default=None, gt=0)
+    unified_memory: bool = False
+    known_bad: dict[Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")], str] = Field(default_factory=dict)
     runtimes: dict[Runtime, str] = Field(min_length=1)
     cautions: dict[Runtime, str] = Field(default_factory=dict)
     precisions: dict[Precision, str] = Field(min_length=1)
     lacks: dict[Precision, str] = Field(default_factory=dict)
+
+    def why_bad(self, tensorrt: str) -> str:
+        """Why this version of TensorRT is refused here; empty when it is not."""
+        parts = tensorrt.split(".")
+        return next((why for bad, why in self.known_bad.items() if parts[: bad.count(".") + 1] == bad.split(".")), "")
+
+    def memory_for_engine(self, memory_bytes: int) -> int:
+        """How much of a device's memory an engine may take: of a shared one three quarters, an assumption."""
+        return memory_bytes * 3 // 4 if self.unified_memory else memory_bytes
 
 
 class Limit(Frozen):

@@ -374,7 +374,7 @@ def _opened(folder: Path, manifest: Manifest, model: Model, threads: int) -> tup
         except MissingRequirement:
             pass
         else:
-            return candidate, runners.engine_name(manifest.engines[0], device)
+            return candidate, runners.engine_name(runners.engines_here(manifest.engines)[0], device)
     way = replace(runners.way_of(manifest), threads=threads)
     opened = cpu.open_graphs(graphs, way)
     return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})

@@ -299,8 +299,7 @@ def layout_of(manifest: Manifest, workers: int | None) -> Layout:
 
 def _runs(manifest: Manifest) -> bool:
     try:
-        for engine in manifest.engines:
-            engine_header.check_runs_here(engine, hardware.gpus())
+        engine_header.for_this_machine(manifest.engines, hardware.gpus())
     except MissingRequirement:
         return False
     return True

@@ -23,7 +23,7 @@ from dinoexport.pipeline.stages.quantise import forms_of
 from dinoexport.pipeline.stages.reference import compute_reference
 from dinoexport.pipeline.stages.report import list_materials, render_report
 from dinoexport.pipeline.stages.text import text_stage
-from dinoexport.pipeline.stages.tune import choose_runtime
+from dinoexport.pipeline.stages.tune import choose_another, choose_runtime
 from dinoexport.pipeline.stages.weights import head_of, open_weights
 from dinoexport.pipeline.versions import versions_in
 from dinoexport.pipeline.workspace import Stage, Workspace, workspace
@@ -69,6 +69,7 @@ def build(
     what passed, and nothing else.
     """
     preflight.packages(request)
+    preflight.weights_fit(request)
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is refused before anything is traced
@@ -86,6 +87,9 @@ def build(
         facts = choose_runtime(request, forms, plain, progress) if request.chosen.on_cpu else None
         exported = forms[facts.chosen.runtime] if facts else plain
         judged = judge_graph(request, exported.folder, reference.stored, facts, progress)
+        while facts and not judged.report.passed and (other := choose_another(request, forms, facts, judged.report)):
+            facts, exported = other, forms[other.chosen.runtime]
+            judged = judge_graph(request, exported.folder, reference.stored, facts, progress)
         growth = follow_error(request, exported.folder, checkpoint, judged.report, facts, progress)
         verdict = record_verdict(work, judged.report, growth, facts)
         made = {exported.name: exported, **made, verdict.name: verdict}

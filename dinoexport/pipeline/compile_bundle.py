@@ -21,8 +21,9 @@ from dinoexport.bundle.signing import Signer
 from dinoexport.config import target as targets
 from dinoexport.config.recipe import EngineChoices, Recipe, parse
 from dinoexport.engines import builder
-from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import Model
+from dinoexport.pipeline import preflight
 from dinoexport.pipeline.request import EngineRequest, engine_request
 from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
@@ -78,7 +79,7 @@ def compile_bundle(
     if out is None and signer is None:
         refuse_signed(folder, str(folder))
     model, request = _request(folder, manifest, target, runtime, engine_choices)
-    require(TABLE[request.runtime].extra, *TABLE[request.runtime].build_modules)
+    preflight.compiler(request)
     if find_spec("onnx") is not None:
         _check_memory(folder, request)
     with workspace(out or folder, force=force, progress=progress) as work:
@@ -203,8 +204,9 @@ def _check_memory(folder: Path, request: EngineRequest) -> None:
             folder / f"{graph.name}.onnx",
             graph,
             request.profiles[graph.name],
-            memory_bytes=gpu.memory_bytes if gpu else (memory_gb or 0) * 10**9,
+            memory_bytes=request.target.memory_for_engine(gpu.memory_bytes if gpu else (memory_gb or 0) * 10**9),
             where=gpu.name if gpu else f"the smallest {request.target.name}",
+            choices=request.choices,
         )
 
 

@@ -132,6 +132,31 @@ def _timed(way: Way, found: timing.Latencies) -> Timed:
     )
 
 
+def without_chosen(model: Runnable, wanted: GraphForms, facts: CpuFacts, why: str) -> CpuFacts | None:
+    """The next fastest way of another runtime, where the chosen one is out of the question; None if there is none.
+
+    why: what is wrong with it, for the record. Nothing is timed again.
+    """
+    refused = {**facts.refused, facts.chosen.runtime: why}
+    left = [
+        timed
+        for timed in facts.measured
+        if timed.way.precision is wanted.precision and timed.way.runtime not in refused
+    ]
+    if not left:
+        return None
+    best = min(left, key=lambda timed: timed.median_ms)
+    chosen_ms, times_fp32 = facts.measured_ms, facts.times_fp32
+    assert chosen_ms is not None
+    return facts.changed(
+        chosen=best.way,
+        runtime_version=cpu.version(best.way.runtime),
+        arithmetic=dict(_arithmetic(model, wanted, best.way, model.workloads[0])),
+        times_fp32=None if times_fp32 is None else times_fp32 * best.median_ms / chosen_ms,
+        refused=refused,
+    )
+
+
 def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:
     """With a single runtime, all usable CPUs and no timing: the same result on each run."""
     return CpuFacts(

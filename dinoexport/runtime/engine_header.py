@@ -63,6 +63,31 @@ def read_header(path: Path) -> Header:
     )
 
 
+def for_this_machine(engines: Sequence[EngineFacts], gpus: Sequence[Gpu]) -> tuple[EngineFacts, ...]:
+    """Of each graph the engine that runs here, where a bundle has engines for several cards.
+
+    A MissingRequirement says what is wrong with each where none of a graph's does.
+    """
+    chosen: list[EngineFacts] = []
+    for graph in dict.fromkeys(engine.graph for engine in engines):
+        problems: list[MissingRequirement] = []
+        for engine in (engine for engine in engines if engine.graph == graph):
+            try:
+                check_runs_here(engine, gpus)
+            except MissingRequirement as problem:
+                problems.append(problem)
+            else:
+                chosen.append(engine)
+                break
+        else:
+            if len(problems) == 1 or not gpus:
+                raise problems[0]
+            raise MissingRequirement(
+                " ".join(problem.message for problem in problems), next_step="Compile the bundle on this card too."
+            )
+    return tuple(chosen)
+
+
 def check_runs_here(engine: EngineFacts, gpus: Sequence[Gpu]) -> Gpu:
     """The GPU that can run `engine`; raises MissingRequirement with the reason, before TensorRT would crash."""
     capabilities = ", ".join(engine.compute_capabilities)

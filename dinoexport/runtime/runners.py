@@ -76,11 +76,14 @@ def open_engines(
 ) -> tuple[Candidate, str]:
     """The engines as a function from a case's inputs to its outputs, and the GPU that runs them.
 
+    Where there are several of a graph, for several cards, this machine's is opened.
     trusted: whether the author is known, so that code in an engine may run on this machine: a version-compatible plan
     holds code. Raises MissingRequirement, before any is opened, if one is for another device or version, or holds
     code and is not trusted.
     """
     gpus = hardware.gpus()
+    here = engine_header.for_this_machine(tuple(engines.values()), gpus)
+    engines = {path: facts for path, facts in engines.items() if facts in here}
     devices = [engine_header.check_runs_here(facts, gpus).name for facts in engines.values()]
     for facts in engines.values():
         if facts.version_compatible and not trusted:
@@ -103,6 +106,13 @@ def open_engines(
         for path, facts in engines.items()
     }
     return driven(model, runners), devices[0]
+
+
+def engines_here(engines: tuple[EngineFacts, ...]) -> tuple[EngineFacts, ...]:
+    """The engines that `open_engines` opens of these: all of them, unless a graph has several."""
+    if len({facts.graph for facts in engines}) == len(engines):
+        return engines
+    return engine_header.for_this_machine(engines, hardware.gpus())
 
 
 def engine_name(facts: EngineFacts, device: str) -> str:

@@ -42,7 +42,10 @@ class RuntimeFacts:
 
     def installed_version(self) -> str | None:
         """The installed version; None if it is not installed."""
-        return next(filter(None, map(hardware.installed, self.distributions)), None)
+        found = next(filter(None, map(hardware.installed, self.distributions)), None)
+        if found is None and self.distributions == hardware.ENGINE_DISTRIBUTIONS[Runtime.TENSORRT]:
+            return hardware.installed_engine_runtime(Runtime.TENSORRT)
+        return found
 
 
 TABLE: Mapping[Runtime, RuntimeFacts] = {

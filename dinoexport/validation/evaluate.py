@@ -183,7 +183,9 @@ def judge_engines(
         candidate, device = runners.open_engines(model, engines, graphs, trusted=True)  # they were built here
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
-    report = judged(watch(candidate), reference, runners.engine_name(facts[0], device), progress=progress)
+    report = judged(
+        watch(candidate), reference, runners.engine_name(runners.engines_here(facts)[0], device), progress=progress
+    )
     report = with_determinism(report, reference, candidate)
     return EngineVerdict(facts=executed(facts, device, report), report=report)
 
@@ -193,7 +195,8 @@ def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) 
     found: dict[str, Any] = {"report": report.to_json()}
     if report.passed:
         found["executed"] = f"on {device} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return tuple(f.changed(**found) for f in facts)
+    ran = runners.engines_here(facts)  # the others are for other cards, and keep what was found there
+    return tuple(f.changed(**found) if f in ran else f for f in facts)
 
 
 def judged(candidate: Candidate, reference: Reference, name: str, *, progress: Progress = silent) -> judge.Report:

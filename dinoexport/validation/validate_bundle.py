@@ -205,7 +205,8 @@ def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | Non
         try:
             engines = {folder / engine.file: engine for engine in manifest.engines}
             candidate, device = runners.open_engines(model, engines, graphs, trusted=trusted)
-            return _Opened(candidate=candidate, name=runners.engine_name(manifest.engines[0], device), device=device)
+            name = runners.engine_name(runners.engines_here(manifest.engines)[0], device)
+            return _Opened(candidate=candidate, name=name, device=device)
         except MissingRequirement as missing:
             if runtime is not None:
                 raise

@@ -145,7 +145,9 @@ def _open_checkpoint(
     if source is None and not wanted.weights:
         raise WeightsError(
             f"The recipe {wanted.name} names no published weights.",
-            next_step="Give a file as --weights PATH, or try it out with --weights synthetic:0.",
+            next_step=f"{wanted.obtain} Give what you have as --weights PATH, or try it out with --weights synthetic:0."
+            if wanted.obtain
+            else "Give a file as --weights PATH, or try it out with --weights synthetic:0.",
         )
     shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, prefix, progress)
     # Checked as the file has it, so that the error names the file's own tensor.

@@ -16,6 +16,7 @@ from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 from dinoexport.weights import gguf_file, pickle_check, shards, torch_zip, unusable
+from dinoexport.weights.shards import SplitAxis
 
 if TYPE_CHECKING:
     import torch
@@ -53,21 +54,25 @@ def readable(source: str) -> Iterator[None]:
         ) from None
 
 
-def shapes_of(path: Path, *, prefix: str | None = None) -> Shapes:
+def shapes_of(path: Path, *, prefix: str | None = None, split_axis: SplitAxis | None = None) -> Shapes:
     """Tensor names and shapes of the checkpoint at `path`; see `opened`."""
     with readable(str(path)):
-        return opened(local(path), prefix=prefix)[0]
+        return opened(local(path), prefix=prefix, split_axis=split_axis)[0]
 
 
 def opened(
-    paths: tuple[Path, ...], *, prefix: str | None = None, wanted: Shapes = MappingProxyType({})
+    paths: tuple[Path, ...],
+    *,
+    prefix: str | None = None,
+    wanted: Shapes = MappingProxyType({}),
+    split_axis: SplitAxis | None = None,
 ) -> tuple[Shapes, Read]:
     """What tensors the files of one checkpoint hold, and what reads them as float32.
 
-    wanted: the shapes of tensors that may lie in parts in several files.
+    wanted: the shapes of tensors that may lie in parts in several files; split_axis: see `shards.merged`.
     prefix: only tensors whose names begin with it, and then go on after a dot, under the rest of their names.
     """
-    found, read = shards.merged({path: _open(path) for path in paths}, wanted)
+    found, read = shards.merged({path: _open(path) for path in paths}, wanted, split_axis)
     shown = ", ".join(map(str, paths)) if len(paths) < 3 else str(paths[0].parent)
     if not found:
         raise WeightsError(f"{shown} holds no tensors.", next_step="Give a model's state dict.")

@@ -8,10 +8,32 @@ from typing import Any
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
+from dinoexport.system import untrusted
 
 START = b"GGUF"
 # What is widened without loss beyond the file's own; others would need a kernel of their own to be judged against.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a regular file that begins as a GGUF file does."""
+    if not untrusted.is_regular(path):
+        return False
+    with untrusted.opened(path) as file:
+        return file.read(len(START)) == START
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata by key, as plain values. Raises WeightsError for a damaged file."""
+    require("export", "gguf")
+    from gguf import GGUFReader
+
+    with untrusted.opened(path):
+        pass  # a regular file; the reader maps it
+    try:
+        return {str(name): field.contents() for name, field in GGUFReader(path).fields.items()}
+    except Exception as error:  # whatever its parser meets in a damaged file
+        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
 
 
 def open_gguf(path: Path) -> tuple[Shapes, Read]:

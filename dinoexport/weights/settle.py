@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from dinoexport.errors import UsageError
 from dinoexport.family import DescribesWeights, Fact, Family, Shapes
 from dinoexport.spec import Progress
 from dinoexport.weights import checkpoint, formats
+
+_WEIGHTS = "the weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
     if recipe is not None and not isinstance(family.find(recipe.family), DescribesWeights):
         return Settled(recipe=recipe)
     path = Path(source)
-    found = formats.shapes_of(path, prefix=prefix)
+    found = formats.shapes_of(path, prefix=prefix, split_axis=family.split_axis)
     published = _published(checkpoint.digest_of(source, progress=progress))
     made = recipe is None
     if recipe is None:
@@ -74,10 +77,13 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
 
 def _published(digest: str) -> str | None:
     """The shipped variant whose published weights have this hash."""
-    for name in recipes.variants():
-        if any(file.sha256 == digest for file in recipes.load(name).weights):
-            return name
-    return None
+    return _by_hash(recipes.variants()).get(digest)
+
+
+@cache
+def _by_hash(variants: tuple[str, ...]) -> Mapping[str, str]:
+    """The variant by the hash of its weights; a process reads all recipes once."""
+    return {file.sha256: name for name in variants for file in recipes.load(name).weights if file.sha256}
 
 
 def _recipe_from(path: Path, found: Shapes) -> Recipe:
@@ -98,22 +104,32 @@ def _recipe_from(path: Path, found: Shapes) -> Recipe:
 
 def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
     """The recipe with `facts`. made: whether it came from the same files, so that only they can disagree."""
+    facts = tuple(facts)
+
+    def source(key: str, value: Any) -> str:
+        """What a made recipe has from a file, that file says."""
+        agreeing = (fact.source for fact in facts if fact.key == key and _same(fact.value, value))
+        return next(agreeing, _WEIGHTS) if made else "the recipe"
+
     says: dict[str, Fact] = {
-        key: Fact(key=key, value=value, source="the recipe" if not made else "the weights")
-        for key, value in _flat(recipe).items()
+        key: Fact(key=key, value=value, source=source(key, value)) for key, value in _flat(recipe).items()
     }
     tables = recipe.model_dump(mode="python", include={"model", "preprocess"})
     for fact in facts:
         before = says.get(fact.key)
         if before is not None and not _same(before.value, fact.value):
             raise UsageError(
-                f"{before.source} says {fact.key} = {_shown(before.value)}, {fact.source} says {_shown(fact.value)}.",
+                f"{_says(before)} {fact.key} = {_shown(before.value)}, {_says(fact)} {_shown(fact.value)}.",
                 next_step="Fix the one that is wrong. The numbers of a build would rest on a guess.",
             )
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")
         tables[table].setdefault(key, fact.value)
     return recipe.changed(**tables)
+
+
+def _says(fact: Fact) -> str:
+    return f"{fact.source} {'say' if fact.source == _WEIGHTS else 'says'}"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

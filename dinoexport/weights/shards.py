@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dinoexport.errors import WeightsError
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 
+# Along which axis the parts of a tensor are joined, by its name; None for one that is whole in each file.
+SplitAxis = Callable[[str], int | None]
 
-def merged(opened: Mapping[Path, tuple[Shapes, Read]], wanted: Shapes) -> tuple[Shapes, Read]:
+
+def merged(
+    opened: Mapping[Path, tuple[Shapes, Read]], wanted: Shapes, split_axis: SplitAxis | None = None
+) -> tuple[Shapes, Read]:
     """The files of one checkpoint as one.
 
     A name in several files is a tensor in parts, joined in the files' order along the axis on which they add up to the
-    `wanted` size, or, where others are in parts, a copy in each. Anything else is a WeightsError.
+    `wanted` size, or, where others are in parts, a copy in each. Anything else is a WeightsError. split_axis: decides
+    instead, while it is not known what is wanted.
     """
     holders: dict[str, list[Path]] = {}
     for path, (found, _) in opened.items():
         for name in found:
             holders.setdefault(name, []).append(path)
     several = {name: paths for name, paths in holders.items() if len(paths) > 1}
-    axes = {name: _axis([opened[path][0][name] for path in paths], wanted.get(name)) for name, paths in several.items()}
+    axes = {
+        name: split_axis(name) if split_axis else _axis([opened[path][0][name] for path in paths], wanted.get(name))
+        for name, paths in several.items()
+    }
     in_parts = any(axis is not None for axis in axes.values())
     for name, paths in several.items():
         parts = [opened[path][0][name] for path in paths]

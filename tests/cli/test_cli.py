@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
 
 def test_list() -> None:
     listed = json.loads(run("list", "--json").stdout)
-    plain = [row for row in listed["variants"] if "depth" not in row["variant"]]
+    plain = [row for row in listed["variants"] if row["variant"].startswith("vit")]
     assert [row["variant"] for row in plain] == [
         "vits14", "vits14_reg", "vitb14", "vitb14_reg", "vitl14", "vitl14_reg", "vitg14", "vitg14_reg",
     ]  # fmt: skip
-    assert listed["variants"][0]["published_bytes"] == 88283115
+    assert plain[0]["published_bytes"] == 88283115
     assert all(row["licence"].startswith("Apache-2.0") for row in plain)
     heads = {row["head"]: row["of"] for row in listed["heads"]}
     assert len(heads) == 12 and set(heads["nyu_dpt"]) == {"vits14", "vitb14", "vitl14", "vitg14"}
@@ -158,7 +159,7 @@ def test_json_is_alone_on_stdout(bundle_folder: Path, tmp_path: Path) -> None:
     assert json.loads(run("schema", "--json").stdout) == json.loads(run("schema").stdout)
 
 
-BUILT = {"bundle", "cpu", "engines", "not_run", "reused", "verdict"}
+BUILT = {"assumed", "bundle", "cpu", "engines", "not_run", "notes", "recipe", "reused", "verdict"}
 DEPLOYED = {"backend", "models", "name", "note", "previous", "repository", "retired", "version"}
 KEYS = {
     "build": BUILT | {"report", "signed_by"},
@@ -167,10 +168,10 @@ KEYS = {
         "bundle", "does_not_prove", "not_recorded", "not_run", "proves", "recorded", "report", "signed_by", "skipped",
         "verified",
     },
-    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs"},
+    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs", "Measured on the CPU that built it"},
     "report": {"report"},
     "diff": {"Files", "Operations", "Outputs", "Speed", "What differs"},
-    "list": {"targets", "variants"},
+    "list": {"heads", "targets", "variants"},
     "doctor": {"findings"},
     "deploy": DEPLOYED,
     "rollback": DEPLOYED,
@@ -226,10 +227,21 @@ def test_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_hostile_name_does_not_reach_the_terminal(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    path = tmp_path / "hostile.safetensors"
+    path = tmp_path / "\x1b[2Jfile.safetensors"
     safetensors.numpy.save_file({"\x1b[2Jgone": np.zeros(3, np.float32)}, path)
-    result = run("build", TINY, "--weights", str(path), "--out", str(tmp_path / "bundle"))
-    assert result.exit_code == 3 and "\x1b" not in result.stderr and "\\x1b[2Jgone" in result.stderr
+    build = ("build", TINY, "--weights", str(path), "--out", str(tmp_path / "bundle"))
+    result = run(*build)
+    assert result.exit_code == 3 and "\x1b" not in result.stderr and "\\x1b[2Jfile" in result.stderr
+    told = run(*build, "--json")
+    assert "\x1b" not in told.output and any("\x1b[2Jgone" in line for line in _strings(json.loads(told.stdout)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
 
 
 def test_inspect_shows_what_a_user_needs(bundle_folder: Path) -> None:

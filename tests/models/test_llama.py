@@ -138,14 +138,14 @@ def test_a_cache_of_20000_tokens(way: Way, exported: Callable[[str], Path]) -> N
 
 def test_traced_modules_are_meta_s() -> None:
     model, golden = model_of("tiny_gqa"), Golden("tiny_gqa")
-    inputs = [golden.inputs(case) for case in CASES]
-    for case, answer in zip(CASES, conformance.eagerly(model, reader(model), inputs), strict=True):
+    chosen = ("1x40+24", "3x5-12-9", "1x64@99936")
+    inputs = [golden.inputs(case) for case in chosen]
+    for case, answer in zip(chosen, conformance.eagerly(model, reader(model), inputs), strict=True):
         golden.check(case, answer)
 
 
-@pytest.mark.parametrize("name", ["tiny_gqa", "other"])
-def test_conforms(name: str, tmp_path: Path) -> None:
-    model = model_of(name, context=64)
+def test_conforms(tmp_path: Path) -> None:
+    model = model_of("other", context=64, layers=2)
     tables: list[dict[str, Any]] = [
         {"name": "batch", "why": "unequal prompts, in chunks, continued", "prompts": [5, 12, 9], "keep": 4, "steps": 3}
         | {"chunk": 5},

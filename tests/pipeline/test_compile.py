@@ -22,6 +22,7 @@ from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline import compile_bundle as compiling
+from dinoexport.pipeline import preflight
 from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.serving.triton import model_repository
 from dinoexport.spec import Runtime
@@ -119,7 +120,7 @@ def on(card: str, capability: str, patch: pytest.MonkeyPatch) -> None:
         index=0, name=card, uuid="GPU-1", compute_capability=capability, memory_bytes=80 * 10**9, driver="590.1"
     )
     patch.setattr(hardware, "gpus", lambda: (gpu,))
-    patch.setattr(compiling, "require", lambda *_: None)
+    patch.setattr(preflight, "compiler", lambda *_: None)
     patch.setattr(engine_stage.builder, "build", fake_plan)
 
 
@@ -215,7 +216,7 @@ def test_refusals(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(hardware, "gpus", lambda: (gpu,))
         with pytest.raises(MissingRequirement, match="tensorrt is not installed"):
             compiling.compile_bundle(built)
-        patch.setattr(compiling, "require", lambda *_: None)
+        patch.setattr(preflight, "compiler", lambda *_: None)
         with pytest.raises(MissingRequirement, match=r"NVIDIA A100 has 0\.0 GB"):
             compiling.compile_bundle(built)
     manifest = bundle.read_manifest(built)

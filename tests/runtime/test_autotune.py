@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
+from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.cli import formatting
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import autotune, cpu, openvino
+from dinoexport.runtime import autotune, cpu, openvino, table
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import validate_bundle
@@ -119,11 +120,11 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     lines = "\n".join(formatting.cpu_lines(built.manifest))
     assert f"openvino {facts.runtime_version}, 2 threads, fp32 (" in lines
     assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
-    (table,) = [rows for title, rows in formatting.of_path(built.folder).items() if title.startswith("Measured")]
-    assert [row[""] for row in table] == ["chosen", "", "", ""]
+    (shown,) = [rows for title, rows in formatting.of_path(built.folder).items() if title.startswith("Measured")]
+    assert [row[""] for row in shown] == ["chosen", "", "", ""]
     assert validate_bundle.validate(built.folder).report.candidate.startswith("OpenVINO")
     # A server without OpenVINO takes the same file.
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
+    monkeypatch.setattr(table, "installed", lambda among: tuple(r for r in among if r is Runtime.ONNXRUNTIME))
     assert validate_bundle.validate(built.folder).report.candidate.startswith("ONNX Runtime")
 
 
@@ -216,7 +217,6 @@ def test_bf16_without_bf16_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(openvino, "computes", lambda precision: False)
     with pytest.raises(MissingRequirement, match="no bf16"):
         pipeline.build(request)
-    monkeypatch.setattr(cpu, "installed", lambda: ("onnxruntime",))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "openvino", None)
         with pytest.raises(MissingRequirement) as caught:
@@ -238,3 +238,36 @@ def test_a_container_share_counts(text: str, cpus: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert cpu.usable_cpus() == cpus
+
+
+def test_the_next_runtime_follows_one_that_misses_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the times that were taken already; threads of the same runtime are no other arithmetic."""
+    monkeypatch.setattr(autotune, "_arithmetic", lambda *_: {"f32": 3})
+    model, wanted = pipeline.build_request(TINY).model, autotune.GraphForms(precision=Precision.INT8, graphs={})
+
+    def timed(runtime: Runtime, precision: Precision, threads: int, median_ms: float) -> Timed:
+        way = Way(runtime=runtime, precision=precision, threads=threads)
+        return Timed(way=way, median_ms=median_ms, spread=0.1, samples=3)
+
+    measured = (
+        timed(Runtime.ONNXRUNTIME, Precision.INT8, 2, 4.0),
+        timed(Runtime.ONNXRUNTIME, Precision.INT8, 1, 5.0),
+        timed(Runtime.OPENVINO, Precision.INT8, 1, 7.0),
+        timed(Runtime.OPENVINO, Precision.INT8, 2, 6.0),
+        timed(Runtime.OPENVINO, Precision.FP32, 2, 8.0),
+    )
+    facts = CpuFacts(
+        machine="x",
+        usable_cpus=2,
+        load="y",
+        chosen=measured[0].way,
+        runtime_version="1",
+        arithmetic={"int8": 3},
+        times_fp32=0.5,
+        measured=measured,
+        others_share=0.0,
+    )
+    other = autotune.without_chosen(model, wanted, facts, "it misses the limits")
+    assert other is not None and other.chosen == measured[3].way
+    assert other.times_fp32 == 0.75 and other.refused == {"onnxruntime": "it misses the limits"}
+    assert autotune.without_chosen(model, wanted, other, "so does it") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,31 @@ def test_validate_on_the_target_finishes_the_proof(published: Path, tmp_path: Pa
     assert validate_bundle.validate(folder, runtime=Runtime.ONNXRUNTIME).report.candidate.startswith(
         ("ONNX Runtime", "OpenVINO")
     )
+
+
+def test_a_merged_bundle_is_judged_on_each_of_its_cards(
+    published: Path, tmp_path: Path, device: Device, a100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This card's engine is opened and recorded; the other's is neither, and its own verdict stays."""
+    folder = with_engine(published, tmp_path / "bundle")
+    (folder / "model.sm90.plan").write_bytes((folder / "model.plan").read_bytes())
+    manifest = bundle.read_manifest(folder)
+    h100 = manifest.engines[0].changed(file="model.sm90.plan", compute_capabilities=("9.0",), device="NVIDIA H100")
+    files = (*manifest.files, *bundle.describe(folder, ["model.sm90.plan"], "engine"))
+    both = manifest.model_copy(update={"engines": (h100, *manifest.engines), "files": files})
+    assert bundle.rewrite_manifest(folder, both)
+    assert validate_bundle.validate(folder).recorded
+    theirs, ours = bundle.verify(folder).engines
+    assert theirs.executed == "never" and ours.executed.startswith("on NVIDIA A100")
+    monkeypatch.setattr(
+        hardware, "gpus", lambda: (dataclasses.replace(A100, name="NVIDIA H100", compute_capability="9.0"),)
+    )
+    assert validate_bundle.validate(folder).report.candidate.endswith("on NVIDIA H100, fp32")
+    theirs, again = bundle.verify(folder).engines
+    assert theirs.executed.startswith("on NVIDIA H100") and again == ours
+    monkeypatch.setattr(hardware, "gpus", lambda: (dataclasses.replace(A100, compute_capability="8.9"),))
+    with pytest.raises(MissingRequirement, match=r"model.sm90.plan is for SM 9.0.*model.plan is for SM 8.0"):
+        validate_bundle.validate(folder, runtime=Runtime.TENSORRT)
 
 
 def test_a_plan_that_holds_code_runs_only_for_who_is_known(

@@ -5,17 +5,14 @@ They are read as data, never imported or run. A key that is there and makes no s
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dinoexport.errors import UsageError, require
+from dinoexport.errors import UsageError
 from dinoexport.family import Fact
+from dinoexport.weights.config_file import Config, read_json, read_yaml
 
-_CONFIG_BYTES_MAX = 1 << 20
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
 _HF_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # Pillow's numbers, which Hugging Face stores.
@@ -28,54 +25,20 @@ _HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24, "giant2": 24, "so150
 _UPSTREAM_DEFAULTS = {"interpolate_offset": 0.1, "interpolate_antialias": False}
 
 
-class Config:
-    """One configuration file, read key by key with the type that is wanted."""
-
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
-        self.path = path
-        self.content = content
-
-    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of `key`, None when there is none; a UsageError when it is of another kind."""
-        value = self.content.get(key)
-        wrong = isinstance(value, bool) and kind is not bool
-        if value is not None and (wrong or not isinstance(value, kind)):
-            raise UsageError(
-                f"{self.path}: {key} is {value!r}, which makes no sense.", next_step="Fix the file, or move it away."
-            )
-        return value
-
-    def table(self, key: str) -> Config:
-        """The table under `key`, empty when there is none."""
-        return Config(self.path, self.get(key, dict) or {})
-
-    def facts(self, keys: Mapping[str, tuple[str, type | tuple[type, ...]]], *, under: str = "") -> list[Fact]:
-        """A fact for each of `keys`, theirs -> (the recipe's, kind), that the file has."""
-        return [
-            Fact(key=ours, value=value, source=self.source(f"{under}{theirs}"))
-            for theirs, (ours, kind) in keys.items()
-            if (value := self.get(theirs, kind)) is not None
-        ]
-
-    def source(self, key: str) -> str:
-        """Where `key` stands, in words."""
-        return f"{self.path.name}: {key}"
-
-
 def facts(weights: Path) -> tuple[Fact, ...]:
     """Everything the files beside `weights`, a file or a folder, say of the model."""
     folder = weights if weights.is_dir() else weights.parent
     found: list[Fact] = []
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is not None and (theirs := _hugging_face_config(config)) is not None:
         found += _hugging_face(theirs)
-        processor = _json(folder / "preprocessor_config.json")
+        processor = read_json(folder / "preprocessor_config.json")
         if processor is not None:
             found += _processor(processor)
     elif config is not None and "architecture" in config.content:
         found += _timm(config)
     for place in (folder, *_run_folder(folder)):
-        training = _yaml(place / "config.yaml")
+        training = read_yaml(place / "config.yaml")
         if training is not None and "student" in training.content:
             return (*found, *_upstream(training))
     return tuple(found)
@@ -85,40 +48,6 @@ def _run_folder(folder: Path) -> tuple[Path, ...]:
     """The run's own folder, where upstream writes config.yaml, of RUN/eval/training_N."""
     within = folder.absolute()
     return (within.parents[1],) if within.parent.name == "eval" else ()
-
-
-def _text(path: Path) -> str | None:
-    try:
-        if not path.is_file() or path.stat().st_size > _CONFIG_BYTES_MAX:
-            return None
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{path} cannot be read.", next_step="Fix the file, or move it away.") from None
-
-
-def _json(path: Path) -> Config | None:
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({error}).", next_step="Fix the file, or move it away.") from None
-    return Config(path, content) if isinstance(content, dict) else None
-
-
-def _yaml(path: Path) -> Config | None:
-    text = _text(path)
-    if text is None:
-        return None
-    require("export", "yaml")
-    import yaml
-
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML ({error}).", next_step="Fix the file, or move it away.") from None
-    return Config(path, content) if isinstance(content, dict) else None
 
 
 # Hugging Face

@@ -15,11 +15,11 @@ from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import beside, layouts
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.models.dinov2.search import search
+from dinoexport.weights.config_file import name_of
 
 _HEAD_WIDTH = 64  # of every published DINOv2
 _RGB = 3
 _PROFILE_PATCHES = {"min": 1, "max": 73}  # 14 to 1022 pixels for patches of 14
-_TELLS_NOTHING = frozenset({"model", "pytorch_model", "weights", "checkpoint", "teacher_checkpoint", "last", "best"})
 # Read off the weights when a recipe is made; where there is a recipe, the loader compares tensor by tensor.
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "register_count", "feed_forward")
 
@@ -118,7 +118,7 @@ def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
     native = min(side, _PROFILE_PATCHES["max"]) * patch
     pixels = {"min": patch, "opt": native, "max": _PROFILE_PATCHES["max"] * patch}
     table = {
-        "name": _name(weights),
+        "name": name_of(weights),
         "family": "dinov2",
         "validation": "dinov2",
         "licence": "yours",
@@ -138,16 +138,6 @@ def _assumed_heads(seen: Mapping[str, Any]) -> int:
             next_step="Put their config.json beside them, or write a recipe with num_heads.",
         )
     return int(width // _HEAD_WIDTH)
-
-
-def _name(weights: Path) -> str:
-    """What the user calls it: the file's name, or the folder's where that says nothing."""
-    within = weights.absolute()
-    for part in (within.name if within.is_dir() else within.stem, within.parent.name):
-        name = re.sub(r"[^a-z0-9_-]+", "-", part.lower()).strip("-_")[:64]
-        if name and name not in _TELLS_NOTHING:
-            return name
-    return "mine"
 
 
 def assumed(recipe: Recipe) -> tuple[Fact, ...]:

@@ -5,6 +5,7 @@ The family's contract with dinoexport. Touvron et al. 2023, arXiv:2307.09288; Ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,8 @@ import numpy as np
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
-from dinoexport.family import Call, Example, FrontEnd, Piece, Read, Shapes
-from dinoexport.models.llama import cases, layouts, synthetic
+from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.models.llama import cases, described, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
 from dinoexport.models.llama.text import LlamaText
@@ -89,6 +90,22 @@ class Llama:
     def table_schemas(self) -> Mapping[str, Any]:
         """JSON schemas of the recipe tables that are the family's own."""
         return {"model": Architecture.model_json_schema(), "graph": GraphChoices.model_json_schema()}
+
+    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
+        """See `described`."""
+        return described.recipe_from(weights, found)
+
+    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
+        """See `described`."""
+        return described.described(recipe, weights, found)
+
+    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
+        """See `described`."""
+        return described.assumed(recipe)
+
+    def split_axis(self, name: str) -> int | None:
+        """See `layouts`."""
+        return layouts.split_axis(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +374,19 @@ class LlamaModel:
         return Weight(shape=shape, read=values, bits=bits, block=self.choices.block, zero_points=zero_points)
 
     @property
+    def stored_bytes(self) -> int:
+        """What the graph's weights take in its file: of a tied model the table is there twice."""
+        body = 4 if self._body is Precision.FP32 else 2
+        unread: dict[str, Array] = {}
+        products = [self._product(unread.__getitem__, "output", self.arch.output_name)]
+        for i in range(self.arch.layers):
+            products += [
+                weight for weight in self._block_weights(unread.__getitem__, i).values() if len(weight.shape) > 1
+            ]
+        norms = 4 * self.arch.dim * (2 * self.arch.layers + 1)
+        return norms + body * self.arch.vocabulary * self.arch.dim + sum(_stored(weight, body) for weight in products)
+
+    @property
     def promotable(self) -> tuple[str, ...]:
         """None: norms, rotation and softmax are in fp32 in any graph."""
         return ()
@@ -495,7 +525,20 @@ class LlamaModel:
     @property
     def card(self) -> Mapping[str, str]:
         """What the recipe's `[card]` says."""
-        return {"model": f"{self.recipe.name}: a decoder of the Llama architecture"}
+        own = {
+            "intended_use": "yours to say: nothing beside the weights does",
+            "limits": "yours to measure; what it writes may be wrong",
+        }
+        return {"model": f"{self.recipe.name}: a decoder of the Llama architecture", **(self.recipe.card or own)}
+
+
+def _stored(weight: Weight, body: int) -> int:
+    """Bytes of a product's weight, with its scales and zero points."""
+    numbers = math.prod(weight.shape)
+    if not weight.bits:
+        return numbers * body
+    blocks = numbers // weight.block
+    return numbers * weight.bits // 8 + blocks * body + (blocks * weight.bits // 8 if weight.zero_points else 0)
 
 
 def _dtype(precision: Precision) -> torch.dtype:

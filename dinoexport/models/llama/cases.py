@@ -35,20 +35,33 @@ class CaseTable(Frozen):
     keep: int = Field(default=1, ge=1, description="How many last positions' logits are compared.")
     chunk: int = Field(default=0, ge=0, description="Tokens a call; 0 reads the prompt at once.")
     steps: int = Field(default=0, ge=0, description="Tokens chosen greedily after the prompt.")
-    first_position: int = Field(default=0, ge=0, description="The position of the first token, without what is before.")
+    first_position: int = Field(
+        default=0,
+        description="The position of the first token, without what is before; below 0 it is counted back from the "
+        "context's end.",
+    )
+    fit: bool = Field(default=False, description="Shorten prompts, and begin earlier, where the context is smaller.")
     refused: bool = False
 
 
 def read_case(table: Mapping[str, Any], folder: Path, arch: Architecture) -> Case:
     """The case that `table` describes; a UsageError where it does not fit the model."""
     wanted = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
+    lengths, first = wanted.prompts, wanted.first_position
+    if first < 0:
+        first = max(0, arch.context + first)
+    keep = wanted.keep
+    if wanted.fit:
+        lengths = tuple(min(n, arch.context - wanted.steps) for n in lengths)
+        first = min(first, arch.context - wanted.steps - max(lengths))
+        keep = min((keep, *lengths))
     rows = [*_from_file(wanted, folder), *map(list, wanted.tokens)]
-    rows += [synthetic.prompt(arch.vocabulary, n, SEED, row).tolist() for row, n in enumerate(wanted.prompts)]
+    rows += [synthetic.prompt(arch.vocabulary, n, SEED, row).tolist() for row, n in enumerate(lengths)]
     tokens = batch_of(rows)
     shortest = min(map(len, rows), default=0)
-    if not wanted.refused and shortest < wanted.keep:
+    if not wanted.refused and shortest < keep:
         raise UsageError(
-            f"case {wanted.name}: the shortest prompt has {shortest} tokens, keep is {wanted.keep}.",
+            f"case {wanted.name}: the shortest prompt has {shortest} tokens, keep is {keep}.",
             next_step="Keep no more than that.",
         )
     return Case(
@@ -56,10 +69,10 @@ def read_case(table: Mapping[str, Any], folder: Path, arch: Architecture) -> Cas
         why=wanted.why,
         inputs=inputs_of(
             tokens,
-            keep=wanted.keep,
+            keep=keep,
             chunk=wanted.chunk,
             steps=wanted.steps,
-            first_position=wanted.first_position,
+            first_position=first,
         ),
         expect_refusal=wanted.refused,
         distributions=("logits", "rollout_logits") if wanted.steps else ("logits",),

@@ -26,6 +26,10 @@ class Architecture(Frozen):
     norm_eps: float = Field(gt=0, lt=1, description="Epsilon of the RMS norms.")
     rope_theta: float = Field(gt=1, description="Base of the rotary frequencies.")
     context: int = Field(gt=1, description="Most tokens a sequence may have, prompt and answer together.")
+    published_contexts: tuple[int, ...] = Field(
+        default=(),
+        description="Other values that the authors' own files state for the context, such as what it was trained on.",
+    )
     text: TextTable = Field(default_factory=TextTable, description="Its prompts.")
     tied: bool = Field(default=False, description="Whether the output matrix is the embedding table.")
 

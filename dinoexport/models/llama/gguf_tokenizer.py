@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import UsageError, WeightsError, require
-from dinoexport.system import untrusted
 from dinoexport.text.tokenizer import JSON, SENTENCEPIECE
+from dinoexport.weights import gguf_file
 
 # How words are split, by llama.cpp's name: whether digits stand alone.
 _WORDS = {"gpt-2": False, "default": False, "smollm": True}
@@ -24,18 +24,11 @@ _PREFIX = "tokenizer.ggml."
 
 def read(path: Path) -> dict[str, bytes]:
     """The tokenizer's file by its name; nothing where the GGUF holds none. Raises WeightsError for a damaged one."""
-    require("export", "gguf")
-    from gguf import GGUFReader
-
-    with untrusted.opened(path):
-        pass  # a regular file; the reader maps it
-    try:
-        fields = GGUFReader(path).fields
-        found = {
-            name.removeprefix(_PREFIX): field.contents() for name, field in fields.items() if name.startswith(_PREFIX)
-        }
-    except Exception as error:  # whatever its parser meets in a damaged file
-        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
+    found = {
+        name.removeprefix(_PREFIX): value
+        for name, value in gguf_file.metadata(path).items()
+        if name.startswith(_PREFIX)
+    }
     if "tokens" not in found:
         return {}
     try:

@@ -48,6 +48,11 @@ _GGUF_OUTER = {
     "norm.weight": "output_norm.weight",
     "output.weight": "output.weight",
 }
+# What a block holds, by Meta's names.
+PARTS = tuple(name.removesuffix(".weight") for name in _HF)
+# Along which axis Meta's files split a tensor; norms are whole in each.
+_SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
+_PUBLISHED = re.compile(r"(layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])|tok_embeddings|output)\.weight")
 _FREQUENCIES = re.compile(r"rope\.freqs|rope_freqs\.weight|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -71,6 +76,27 @@ def adapt(arch: Architecture, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         return values if name not in rotated else neighbours(values, rotated[name])
 
     return {name: found[source] for name, source in names.items()}, read_as_published
+
+
+def split_axis(name: str) -> int | None:
+    """Along which axis the parts of a tensor of Meta's are joined; None for any other name."""
+    return _SPLIT[name.split(".")[-2]] if _PUBLISHED.fullmatch(name) else None
+
+
+def by_published_names(found: Shapes) -> Shapes:
+    """The shapes of the tensors that are recognised, under Meta's names."""
+    theirs = {name: ours for table in (_HF_OUTER, _GGUF_OUTER) for ours, name in table.items()}
+    inner = {name: ours for table in (_HF, _GGUF) for ours, name in table.items()}
+    named: dict[str, tuple[int, ...]] = {}
+    for name, shape in found.items():
+        block = re.fullmatch(r"(?:model\.layers|blk|layers)\.(\d+)\.(.*)", name)
+        if block:
+            part = inner.get(block[2], block[2])
+            if part in _HF:
+                named[f"layers.{block[1]}.{part}"] = shape
+        elif theirs.get(name, name) in _HF_OUTER:
+            named[theirs.get(name, name)] = shape
+    return named
 
 
 def _wanted(arch: Architecture) -> tuple[str, ...]:

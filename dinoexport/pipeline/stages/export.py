@@ -21,8 +21,9 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What changes neither the graph nor PyTorch's outputs: settings of engines and runtimes, and where heads are published.
-_NOT_THE_GRAPHS = {"engine", "profiles", "sizes", "heads"}
+# What changes neither the graph nor PyTorch's outputs: settings of engines and runtimes, where heads and weights are
+# had, and what people are told.
+_NOT_THE_GRAPHS = {"engine", "profiles", "sizes", "heads", "card", "obtain"}
 
 
 def tracing(request: BuildRequest, *, fresh: bool, ahead: Sequence[str] = ()) -> AbstractContextManager[Traced]:

@@ -9,6 +9,7 @@ from dinoexport.pipeline.workspace import Stage
 from dinoexport.runtime import autotune
 from dinoexport.runtime.autotune import GraphForms
 from dinoexport.spec import Precision, Progress
+from dinoexport.validation.judge import Report
 
 
 def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: Progress) -> CpuFacts:
@@ -20,3 +21,11 @@ def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: 
     fp32_graphs = dict.fromkeys(request.cpu_runtimes, request.graph_files(plain.folder))
     fp32 = GraphForms(precision=Precision.FP32, graphs=fp32_graphs)
     return autotune.tune(request.model, wanted, fp32, progress=progress)
+
+
+def choose_another(request: BuildRequest, forms: Forms, facts: CpuFacts, report: Report) -> CpuFacts | None:
+    """The next fastest runtime where the chosen one's arithmetic misses the limits; None if there is none left."""
+    graphs = {runtime: request.graph_files(stage.folder) for runtime, stage in forms.items()}
+    wanted = GraphForms(precision=request.precision, graphs=graphs)
+    worst = ", ".join(sorted({f"{row.case}/{row.output}" for row in report.failures})[:4])
+    return autotune.without_chosen(request.model, wanted, facts, f"its outputs are not PyTorch's ({worst})")

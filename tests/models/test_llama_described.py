@@ -1,0 +1,206 @@
+"""Recipes made from the files of a Llama-type model, and files held against a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoexport import family
+from dinoexport.config import recipe as recipes
+from dinoexport.config.recipe import Recipe
+from dinoexport.errors import DinoexportError, UsageError, WeightsError
+from dinoexport.models.llama.prompts import MARKERS
+from dinoexport.pipeline import build as pipeline
+from dinoexport.spec import silent
+from dinoexport.weights.checkpoint import open_checkpoint
+from dinoexport.weights.settle import Settled, settle
+from tests import llama_files
+from tests.models.test_llama import model_of
+
+SEED = 5
+ARCH = model_of("other", context=700).arch
+META: dict[str, Any] = {"context": 2048}
+
+
+def settled(weights: Path, recipe: Recipe | None = None) -> Settled:
+    return settle(recipe, str(weights), prefix=None, progress=silent)
+
+
+def own_recipe(**changes: Any) -> Recipe:
+    return model_of("other", **{"context": 700} | changes).recipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("files")
+    return {
+        "meta": llama_files.write_meta(place / "meta", ARCH, SEED),
+        "meta in two files": llama_files.write_meta(place / "meta2", ARCH, SEED, shards=2),
+        "hf": llama_files.write_hf(place / "hf", ARCH, SEED, shards=2),
+        "gguf": llama_files.write_gguf(place / "own.gguf", ARCH, SEED, "F16"),
+    }
+
+
+@pytest.fixture
+def edited(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a folder whose configuration has other keys; None takes one away."""
+
+    def edit(layout: str, **changes: Any) -> Path:
+        folder = tmp_path / "own"
+        folder.mkdir()
+        for file in folders[layout].iterdir():
+            (folder / file.name).symlink_to(file)
+        path = folder / {"hf": "config.json"}.get(layout, "params.json")
+        content = json.loads(path.read_text()) | changes
+        path.unlink()
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        return folder
+
+    return edit
+
+
+@pytest.mark.parametrize("layout", ["meta", "meta in two files", "hf", "gguf"])
+def test_the_files_make_the_recipe(layout: str, folders: dict[str, Path]) -> None:
+    found = settled(folders[layout])
+    wanted = ARCH.model_dump(exclude={"text", "published_contexts"}) | (META if "meta" in layout else {})
+    assert {key: value for key, value in found.recipe.model.items() if key != "tied"} | {"tied": False} == wanted
+    assert found.made and found.recipe.licence == "yours" and found.recipe.family == "llama"
+    assert list(found.assumed) == (["model.context"] if "meta" in layout else [])
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf", "gguf"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_theta", 1e6), ("norm_eps", 1e-5), ("heads", 12), ("kv_heads", 6), ("vocabulary", 336), ("context", 800)],
+)
+def test_a_recipe_that_disagrees_is_refused_with_both_values(
+    key: str, value: Any, layout: str, folders: dict[str, Path]
+) -> None:
+    if (key, layout) == ("context", "meta"):
+        pytest.skip("params.json says no context")
+    with pytest.raises(UsageError, match=rf"the recipe says model\.{key} = ") as refused:
+        settled(folders[layout], own_recipe(**{key: value}))
+    theirs = getattr(ARCH, key)
+    assert str(value) in refused.value.message and str(theirs) in refused.value.message
+
+
+def test_a_published_context_is_no_disagreement(edited: Callable[..., Path]) -> None:
+    folder = edited("hf", max_position_embeddings=512)
+    with pytest.raises(UsageError, match=r"model\.context"):
+        settled(folder, own_recipe())
+    assert settled(folder, own_recipe(published_contexts=(512,))).recipe.model["context"] == 700
+
+
+def test_both_spellings_of_the_base(edited: Callable[..., Path]) -> None:
+    new = edited("hf", rope_theta=None, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert settled(new).recipe.model["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "problem"),
+    [
+        (
+            "hf",
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+            "rope_theta says model.rope_theta = 500000.* rope_parameters.rope_theta says 10000",
+        ),
+        ("hf", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear': positions that are scaled"),
+        ("hf", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3"}}, "'llama3'"),
+        ("hf", {"hidden_act": "gelu"}, "another activation than silu"),
+        ("hf", {"attention_bias": True}, "biases"),
+        ("hf", {"head_dim": 32}, "head_dim is 32"),
+        ("hf", {"vocab_size": -1}, "vocab_size is -1, which makes no sense"),
+        ("hf", {"num_attention_heads": "six"}, "'six', which makes no sense"),
+        ("hf", {"model_type": "mistral"}, "no family"),
+        ("meta", {"qk_norm": True}, "qk_norm is not known"),
+        ("meta", {"use_scaled_rope": True}, "positions that are scaled"),
+        ("meta", {"multiple_of": 0}, "multiple_of is 0"),
+        ("meta", {"n_heads": None}, "how many heads"),
+        ("meta", {"dim": 48}, "a file is missing"),
+        ("meta", {"vocab_size": 32000}, r"vocab_size says model.vocabulary = 32000, the weights say 320"),
+    ],
+)
+def test_files_that_are_refused(
+    layout: str, changes: dict[str, Any], problem: str, edited: Callable[..., Path]
+) -> None:
+    with pytest.raises(DinoexportError, match=problem):
+        settled(edited(layout, **changes))
+
+
+def test_another_kind_of_model_is_named(edited: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="of the kind 'mistral'"):
+        settled(edited("hf", model_type="mistral"), own_recipe())
+
+
+def test_a_vocabulary_of_minus_one_is_the_embedding_s(edited: Callable[..., Path]) -> None:
+    """As Llama 2's params.json have it: the tokenizer was to fill it in."""
+    assert settled(edited("meta", vocab_size=-1)).recipe.model["vocabulary"] == ARCH.vocabulary
+
+
+def test_what_a_silent_file_means_is_an_assumption(edited: Callable[..., Path]) -> None:
+    found = settled(edited("hf", rope_theta=None, rms_norm_eps=None))
+    assert {key: found.recipe.model[key] for key in ("rope_theta", "norm_eps")} == {"rope_theta": 1e4, "norm_eps": 1e-6}
+    assert set(found.assumed) == {"model.rope_theta", "model.norm_eps"}
+
+
+def test_a_missing_shard_stops_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("params.json", "consolidated.00.pth"):
+        (tmp_path / name).symlink_to(folders["meta in two files"] / name)
+    with pytest.raises(UsageError, match="a file is missing"):
+        settled(tmp_path)
+
+
+def test_prompts_by_the_tokenizer_s_configuration(edited: Callable[..., Path]) -> None:
+    folder = edited("hf")
+    template = "{{ '<|im_start|>' + message['role'] }}"
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    assert settled(folder).recipe.model["text"] == {"bos": "", "eos": "<|im_end|>", "chat": "chatml"}
+    pieces = [f"<{i}>" for i in range(ARCH.vocabulary - 4)] + list(MARKERS[:4])
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": False, "ignore_merges": False}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ bos_token + '[INST] ' }}"}))
+    assert settled(folder).recipe.model["text"] == {"infill": True, "chat": "instruct"}
+
+
+def test_a_build_without_a_variant(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Every case fits the model's context of 700 tokens."""
+    request = pipeline.build_request(None, weights=str(folders["hf"]), target="cpu", out=tmp_path / "x")
+    lengths = {case.name: (case.inputs["tokens"] >= 0).sum(axis=1).tolist() for case in request.cases}
+    assert lengths == {
+        "prompt": [96],
+        "long": [700],
+        "batch": [5, 31, 17],
+        "one_token": [1],
+        "far": [24],
+        "past_the_context": [8],
+    }
+    assert request.cases[4].inputs["first_position"][0] == 676
+    assert [case.name for case in request.cases if case.expect_refusal] == ["past_the_context"]
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.variants() if recipes.load(name).family == "llama"])
+def test_published_configurations_fit_their_recipes(name: str, tmp_path: Path) -> None:
+    """config.json as it is published, read beside a recipe, says nothing that the recipe does not."""
+    from dinoexport.models.llama import beside
+    from dinoexport.models.llama.config import Architecture
+
+    recipe = recipes.load(name)
+    arch = Architecture.model_validate(recipe.model)
+    card = family.find("llama").model(recipe).card
+    assert {"intended_use", "limits", "risks"} <= card.keys()
+    if not recipe.weights:
+        assert "use_policy" in card and "Meta Platforms" in card["notice"] and "accept" in recipe.obtain
+        with pytest.raises(WeightsError, match="names no published weights") as refused:
+            open_checkpoint(family.find("llama").model(recipe), recipe, None, progress=silent)
+        assert recipe.obtain in refused.value.next_step
+    for context in (arch.context, *arch.published_contexts):
+        config = llama_files.hf_config(arch) | {"max_position_embeddings": context, "pretraining_tp": 1}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        said = {fact.key.removeprefix("model."): fact.value for fact in beside.facts(tmp_path)}
+        assert all(getattr(arch, key) == value for key, value in said.items() if key != "context")
