@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dinoexport.bundle import checks
 from dinoexport.bundle import manifest as manifests
 from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, Manifest
 from dinoexport.errors import BuildError, DinoexportError, UsageError, ValidationFailed
@@ -96,7 +97,7 @@ def _manifest(place: RemotePlace) -> bytes:
         return place.read(MANIFEST, max_bytes=MANIFEST_MAX_BYTES)
     except FileNotFoundError:
         raise UsageError(
-            f"{place} is no bundle: it has no {MANIFEST}.",
+            f"{place} is not a bundle: it has no {MANIFEST}.",
             next_step=f"dinoexport build VARIANT --out {place} makes one.",
         ) from None
     except ValueError as error:
@@ -139,7 +140,7 @@ def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
 def _is_whole(folder: Path, manifest: Manifest) -> bool:
     """Whether an earlier copy is still what it was; a disk may have lost a bit since."""
     try:
-        manifests.check_files(folder, manifest.files)
+        checks.check_files(folder, manifest.files)
     except DinoexportError:
         return False
     return (folder / MANIFEST).exists()
@@ -169,7 +170,7 @@ def _check_place(place: RemotePlace) -> None:
         raw = b""
     if b'"manifest_sha256"' not in raw and (name := next((name for name, _ in place.files() if name != WRITING), "")):
         raise UsageError(
-            f"{place} holds what is no bundle's, {name} for one.", next_step="Choose a prefix of its own as --out."
+            f"{place} holds files of no bundle, such as {name}.", next_step="Choose a separate prefix as --out."
         )
 
 

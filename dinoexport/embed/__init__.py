@@ -1,4 +1,4 @@
-"""Images to Parquet with a judged bundle, however many: on one machine, on any scheduler's array of jobs, or on Ray.
+"""Embed images into Parquet files with a validated bundle: on one machine, as jobs of any scheduler, or on Ray.
 
     OUT/part-00012-of-00064.parquet   the rows of one shard, complete or absent
     OUT/_plan/0/plan.json             what is embedded and how; written first and once
@@ -7,6 +7,6 @@
     OUT/_plan/1/...                   what --extend added
     OUT/_SUCCESS.json                 when everything is done: counts and the hash of every part
 
-A shard is done when its part has its final name. Its content follows from the plan alone, so two workers that do the
-same shard write the same bytes, and no lock is needed. Names that begin with `_` are passed over by Parquet's readers.
+A shard is done when its part has its final name. Only the plan determines its content, so two workers that do the same
+shard write the same bytes, and no lock is needed. Readers of Parquet skip names that begin with `_`.
 """

@@ -1,4 +1,4 @@
-"""A bundle opened to embed shards: read, decode and prepare on threads, run in batches, write one file."""
+"""Embed shards with an open bundle: read, decode and prepare on threads, run in batches, write one file."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from dinoexport.spec import Array, Arrays, Candidate, Graph
 from dinoexport.system import files, store
 from dinoexport.validation import evaluate
 
-# So many batches are decoded ahead of the one that is run: a slow image then holds nobody up.
+# The number of batches that are decoded ahead of the running one, so that a slow image does not delay it.
 _BATCHES_AHEAD = 3
 _GROUP_BYTES = 32 << 20
 _GROUP_ROWS = 4096
-# Addresses in an error's text would make two runs differ.
+# Memory addresses in an error's text would make two runs differ.
 _ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 # Called with the number of rows and of failures since the last call.
 Tick = Callable[[int, int], None]
 
 
 class Job(Frozen):
-    """What a worker needs to know to begin. threads: of its session. decoders: threads that prepare images."""
+    """The settings of a worker. threads: of its session. decoders: threads that prepare images."""
 
     bundle: str
     out: str
@@ -51,7 +51,7 @@ class Job(Frozen):
 
 @dataclass(kw_only=True)
 class Item:
-    """An image on its way. inputs: of the graph, for this one image; None when `row` says why it failed."""
+    """An image in progress. inputs: of the graph, for this image; None if it failed, with the reason in `row`."""
 
     row: Row
     inputs: Arrays | None = None
@@ -59,14 +59,14 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """How items become inputs: the family's own preparation, which is what the bundle was validated with."""
+    """Prepares items as inputs: by the family's own preparation, with which the bundle was validated."""
 
     model: Model
     front_end: FrontEnd
     graph: Graph
 
     def of(self, name: str, read: Read) -> Item:
-        """The image's row and inputs; whatever is wrong with this one image is in its row."""
+        """The image's row and inputs; an error of this image is stored in its row."""
         row = Row(name=name)
         try:
             encoded = read()
@@ -100,7 +100,7 @@ class Prepared:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """What decides a bundle's outputs: its graphs and their weights, and the recipe that prepares images."""
+    """The hash of what determines a bundle's outputs: graphs, weights, and the recipe that prepares images."""
     graphs = {graph.file for graph in manifest.graphs}
     graphs |= {f"{name}.data" for name in graphs}
     hashes = sorted((file.name, file.sha256) for file in manifest.files if file.name in graphs)
@@ -125,7 +125,7 @@ class Embedder:
         if fingerprint(manifest) != settings.model_sha256:
             raise UsageError(
                 f"{folder} is not the bundle that the run in {job.out} was planned for.",
-                next_step="Give that bundle, or begin in another folder.",
+                next_step="Give that bundle, or use another folder.",
             )
         self._settings, self._decoders = settings, job.decoders
         self._source: Source = open_source(job.images)
@@ -150,15 +150,15 @@ class Embedder:
         tick: Tick = lambda _rows, _failed: None,
         begins: Callable[[str], None] | None = None,
     ) -> Done:
-        """Writes a shard's part. known_bad: items that killed a decoder, and how. begins: hears of each item first.
+        """Writes a shard's part. known_bad: items that killed a decoder, and how. begins: called with each item first.
 
-        With `begins` items are decoded one at a time on this thread, so that the last one it heard of is to blame.
+        With `begins`, items are decoded one at a time on this thread, so that the last item is the one that failed.
         """
         names = plans.items_of(self._place, plan, shard)
         return self._write(plan, shard, self._rows(names, plan, tick, known_bad, begins))
 
     def again(self, plan: Plan, shard: int, *, tick: Tick = lambda _rows, _failed: None) -> Done:
-        """Writes a finished shard's part anew with its failed rows tried again; the others stay as they are."""
+        """Rewrites a finished shard's part with its failed rows tried again; the other rows stay as they are."""
         import pyarrow.parquet as pq
 
         local = self._place.local
@@ -201,7 +201,7 @@ class Embedder:
         )
 
     def answers(self, names: Iterable[str]) -> Iterator[Row]:
-        """Rows for these items, embedded now, one row a batch: what `verify` compares with."""
+        """Rows for these items, embedded now with a batch size of one, for `verify` to compare with."""
         for name, read in self._source.readers(list(names)):
             item = self._prepared.of(name, read)
             if item.inputs is not None:
@@ -248,7 +248,7 @@ class Embedder:
         known_bad: Mapping[str, str] = MappingProxyType({}),
         begins: Callable[[str], None] | None = None,
     ) -> Iterator[list[Row]]:
-        """The items' rows, a row group at a time. Batches follow from the plan and from what cannot be decoded."""
+        """The items' rows, a row group at a time. Only the plan and undecodable items determine the batches."""
         size = self._group_rows(plan)
         items = self._items(names, known_bad, begins)
         while group := self._group(items, size, tick):
@@ -286,7 +286,7 @@ class Embedder:
     def _items(
         self, names: list[str], known_bad: Mapping[str, str], begins: Callable[[str], None] | None
     ) -> Iterator[Item]:
-        """The items in their order, decoded ahead on threads."""
+        """The items in order, decoded ahead on threads."""
         readers = self._source.readers(names)
 
         def prepared(name: str, read: Read) -> Item:
@@ -314,7 +314,7 @@ class Embedder:
                     future.cancel()
 
     def _run(self, batch: list[Item]) -> None:
-        """Puts the values of a batch into its items' rows."""
+        """Writes the values of a batch into its items' rows."""
         import numpy as np
 
         assert all(item.inputs is not None for item in batch)
@@ -336,15 +336,15 @@ class Embedder:
 
 
 def front_end_graph(model: Model) -> Graph:
-    """The graph that images go into; a UsageError for a model that takes none."""
+    """The graph that takes images; raises UsageError for a model that takes none."""
     ends = model.front_ends(None, progress=lambda *_: None)
     graphs = {graph.name: graph for graph in model.graphs}
     of_images = [graphs[end.graph] for end in ends if any(len(t.shape) == 4 for t in graphs[end.graph].inputs)]
     if not of_images:
         takes = "; ".join(f"{tensor.name}: {tensor.meaning}" for tensor in model.graphs[0].inputs)
         raise UsageError(
-            f"This bundle's model takes no image files ({takes}), and embed reads images.",
-            next_step="Give a bundle of an image model whose profile holds its evaluation size.",
+            f"This bundle's model takes no image files ({takes}), and embed reads image files.",
+            next_step="Give a bundle of an image model whose profile contains its evaluation size.",
         )
     return of_images[0]
 
@@ -363,7 +363,7 @@ def prove(candidate: Candidate, folder: Path, name: str) -> None:
 
 
 def _opened(folder: Path, manifest: Manifest, model: Model, threads: int) -> tuple[Candidate, str]:
-    """The bundle's engines where this machine runs them, else its graphs; and what that is in words."""
+    """The bundle's engines if this machine runs them, else its graphs; and their name."""
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
     if manifest.engines:
         try:

@@ -1,4 +1,4 @@
-"""Shards embedded by several processes of this machine. One that dies is replaced, and its shard done again."""
+"""Embed shards with several processes on this machine. A process that dies is replaced, and its shard repeated."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dinoexport.embed.plan import Done, Plan
 from dinoexport.errors import BuildError, DinoexportError
 from dinoexport.system.subprocess_job import REPORT
 
-# A shard may kill so many workers in a row without one image being to blame, as when memory runs out.
+# The number of workers that a shard may kill in a row without a single image as the cause, as when memory runs out.
 DEATHS_MAX = 4
 _STOP_S = 10
 
 
 @dataclass(kw_only=True)
 class Task:
-    """A shard to do. again: only its failed rows. deaths: of workers on it, since an image was last blamed."""
+    """A shard to do. again: only its failed rows. deaths: workers that died on it since an image was last excluded."""
 
     plan: Plan
     shard: int
@@ -65,8 +65,8 @@ def run(
 ) -> None:
     """Does every task in `workers` processes. environments: of each of them, in turn.
 
-    finished: hears of each shard as it is done; ticked: of rows and failures, negative where a worker died with them.
-    Raises what a worker raised, BuildError when a shard cannot be done.
+    finished: called with each finished shard; ticked: with rows and failures, negative if a worker died with them.
+    Raises a worker's exception, BuildError if a shard cannot be done.
     """
     with tempfile.TemporaryDirectory() as scratch, selectors.DefaultSelector() as selector:
         pool = _Pool(
@@ -108,7 +108,7 @@ class _Pool:
         self.selector.register(worker.pipe, selectors.EVENT_READ, number)
 
     def serve(self, number: int) -> None:
-        """Hears what a worker has to say, and gives it what is next, another worker in its place, or leave."""
+        """Reads a worker's messages and gives it the next task, replaces it, or lets it end."""
         worker = self.running[number]
         raw = os.read(worker.pipe, 1 << 16)
         for message in _messages(worker, raw):
@@ -157,7 +157,7 @@ def _stop(worker: _Worker) -> None:
 
 
 def _give(worker: _Worker, task: Task) -> None:
-    """Hands a task over. From the second death on items are decoded one by one, to see which of them it is."""
+    """Gives a task to a worker. From the second death on, items are decoded one by one, to find the failing one."""
     worker.task, worker.begun, worker.counted = task, None, (0, 0)
     order = {
         "plan": task.plan.model_dump(mode="json"),
@@ -167,7 +167,7 @@ def _give(worker: _Worker, task: Task) -> None:
         "known_bad": task.known_bad,
     }
     assert worker.process.stdin is not None
-    with suppress(BrokenPipeError):  # it has just died: the end of its pipe says so next
+    with suppress(BrokenPipeError):  # it has just died; the end of its pipe reports that next
         worker.process.stdin.write(json.dumps(order).encode() + b"\n")
         worker.process.stdin.flush()
 
@@ -201,7 +201,7 @@ def _raised(facts: dict[str, str]) -> DinoexportError:
 
 
 def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
-    """What a dead worker leaves to do, with the image to blame left out where it is known."""
+    """The task that a dead worker left, without the image that killed it if that is known."""
     code = worker.process.wait()
     task = worker.task
     said = worker.log.read_text(errors="replace").strip().splitlines()[-1:] or ["Its log is empty."]
@@ -214,11 +214,11 @@ def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
     task.deaths += 1
     if worker.begun is not None and worker.begun not in task.known_bad:
         task.known_bad[worker.begun] = f"the decoder {cause} on it"
-        task.deaths = 2  # the next one is looked for at once
+        task.deaths = 2  # the next death is searched for its image at once
         return task
     if task.deaths > DEATHS_MAX:
         raise BuildError(
             f"Shard {task.shard} killed {task.deaths} workers, the last one {cause}: {said[0]}",
-            next_step="If memory ran out, use fewer --workers; what is finished is kept.",
+            next_step="If memory ran out, use fewer --workers; finished shards are kept.",
         )
     return task

@@ -1,4 +1,4 @@
-"""What is embedded, how, and in which shards: written before the first row, and never changed."""
+"""The plan of a run: items, settings and shards. It is written before the first row and never changed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ROWS_MAX = 50_000
 _FILE_BYTES = 128 << 20
 _LEAST_ROWS = 64
 _SHARDS_MAX = 100_000
-# So many items are held before they are shared out to the shards' lists.
+# The number of items in memory before they are distributed to the shards' lists.
 _SHARED_OUT = 200_000
 
 
 class Settings(Frozen):
-    """What decides a row's content. images: as it was given, absolute where it is a path."""
+    """What determines a row's content. images: as given; a path is made absolute."""
 
     images: str
     model_sha256: Sha256
@@ -45,7 +45,7 @@ class Settings(Frozen):
 
 
 class Plan(Frozen):
-    """A listing cut into shards. generation: 0, or which extension it is. lists: where the shards' items are listed."""
+    """A listing divided into shards. generation: 0, or the extension's number. lists: where their items are listed."""
 
     version: Literal[1] = 1
     generation: int = Field(ge=0)
@@ -66,17 +66,17 @@ class Plan(Frozen):
         return f"{FOLDER}/{self.lists}/{shard:05d}.jsonl"
 
     def done_name(self, shard: int) -> str:
-        """The file that says what a finished shard holds."""
+        """The file with the facts of a finished shard."""
         return f"{FOLDER}/{self.lists}/{shard:05d}.done.json"
 
     @property
     def sha256(self) -> str:
-        """The plan's own hash, which each part carries."""
+        """The plan's own hash, which each part stores."""
         return hashlib.sha256(self.model_dump_json(exclude={"settings": {"images"}}).encode()).hexdigest()
 
 
 class Done(Frozen):
-    """What a finished shard holds."""
+    """The facts of a finished shard."""
 
     rows: int
     failed: int
@@ -91,12 +91,12 @@ def items_of(place: Place, plan: Plan, shard: int) -> list[str]:
         return [str(json.loads(line)[0]) for line in raw.splitlines()]
     except (FileNotFoundError, ValueError, IndexError, TypeError):
         raise ValidationFailed(
-            f"{place}: {plan.list_name(shard)} is missing or damaged.", next_step="Begin again in another folder."
+            f"{place}: {plan.list_name(shard)} is missing or damaged.", next_step="Start again in another folder."
         ) from None
 
 
 def read_all(place: Place) -> tuple[Plan, ...]:
-    """The plan and its extensions, in their order; empty when there is none."""
+    """The plan and its extensions in order; empty if there is none."""
     found: list[Plan] = []
     while True:
         try:
@@ -124,10 +124,10 @@ def make(
     row_bytes: int,
     progress: Progress,
 ) -> Plan | None:
-    """Lists the source and writes the next plan; None when it lists nothing that is not in the plans `before`.
+    """Lists the source and writes the next plan; None if all items are already in the plans `before`.
 
-    Memory holds a part of the listing, however long it is. When another process has written a plan in the meantime,
-    that one is returned.
+    Only a part of the listing is in memory, however long it is. If another process has written a plan in the
+    meantime, that plan is returned.
     """
     generation = len(before)
     with TemporaryDirectory() as scratch:
@@ -164,13 +164,13 @@ def make(
 
 
 def listing_hash(source: Source, progress: Progress) -> str:
-    """What `Plan.listing_sha256` of a first plan would be now."""
+    """The `Plan.listing_sha256` that a first plan would have now."""
     with TemporaryDirectory() as scratch:
         return _listed(source.items(), Path(scratch) / "listing.jsonl", progress)[2]
 
 
 def refuse_others(plan: Plan, wanted: Settings, shards: int | None, place: Place) -> None:
-    """Raises UsageError when the run at `place` is another than is wanted now, and names what differs."""
+    """Raises UsageError that names the differences if the run at `place` is not the requested one."""
     theirs, ours = plan.settings.model_dump(), wanted.model_dump()
     differing = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
     if shards is not None and plan.generation == 0 and shards != plan.shards:
@@ -178,26 +178,26 @@ def refuse_others(plan: Plan, wanted: Settings, shards: int | None, place: Place
     if differing:
         raise UsageError(
             f"{place} holds another run: it has {'; '.join(differing)}.",
-            next_step="Choose another --out, or ask for what that run was begun with.",
+            next_step="Choose another --out, or use the options of that run.",
         )
 
 
 def _count(items: int, row_bytes: int, workers: int) -> int:
-    """Files of 128 MB or 50,000 rows at most; and some for each worker, so that all end at about the same time."""
+    """Shards of at most 128 MB and 50,000 rows; and several for each worker, so that all end at about the same time."""
     wanted = max(math.ceil(items / ROWS_MAX), math.ceil(items * row_bytes / _FILE_BYTES))
     return min(_SHARDS_MAX, max(wanted, min(math.ceil(items / _LEAST_ROWS), 8 * workers)))
 
 
 def shard_of(key: str, shards: int) -> int:
-    """The shard that items of `key` belong in; whatever else is listed, and in whatever order."""
+    """The shard of items with `key`, independent of other items and of their order."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % shards
 
 
-Found = tuple[int, int, str]  # items, their bytes, hash of the listing
+Found = tuple[int, int, str]  # number of items, their bytes, hash of the listing
 
 
 def _listed(items: Iterable[Item], listing: Path, progress: Progress) -> Found:
-    """Writes the listing to a file. The hash is of the names alone: a store may report other sizes later."""
+    """Writes the listing to a file. The hash covers only the names, because a store may report other sizes later."""
     count, image_bytes, digest = 0, 0, hashlib.sha256()
     with listing.open("w", encoding="utf-8") as file:
         for item in items:
@@ -237,7 +237,7 @@ def _shared_out(lines: Iterable[tuple[str, str]], count: int, folder: Path) -> l
 
 
 def _without(listing: Path, plan: Plan, place: Place, folder: Path) -> tuple[Path, Found]:
-    """The listing without the items of `plan`, shard by shard: one shard's names are held at once."""
+    """The listing without the items of `plan`, shard by shard: only one shard's names are in memory."""
     kept = listing.with_name(f"without-{plan.generation}.jsonl")
     parts = _shared_out(_read_lines(listing), plan.shards, folder)
 

@@ -1,7 +1,7 @@
-"""Shards embedded by actors on a Ray cluster. A shard whose actor died with its node goes to another one.
+"""Embed shards with actors on a Ray cluster. If an actor dies with its node, another actor does its shard.
 
-Only shard numbers travel: the bundle, the images and OUT must be where every node sees them, on a shared file system or
-in an object store. Parts are written by our own writer, for Ray's stores vectors as a type of its own.
+Only shard numbers are sent: every node must see the bundle, the images and OUT on a shared file system or in an object
+store. Parts are written by dinoexport's own writer, because Ray's writer stores vectors as a type of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, r
 
 
 def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) -> None:
-    """Does every task on the cluster that RAY_ADDRESS names, with an actor for each `job.threads` CPUs it has now.
+    """Does every task on the cluster that RAY_ADDRESS names, with one actor for every `job.threads` CPUs.
 
-    A cluster with GPUs gives each actor one. Raises MissingRequirement without a cluster, and what a shard raised.
+    A cluster with GPUs gives each actor one. Raises MissingRequirement without a cluster, and exceptions of shards.
     """
     require("ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -37,13 +37,13 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
             ) from None
 
     class Actor:
-        """A bundle opened on some node."""
+        """A bundle opened on one node."""
 
         def __init__(self, job: str) -> None:
             self._embedder = Embedder(Job.model_validate_json(job))
 
         def embed(self, plan: str, shard: int, again: bool) -> str:
-            """Writes a shard's part; what it holds, as JSON."""
+            """Writes a shard's part; returns its facts as JSON."""
             do = self._embedder.again if again else self._embedder.embed
             return do(Plan.model_validate_json(plan), shard).model_dump_json()
 
@@ -65,9 +65,9 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
 def _spread(
     ray: Any, start: Callable[[], Any], tasks: Sequence[Task], count: int, finished: Finished, ticked: Ticked
 ) -> None:
-    """Keeps `count` actors at work. One that died is replaced, and may wait long for a node; its shard does not.
+    """Keeps `count` actors at work. A dead actor is replaced, which may wait long for a node; its shard does not wait.
 
-    Not Ray's own retries: they hold a shard for the actor that had it, which no node may ever have room for again.
+    Ray's own retries are not used: they keep a shard for its actor, for which no node may ever have room again.
     """
     waiting = deque(tasks)
     under_way: dict[Any, tuple[Any, Task | None]] = {}
@@ -92,7 +92,7 @@ def _spread(
                 if task.deaths > DEATHS_MAX:
                     raise BuildError(
                         f"Shard {task.shard} killed {task.deaths} actors.",
-                        next_step="Run embed with the local engine: it finds the image to blame, if one is.",
+                        next_step="Run embed with the local engine: it finds the image that is the cause, if any.",
                     ) from None
                 waiting.appendleft(task)
             begin()
@@ -109,9 +109,11 @@ def _spread(
 
 
 def _never_opened(error: Any) -> DinoexportError:
-    """What an actor raised when it opened the bundle."""
+    """The error for an actor that could not open the bundle."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, DinoexportError):
         return cause
     said = [line for line in str(error).splitlines() if line.strip()][-1]
-    return BuildError(f"A worker on the cluster could not open the bundle: {said}", next_step="Is it there, on each?")
+    return BuildError(
+        f"A worker on the cluster could not open the bundle: {said}", next_step="Check that every node sees it."
+    )

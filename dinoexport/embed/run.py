@@ -1,4 +1,4 @@
-"""Embed a source of images with a bundle: plan it or go on with its plan, do what is left, say what there is."""
+"""Embed a source of images with a bundle: write or continue a plan, do the remaining shards, report the result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,16 +30,16 @@ from dinoexport.system.store import Place
 
 Size = Literal["default", "nearest"]
 Engine = Literal["local", "ray"]
-# No gain from larger ones on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU wants more.
+# Larger batches gain nothing on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU needs larger ones.
 _BATCH_CPU, _BATCH_GPU = 16, 64
-# A session with its weights, what it computes with, the interpreter and its packages.
+# Memory of a session: weights, buffers, the interpreter and its packages.
 _WORKER_BYTES = 500 << 20
 _RATE_OVER_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How this machine's processors are shared out. environments: one a worker, naming the GPU it has, if any."""
+    """How workers share this machine's processors. environments: one per worker, which names its GPU, if any."""
 
     workers: int
     threads: int
@@ -49,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How far a run is. rows, failed: of this call's shards. rate: rows a second over the last minute."""
+    """The progress of a run. rows, failed: of this call's shards. rate: rows a second over the last minute."""
 
     rows: int
     rows_total: int
@@ -62,7 +63,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """What a call left behind. rows, failed: of the shards it was asked for. complete: whether every shard is done."""
+    """The result of a call. rows, failed: of the requested shards. complete: whether every shard is done."""
 
     out: str
     rows: int
@@ -96,11 +97,11 @@ def embed(
     watch: Watch = lambda _: None,
     progress: Progress = silent,
 ) -> Embedded:
-    """Embeds `images` with the bundle in `folder` into Parquet files in `out`, and goes on where an earlier call ended.
+    """Embeds `images` with the bundle in `folder` into Parquet files in `out`, and continues an earlier call.
 
     part: (I, N) for the shards that are I modulo N. max_failed: the share of images that may fail. Raises UsageError
-    for another run's `out` or a bundle that takes no images, ValidationFailed for a bundle that was not judged to be
-    right or is not right here, or when too many images failed; what is finished is kept in every case.
+    if `out` has another run or the bundle takes no images, ValidationFailed if the bundle did not pass its validation
+    or is not right on this machine, or if too many images failed. Finished shards are kept in every case.
     """
     require("embed", "pyarrow")
     manifest = bundle.read_manifest(folder)
@@ -115,7 +116,8 @@ def embed(
     if known:
         _refuse_others(known[0], wanted, shards, place, images, progress)
     if not known or extend:
-        _check(folder, manifest, progress)
+        with _checked(folder, progress):
+            pass  # before a long listing, not after
         made = plans.make(
             open_source(images),
             place,
@@ -137,7 +139,6 @@ def embed(
         finished = [(plan, shard) for plan, shard in mine if plan.part(shard) in present]
         tasks += [Task(plan=p, shard=s, again=True) for p, s in finished if _done(place, p, s).failed]
     if tasks:
-        _check(folder, manifest, progress)
         planned(known, layout)
         job = Job(
             bundle=str(folder.absolute()),
@@ -146,7 +147,8 @@ def embed(
             threads=layout.threads,
             decoders=layout.decoders,
         )
-        _do(job, tasks, layout, engine, watch)
+        with _checked(folder, progress):
+            _do(job, tasks, layout, engine, watch)
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
 
 
@@ -158,7 +160,7 @@ def _summary(
     max_failed: float,
     layout: Layout | None,
 ) -> Embedded:
-    """What is there now; raises ValidationFailed when too many images failed."""
+    """The result so far; raises ValidationFailed if too many images failed."""
     present = {name for name, _ in place.files()}
     everything = [(plan, shard) for plan in known for shard in range(plan.shards)]
     complete = all(plan.part(shard) in present for plan, shard in everything)
@@ -184,7 +186,7 @@ def _summary(
 
 
 def _recorded(place: Place, known: tuple[Plan, ...]) -> dict[str, Done] | None:
-    """What `_SUCCESS.json` says, if it is of these plans: a finished run is not counted again."""
+    """The content of `_SUCCESS.json` if it is of these plans: a finished run is not counted again."""
     try:
         content = json.loads(place.read(plans.SUCCESS))
         if content["plans"] != [plan.sha256 for plan in known]:
@@ -195,7 +197,7 @@ def _recorded(place: Place, known: tuple[Plan, ...]) -> dict[str, Done] | None:
 
 
 def _done(place: Place, plan: Plan, shard: int) -> Done:
-    """What a finished shard holds; looked up in the part itself where a worker died before it could say so."""
+    """The facts of a finished shard; read from the part itself if a worker died before it could report them."""
     import hashlib
     import io
 
@@ -234,7 +236,7 @@ def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, watch: 
 
 
 class _Counter:
-    """Turns what workers say into `State`s, the last minute's rate included."""
+    """Turns workers' messages into `State`s, with the rate of the last minute."""
 
     def __init__(self, tasks: Sequence[Task], watch: Watch) -> None:
         share = {id(task): task.plan.items // task.plan.shards for task in tasks}
@@ -273,9 +275,9 @@ class _Counter:
 
 
 def layout_of(manifest: Manifest, workers: int | None) -> Layout:
-    """How many workers this machine is given, and the threads of each.
+    """The number of workers on this machine, and the threads of each.
 
-    With engines that run here a worker for each GPU, and the processors are shared out among their decoders. Else
+    With engines that run here: a worker for each GPU, whose decoders share the processors. Without:
     processes of four threads at most: threads of one session wait for each other, processes do not.
     """
     cpus = cpu.usable_cpus()
@@ -315,7 +317,7 @@ def _settings(
     known: tuple[Plan, ...],
     progress: Progress,
 ) -> Settings:
-    """What is asked for, in full. Sizes that were learnt from samples once are kept: more images would change them."""
+    """The complete settings. Sizes that were once learnt from samples are kept: more images would change them."""
     model = model_of(manifest)
     graph = front_end_graph(model)
     samples = None
@@ -361,7 +363,7 @@ def _row_bytes(manifest: Manifest, settings: Settings) -> int:
 def _refuse_others(
     plan: Plan, wanted: Settings, shards: int | None, place: Place, images: str, progress: Progress
 ) -> None:
-    """A source that lies elsewhere now is the same if it lists the same."""
+    """A source at another path is the same if its listing is the same."""
     if plan.settings.images != wanted.images:
         moved = wanted.model_copy(update={"images": plan.settings.images})
         plans.refuse_others(plan, moved, shards, place)
@@ -370,14 +372,17 @@ def _refuse_others(
     plans.refuse_others(plan, wanted, shards, place)
 
 
-def _check(folder: Path, manifest: Manifest, progress: Progress) -> None:
-    """Refuses a bundle that is damaged or was not judged to be right."""
+@contextmanager
+def _checked(folder: Path, progress: Progress) -> Iterator[None]:
+    """Refuses a bundle that is damaged or did not pass its validation, and keeps it from being changed meanwhile."""
+    manifest = bundle.read_manifest(folder)
     if manifest.verdict != "passed":
         raise ValidationFailed(
-            f"{folder} is {manifest.verdict}, and only what passed is used to embed.",
+            f"{folder} is {manifest.verdict}; only bundles that passed are used to embed.",
             next_step="dinoexport build makes a validated bundle.",
         )
-    bundle.verify(folder, progress=progress)
+    with bundle.checked(folder, progress=progress):
+        yield
 
 
 def part_of(word: str) -> tuple[int, int]:

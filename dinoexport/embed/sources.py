@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a glob, an object store, or a column of Parquet files. Items, and their bytes."""
+"""Sources of images: a folder, a glob, an object store, or a column of Parquet files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.images import SUFFIXES
 from dinoexport.system import store
 
-# An encoded image of 64 Mpx is far smaller; a video or a disk image is not read into memory to be refused.
+# An encoded image of 64 Mpx is far smaller; a video or a disk image is refused without reading it into memory.
 _ITEM_MAX_BYTES = 1 << 28
 _MAGIC = frozenset("*?[")
-# What a file system says of the one file. Everything else, such as a mount that is gone, ends the run.
+# Errors that concern a single file. Every other error, such as a mount that is gone, ends the run.
 _OF_THE_FILE = (PermissionError, NotADirectoryError)
 
 
 class Unusable(Exception):
-    """Why this one item cannot be embedded, in words that name no folder of this machine."""
+    """Why this item cannot be embedded; the text names no folder of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One image to embed. name: unique, and the row's `path`. key: items of one key belong in one shard."""
+    """One image to embed. name: unique; the row's `path`. key: items with the same key are in the same shard."""
 
     name: str
     size_bytes: int
@@ -43,18 +43,18 @@ class Source(Protocol):
     """A listing and a way to read what it lists."""
 
     def items(self) -> Iterator[Item]:
-        """Every item, in an order that is the same on every machine."""
+        """All items, in the same order on every machine."""
 
     def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
-        """For each of `names`, in their order, what reads its bytes on any thread, or raises Unusable."""
+        """For each of `names` in order, a function that reads its bytes on any thread, or raises Unusable."""
 
     @property
     def samples(self) -> Path | None:
-        """A local folder of such images, where there is one."""
+        """A local folder of such images, if there is one."""
 
 
 def open_source(images: str) -> Source:
-    """The images that a user's DIR, GLOB, URL or FILE.parquet[:COLUMN] names; a UsageError when there is no such."""
+    """The images that DIR, GLOB, URL or FILE.parquet[:COLUMN] names; raises UsageError if there are none."""
     place, column = _column_of(images)
     if column is not None:
         require("embed", "pyarrow")
@@ -87,7 +87,7 @@ def _fixed_part(pattern: str) -> Path:
 
 
 class LocalFiles:
-    """The files in a folder and below it, or those of them that a pattern names; hidden ones aside."""
+    """The files in a folder and its subfolders, or those that match a pattern; without hidden ones."""
 
     def __init__(self, folder: Path, *, pattern: str = "") -> None:
         self._folder, self._pattern = folder, pattern
@@ -99,7 +99,7 @@ class LocalFiles:
         return self._folder
 
     def items(self) -> Iterator[Item]:
-        """Sorted by name, one folder in memory at a time. Links are listed; `readers` says what is wrong with one."""
+        """Sorted by name, one folder in memory at a time. Links are listed; `readers` reports unusable ones."""
         if self._pattern:
             for path in map(Path, sorted(glob.glob(self._pattern, recursive=True))):  # noqa: PTH207 (it may be absolute)
                 if path.is_symlink() or not path.is_dir():
@@ -134,7 +134,7 @@ class LocalFiles:
         return Item(name=name, size_bytes=size_bytes, key=name)
 
     def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
-        """One open file each."""
+        """Each reader opens one file."""
         for name in names:
             yield name, lambda name=name: self._read(name)  # type: ignore[misc]
 
@@ -144,7 +144,7 @@ class LocalFiles:
             real = os.path.realpath(path, strict=True)
             if real != self._inside and not real.startswith(self._inside.rstrip("/") + "/"):
                 raise Unusable("a link that leads out of the folder")
-            # Not to wait for ever at a pipe that somebody put there.
+            # So that a pipe in the folder does not block the run.
             with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
@@ -163,7 +163,7 @@ class LocalFiles:
                 raise Unusable("a link to itself") from None
             raise MissingRequirement(
                 f"{self._folder} cannot be read from: {error.strerror}.",
-                next_step="Look at the disk, and run it again: finished shards are kept.",
+                next_step="Check the disk, and run it again: finished shards are kept.",
             ) from None
 
 
@@ -179,13 +179,13 @@ class RemoteFolder:
         return None
 
     def items(self) -> Iterator[Item]:
-        """As the store lists them, which for all of them is by name; sorted all the same, for none promises it."""
+        """Sorted by name. Stores list objects by name, but none guarantees it."""
         found = ((name, size) for name, size in self._place.files() if not _is_hidden(name))
         for name, size_bytes in sorted(found):
             yield Item(name=name, size_bytes=size_bytes, key=name)
 
     def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
-        """One request each."""
+        """Each reader sends one request."""
         for name in names:
             yield name, lambda name=name: self._read(name)  # type: ignore[misc]
 
@@ -200,9 +200,9 @@ class RemoteFolder:
 
 
 class ParquetColumn:
-    """A column of encoded images in Parquet files: binary, or a struct with a field `bytes` as Hugging Face has it.
+    """A column of encoded images in Parquet files: binary, or a struct with a field `bytes` as Hugging Face writes it.
 
-    An item is called FILE#ROW. A row group is what a shard has whole, for it is what can be read alone.
+    An item is called FILE#ROW. A shard holds whole row groups, because a row group is the smallest unit to read.
     """
 
     def __init__(self, paths: Sequence[Path], column: str) -> None:
@@ -244,7 +244,7 @@ class ParquetColumn:
         return None
 
     def items(self) -> Iterator[Item]:
-        """Row by row. Sizes are the row group's, shared out evenly: a column's lengths are not in the footer."""
+        """Row by row. A row's size is its row group's divided by its rows: the footer has no lengths of single rows."""
         for name, file in self._files.items():
             row = 0
             for index in range(file.metadata.num_row_groups):
@@ -255,11 +255,11 @@ class ParquetColumn:
                     row += 1
 
     def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
-        """A row group is read when its first row is wanted, and let go with its last."""
+        """A row group is read with its first row and released after its last."""
         for file_name, of_file in groupby(names, key=lambda name: name.rpartition("#")[0]):
             file = self._files.get(file_name)
             if file is None:
-                raise UsageError(f"The plan has {file_name}, which is not there.", next_step="Give the same --images.")
+                raise UsageError(f"{file_name} of the plan does not exist.", next_step="Give the same --images.")
             starts = [0]
             for index in range(file.metadata.num_row_groups):
                 starts.append(starts[-1] + file.metadata.row_group(index).num_rows)

@@ -1,4 +1,4 @@
-"""Is what lies in a folder what the bundle gives? Every part's bytes by its hash, and a sample embedded again."""
+"""Verify embedded files: check every part's hash, and embed a sample of rows again to compare."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from dinoexport.validation import evaluate, judge
 
 _SHARE = 0.001
 _LEAST, _MOST = 16, 1000
-# Half the distance between neighbouring float16 values, relative to them: what storing alone may change.
+# Half the relative distance between neighbouring float16 values: the largest error from storing alone.
 _FLOAT16_ROUNDING = 2.0**-11
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """sampled: rows compared. changed: images whose bytes are others now. damaged: parts that are not as written.
+    """sampled: rows compared. changed: images whose bytes have changed. damaged: parts that are not as written.
 
-    report: the judge's, on the sample against what is stored; None when nothing could be compared.
+    report: on the sample, compared with the stored rows; None if nothing could be compared.
     """
 
     sampled: int
@@ -47,7 +47,7 @@ class Verified:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """What was found, for a person."""
+        """The result as text."""
         return (
             *(f"damaged: {part}" for part in self.damaged),
             *(f"changed since: {name}" for name in self.changed),
@@ -56,13 +56,19 @@ class Verified:
 
 
 def verify(folder: Path, images: str, out: str, *, seed: int | None = None, progress: Progress = silent) -> Verified:
-    """Judges a thousandth of the finished rows, chosen at random, by the bundle's limits, and every part's bytes."""
+    """Checks every part's bytes, and a thousandth of the finished rows, chosen at random, by the bundle's limits."""
     require("embed", "pyarrow")
     place = store.open_place(out)
     known = plans.read_all(place)
     if not known:
         raise UsageError(f"{out} holds no run.", next_step="dinoexport embed BUNDLE --images ... --out DIR makes one.")
-    bundle.verify(folder, progress=progress)
+    with bundle.checked(folder, progress=progress):
+        return _verified(folder, images, out, place, known, seed, progress)
+
+
+def _verified(
+    folder: Path, images: str, out: str, place: Place, known: Sequence[Plan], seed: int | None, progress: Progress
+) -> Verified:
     present = {name for name, _ in place.files()}
     parts = [(plan, s) for plan in known for s in range(plan.shards) if plan.part(s) in present]
     generator = random.Random(seed)  # noqa: S311 (a sample, no secret)
@@ -92,7 +98,7 @@ def verify(folder: Path, images: str, out: str, *, seed: int | None = None, prog
 
 
 def _read(place: Place, plan: Plan, shard: int) -> bytes | None:
-    """A part's bytes; None when they are not those that were written."""
+    """A part's bytes; None if they are not those that were written."""
     import hashlib
 
     raw = place.read(plan.part(shard))
@@ -118,7 +124,7 @@ def _sample(embedder: Embedder, content: bytes, count: int, generator: random.Ra
 def _compared(
     embedder: Embedder, rows: Sequence[Row], progress: Progress
 ) -> tuple[list[str], tuple[Expectation, ...], dict[str, dict[str, Array]]]:
-    """Images that changed, what is stored of the others, and what the bundle gives for them now."""
+    """Images that changed, the stored values of the others, and the bundle's outputs for them now."""
     import numpy as np
 
     changed: list[str] = []
@@ -129,7 +135,7 @@ def _compared(
             changed.append(row.name)
         else:
             inputs: Arrays = {"name": np.array(row.name)}
-            case = Case(name=row.name, why="a row that is stored", inputs=inputs)
+            case = Case(name=row.name, why="a stored row", inputs=inputs)
             outputs = {name: _as_vectors(array) for name, array in row.values.items()}
             expectations.append(Expectation(case=case, outputs=outputs))
             again[row.name] = {name: _as_vectors(array) for name, array in now.values.items()}
@@ -138,12 +144,12 @@ def _compared(
 
 
 def _as_vectors(array: Array) -> Array:
-    """In float32 with a batch of one, as the judge measures outputs."""
+    """In float32 with a batch of one, for the comparison of outputs."""
     return stored(array, dtype="float32", normalised=False, name="a row")[None]
 
 
 def _widened(limits: Limits, dtype: str) -> Limits:
-    """The bundle's limits; for float16 none is below what rounding to it does."""
+    """The bundle's limits; for float16, none is below the rounding error of float16."""
     if dtype == "float32":
         return limits
     reason = "storing values as float16 rounds each by up to half a unit of its last place"

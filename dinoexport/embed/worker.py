@@ -1,7 +1,7 @@
 """The child process of `embed.local`: `python -m dinoexport.embed.worker JOB`, a shard for each line on stdin.
 
-It answers on the file descriptor DINOEXPORT_REPORT with a JSON object a line, and ends when stdin does, whatever it is
-doing: a parent that was killed leaves no worker behind.
+It reports on the file descriptor DINOEXPORT_REPORT with one JSON object per line, and ends as soon as stdin ends, so a
+parent that was killed leaves no worker behind.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dinoexport.system.subprocess_job import REPORT
 
 
 def main(job: Job, report: TextIO) -> None:
-    """Embeds what it is asked to until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    """Embeds the requested shards until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
 
@@ -52,7 +52,7 @@ def main(job: Job, report: TextIO) -> None:
 def _listen(orders: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in sys.stdin:
         orders.put(json.loads(line))
-    os._exit(0)  # the main thread may be inside a session, which no exception reaches
+    os._exit(0)  # the main thread may be inside a session, where no exception reaches it
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ _DTYPES = {
 Traces = dict[str, bytes]
 Trace = Callable[[Piece], bytes]
 
-# What an export needs besides the base dependencies.
+# What is appended to a graph later, a fitted head's operators, is of this one.
+_OPSET_MIN = 18
+# Packages that an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
@@ -174,8 +176,9 @@ class _Whole:
         import onnx
 
         (opset,) = self._opsets
-        model = onnx.ModelProto(ir_version=_ir_version(opset), producer_name="dinoexport")
-        model.opset_import.add(domain="", version=opset)
+        needed = _lowest_opset(self._nodes, opset)
+        model = onnx.ModelProto(ir_version=_ir_version(needed), producer_name="dinoexport")
+        model.opset_import.add(domain="", version=needed)
         for key in sorted(metadata):
             model.metadata_props.add(key=key, value=metadata[key])
         graph = model.graph
@@ -250,9 +253,16 @@ def _copied(node: NodeProto, inner: Mapping[str, str], scope: str) -> NodeProto:
 
 def _ir_version(opset: int) -> int:
     """The file format version that belongs to an operator set, because older runtimes read no newer version."""
-    if opset >= 23:
-        return 11
-    return 10 if opset >= 21 else 9
+    since = {23: 11, 21: 10, 19: 9}
+    return next((version for first, version in since.items() if opset >= first), 8)
+
+
+def _lowest_opset(nodes: Sequence[NodeProto], traced: int) -> int:
+    """The lowest operator set in which every operator is defined as in the one that was traced to."""
+    import onnx
+
+    own = {node.op_type for node in nodes if node.domain in ("", "ai.onnx")}
+    return max(_OPSET_MIN, *(onnx.defs.get_schema(name, traced).since_version for name in own))
 
 
 def _info(name: str, dtype: int, shape: Sequence[int | str] | None = None) -> ValueInfoProto:

@@ -1,1 +1,1 @@
-"""The model families that come with dinoexport, one package each."""
+"""The model families of dinoexport, one package each."""

@@ -84,7 +84,7 @@ def disk(request: BuildRequest) -> None:
 
 
 def weights_fit(request: BuildRequest) -> None:
-    """Refuses a build whose graphs this machine cannot open to judge them, for want of memory."""
+    """Refuses a build if this machine does not have the memory to open its graphs for validation."""
     needed, total = stored_bytes(request), memory_here.total_bytes()
     if total is not None and needed > total:
         raise MissingRequirement(

@@ -1,11 +1,11 @@
-"""Finished stages that several machines share: `DINOEXPORT_CACHE=s3://bucket/prefix`.
+"""Share finished stages between machines: `DINOEXPORT_CACHE=s3://bucket/prefix`.
 
     stages/KEY/stage.json   a stage's whole key, and its files' names, sizes and hashes; written last
     files/SHA256            a file's bytes, by their own hash: two stages with the same file have it once
 
-A reader believes nothing: the key must be the whole one it looks for, and every byte is hashed when it is taken.
-Writers do not wait for each other: a file's name follows from its bytes, and either stage.json names what is whole.
-Whoever may write to the store decides what others build from, as with any cache of results: let CI alone write to it.
+A reader trusts nothing: the whole key must match, and every byte is hashed when it is read. Writers do not wait for
+each other: a file's name follows from its bytes, so either writer's stage.json names complete files. As with any cache
+of results, everyone who may write to the store decides what others build from: let only CI write to it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Index(Frozen):
 
 
 class SharedCache:
-    """The stages in a store. It must answer when it is first asked; what breaks later is said, and is done without."""
+    """The stages in a store. The first request must succeed; if a later one fails, the build continues without."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

@@ -1,4 +1,4 @@
-"""A server's address, and what is sent along so that it lets us in: headers, a bearer token, a CA of one's own.
+"""A server's address and the credentials for it: headers, a bearer token, the user's own CA.
 
 Secrets come from a file, from the environment or from the address, and are never shown: errors name the address
 without them.
@@ -37,12 +37,12 @@ class Address:
 
     @property
     def netloc(self) -> str:
-        """HOST:PORT, an IPv6 host in brackets."""
+        """HOST:PORT, with an IPv6 host in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def secure(self) -> bool:
-        """Whether it is asked over TLS."""
+        """Whether the connection uses TLS."""
         return self.scheme in ("https", "grpcs")
 
     def __str__(self) -> str:
@@ -52,8 +52,8 @@ class Address:
 def parse(url: str, *, headers: Path | None = None, ca: Path | None = None) -> Address:
     """The address in `url`: http://HOST:8000 or grpc://HOST:8001, with an s for TLS; a bare HOST:PORT is HTTP.
 
-    A user and password in it are sent as such, a token in $DINOEXPORT_TOKEN as a bearer token. headers: a file of lines
-    `Name: value`. ca: a file of certificates. A UsageError for an address that is none.
+    A user and password in it are sent as basic authentication, a token in $DINOEXPORT_TOKEN as a bearer token. headers:
+    a file of lines `Name: value`. ca: a file of certificates. Raises UsageError for an invalid address.
     """
     if ca is not None:
         untrusted.read_bytes(ca, max_bytes=_CA_MAX_BYTES)
@@ -92,10 +92,12 @@ def _headers(path: Path) -> dict[str, str]:
 
 
 def _visible(secret: str, where: str) -> str:
-    """A secret that fits into a header; what it is stays unsaid."""
+    """A secret that is valid in a header; errors never show it."""
     secret = secret.strip()
     if not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise UsageError(f"{where} holds what no token may: spaces or control characters.", next_step="Set it again.")
+        raise UsageError(
+            f"{where} holds spaces or control characters, which a token must not.", next_step="Set it again."
+        )
     return secret
 
 

@@ -1,7 +1,7 @@
-"""A server's answers, believed only as far as they are what was asked for: their form here, their signature there.
+"""Parse and check a server's answers: first their form, then their signature. A server is not trusted.
 
 Triton's binary form of a response (https://github.com/kserve/kserve, docs/predict-api/v2, binary tensor data extension)
-is a JSON header and after it the outputs' bytes in the header's order.
+is a JSON header, followed by the outputs' bytes in the header's order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def decoded(body: bytes, header_length: str | None, names: Sequence[str]) -> dic
     found, offset = {}, length
     for name, dtype, shape, size in _listed(parsed_json(body[:length], "its header")):
         if math.prod(shape) * np.dtype(dtype).itemsize != size or offset + size > len(body):
-            raise Malformed(f"{name!r} of {dtype} and shape {list(shape)} is said to have {size} bytes")
+            raise Malformed(f"{name!r} of {dtype} and shape {list(shape)} declares {size} bytes")
         found[name] = np.frombuffer(body, dtype, math.prod(shape), offset).reshape(shape)
         offset += size
     if offset != len(body):
@@ -75,7 +75,7 @@ def _listed(header: Any) -> list[tuple[str, str, tuple[int, ...], int]]:
             raise Malformed("an output lacks its name, a known datatype, its shape or its size") from None
         whole = all(type(number) is int and number >= 0 for number in (*shape, size))
         if not isinstance(name, str) or not whole or len(shape) > _RANK_MAX:
-            raise Malformed("an output's name, shape or size is none")
+            raise Malformed("an output's name, shape or size is invalid")
         listed.append((name, dtype, shape, size))
     return listed
 
@@ -87,9 +87,9 @@ def _wanted(found: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array
 
 
 def signature(graph: Graph) -> int:
-    """The most bytes an answer of `graph` can have: every dimension at its largest.
+    """The largest size of an answer of `graph` in bytes: every dimension at its largest.
 
-    A dimension that follows from the inputs, as a count of patches does, is not more than an input has elements.
+    A dimension that follows from the inputs, such as a count of patches, is at most the number of an input's elements.
     """
     largest = {dim.name: dim.max for dim in graph.dims}
     elements = max((_elements(tensor, largest, 1) for tensor in graph.inputs), default=1)
@@ -105,7 +105,7 @@ def _sizes(tensor: Tensor, largest: Mapping[str, int], otherwise: int) -> list[i
 
 
 def check_outputs(graph: Graph, arrays: Mapping[str, Array], asked: Arrays) -> None:
-    """Raises Malformed for outputs that `graph` does not give: of another dtype, rank, fixed or shared dimension."""
+    """Raises Malformed for outputs with another dtype, rank, fixed or shared dimension than `graph` has."""
     bound: dict[str, int] = {}
     for tensor in graph.inputs:
         if tensor.name in asked:

@@ -1,6 +1,6 @@
-"""Is a live endpoint still right? A bundle's own questions, put to the server and judged like any runtime.
+"""Check a live endpoint: send a bundle's reference inputs to the server and validate its outputs like any runtime's.
 
-Triton calls a model ready after its process has died, so a probe must ask it something and read the answer.
+Triton reports a model as ready after its process has died, so a probe must send an input and check the output.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def check(
     ca: Path | None = None,
     progress: Progress = silent,
 ) -> Checked:
-    """Judges the model served at `url` by the reference in `folder`: a bundle, or a repository it was deployed to.
+    """Validates the model served at `url` with the reference in `folder`: a bundle, or a repository it was deployed to.
 
-    quick: only the smallest case. Raises ServerError when nothing answers; wrong answers are in the report.
+    quick: only the smallest case. Raises ServerError if there is no answer; wrong outputs are in the report.
     """
     if text_served(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca):
         client = TextClient(url, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
@@ -77,7 +77,7 @@ def check(
 
 
 def _checked_text(client: TextClient, url: str, folder: Path, *, quick: bool, progress: Progress) -> Checked:
-    """The same of a model that writes text: it is asked for the continuations the reference has."""
+    """The same for a model that generates text: compares its continuations with those in the reference."""
     served = client.served
     role = family.find(served.family).model(parse(Recipe, served.recipe, where="the recipe of the served model")).text
     assert role is not None, "it serves text"
@@ -87,7 +87,7 @@ def _checked_text(client: TextClient, url: str, folder: Path, *, quick: bool, pr
     asked = tuple(e for e in reference.expectations if role.rollout(e.case.inputs) is not None)
     if not asked:
         raise UsageError(
-            f"{path} holds no continuation to check a text model by.",
+            f"{path} holds no continuation to check a text model with.",
             next_step="Give the validation a case with steps, and build the bundle again.",
         )
     reference = replace(reference, expectations=asked, refusals=())
@@ -101,13 +101,13 @@ def _checked_text(client: TextClient, url: str, folder: Path, *, quick: bool, pr
 
 
 def smallest(reference: Reference) -> Reference:
-    """The reference with its cheapest case alone."""
+    """The reference with only its cheapest case."""
     cheapest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
     return Reference(name=reference.name, limits=reference.limits, expectations=(cheapest,), refusals=())
 
 
 def _reference_of(folder: Path, served: Served) -> Path:
-    """The reference in a bundle; or in a repository, that of the version the server says it serves."""
+    """The reference in a bundle, or in a repository the one of the version that the server reports."""
     if untrusted.is_regular(folder / bundle.MANIFEST):
         if bundle.read_manifest(folder).variant != served.variant:
             raise UsageError(

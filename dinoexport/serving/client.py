@@ -1,6 +1,6 @@
 """A client of a served model: named arrays or encoded files in, named outputs out.
 
-What the server would refuse is refused here first, in the same words, from the signature the served model carries.
+The client reads the signature in the served model, and raises the server's own error before it sends a bad request.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Graph, closest
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_ROLES = ("graph", "front_end")  # what a client of a graph asks
+_ROLES = ("graph", "front_end")  # roles that a client of a graph uses
 T = TypeVar("T")
 
 
 class DinoClient:
-    """One served graph, and the front ends before it. Calling it is a `spec.Runner`: it can be judged like any runtime.
+    """One served graph and its front ends. It is a `spec.Runner`, so it can be validated like any runtime.
 
-    url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
-    shared_memory: send arrays through /dev/shm where client and server share it and the server allows that;
-    `shares_memory` says whether it did. timeout_s: for one answer, and for as long a busy or restarting server is
-    tried again. headers: a file of lines `Name: value` to send with every request; a token in $DINOEXPORT_TOKEN is sent
-    too. ca: a file of certificates to trust. May be used by many threads; with shared memory they take turns.
+    url: http://HOST:8000 or grpc://HOST:8001. model: its deployed name; optional if a server has only one.
+    shared_memory: send arrays through /dev/shm if client and server share it and the server allows that;
+    `shares_memory` tells whether it is used. timeout_s: for one answer; a busy or restarting server is tried again for
+    the same time. headers: a file of lines `Name: value` to send with every request; a token in $DINOEXPORT_TOKEN is
+    sent too. ca: a file of certificates to trust. Many threads may use it; with shared memory they take turns.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DinoClient:
             return self._infer("", arrays, shared)
 
     def encoded(self, items: Sequence[bytes], *, front_end: str | None = None) -> dict[str, Array]:
-        """The graph's outputs for encoded files, one batch. front_end: may be left out where there is one.
+        """The graph's outputs for encoded files, one batch. front_end: optional if there is only one.
 
         Raises InputRefused, naming the item, for what cannot be decoded.
         """
@@ -93,15 +93,15 @@ class DinoClient:
         return self._infer(front_end, {ENCODED: np.array(list(items), dtype=object).reshape(-1, 1)}, {})
 
     async def call_async(self, arrays: Arrays) -> dict[str, Array]:
-        """The same as calling it, without holding the event loop up."""
+        """The same as calling it, without blocking the event loop."""
         return await asyncio.to_thread(self, arrays)
 
     async def encoded_async(self, items: Sequence[bytes], *, front_end: str | None = None) -> dict[str, Array]:
-        """The same as `encoded`, without holding the event loop up."""
+        """The same as `encoded`, without blocking the event loop."""
         return await asyncio.to_thread(self.encoded, items, front_end=front_end)
 
     def close(self) -> None:
-        """Lets go of shared memory."""
+        """Releases shared memory."""
         if self._region is not None:
             self._region.close()
             self._region, self.shares_memory = None, False
@@ -123,7 +123,7 @@ class DinoClient:
         return found
 
     def _patiently(self, ask: Callable[[], T]) -> T:
-        """What `ask` gives, asked again while the server is busy, each time after a longer, uneven pause."""
+        """The result of `ask`, repeated while the server is busy, each time after a longer, random pause."""
         deadline, pause_s = time.monotonic() + self._timeout_s, _FIRST_PAUSE_S
         while True:
             try:
@@ -162,7 +162,7 @@ def open_graphs(
 def text_served(
     url: str, *, model: str | None = None, timeout_s: float = 60.0, headers: Path | None = None, ca: Path | None = None
 ) -> bool:
-    """Whether the model of this name, or the only one, is one that writes text."""
+    """Whether the model of this name, or the only one, generates text."""
     where = address.parse(url, headers=headers, ca=ca)
     found = discover(transport.connect(where, timeout_s=timeout_s))
     wanted = {served.role for served in found.values() if model in (None, served.name)}
@@ -190,7 +190,7 @@ def _chosen(found: dict[str, Served], url: str, model: str | None) -> Served:
 
 
 class _SharedRegion:
-    """System shared memory that holds one request's inputs at a time; made anew when a request needs more.
+    """System shared memory that holds one request's inputs at a time; created again if a request needs more.
 
     allowed: whether the server maps it. Since 2026 servers do only if started with --allow-client-shm=true.
     """
@@ -202,13 +202,15 @@ class _SharedRegion:
         try:
             self._make(1)
             self.allowed = True
-        except DinoexportError:  # a server that allows none, or runs elsewhere, says so in many ways
+        except (
+            DinoexportError
+        ):  # a server that does not allow it, or runs on another machine, reports that in many ways
             self.close()
             self.allowed = False
 
     @contextmanager
     def holding(self, arrays: Arrays) -> Iterator[dict[str, Place]]:
-        """Where each of `arrays` lies while the block runs."""
+        """The place of each of `arrays` while the block runs."""
         from tritonclient.utils import shared_memory
 
         with self._lock:

@@ -1,4 +1,4 @@
-"""One deadline for a whole answer over HTTP, however a server drips it."""
+"""One deadline for a whole HTTP answer, even if the server sends it byte by byte."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Self
 
 
 class Deadline:
-    """Shuts the connection it is told of when its time is up, so that whoever reads from it goes on.
+    """Shuts down its connection when the time is up, so that a blocked reader returns.
 
-    A time-out of urllib3's is for one read: a server that sends a byte now and then never meets it. expired: whether
-    the time was up.
+    A timeout of urllib3 applies to one read: a server that sends single bytes never exceeds it. expired: whether the
+    time was up.
     """
 
     def __init__(self, seconds: float, *shuts: Callable[[], object]) -> None:
@@ -32,7 +32,7 @@ class Deadline:
         _asking.deadline = None
 
     def also(self, shut: Callable[[], object]) -> None:
-        """One more way to shut what is waited for."""
+        """Adds a function that shuts the connection down."""
         self._shuts.append(shut)
         if self.expired:
             self._shut()
@@ -40,7 +40,7 @@ class Deadline:
     def _shut(self) -> None:
         self.expired = True
         for shut in self._shuts:
-            with suppress(Exception):  # it may not be open yet, or just have been closed
+            with suppress(Exception):  # it may not be open yet, or already be closed
                 shut()
 
 
@@ -49,7 +49,7 @@ _asking = threading.local()
 
 
 def watched(pool_class: Any) -> Any:
-    """A class of urllib3's pools whose connections tell the thread's deadline when they are used."""
+    """A class of urllib3's pools whose connections register with the thread's deadline when they are used."""
 
     class Connection(pool_class.ConnectionCls):  # type: ignore[misc]
         def request(self, *args: Any, **how: Any) -> None:

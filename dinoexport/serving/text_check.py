@@ -1,7 +1,7 @@
-"""Does a served text model still write what PyTorch would? The bundle's own prompts, asked greedily, token by token.
+"""Check a served text model: run the bundle's own prompts greedily and compare with PyTorch token by token.
 
-A roll-out is compared up to the first difference: until then both read the same tokens. There PyTorch's own gap between
-the two tokens tells rounding, which is narrow, from damage.
+A roll-out is compared up to the first difference, because until then both read the same tokens. At the difference,
+PyTorch's own gap between the two tokens distinguishes rounding (a narrow gap) from damage.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dinoexport.spec import Array, Expectation, Progress
 from dinoexport.text import prompts, tokenizer
 from dinoexport.validation.judge import Bound, Report, Row
 
-# Where the limits name no gap: what rounding in fp32 was seen to flip, PyTorch's own best two being this near, in nats.
+# The default if the limits name no gap: rounding in fp32 was seen to flip PyTorch's best two at this distance, in nats.
 _GAP_MAX = 0.01
-_GAP_REASON = "PyTorch's two likeliest tokens this near are decided by rounding; damage was seen at 3.8 and more"
+_GAP_REASON = "rounding decides between PyTorch's two likeliest tokens this near; damage was seen at 3.8 and more"
 
 
 def judged(
     client: TextClient, role: TextRole, reference: Reference, tokenizer_path: Path, name: str, *, progress: Progress
 ) -> Report:
-    """The report on a served text model: a row for each prompt whose continuation the reference has."""
+    """The report on a served text model: a row for each prompt with a continuation in the reference."""
     words = tokenizer.load(tokenizer_path)
     ends = prompts.end_ids(words, role.prompts.completion(""))
     rows = []
@@ -77,9 +77,9 @@ def _rows(
 
 
 def gap_at_difference(ended: Ended, wanted: Sequence[int] | Array, logits_NV: Array, ends: frozenset[int]) -> float:
-    """How far PyTorch's likeliest token is before the one that was written where they first differ; 0 for nowhere.
+    """PyTorch's lead of its most likely token over the written one at the first difference; 0 if there is none.
 
-    An answer that ended early chose the likeliest of `ends`. Infinite where it broke off without reason.
+    An answer that ended early chose the most likely of `ends`. Infinite if it broke off without a reason.
     """
     for place, token_id in enumerate(ended.token_ids):
         if token_id != wanted[place]:

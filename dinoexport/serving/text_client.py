@@ -1,6 +1,6 @@
-"""A client of a served text model: a prompt in, text out as it is written, over HTTP or gRPC.
+"""A client of a served text model: sends a prompt and receives text while it is written, over HTTP or gRPC.
 
-Who stops reading closes the stream, and the server stops writing within two seconds.
+A caller that stops reading closes the stream, and the server stops writing within two seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Answer:
 class TextClient:
     """One served text model.
 
-    url: http://HOST:8000 or grpc://HOST:8001. model: what it was deployed as; may be left out where a server has one.
+    url: http://HOST:8000 or grpc://HOST:8001. model: its deployed name; optional if a server has only one.
     timeout_s: for the first words of an answer, and between any two. headers, ca: files, see `address.parse`.
     """
 
@@ -62,7 +62,7 @@ class TextClient:
     def stream(self, **values: Any) -> Iterator[str | Ended]:
         """The answer in pieces, and last how it ended. values: see `text.requests.parse`.
 
-        Raises InputRefused before anything is sent, where the server would; ServerBusy where its queue is full.
+        Raises InputRefused before anything is sent if the server would refuse it, ServerBusy if its queue is full.
         """
         requests.parse(values)
         with closing(self._transport.stream(self.name, wire(values, stream=True))) as events:
@@ -78,12 +78,12 @@ class TextClient:
             else:
                 ended = item
         if ended is None:
-            raise transport.ServerError("The answer broke off.", next_step="Look into the server's log.")
+            raise transport.ServerError("The answer broke off.", next_step="Read the server's log.")
         return Answer(text="".join(text), ended=ended)
 
 
 def wire(values: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
-    """A request's values as Triton's JSON has them."""
+    """A request's values in Triton's JSON form."""
     sent = {key: value for key, value in values.items() if value is not None} | {signature.STREAM: stream}
     if not isinstance(sent.get("messages", ""), str):
         sent["messages"] = json.dumps(
@@ -93,7 +93,7 @@ def wire(values: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
 
 
 def read(event: Mapping[str, Any]) -> Iterator[str | Ended]:
-    """What one of the server's responses says, of a streamed answer."""
+    """The content of one of the server's responses in a streamed answer."""
     if event.get(signature.TEXT):
         yield str(event[signature.TEXT])
     if event.get(signature.REASON):

@@ -1,6 +1,6 @@
-"""Triton's two protocols, HTTP and gRPC, as one small interface: named arrays in, named arrays out, one error each.
+"""Triton's two protocols, HTTP and gRPC, behind one small interface: named arrays in, named arrays or one error out.
 
-HTTP bodies are tritonclient's; urllib3 carries them, because tritonclient's own connection belongs to one thread.
+tritonclient builds HTTP bodies; urllib3 sends them, because tritonclient's own connection works in one thread only.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _TRITON_DTYPES = {
     "bool": "BOOL", "uint8": "UINT8", "int32": "INT32", "int64": "INT64",
     "float16": "FP16", "float32": "FP32", "object": "BYTES",
 }  # fmt: skip
-# An index of ten thousand models, a configuration with a recipe in it: far less than this.
+# An index of ten thousand models or a configuration with a recipe is far smaller than this.
 _METADATA_MAX_BYTES = 1 << 24
 _MODELS_MAX = 10_000
-# How much of a server's own words is passed on.
+# The largest part of a server's own message that is shown.
 _WORDS_MAX = 1000
 _PROTOBUF_MAX_BYTES = (1 << 31) - 1
 _KINDS = {400: "invalid", 404: "missing", 503: "busy"}
-# Where an input lies in a registered region of shared memory: (region's name, size in bytes, offset in bytes).
+# The place of an input in a registered region of shared memory: (region's name, size in bytes, offset in bytes).
 Place = tuple[str, int, int]
 
 
 class ServerError(MissingRequirement):
-    """The server cannot be reached, does not answer in time, or broke on the request."""
+    """The server cannot be reached, does not answer in time, or failed on the request."""
 
 
 class ServerBusy(ServerError):
-    """The server is starting, stopping, or its queue is full: the same request may do better in a moment."""
+    """The server is starting, stopping, or its queue is full: the same request may succeed later."""
 
 
 class Transport(Protocol):
-    """What a client asks of a server. Every method may raise ServerError, and may be called from any thread."""
+    """A client's requests to a server. Every method may raise ServerError and may be called from any thread."""
 
     def limit(self, max_bytes: int) -> None:
-        """No answer is larger than this: what is, is not read."""
+        """The largest size of an answer; a larger one is not read."""
 
     def models(self) -> tuple[str, ...]:
         """The names of the models that are ready."""
@@ -61,23 +61,23 @@ class Transport(Protocol):
     def infer(
         self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, Place]
     ) -> dict[str, Array]:
-        """The model's named outputs. shared: input -> where it lies already."""
+        """The model's named outputs. shared: input -> its place in shared memory."""
 
     def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The responses of a decoupled model, each as it comes: output -> value. Closing it cancels the request."""
+        """The responses of a decoupled model as they arrive: output -> value. Closing it cancels the request."""
 
     def register(self, region: str, key: str, size_bytes: int) -> None:
         """Lets the server map the system shared memory `key` as `region`."""
 
     def unregister(self, region: str) -> None:
-        """Makes the server let go of it."""
+        """Makes the server unmap it."""
 
 
 def connect(url: str | Address, *, timeout_s: float) -> Transport:
-    """The transport for an address. timeout_s: for one whole answer, however the server drips it."""
+    """The transport for an address. timeout_s: for one whole answer, however slowly the server sends it."""
     address = url if isinstance(url, Address) else parse(url)
     if not 0 < timeout_s < threading.TIMEOUT_MAX:
-        raise UsageError(f"A time-out of {timeout_s} s is none.", next_step="Give seconds, more than 0.")
+        raise UsageError(f"{timeout_s} s is not a valid timeout.", next_step="Give seconds, more than 0.")
     require("triton", "tritonclient")
     return (_Http if address.scheme.startswith("http") else _Grpc)(address, timeout_s)
 
@@ -142,7 +142,7 @@ class _Http:
                 yield event
 
     def _lines(self, response: Any) -> Iterator[bytes]:
-        """The lines of a response that is still being sent; there is a deadline for each."""
+        """The lines of a response that is still being sent; each line has a deadline."""
         rest = b""
         while True:
             with Deadline(self._timeout_s, response.shutdown) as deadline, self._errors(deadline):
@@ -164,7 +164,7 @@ class _Http:
         self._ask("POST", f"/v2/systemsharedmemory/region/{quote(region)}/unregister")
 
     def _ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> _Answer:
-        """The whole answer within the one deadline; its body is never larger than an answer can be."""
+        """The whole answer within one deadline; a body that is larger than an answer can be is not read."""
         with Deadline(self._timeout_s) as deadline, self._begun(method, path, body, headers, deadline) as response:
             with self._errors(deadline):
                 answer = _Answer(
@@ -177,7 +177,7 @@ class _Http:
     def _begun(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None, deadline: Deadline
     ) -> Iterator[Any]:
-        """A response whose body is still to be read; what is left of it is never taken for the next answer."""
+        """A response whose body is still to be read; an unread rest is never taken for the next answer."""
         url, sent = f"{self._address}{path}", {**self._address.headers, **(headers or {})}
         with self._errors(deadline):
             response = self._pool.request(
@@ -190,7 +190,9 @@ class _Http:
                     raise refusal(response.status, self._body(response))
             yield response
         finally:
-            if response.connection is not None:  # not back into the pool: the server sees that nobody reads
+            if (
+                response.connection is not None
+            ):  # not back into the pool, so that the server sees that the client has left
                 response.close()
 
     @contextmanager
@@ -214,7 +216,7 @@ class _Http:
 
     def _body(self, response: Any) -> bytes:
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise Malformed("it is compressed, which nobody asked for")
+            raise Malformed("it is compressed, which was not requested")
         pieces, left = [], self._max_bytes + 1
         while left and (piece := response.read(min(left, 1 << 20))):
             pieces.append(piece)
@@ -241,8 +243,8 @@ class _Grpc:
     def _opened(self, max_bytes: int) -> Any:
         import tritonclient.grpc as triton
 
-        # gRPC would wait up to two minutes before it looks again for a server that restarts; a batch of images is
-        # larger than the 4 MB it takes by default.
+        # By default gRPC waits up to two minutes before it connects again to a server that restarts, and refuses
+        # messages over 4 MB, which a batch of images exceeds.
         options = [
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_send_message_length", -1),
@@ -353,7 +355,7 @@ class _Grpc:
 
 
 def _array_of(result: Any, name: str) -> Array:
-    """An output of tritonclient's result; it believes what the server says of shape and dtype, and breaks on it."""
+    """An output of tritonclient's result. tritonclient trusts the server's shape and dtype and fails on wrong ones."""
     try:
         array = result.as_numpy(name)
     except Exception as error:  # NumPy and struct raise half a dozen kinds
@@ -370,14 +372,14 @@ def _names(index: Any) -> tuple[str, ...]:
     entries = index if isinstance(index, list) and len(index) <= _MODELS_MAX else [None]
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     if not all(isinstance(name, str) and name for name in names):
-        raise Malformed("its index of models is none")
+        raise Malformed("its index of models is invalid")
     return tuple(str(name) for name in names)
 
 
 def refusal(status: int, body: bytes) -> DinoexportError:
-    """An HTTP answer that refuses, as one of our errors: the server's own sentence, or its status."""
+    """The error for an HTTP refusal: the server's own sentence, or its status."""
     try:
-        # Of a streamed answer the refusal, too, is an event.
+        # In a streamed answer, the refusal is also an event.
         message = str(json.loads(body.strip().removeprefix(b"data:"))["error"])[:_WORDS_MAX]
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"status {status}"
@@ -385,7 +387,7 @@ def refusal(status: int, body: bytes) -> DinoexportError:
 
 
 def _array(name: str, value: Any) -> Array:
-    """A value of a text request as the array its input takes."""
+    """A value of a text request as an array for its input."""
     import numpy as np
 
     values = value if isinstance(value, list | tuple) else [value]
@@ -408,9 +410,9 @@ def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[An
 
 
 def _refused(kind: str, message: str) -> DinoexportError:
-    """The server's own sentence as one of our errors.
+    """The error for the server's own sentence.
 
-    Of a model that answers in several responses Triton calls every error an invalid request, so the words decide.
+    For a decoupled model Triton reports every error as an invalid request, so the text of the message decides.
     """
     if text_signature.QUEUE_FULL in message:
         kind = "busy"
@@ -423,11 +425,11 @@ def _refused(kind: str, message: str) -> DinoexportError:
         return UsageError(message, next_step="Deploy the model, or name another.")
     if kind == "busy":
         return ServerBusy(message, next_step="Try again in a moment, or serve with more instances.")
-    return ServerError(message, next_step="Look into the server's log.")
+    return ServerError(message, next_step="Read the server's log.")
 
 
 def _no_answer(address: Address) -> ServerError:
-    return ServerError(f"{address} did not answer in time.", next_step="Look at its load, or wait longer.")
+    return ServerError(f"{address} did not answer in time.", next_step="Check its load, or wait longer.")
 
 
 def _unreachable(address: Address, error: Exception) -> ServerBusy:

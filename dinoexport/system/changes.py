@@ -1,14 +1,14 @@
-"""Several files change as one, whatever kills the process that changes them.
+"""Change several files atomically, even if the process is killed while it changes them.
 
     PLACE                     what changes: a bundle, a model repository
     .PLACE.work/lock          held by the one process that changes PLACE
-    .PLACE.work/new/          what is being made; nothing temporary is ever inside PLACE
-    .PLACE.work/change.json   what is to be done, step by step; its appearance, by one rename, is the moment of change
+    .PLACE.work/new/          new files; nothing temporary is ever inside PLACE
+    .PLACE.work/change.json   the steps of the change; the change happens when this file appears by one rename
     .PLACE.work/old/          what was replaced, until the change is complete
 
-Until `change.json` is there, nothing has changed. From then on every step is carried out, by this process or by whoever
-comes next: each may be repeated. So a change either did not begin or is finished, and a step needs nothing but what the
-record says. Ctrl-C and SIGTERM wait for the end of it.
+Until `change.json` exists, nothing has changed. From then on every step is carried out, by this process or by the next
+one; steps can be repeated. A change therefore either did not begin or will be finished, and a step needs only the
+record. Ctrl-C and SIGTERM wait for the end of the change.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from dinoexport.spec import Progress, silent
 from dinoexport.system import locks
 
 _LOCK, _NEW, _OLD, _RECORD = "lock", "new", "old", "change.json"
-# What else a build keeps beside its bundle: a finished stage under the beginning of its key, and one being made.
+# Other folders that a build keeps beside its bundle: a finished stage, named by the beginning of its key, or a new one.
 _OURS = re.compile(r"lock|new|old|change\.json(\.partial)?|[a-z0-9_]+-[0-9a-f]{16}|[a-z0-9_]+\.partial")
 # A record of a hundred models takes 50 kB.
 _RECORD_BYTES_MAX = 1 << 24
-# How long a change waits for those who read the place, and they for a change that is being carried out.
+# How long a change waits for readers of the place, and readers for a change that is being carried out.
 WAIT_S = 600.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV})
@@ -51,7 +51,7 @@ _done: list[str] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a change. Every path lies in the place or in its work folder.
+    """One step of a change. Every path is in the place or in its work folder.
 
     move: the file or folder `source` appears at `target`; what was there goes, a folder by exchange. link: the file
     `source` is `target` too. remove: `target` goes.
@@ -79,7 +79,7 @@ def remove(target: Path) -> Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A place that this process alone may change. folder: its work folder; new: an empty folder to make things in."""
+    """A place that only this process may change. folder: its work folder; new: an empty folder for new files."""
 
     place: Path
     folder: Path
@@ -87,19 +87,19 @@ class Change:
 
     @property
     def new(self) -> Path:
-        """Where what is to appear in the place is made. It is empty at first and gone at the end."""
+        """The folder for files that will appear in the place. It is empty at first and removed at the end."""
         return self.folder / _NEW
 
     def commit(self, steps: Sequence[Step], *, done: str) -> None:
         """Carries out all of `steps`, in this order, or none of them.
 
-        `done` is the sentence that is true from then on: it is what is said if the user interrupts afterwards. Waits
-        until nobody reads the place.
+        `done` is a sentence that is true from then on; it is shown if the user interrupts afterwards. Waits until
+        nobody reads the place.
         """
         if self.place.exists() and self.place.stat().st_dev != self.folder.stat().st_dev:
             raise UsageError(
-                f"{self.place} is a mount of its own, so nothing can appear in it by rename.",
-                next_step=f"Use a folder inside it, {self.place / self.place.name} for one.",
+                f"{self.place} is a separate mount, so nothing can appear in it by rename.",
+                next_step=f"Use a folder inside it, such as {self.place / self.place.name}.",
             )
         record = {"steps": [_to_json(self, step) for step in steps]}
         with _alone(self.place, self.progress), _uninterrupted():
@@ -112,10 +112,10 @@ class Change:
 
 @contextmanager
 def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterator[Change]:
-    """Holds `place`, which need not exist, for a change; finishes first what an earlier process had begun.
+    """Locks `place`, which need not exist, for a change; first finishes a change that an earlier process began.
 
-    A BuildError when another process is `doing` it. Whatever happens inside, nothing temporary is left but what a build
-    keeps: its finished stages.
+    Raises BuildError if another process is `doing` it. Whatever happens inside, nothing temporary is left except the
+    finished stages of a build.
     """
     place = Path(os.path.realpath(place))  # a link stays a link, and its target has one lock under every name
     folder = work_folder(place)
@@ -129,7 +129,7 @@ def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterato
             change.new.mkdir()
             yield change
         finally:
-            if not _begun(place):  # else whoever comes next needs all of it
+            if not _begun(place):  # if begun, the next process needs all of it
                 _discard(change.new)
                 _discard(folder / _OLD)
                 if not any(path.name != _LOCK for path in folder.iterdir()):
@@ -138,26 +138,26 @@ def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterato
 
 @contextmanager
 def reading(place: Path, *, progress: Progress = silent) -> Iterator[Path]:
-    """Holds the folder `place` against changes, after one that was begun has been finished.
+    """Locks the folder `place` against changes, after a change that was begun is finished.
 
-    Others may read it meanwhile. Yields its real path.
+    Others may read it at the same time. Yields its real path.
     """
     place = Path(os.path.realpath(place))
     with ExitStack() as stack:
         while True:
             settle(place, progress=progress)
-            # What is absent, or may not be read, is not held: whoever opens it says so better.
+            # A place that is absent or unreadable is not locked: opening it gives the better error.
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 wait = f"changing {place}"
                 stack.enter_context(locks.folder(place, write=False, wait_s=WAIT_S, doing=wait, progress=progress))
             if not _begun(place):
                 break
-            stack.close()  # begun since we looked
+            stack.close()  # begun in the meantime
         yield place
 
 
 def settle(place: Path, *, progress: Progress = silent) -> None:
-    """Finishes the change of `place` that a killed process had begun, if there is one."""
+    """Finishes the change of `place` that a killed process began, if there is one."""
     place = Path(os.path.realpath(place))
     deadline = time.monotonic() + WAIT_S
     while _begun(place):
@@ -192,7 +192,7 @@ def work_folder(place: Path) -> Path:
 
 
 def done() -> tuple[str, ...]:
-    """What this process has changed so far, a sentence each: what is true when it is interrupted."""
+    """The changes of this process so far, one sentence each, to be shown when it is interrupted."""
     return tuple(_done)
 
 
@@ -202,23 +202,23 @@ def note_done(sentence: str) -> None:
 
 
 def _check_ours(folder: Path) -> None:
-    """Raises UsageError for a folder that holds anything dinoexport does not make: it may be somebody's work."""
+    """Raises UsageError for a folder with files that dinoexport does not write: they may be the user's."""
     try:
         found = os.lstat(folder)
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(found.st_mode):
-        raise UsageError(f"{folder} is a link or no folder; changes are made there.", next_step="Move it away.")
+        raise UsageError(f"{folder} is a link or not a folder; changes are made there.", next_step="Move it away.")
     strange = sorted(path.name for path in folder.iterdir() if path.is_symlink() or not _OURS.fullmatch(path.name))
     if strange:
         raise UsageError(
-            f"{folder} holds what dinoexport did not put there: {', '.join(strange[:5])}.",
+            f"{folder} holds files that dinoexport did not write: {', '.join(strange[:5])}.",
             next_step="Move that folder away: changes are made there, and it would be removed.",
         )
 
 
 def _discard(path: Path) -> None:
-    """Removes what is ours, whatever it is; never what a link points to."""
+    """Removes a file or folder of dinoexport; never the target of a link."""
     try:
         if stat.S_ISDIR(os.lstat(path).st_mode):
             shutil.rmtree(path)
@@ -230,7 +230,7 @@ def _discard(path: Path) -> None:
 
 @contextmanager
 def _alone(place: Path, progress: Progress) -> Iterator[None]:
-    """Nobody reads the place, which may be absent or a file, while this holds."""
+    """Locks the place, which may be absent or a file, against readers."""
     if not place.is_dir():
         yield
         return
@@ -240,7 +240,7 @@ def _alone(place: Path, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect when this ends. Only the main thread ever hears of them."""
+    """Delays Ctrl-C and SIGTERM until the end of the block. Only the main thread receives them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -262,7 +262,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _to_json(change: Change, step: Step) -> list[Any]:
-    """The step as the record has it, with what tells whether a folder was exchanged already."""
+    """The step for the record, with the facts that show whether a folder was already exchanged."""
     source = None if step.source is None else _written(change, step.source)
     entry: list[Any] = [step.kind, source, _written(change, step.target), None]
     if step.kind == "move" and step.source is not None and step.source.exists():
@@ -279,7 +279,7 @@ def _written(change: Change, path: Path) -> str:
 
 
 def _parse(change: Change, entry: Any) -> tuple[Step, int | None]:
-    """The step that `entry` of a record says; a ValueError for one that this module does not write."""
+    """The step in `entry` of a record; raises ValueError for one that this module does not write."""
     kind, source, target, inode = entry
     if kind not in get_args(Kind) or (source is None) != (kind == "remove") or not isinstance(inode, int | None):
         raise ValueError(f"{entry!r} is not a step")
@@ -288,7 +288,7 @@ def _parse(change: Change, entry: Any) -> tuple[Step, int | None]:
 
 
 def _inside(change: Change, written: Any) -> Path:
-    """The path in the place or in the work folder; a ValueError for one that could lead elsewhere."""
+    """The path in the place or in the work folder; raises ValueError for a path that could lead elsewhere."""
     word, *parts = str(written).split("/")
     if word not in ("work", "place") or any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise ValueError(f"{written!r} is not a path of a step")
@@ -301,7 +301,7 @@ def _inside(change: Change, written: Any) -> Path:
 
 
 def _finish(change: Change) -> None:
-    """Carries out what an earlier process had begun."""
+    """Carries out a change that an earlier process began."""
     if _begun(change.place):
         with _alone(change.place, change.progress), _uninterrupted():
             _carry_out(change)
@@ -315,8 +315,8 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
         steps = [_parse(change, entry) for entry in json.loads(record.read_bytes())["steps"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(
-            f"{record} is not a record of a change of ours ({error}).",
-            next_step=f"Nothing was done by it. Move {change.folder} away.",
+            f"{record} is not a record of a change by dinoexport ({error}).",
+            next_step=f"It changed nothing. Move {change.folder} away.",
         ) from None
     (change.folder / _OLD).mkdir(exist_ok=True)
     number = 0
@@ -329,7 +329,7 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
             raise
         raise BuildError(
             f"The change of {change.place} was begun and could not be finished: {error}.",
-            next_step="Whatever dinoexport does there next finishes it first. Fix the cause and run it again.",
+            next_step="The next dinoexport command there finishes it first. Fix the cause and run it again.",
         ) from error
     _discard(change.folder / _OLD)
     _discard(change.new)
@@ -354,7 +354,7 @@ def _move(step: Step, inode: int | None, old: Path) -> None:
         try:
             os.rename(source, target)
         except OSError:
-            os.rename(old, target)  # better the old one than none
+            os.rename(old, target)  # the old one is better than none
             raise
         return
     os.rename(source, old)  # what was exchanged
@@ -363,7 +363,7 @@ def _move(step: Step, inode: int | None, old: Path) -> None:
 def _link(step: Step, _inode: int | None, _old: Path) -> None:
     source, target = step.source, step.target
     assert source is not None
-    if os.path.lexists(target) or not target.parent.is_dir():  # the folder it was for stands in its place by now
+    if os.path.lexists(target) or not target.parent.is_dir():  # its folder has already been moved into place
         return
     try:
         os.link(source, target)
@@ -381,11 +381,11 @@ _STEPS: dict[Kind, Callable[[Step, int | None, Path], None]] = {"move": _move, "
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one system call, so that there is always one at each path; False where there is none."""
+    """Exchanges two folders in one system call, so that each path always has one; False if it is not available."""
     rename = _renameat2()
     if rename is None:
         return False
-    sys.audit("dinoexport.exchange", str(one), str(other))  # seen like os.rename by whoever watches file operations
+    sys.audit("dinoexport.exchange", str(one), str(other))  # reported like os.rename to audit hooks
     if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
@@ -396,7 +396,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @cache
 def _renameat2() -> Any:
-    """The C library's renameat2, None where it has none: it is Linux's, in glibc since 2.28."""
+    """The C library's renameat2; None if it has none: Linux only, in glibc since 2.28."""
     with suppress(OSError, AttributeError):
         function = ctypes.CDLL(None, use_errno=True).renameat2
         function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: hashing, copying, outputs, and what a full disk says. Standard library only."""
+"""Write files that are complete or absent; hash and copy; report disk errors. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, U
 from dinoexport.spec import Progress, silent
 from dinoexport.system import untrusted
 
-# Between two pieces the interpreter's lock is asked for, which a thread that traces gives up after 5 ms: as long as it
-# takes to hash the 4 MB that were one piece once.
+# Each piece needs the interpreter's lock, which a tracing thread gives up after 5 ms. Hashing 4 MB takes about as long,
+# so larger pieces wait less often.
 _HASHED_BYTES = 1 << 25
-# How far into a file is looked for what tells that it is ours.
+# The beginning of a file that is searched for dinoexport's mark.
 _LOOKED_AT_BYTES = 1 << 16
 
 
 def sha256(path: Path, *, links: bool = True, progress: Progress = silent) -> str:
-    """The SHA-256 in hex of a regular file, read in pieces; an `untrusted.Unreadable` for anything else."""
+    """The SHA-256 in hex of a regular file, read in pieces; raises `untrusted.Unreadable` for anything else."""
     with untrusted.opened(path, links=links) as file:
         try:
-            return _hashed(file, None, f"hashing {path.name}", progress)
+            return sha256_of(file, doing=f"hashing {path.name}", progress=progress)
         except OSError as error:
             raise untrusted.Unreadable(path, error.strerror or str(error)) from None
 
 
+def sha256_of(file: BinaryIO, *, doing: str, progress: Progress = silent) -> str:
+    """The same of what is left of an open file."""
+    return _hashed(file, None, doing, progress)
+
+
 def _hashed(file: BinaryIO, copy_to: BinaryIO | None, doing: str, progress: Progress) -> str:
-    """The SHA-256 of what is left of `file`, which is written to `copy_to` as it is read."""
+    """The SHA-256 of the rest of `file`, which is written to `copy_to` while it is read."""
     digest, done, total = hashlib.sha256(), 0, os.fstat(file.fileno()).st_size
     chunk = memoryview(bytearray(min(_HASHED_BYTES, max(1, total))))
     while size := file.readinto(chunk):  # type: ignore[attr-defined]  # unbuffered files have it
@@ -46,10 +51,10 @@ def _hashed(file: BinaryIO, copy_to: BinaryIO | None, doing: str, progress: Prog
 
 
 def copy(source: Path, destination: Path, *, sha256: str = "", progress: Progress = silent) -> str:
-    """Copies a regular file to the new file `destination`; returns the SHA-256 of what `destination` now holds.
+    """Copies a regular file to the new file `destination`; returns the SHA-256 of the new content of `destination`.
 
-    The two may share their bytes where the file system can do that, but are never one file under two names: changing
-    one would change the other. With `sha256` a ValueError for a copy that has another one; that copy is removed.
+    The two may share blocks if the file system supports that, but are never one file under two names, because changing
+    one would change the other. With `sha256`, raises ValueError for a copy with another hash and removes that copy.
     """
     doing = f"copying {source.name}"
     with untrusted.opened(source, links=False) as found, destination.open("xb+", buffering=0) as made:
@@ -65,7 +70,7 @@ def copy(source: Path, destination: Path, *, sha256: str = "", progress: Progres
 
 
 def _copied_by_kernel(found: BinaryIO, made: BinaryIO) -> bool:
-    """Copies all of it by copy_file_range, which shares blocks on XFS and Btrfs; False where it cannot."""
+    """Copies the file with copy_file_range, which shares blocks on XFS and Btrfs; False if that is not possible."""
     if not hasattr(os, "copy_file_range"):
         return False
     try:
@@ -88,7 +93,7 @@ def check_output(path: Path, *, ours: bytes) -> None:
         found = os.lstat(path)
     except FileNotFoundError:
         if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path} cannot be a file: its folder is not there.", next_step=elsewhere) from None
+            raise UsageError(f"{path} cannot be written: its folder does not exist.", next_step=elsewhere) from None
         return
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be a file: {error}.", next_step=elsewhere) from None
@@ -103,7 +108,7 @@ def check_output(path: Path, *, ours: bytes) -> None:
 
 
 def write_output(path: Path, content: bytes, *, ours: bytes) -> None:
-    """Writes a file the user named, by rename; what is there already is held to `check_output` once more."""
+    """Writes a file that the user named, by rename; an existing file is checked by `check_output` again."""
     check_output(path, ours=ours)
     with disk_errors(path.parent):
         descriptor, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
@@ -124,8 +129,8 @@ def _umask() -> int:
 
 
 @contextmanager
-def disk_errors(where: Path, *, elsewhere: str = "choose a place you may write to") -> Iterator[None]:
-    """Turns an OSError met while writing below `where` into one sentence; `elsewhere` says where else to write."""
+def disk_errors(where: Path, *, elsewhere: str = "choose a place that is writable") -> Iterator[None]:
+    """Turns an OSError while writing below `where` into one sentence; `elsewhere` names another place to write to."""
     try:
         yield
     except OSError as error:
@@ -140,9 +145,9 @@ def _disk_error(where: Path, error: OSError, elsewhere: str) -> DinoexportError:
             f"No room left while writing to {where}: {error.strerror or error}.",
             next_step=f"Free some space, or {elsewhere}; what is finished is kept and reused.",
         )
-    # EEXIST: where a folder is needed lies a file.
+    # EEXIST: there is a file where a folder is needed.
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return MissingRequirement(
             f"{where} cannot be written: {error.strerror}.", next_step=f"{elsewhere[0].upper()}{elsewhere[1:]}."
         )
-    return BuildError(f"Writing to {where} failed: {error}.", next_step="Look at the disk, then run it again.")
+    return BuildError(f"Writing to {where} failed: {error}.", next_step="Check the disk, then run it again.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from dinoexport.spec import Runtime
 
-# The packages that bring each engine's runtime, by their names on PyPI: one for each CUDA, and one that picks one.
+# The packages with each engine's runtime, by their names on PyPI: one for each CUDA, and one that selects one.
 ENGINE_DISTRIBUTIONS = {
     Runtime.TENSORRT: ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"),
     Runtime.TENSORRT_RTX: ("tensorrt_rtx_cu13", "tensorrt_rtx_cu12", "tensorrt_rtx"),
@@ -25,7 +25,7 @@ _SYSTEM_FOLDERS = ("/usr/lib/python3*/dist-packages", "/usr/local/lib/python3*/d
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU that CUDA may use. index: its place in the driver's own order, that of the PCI bus."""
+    """One GPU that CUDA may use. index: its place in the driver's order, which is that of the PCI bus."""
 
     index: int
     name: str
@@ -46,7 +46,7 @@ def gpus() -> tuple[Gpu, ...]:
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
         found = [_gpu(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:  # a driver that was just replaced answers nothing until it is loaded anew
+    except pynvml.NVMLError:  # a driver that was just replaced does not answer until it is loaded again
         return ()
     finally:
         pynvml.nvmlShutdown()
@@ -101,7 +101,7 @@ def installed(package: str) -> str | None:
 
 
 def installed_engine_runtime(runtime: Runtime) -> str | None:
-    """The installed version of what runs such engines, whichever package brought it; None when it is not there."""
+    """The installed version of the runtime of such engines, from any of its packages; None if it is not installed."""
     found = next(filter(None, map(installed, ENGINE_DISTRIBUTIONS[runtime])), None)
     if found is None and runtime is Runtime.TENSORRT and (system := system_tensorrt()) and system.visible:
         return system.version

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a clean end at every moment, and last words that are true. Standard library only."""
+"""Handle Ctrl-C and SIGTERM: end cleanly at any moment, with a true last message. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 def last_words() -> str:
-    """What an interrupted process leaves behind, in one sentence."""
+    """The state that an interrupted process leaves behind, in one sentence."""
     changes = sys.modules.get("dinoexport.system.changes")  # loading it now would take time
     done = " ".join(changes.done()) if changes is not None else ""
     if done:
@@ -23,7 +23,7 @@ def last_words() -> str:
 
 
 def leave_at_once() -> None:
-    """From now on either signal ends the process, with words and no traceback: nothing is under way."""
+    """From now on either signal ends the process with a message and no traceback, because no work is in progress."""
     _handle(_leave)
 
 
@@ -42,7 +42,7 @@ def raised() -> Iterator[None]:
 
 def _handle(handler: Any) -> None:
     for number in _NUMBERS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs are deaf to Ctrl-C
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C
             signal.signal(number, handler)
 
 

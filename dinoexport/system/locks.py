@@ -17,17 +17,17 @@ from dinoexport.errors import BuildError, UsageError
 from dinoexport.spec import Progress, silent
 
 _POLL_S = 0.05
-# Network file systems without locks say one of these. There two processes at one place are the user's to keep apart.
+# Network file systems without locks report one of these. There the user must keep two processes apart.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @contextmanager
 def exclusive(path: Path, *, doing: str, wait_s: float = 0.0, progress: Progress = silent) -> Iterator[None]:
-    """Holds the file `path`, made where it is absent, against other processes.
+    """Locks the file `path`, which is created if it is absent, against other processes.
 
-    A BuildError when another one is `doing` it and does not end within `wait_s` seconds; a UsageError when `path` is a
-    link or no regular file. The holder may remove the file when it is done: whoever then holds a file that is no longer
-    there tries again.
+    Raises BuildError if another process is `doing` it and does not end within `wait_s` seconds, UsageError if `path` is
+    a link or not a regular file. The holder may remove the file at the end: a process that then holds the removed
+    file tries again.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -51,7 +51,7 @@ def exclusive(path: Path, *, doing: str, wait_s: float = 0.0, progress: Progress
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file; never of what a link points to, and never emptied."""
+    """A descriptor of the lock file. It never follows a link and never truncates the file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -66,16 +66,16 @@ def _open(path: Path) -> int:
 
 def _no_lock(path: Path) -> UsageError:
     return UsageError(
-        f"{path} is a link or no regular file, so it is not a lock of dinoexport.", next_step="Move it away."
+        f"{path} is a link or not a regular file, so it is not a lock of dinoexport.", next_step="Move it away."
     )
 
 
 @contextmanager
 def folder(path: Path, *, write: bool, wait_s: float, doing: str, progress: Progress = silent) -> Iterator[None]:
-    """Holds the folder `path`: with other readers, or with `write` alone. Nothing is written for it.
+    """Locks the folder `path`: shared with other readers, or exclusively with `write`. Nothing is written for it.
 
-    Waits for those who hold it otherwise, and raises a BuildError after `wait_s` seconds. When the folder at `path` was
-    exchanged for another one meanwhile, that one is held.
+    Waits for conflicting locks, and raises BuildError after `wait_s` seconds. If the folder at `path` was exchanged in
+    the meantime, the new one is locked.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -95,7 +95,7 @@ def folder(path: Path, *, write: bool, wait_s: float, doing: str, progress: Prog
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is held still is what lies at `path`."""
+    """Whether the locked file is still the one at `path`."""
     try:
         there = path.stat()
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _taken(descriptor: int, *, write: bool) -> bool:
-    """Whether the lock is ours now; also where the file system has no locks."""
+    """Whether this process has the lock; also true if the file system has no locks."""
     import fcntl
 
     try:

@@ -27,7 +27,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a child said before it ended well, and the most memory it held."""
+    """The messages of a child that ended without error, and its peak memory."""
 
     said: Mapping[str, Any]
     peak_memory_bytes: int
@@ -45,8 +45,8 @@ def run(
 ) -> Finished:
     """Runs `python -m module JOB`, JOB as JSON, with its output in `log`; raises one error if it fails, dies or hangs.
 
-    On the file descriptor DINOEXPORT_REPORT the child writes a JSON object a line: `{"phase", "done", "total"}` as it
-    goes on, and what it wants to say to us in the end as `{"said"}`.
+    On the file descriptor DINOEXPORT_REPORT the child writes one JSON object per line: `{"phase", "done", "total"}` for
+    progress, and `{"said"}` with its result at the end.
     """
     reports, childs_end = os.pipe()
     with log.open("wb") as out, os.fdopen(childs_end, "wb") as end:
@@ -75,7 +75,7 @@ def run(
             elif time.monotonic() - started > timeout_s:
                 raise BuildError(
                     f"{doing} took more than {timeout_s:.0f} s and was stopped.",
-                    next_step="Ask for less: fewer or narrower profiles, a faster preset.",
+                    next_step="Use fewer or narrower profiles, or a faster preset.",
                 )
     finally:
         os.close(reports)
@@ -88,7 +88,7 @@ def run(
 
 
 def _read(pipe: int) -> bytes:
-    """What lies in the pipe, after a wait when it is empty or closed."""
+    """The content of the pipe, after a wait if it is empty or closed."""
     ready, _, _ = select.select([pipe], [], [], _POLL_S)
     found = os.read(pipe, 1 << 20) if ready else b""
     if ready and not found:  # closed: the child is about to end
@@ -97,14 +97,14 @@ def _read(pipe: int) -> bytes:
 
 
 def _failure(code: int, doing: str, log: Path) -> BuildError | MissingRequirement:
-    """One error for a child that failed or died, with what its log says."""
+    """One error for a child that failed or died, with the last lines of its log."""
     lines = log.read_text(errors="replace").splitlines()
     useful = [line.strip() for line in lines if line.startswith(("[E]", "[!]"))] or lines[-1:]
     said = " ".join(useful[:3])[:600] or "Its log is empty."
     if code == -signal.SIGKILL:
         return MissingRequirement(
-            f"{doing} was killed, most likely for want of memory. {said}",
-            next_step="Give it more memory: 1.1 billion weights in fp16 want 8 GB.",
+            f"{doing} was killed, most likely because memory ran out. {said}",
+            next_step="Give it more memory: 1.1 billion weights in fp16 need 8 GB.",
         )
     cause = f"died of {signal.Signals(-code).name}" if code < 0 else "failed"
     return BuildError(f"{doing} {cause}: {said}", next_step="Report it with the recipe.")

@@ -1,4 +1,4 @@
-"""Comparable latencies: samples taken in turn, with their spread and the load of the machine meanwhile."""
+"""Measure comparable latencies: samples in turn, with their spread and the load of the machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from dinoexport.spec import Progress, silent
 
-# Samples whose middle half is wider than this cannot tell a tenth of the time.
+# Samples whose middle half is wider than this cannot show a difference of 10 %.
 NOISY_SPREAD = 0.1
-# NumPy's threads spin for a tenth of a second after a product, and cost what came next half its time again.
+# NumPy's threads spin for a tenth of a second after a product, which made the next candidate 1.5 times as slow.
 _SETTLE_S = 0.15
-# A tenth of the machine in other hands moves a time by as much.
+# If other processes use a tenth of the machine, a time changes by as much.
 NOISY_SHARE = 0.1
 
 
@@ -47,11 +47,11 @@ class Latencies:
 
     @property
     def median_ms(self) -> float:
-        """Half the samples took no longer."""
+        """The median."""
         return statistics.median(self.samples_ms)
 
     def percentile_ms(self, percent: float) -> float:
-        """The sample below which `percent` of a hundred lie, between its neighbours where it is none itself."""
+        """The percentile of the samples, interpolated between neighbours."""
         ordered = sorted(self.samples_ms)
         at = (len(ordered) - 1) * percent / 100
         below = int(at)
@@ -69,8 +69,8 @@ def in_turn(
 ) -> dict[str, Latencies]:
     """Latencies of each of `runs`, one sample of each per round, so that a slow moment affects all of them.
 
-    Each is run once before it counts. Every round has an order of its own, the same on each call, so that nobody
-    always follows the same other. Stops after `rounds`, or after three once `budget_s` is spent.
+    Each is run once before it counts. Every round has its own order, the same on each call, so that a candidate does
+    not always follow the same other one. Stops after `rounds`, or after three rounds once `budget_s` is spent.
     """
     for run in runs.values():
         run()
@@ -97,13 +97,13 @@ def in_turn(
 
 
 class Neighbours:
-    """What other processes take of the machine's CPUs between `__init__` and `share`. Linux only; else nothing."""
+    """The CPU time that other processes use between `__init__` and `share`. Linux only; 0 on other systems."""
 
     def __init__(self) -> None:
         self._busy, self._own, self._total = self._now()
 
     def share(self) -> float:
-        """The share of all CPU time, 0 to 1, that went to others since the start."""
+        """The share of all CPU time, 0 to 1, that other processes used since the start."""
         busy, own, total = self._now()
         passed = total - self._total
         return max(0.0, ((busy - self._busy) - (own - self._own)) / passed) if passed > 0 else 0.0

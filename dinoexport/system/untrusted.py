@@ -1,7 +1,7 @@
-"""The one way to open a file that came from outside: a bundle's, a repository's, a checkpoint, a recipe, a key.
+"""Open files that are not trusted: of a bundle or a repository, checkpoints, recipes, keys. All code uses this module.
 
-Only regular files are opened, so no pipe is waited for and no device is touched; only of a size that fits what the file
-is; and inside a folder that came from outside only what lies there itself, for a link could lead to any file of ours.
+Only regular files are opened, so a pipe cannot block and a device is not touched; only files of a plausible size; and
+inside an untrusted folder no links, because a link could lead to any file of this machine.
 """
 
 from __future__ import annotations
@@ -31,19 +31,29 @@ class Unreadable(UsageError):
 
 @contextmanager
 def opened(path: Path, *, max_bytes: int | None = None, links: bool = True) -> Iterator[BinaryIO]:
-    """The regular file at `path`, opened for reading, unbuffered; an Unreadable for anything else.
+    """The regular file at `path`, opened for reading, unbuffered; raises Unreadable for anything else.
 
-    max_bytes: the largest a file of this kind can be. links: whether `path` itself may be a link, as one that a user
-    named may be.
+    max_bytes: the largest size of a file of this kind. links: whether `path` itself may be a link.
     """
     descriptor = _open(path, max_bytes, links)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         yield file
 
 
+# (device, inode, size, times of the last change of content and of the inode in ns): of a file that was changed, or
+# exchanged for another one and back, it is another.
+Identity = tuple[int, int, int, int, int]
+
+
+def identity(file: BinaryIO) -> Identity:
+    """Which file an open one is, and as which it was last written, renamed or linked."""
+    found = os.fstat(file.fileno())
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 def read_bytes(path: Path, *, max_bytes: int, links: bool = True) -> bytes:
-    """The content of the regular file at `path`; an Unreadable for anything else, or for more than `max_bytes`."""
-    pieces, left = [], max_bytes + 1  # a file of /proc says that it has 0 bytes
+    """The content of the regular file at `path`; raises Unreadable for anything else, or for more than `max_bytes`."""
+    pieces, left = [], max_bytes + 1  # a file in /proc reports 0 bytes
     with opened(path, max_bytes=max_bytes, links=links) as file:
         try:
             while left and (piece := file.read(min(left, 1 << 24))):
@@ -57,7 +67,7 @@ def read_bytes(path: Path, *, max_bytes: int, links: bool = True) -> bytes:
 
 
 def read_text(path: Path, *, max_bytes: int, links: bool = True) -> str:
-    """The same as text; an Unreadable for what is not UTF-8."""
+    """The same as text; raises Unreadable if it is not UTF-8."""
     try:
         return read_bytes(path, max_bytes=max_bytes, links=links).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -74,11 +84,11 @@ def is_regular(path: Path, *, links: bool = True) -> bool:
 
 
 def _open(path: Path, max_bytes: int | None, links: bool) -> int:
-    """A descriptor. What is there is looked at before it is opened, for opening a device may do something."""
+    """A descriptor. The kind of file is checked before it is opened, because opening a device may have an effect."""
     try:
         found = path.stat(follow_symlinks=links)
         _check(path, found, max_bytes)
-        # O_NONBLOCK: what became a pipe in between is not waited for.
+        # O_NONBLOCK: a file that became a pipe in the meantime does not block.
         follow = 0 if links else os.O_NOFOLLOW
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | follow)
     except (FileNotFoundError, NotADirectoryError) as error:

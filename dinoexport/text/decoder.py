@@ -1,7 +1,7 @@
-"""What the writing loop asks of a model: sequences that go on together, each with its own past.
+"""The decoder interface for the generation loop: sequences that advance together, each with its own past.
 
-`PaddedRows` is that over a decoder of equal lengths, as any runtime has one: rows of unequal length are padded on the
-left, and the attention mask says where.
+`PaddedRows` implements it with a runtime's decoder, whose sequences have equal lengths: rows of unequal length are
+padded on the left, and the attention mask marks the padding.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ LOGITS = "logits"
 
 
 class Rows(Protocol):
-    """Sequences that go on together. B is their number, V the vocabulary."""
+    """Sequences that advance together. B is their number, V the vocabulary."""
 
     def extend(self, input_ids_BT: Array) -> Array:
-        """Reads T more tokens of every sequence; the logits (B, V) behind the last of them, float32."""
+        """Reads T more tokens of every sequence; returns the logits (B, V) after the last of them, float32."""
 
     def join(self, other: Self) -> None:
-        """Takes over the sequences of `other`, behind its own."""
+        """Appends the sequences of `other` to its own."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Lets go of all sequences but those in these places."""
+        """Keeps only the sequences at these places."""
 
 
 class Decoder(Protocol):
-    """A model that writes."""
+    """A model that generates text."""
 
     @property
     def context(self) -> int:
-        """The most tokens of a prompt and its answer together."""
+        """The largest number of tokens of a prompt and its answer together."""
 
     @property
     def vocabulary(self) -> int:
@@ -41,31 +41,31 @@ class Decoder(Protocol):
 
     @property
     def chunk(self) -> int:
-        """The most tokens one call reads."""
+        """The largest number of tokens that one call reads."""
 
     def begin(self) -> Rows:
-        """One sequence that has read nothing."""
+        """One empty sequence."""
 
 
 class Steps(Protocol):
-    """A batch of sequences of one length, padding included, and their cache: what a runtime offers."""
+    """A runtime's batch of sequences of one length, padding included, and their cache."""
 
     def step(self, input_ids_BT: Array, attention_mask_BS: Array) -> Array:
-        """Adds T tokens to each sequence; the logits (B, V), float32, behind the last."""
+        """Adds T tokens to each sequence; returns the logits (B, V), float32, after the last."""
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Goes on with these sequences."""
+        """Continues with these sequences."""
 
     def carried(self) -> dict[str, Array]:
         """The cache, (B, heads, past, width) by name."""
 
     def resume(self, carried: Arrays) -> None:
-        """Goes on from such a cache."""
+        """Continues from such a cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedDecoder:
-    """A `Decoder` over a runtime's. begin_steps: an empty batch."""
+    """A `Decoder` that uses a runtime's. begin_steps: makes an empty batch."""
 
     begin_steps: Callable[[], Steps]
     vocabulary: int
@@ -78,7 +78,7 @@ class SteppedDecoder:
 
 
 class PaddedRows:
-    """`Rows` whose cache is padded on the left where they differ in length."""
+    """`Rows` whose cache is padded on the left if they differ in length."""
 
     def __init__(self, steps: Steps) -> None:
         import numpy as np
@@ -98,7 +98,7 @@ class PaddedRows:
         return logits_BV
 
     def join(self, other: PaddedRows) -> None:
-        """Pads the shorter past on the left, with zeros that nobody looks at."""
+        """Pads the shorter past on the left with zeros, which the attention mask excludes."""
         import numpy as np
 
         past = max(self._past, other._past)

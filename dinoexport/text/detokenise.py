@@ -1,7 +1,7 @@
-"""Text out of token ids that come one at a time: nothing is shown that a later id could still change.
+"""Turn token ids into text one at a time, and hold back text that a later id could still change.
 
-A character may be spread over several ids, and a piece's leading space depends on what stands before it. So ids are
-decoded together with those before them, and only what this adds is given out.
+A character may be spread over several ids, and a piece's leading space depends on the text before it. Ids are therefore
+decoded together with those before them, and only the added text is returned.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ _UNFINISHED = "�"  # what bytes that are not characters (yet) are decoded to
 
 
 class Detokeniser:
-    """The text of one answer. continuing: it goes on where another text ended, so a leading space stays."""
+    """The text of one answer. continuing: it directly continues another text, so a leading space stays."""
 
     def __init__(self, tokenizer: Tokenizer, *, continuing: bool) -> None:
         self._tokenizer = tokenizer
-        # Only the ids from the last boundary but one on are decoded again: a long answer costs no more than a short.
+        # Only ids since the last boundary but one are decoded again: the cost per id does not grow with the answer.
         self._ids: list[int] = list(tokenizer.anchor) if continuing else []
         self._shown = len(self._ids)
 
     def push(self, token_id: int) -> str:
-        """What is now certain of the text; empty while a character lacks bytes."""
+        """The new text that is certain; empty while a character lacks bytes."""
         self._ids.append(token_id)
         added = self._added()
         if not added or added.endswith(_UNFINISHED):
@@ -33,7 +33,7 @@ class Detokeniser:
         return added
 
     def finish(self) -> str:
-        """What was held back: bytes that never became a character."""
+        """The text that was held back: bytes that never became a character."""
         added = self._added()
         self._shown = len(self._ids)
         return added
@@ -44,7 +44,7 @@ class Detokeniser:
 
 
 class StopStrings:
-    """Text held back while it may be the beginning of a string that ends the answer; none of that string is shown."""
+    """Holds text back while it may be the beginning of a stop string, so that no part of a stop string is shown."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -52,7 +52,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What may be shown; after the first stop string nothing, and `stopped` is true."""
+        """The text that may be shown; nothing after the first stop string, and `stopped` is true then."""
         if self.stopped:
             return ""
         self._held += text
@@ -65,11 +65,11 @@ class StopStrings:
         return shown
 
     def finish(self) -> str:
-        """What was held back and is not a stop string after all."""
+        """The text that was held back and did not become a stop string."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that a stop string could begin with."""
+    """The length of the longest suffix of `text` that a stop string could begin with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

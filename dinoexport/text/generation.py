@@ -1,7 +1,7 @@
-"""Writing: a prompt's ids in, text out as it becomes certain, one answer or several that go on together.
+"""Generate text: a prompt's ids in, text out as it becomes certain, for one answer or several at a time.
 
-A `Batch` does one iteration at a time: a new prompt is read alone, a chunk an iteration so that nobody waits for a long
-one, and then joins the answers that are being written.
+A `Batch` does one iteration at a time. A new prompt is read separately, one chunk per iteration, so that a long prompt
+does not delay other answers. Then it joins the answers that are being written.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dinoexport.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-SLOTS = 4  # twice the tokens a second of one answer; eight gave a seventh more
+SLOTS = 4  # twice the tokens per second of one answer; eight gave one seventh more
 # stop: the model or a stop string ended the answer; length: its limit or the context did.
 Reason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One answer that is wanted, checked against the model. end_ids: what ends it; limit: the most tokens of it."""
+    """One requested answer, checked against the model. end_ids: ids that end it; limit: of its tokens."""
 
     prompt_ids: tuple[int, ...]
     end_ids: frozenset[int]
@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """How an answer ended. ids: its tokens, what ended it left out. first_s: seconds until the first token."""
+    """How an answer ended. ids: its tokens without those that ended it. first_s: seconds until the first token."""
 
     text: str
     reason: Reason
@@ -52,7 +52,7 @@ class Written:
 
 
 def task_of(tokenizer: Tokenizer, decoder: Decoder, prompt: Prompt, sampling: Sampling) -> Task:
-    """The prompt as ids. Raises InputRefused when it is empty, spells a control token or leaves no room to answer."""
+    """The prompt as ids. Raises InputRefused if it is empty, spells a control token or leaves no room for an answer."""
     ids = prompts.ids_of(tokenizer, prompt)
     if not any(not isinstance(part, prompts.Control) and part.text for part in prompt.parts):
         raise InputRefused("The prompt is empty.", next_step="Give some text.")
@@ -62,7 +62,7 @@ def task_of(tokenizer: Tokenizer, decoder: Decoder, prompt: Prompt, sampling: Sa
 def task_of_ids(
     decoder: Decoder, ids: Sequence[int], end_ids: frozenset[int], sampling: Sampling, *, continuing: bool
 ) -> Task:
-    """The same for a prompt that is ids already; InputRefused where the model has no such ids."""
+    """The same for a prompt given as ids; raises InputRefused if the model does not have these ids."""
     room = decoder.context - len(ids)
     if not ids:
         raise InputRefused("The prompt is empty.", next_step="Give some text.")
@@ -83,7 +83,7 @@ def task_of_ids(
 
 
 class Answer:
-    """One answer being written. pending: the prompt's ids that are still to be read. error: why it was given up."""
+    """One answer being written. pending: the prompt's ids that are still to be read. error: why it failed."""
 
     def __init__(self, tokenizer: Tokenizer, task: Task) -> None:
         self.task = task
@@ -99,8 +99,8 @@ class Answer:
         self._started, self._first_s = time.monotonic(), 0.0
 
     def accept(self, logits_V: Array) -> str:
-        """Chooses a token; what this adds to the text. Sets `reason` when the answer ends with it."""
-        # Rows of the output matrix past the vocabulary are padding: no text has them.
+        """Chooses a token; returns the text that it adds. Sets `reason` if the answer ends with it."""
+        # Rows of the output matrix past the vocabulary are padding, not tokens.
         token_id = choose(logits_V[: self._size], self.task.sampling, self._generator)
         if not self.ids:
             self._first_s = time.monotonic() - self._started
@@ -115,11 +115,11 @@ class Answer:
         return text
 
     def cancel(self, error: DinoexportError | None = None) -> None:
-        """Ends it where it is."""
+        """Ends the answer at its current length."""
         self.reason, self.error = self.reason or "cancelled", error
 
     def written(self) -> Written:
-        """What came of it, once it has ended. Raises the error it was given up for."""
+        """The result of the ended answer. Raises its error if it failed."""
         assert self.reason is not None, "the answer has ended"
         if self.error is not None:
             raise self.error
@@ -149,7 +149,7 @@ class Batch:
     def __init__(self, decoder: Decoder, *, slots: int = SLOTS) -> None:
         self._decoder, self.slots = decoder, slots
         self._rows: Rows | None = None
-        self._writing: list[tuple[Answer, int]] = []  # and the id each goes on with
+        self._writing: list[tuple[Answer, int]] = []  # and the id with which each continues
         self._reading: tuple[Answer, Rows] | None = None
         self._waiting: list[Answer] = []
 
@@ -158,14 +158,14 @@ class Batch:
         return len(self._writing) + len(self._waiting) + (self._reading is not None)
 
     def add(self, answer: Answer) -> None:
-        """Takes in one more; there must be room."""
+        """Adds an answer; there must be room."""
         assert len(self) < self.slots, "there is room"
         self._waiting.append(answer)
 
     def iterate(self) -> list[tuple[Answer, str]]:
-        """One step of everything: the answers that went on, and what each added to its text.
+        """One step of all answers: returns those that advanced, and the text that each added.
 
-        An answer whose `reason` is set is finished and gone from the batch.
+        An answer whose `reason` is set is finished and no longer in the batch.
         """
         self._drop_ended()
         return self._step() + self._read()
@@ -182,7 +182,7 @@ class Batch:
         return steps
 
     def _read(self) -> list[tuple[Answer, str]]:
-        """A chunk of the prompt whose turn it is."""
+        """Reads a chunk of the next prompt."""
         import numpy as np
 
         if self._reading is None and self._waiting:
@@ -205,7 +205,7 @@ class Batch:
         return [(answer, text)]
 
     def _drop_ended(self) -> None:
-        """Lets go of what has ended, cancelled answers too."""
+        """Removes ended and cancelled answers."""
         self._waiting = [answer for answer in self._waiting if answer.reason is None]
         if self._reading is not None and self._reading[0].reason is not None:
             self._reading = None
@@ -219,19 +219,19 @@ class Batch:
 
 
 def _accepted(answer: Answer, logits_V: Array) -> str:
-    """What one more token adds; logits that are not numbers end this answer and no other."""
+    """The text that one more token adds; NaN or Inf in the logits ends only this answer."""
     import numpy as np
 
     if np.isfinite(logits_V).all():
         return answer.accept(logits_V)
     answer.cancel(
-        ValidationFailed("The model answered with NaN or Inf.", next_step="dinoexport validate BUNDLE says where.")
+        ValidationFailed("The model's output has NaN or Inf.", next_step="dinoexport validate BUNDLE shows where.")
     )
     return ""
 
 
 def write(tokenizer: Tokenizer, decoder: Decoder, task: Task) -> Iterator[str | Written]:
-    """The text of one answer as it becomes certain, and last what came of it."""
+    """The text of one answer as it becomes certain, and at the end its result."""
     answer, batch = Answer(tokenizer, task), Batch(decoder, slots=1)
     batch.add(answer)
     while answer.reason is None:

@@ -1,7 +1,7 @@
-"""Prompts as data: parts that are encoded each on its own, and control tokens between them by name.
+"""Prompts as data: parts that are encoded separately, and control tokens between them by name.
 
-A family says which parts a prompt has; no prompt is ever built as one string, so what a user writes cannot become a
-control token.
+A family defines the parts of a prompt. No prompt is ever built as one string, so a user's text cannot become a control
+token.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of its own: a tokenizer that puts a space before a text does so here."""
+    """A separate text: a tokenizer that puts a space before a text does so here."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Continuing:
-    """A text that goes on directly after what stands before it."""
+    """A text that directly continues the part before it."""
 
     text: str
 
@@ -48,11 +48,11 @@ Part = Control | Text | Continuing
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a model reads before it writes.
+    """What a model reads before it generates text.
 
     ends: pieces that end the answer. continuing: the answer goes on directly after the prompt's text, so that its
-    leading space stays. controls: further pieces that a user's text may not become, beside those the tokenizer's file
-    marks.
+    leading space stays. controls: pieces that a user's text may not become, in addition to those that the tokenizer's
+    file marks.
     """
 
     parts: tuple[Part, ...]
@@ -65,13 +65,13 @@ class Prompts(Protocol):
     """The prompts one model understands. Each raises UsageError where the model does not understand that kind."""
 
     def completion(self, text: str) -> Prompt:
-        """A text to go on with."""
+        """A text to continue."""
 
     def infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> Prompt:
-        """The text between two others is wanted."""
+        """A prompt for the text between two others."""
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
-        """The next answer of a conversation is wanted; InputRefused for one that cannot be put to the model."""
+        """A prompt for the next answer of a conversation; raises InputRefused for one that the model cannot take."""
 
 
 def ids_of(tokenizer: Tokenizer, prompt: Prompt, *, checked: bool = True) -> list[int]:
@@ -88,7 +88,7 @@ def ids_of(tokenizer: Tokenizer, prompt: Prompt, *, checked: bool = True) -> lis
         if checked and (caught := sorted(controls.intersection(found))):
             raise InputRefused(
                 f"The text spells the control token {tokenizer.piece(caught[0]).lstrip('▁')}.",
-                next_step="Write it otherwise, with a space inside it for one.",
+                next_step="Change its spelling, for example with a space in it.",
             )
         ids += found
     return ids
@@ -104,7 +104,7 @@ def control_id(tokenizer: Tokenizer, piece: str) -> int:
     found = tokenizer.piece_id(piece)
     if found is None:
         raise UsageError(
-            f"The tokenizer has no {piece.lstrip('▁')}, so the model knows no such prompt.",
+            f"The tokenizer has no {piece.lstrip('▁')}, so the model does not know this kind of prompt.",
             next_step="Use a variant that was trained for it, or another kind of prompt.",
         )
     return found

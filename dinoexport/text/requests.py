@@ -1,4 +1,4 @@
-"""What a request for text may say, the same on every way in: plain values in, a task out, one clear error else."""
+"""Parse a request for text, the same for all interfaces: plain values in; a task, or one clear error, out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHOICES = ("max_tokens", "temperature", "top_p", "seed", "stop")
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """A model that is open to write: its tokenizer, its decoder, the prompts it knows."""
+    """An open text model: its tokenizer, its decoder, the prompts it knows."""
 
     tokenizer: Tokenizer
     decoder: Decoder
@@ -31,7 +31,7 @@ class TextModel:
     def task(self, request: TextRequest) -> Task:
         """The request checked against this model. Raises UsageError for what it cannot answer."""
         if request.prompt_ids is not None:
-            # Ids say nothing of an end: what ends a completion does.
+            # Ids do not say what ends the answer, so it is the same as for a completion.
             ends = self.prompts.completion("")
             return generation.task_of_ids(
                 self.decoder,
@@ -45,7 +45,7 @@ class TextModel:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """One request: a prompt to go on with, a prompt and a suffix to fill in between, messages, or a prompt's ids."""
+    """One request: a prompt to continue, a prompt and a suffix for infilling, messages, or a prompt's ids."""
 
     prompt: str | None = None
     suffix: str | None = None
@@ -73,7 +73,7 @@ class TextRequest:
 
 
 def parse(values: Mapping[str, Any]) -> TextRequest:
-    """The request in plain values as JSON has them; absent and None are the same. InputRefused for what is wrong."""
+    """The request in plain values as in JSON; absent and None are the same. Raises InputRefused for wrong values."""
     if unknown := sorted(set(values) - set(_KINDS)):
         raise InputRefused(f"{unknown[0]} is unknown.", next_step=f"Known: {', '.join(_KINDS)}.")
     given = {key: value for key, value in values.items() if value is not None}
@@ -131,7 +131,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What each value has to be, as a test of it and in words.
+# The requirement of each value, as a test and in words.
 _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (_is_text, "a text"),
     "suffix": (_is_text, "a text"),

@@ -1,7 +1,7 @@
-"""Which token comes next: the likeliest, or one drawn by temperature and top-p, the same for the same seed.
+"""Choose the next token: the most likely one, or a sample by temperature and top-p, the same for the same seed.
 
-As Meta's code has it: probabilities of logits / temperature; sorted, every token goes before which the sum is already
-above top_p (so the first stays, and the one that crosses it); the rest are drawn by their shares.
+As in Meta's code: probabilities of logits / temperature, sorted; a token is dropped if the sum of those before it is
+already above top_p (so the first stays, and the one that crosses it); one of the others is drawn by probability.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SEED_MAX = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is chosen and where it ends.
+    """How tokens are chosen and where an answer ends.
 
     max_tokens: the most tokens of an answer. temperature: 0 takes the likeliest token. top_p: the share of probability
-    that is drawn from. seed: None takes one that differs each time. stop: strings that end the answer and are not part
+    that is drawn from. seed: None uses a random seed. stop: strings that end the answer and are not part
     of it. Raises InputRefused for values that mean nothing.
     """
 
@@ -82,7 +82,7 @@ def nucleus(logits_V: Array, temperature: float, top_p: float) -> tuple[Array, A
     shares /= shares.sum()
     order = np.argsort(-shares, kind="stable")
     ordered = shares[order]
-    if top_p == 1:  # rounding would drop what is far down
+    if top_p == 1:  # rounding would drop unlikely tokens
         return order, ordered
     kept = np.cumsum(ordered) - ordered <= top_p
     ids, ordered = order[kept], ordered[kept]

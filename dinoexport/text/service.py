@@ -1,4 +1,4 @@
-"""One thread that writes many answers: a bounded queue, a batch, and clients who may leave at any time."""
+"""One thread that writes many answers: a bounded queue, a batch, and clients that may leave at any time."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ FULL = "as many as may"
 
 
 class QueueFull(MissingRequirement):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Reader(Protocol):
-    """Whoever wants an answer. All of it is called by the writing thread, and none of it may raise."""
+    """The receiver of an answer. The writing thread calls all methods, and none may raise."""
 
     def text(self, text: str) -> None:
-        """More of the answer."""
+        """The next piece of the answer."""
 
     def done(self, written: Written) -> None:
-        """The answer is whole; nothing follows."""
+        """The answer is complete; nothing follows."""
 
     def failed(self, error: DinoexportError) -> None:
-        """There is no answer, or no more of it; nothing follows."""
+        """The answer failed; nothing follows."""
 
     def gone(self) -> bool:
-        """Whether nobody reads any more; asked before every token."""
+        """Whether the client has left; called before every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,10 @@ class _Asked:
 
 
 class Service:
-    """Writes what is asked of it, at most `slots` answers at a time, until it is closed.
+    """Writes the requested answers, at most `slots` at a time, until it is closed.
 
-    queue: how many more may wait. broken: told of an exception in the model itself, for a log; the answers that were
-    being written fail, and the next are written all the same.
+    queue: the number of requests that may wait. broken: called with an exception in the model itself, for a log; the
+    answers that were being written fail, and later ones are written normally.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Service:
         self._thread.start()
 
     def submit(self, task: Task, reader: Reader) -> None:
-        """Queues a task; QueueFull when as many wait as may."""
+        """Queues a task; raises QueueFull if the queue is full."""
         asked = _Asked(answer=Answer(self._tokenizer, task), reader=reader)
         with self._changed:
             if self._closed:
@@ -83,7 +83,7 @@ class Service:
             self._changed.notify()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread; what is not finished fails."""
+        """Ends the thread; unfinished answers fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -113,7 +113,7 @@ class Service:
         self._fail_all(None)
 
     def _admit(self, batch: Batch) -> bool:
-        """Waits for work and takes it in; lets go of who has left. False when the service is closed."""
+        """Waits for work and accepts it; drops clients that have left. False if the service is closed."""
         with self._changed:
             while not (self._closed or self._waiting or self._writing):
                 self._changed.wait()

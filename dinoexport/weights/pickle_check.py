@@ -1,7 +1,7 @@
-"""The pickle inside a torch.save file, looked through before PyTorch's own unpickler follows it.
+"""Check the pickle inside a torch.save file before PyTorch's own unpickler reads it.
 
-`weights_only` runs no code, but it calls what it allows with whatever arguments the file has: a hundred bytes allocate
-gigabytes (`bytearray(5 * 10**9)`, `FloatStorage(10**9)`), and a tuple within a tuple, thirty deep, takes years to hash.
+`weights_only` runs no foreign code, but it calls allowed functions with any arguments in the file: a hundred bytes can
+allocate gigabytes (`bytearray(5 * 10**9)`, `FloatStorage(10**9)`), and tuples nested thirty deep take years to hash.
 Saved weights do neither. Nothing is executed here: opcodes are read and a stack of labels is kept.
 """
 
@@ -11,7 +11,7 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
-# The pickle of a checkpoint of a thousand tensors has 100 kB; the numbers lie beside it.
+# The pickle of a checkpoint of a thousand tensors has 100 kB; the numbers are stored beside it.
 MAX_BYTES = 1 << 26
 _DEPTH_MAX = 16
 _FORBIDDEN = frozenset({"FROZENSET", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"})
@@ -22,7 +22,7 @@ _PUTS, _GETS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}), frozenset
 
 @dataclass(frozen=True, kw_only=True)
 class _Label:
-    """What is known of a value on the stack: a global's name, and how deep tuples lie within it."""
+    """A value on the stack: a global's name, and the depth of nested tuples in it."""
 
     name: str = ""
     depth: int = 0
@@ -36,7 +36,7 @@ def check(raw: bytes) -> None:
     for opcode, argument, _position in pickletools.genops(raw):
         name = opcode.name
         if name in _FORBIDDEN:
-            raise ValueError(f"it holds {name}, which no saved weights do")
+            raise ValueError(f"it holds {name}, which saved weights never do")
         if name in _MARKS:
             stack.append(_Label(mark=True))
         elif name in _PUTS:
@@ -54,7 +54,7 @@ def check(raw: bytes) -> None:
 
 
 def _apply(opcode: Any, stack: list[_Label]) -> None:
-    """Any other opcode, by what pickletools says it takes from the stack and leaves there."""
+    """Any other opcode: by pickletools' table of what it takes from the stack and leaves there."""
     taken: list[_Label] = []
     if pickletools.markobject in opcode.stack_before:
         while stack and not stack[-1].mark:
@@ -75,7 +75,7 @@ def _pop(stack: list[_Label]) -> _Label:
 
 
 def _check_call(function: str) -> None:
-    """What allocates as much as it is told; what PyTorch does not allow it refuses itself, in its own words."""
+    """Refuses calls that allocate as much as the file demands. PyTorch itself refuses all other functions."""
     last = function.rpartition(".")[2]
     if last in ("bytearray", "bytes", "range", "tensor") or last.endswith(("Storage", "Tensor")):
-        raise ValueError(f"it calls {function}, which no saved weights do")
+        raise ValueError(f"it calls {function}, which saved weights never do")

@@ -1,7 +1,7 @@
-"""Hashes of published files that nobody has recorded: that of the first download is kept, and later ones must have it.
+"""Pin files without a recorded hash: the hash of the first download is kept, and later downloads must have it.
 
-This protects from a file that changes, not from a wrong one: that is what a recorded hash is for, and a recipe with one
-never comes here.
+This detects a file that changes, but not a file that was wrong from the beginning. Only a hash in the recipe detects
+that; recipes with a hash do not use this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dinoexport.weights import download
 
 
 def with_hash(file: WeightFile, *, progress: Progress) -> WeightFile:
-    """The file with the hash it must have: the recorded one, or that of its first download, which happens here."""
+    """The file with the hash it must have: the recorded one, or that of its first download, which is done here."""
     if file.sha256 is not None:
         return file
     pin = _pin(file)
@@ -45,10 +45,10 @@ def _pin(file: WeightFile) -> Path:
 
 
 def _read(pin: Path) -> str | None:
-    """The hash in a pin; a WeightsError when somebody changed the file into something else."""
+    """The hash in a pin; raises WeightsError if the pin's file does not hold one."""
     if not pin.is_file():
         return None
     found = re.match(r"[0-9a-f]{64}  ", pin.read_text(encoding="utf-8", errors="replace"))
     if found is None:
-        raise WeightsError(f"{pin} holds no SHA-256.", next_step="Remove that file, and check the weights it was of.")
+        raise WeightsError(f"{pin} holds no SHA-256.", next_step="Remove that file, and check the weights.")
     return found[0].strip()

@@ -1,4 +1,4 @@
-"""A recipe and a user's weights brought together: what the files say joins it, what contradicts it stops the build."""
+"""Reconcile a recipe with a user's weights: facts from the files are added, and contradictions stop the build."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WEIGHTS = "the weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A recipe with all that is known of the weights it is built with.
+    """A recipe with all known facts of its weights.
 
-    assumed: key -> its value and why it was taken, for what neither the recipe nor a file says. notes: what was chosen
-    and left out in the file. made: whether the recipe was made from the weights.
+    assumed: key -> its value and the reason, if neither the recipe nor a file gives one. notes: what was chosen
+    and left out in the file. made: whether the recipe was derived from the weights.
     """
 
     recipe: Recipe
@@ -34,14 +34,14 @@ class Settled:
 
 
 def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, progress: Progress) -> Settled:
-    """The recipe, or one made from the weights at `source`, with every fact their files show.
+    """The recipe, or one derived from the weights at `source`, with every fact in their files.
 
-    Raises UsageError where recipe and files disagree, or where there is neither a recipe nor a family that knows the
+    Raises UsageError if recipe and files disagree, or if there is neither a recipe nor a family that recognises the
     weights.
     """
     if source is None or source.startswith(checkpoint.SYNTHETIC):
         if prefix is not None:
-            raise UsageError("--prefix is of a file of weights.", next_step="Give it with --weights PATH.")
+            raise UsageError("--prefix applies to a weight file.", next_step="Give it with --weights PATH.")
         if recipe is None:
             raise UsageError(
                 "There is no variant to build.",
@@ -94,7 +94,7 @@ def _recipe_from(path: Path, found: Shapes) -> Recipe:
         and (recipe := known.recipe_from(path, found)) is not None
     }
     if len(made) != 1:
-        what = f"are taken for their own by {', '.join(made)}" if made else "are of no family that is installed"
+        what = f"match several families: {', '.join(made)}" if made else "match no installed family"
         raise UsageError(
             f"The weights at {path} {what}.",
             next_step="Name the variant, or give a recipe; docs/add-a-variant.md says what is in one.",
@@ -120,7 +120,7 @@ def _with_facts(recipe: Recipe, facts: Iterable[Fact], *, made: bool) -> Recipe:
         if before is not None and not _same(before.value, fact.value):
             raise UsageError(
                 f"{_says(before)} {fact.key} = {_shown(before.value)}, {_says(fact)} {_shown(fact.value)}.",
-                next_step="Fix the one that is wrong. The numbers of a build would rest on a guess.",
+                next_step="Correct the wrong one: dinoexport does not guess.",
             )
         says.setdefault(fact.key, fact)
         table, _, key = fact.key.partition(".")
@@ -143,7 +143,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
-    # One side stands for both.
+    # A single number stands for both sides.
     if isinstance(one, int) and isinstance(other, list | tuple):
         return all(one == side for side in other)
     if isinstance(other, int) and isinstance(one, list | tuple):
@@ -158,7 +158,7 @@ def _shown(value: Any) -> str:
 
 
 def _as_yours(recipe: Recipe) -> Recipe:
-    """Without what is only true of the weights its authors published: their name, their licence, where they are."""
+    """The recipe without the facts of the published weights: their name, their licence, their address."""
     if not recipe.weights:
         return recipe
     licences = {recipes.load(name).licence for name in recipes.variants()}

@@ -1,4 +1,4 @@
-"""A checkpoint in several files: whole tensors in each, or, of a model-parallel one, a part of each tensor in each."""
+"""Join a checkpoint in several files: whole tensors in each file, or for model parallelism a part of each tensor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SplitAxis = Callable[[str], int | None]
 def merged(
     opened: Mapping[Path, tuple[Shapes, Read]], wanted: Shapes, split_axis: SplitAxis | None = None
 ) -> tuple[Shapes, Read]:
-    """The files of one checkpoint as one.
+    """The files of one checkpoint as a single one.
 
-    A name in several files is a tensor in parts, joined in the files' order along the axis on which they add up to the
-    `wanted` size, or, where others are in parts, a copy in each. Anything else is a WeightsError. split_axis: decides
-    instead, while it is not known what is wanted.
+    A name in several files is a tensor in parts, which are joined in the order of the files along the axis on which
+    they add up to the `wanted` size; if other tensors are in parts, it may be a copy in each file. Anything else
+    raises WeightsError. split_axis: decides instead while the wanted sizes are unknown.
     """
     holders: dict[str, list[Path]] = {}
     for path, (found, _) in opened.items():

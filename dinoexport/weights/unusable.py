@@ -1,4 +1,4 @@
-"""Files that look like weights and are not: each is recognised, and one sentence says what it is and what to do."""
+"""Recognise files that look like usable weights but are not, and say what each is and what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _QUANTISED = re.compile(
 
 
 def check_names(names: Iterable[str], shown: str) -> None:
-    """Refuses tensors whose names say that they are parts of ranks, an adapter, or quantised."""
+    """Refuses tensors whose names show that they are parts of ranks, an adapter, or quantised."""
     for name in names:
         if _FLAT.search(name):
             raise WeightsError(f"{shown} is one rank's part of a model sharded by FSDP ({name}).", next_step=_SHARDED)
@@ -34,7 +34,7 @@ def check_names(names: Iterable[str], shown: str) -> None:
         if _QUANTISED.search(name):
             raise WeightsError(
                 f"{shown} is quantised ({name}).",
-                next_step="Give the weights it was quantised from; dinoexport quantises by --precision int8.",
+                next_step="Give the weights it was quantised from; dinoexport quantises with --precision int8.",
             )
 
 
@@ -71,7 +71,7 @@ def check_entries(entries: Collection[str], path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that a distributed checkpoint or an adapter alone was saved to."""
+    """Refuses a folder with a distributed checkpoint, or with an adapter but no model."""
     if any(folder.glob("*.distcp")):
         raise WeightsError(
             f"{folder} is a distributed checkpoint, a part for each rank.",

@@ -54,14 +54,12 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)
 
 
-@pytest.mark.slow("exports five ViT-S and compiles each with the real TensorRT-RTX compiler")
+@pytest.mark.slow("exports three ViT-S and compiles each with the real TensorRT-RTX compiler")
 @pytest.mark.parametrize(
     ("variant", "precision", "targets"),
     [
         ("vits14", Precision.FP16, ("8.0",)),
-        ("vits14_reg", Precision.FP16, ("8.0",)),
         ("vits14_reg", Precision.FP16, ("8.6", "8.9", "12.0")),
-        ("vits14", Precision.FP32, ("8.0",)),
         ("vits14_reg", Precision.FP32, ("8.0",)),
     ],
 )
@@ -156,7 +154,7 @@ def test_too_slow_is_stopped(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "error", "words"),
     [
-        ("kill -9 $$", MissingRequirement, "want of memory"),
+        ("kill -9 $$", MissingRequirement, "memory ran out"),
         ("kill -11 $$", BuildError, "SIGSEGV"),
         (
             "echo '[E] first'; echo '[I] idle'; echo '[E] second'; exit 3",

@@ -294,7 +294,7 @@ def test_heads_are_not_guessed_of_widths_nobody_has(tmp_path: Path) -> None:
 
 
 def test_weights_of_no_family(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no family"):
+    with pytest.raises(UsageError, match="no installed family"):
         settled(save_pth(tmp_path / "w.pth", {"fc.weight": torch.ones(2, 2)}), None)
 
 

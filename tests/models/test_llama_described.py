@@ -115,7 +115,7 @@ def test_both_spellings_of_the_base(edited: Callable[..., Path]) -> None:
         ("hf", {"head_dim": 32}, "head_dim is 32"),
         ("hf", {"vocab_size": -1}, "vocab_size is -1, which makes no sense"),
         ("hf", {"num_attention_heads": "six"}, "'six', which makes no sense"),
-        ("hf", {"model_type": "mistral"}, "no family"),
+        ("hf", {"model_type": "mistral"}, "no installed family"),
         ("meta", {"qk_norm": True}, "qk_norm is not known"),
         ("meta", {"use_scaled_rope": True}, "positions that are scaled"),
         ("meta", {"multiple_of": 0}, "multiple_of is 0"),

@@ -316,7 +316,7 @@ def test_a_users_own_hidden_folders_are_left_alone(place: Path) -> None:
     build(out, Maker(content=b"new"), key=key_of(weights="b"))
     (place / ".out.work").mkdir()
     (place / ".out.work" / "thesis").write_text("five years")
-    with pytest.raises(UsageError, match="did not put there: thesis"):
+    with pytest.raises(UsageError, match="did not write: thesis"):
         build(out, Maker(), force=True)
     assert (place / ".out.previous" / "thesis").exists() and (place / ".out.work" / "thesis").exists()
 

@@ -404,7 +404,7 @@ def test_client_finds_its_model(server: Server) -> None:
         DinoClient(server.http, model="flots")
     with pytest.raises(UsageError, match=r"no front end 'image'\. Did you mean 'images'"):
         DinoClient(server.http, model="bytes").encoded([b"x"], front_end="image")
-    with pytest.raises(UsageError, match="no address"):
+    with pytest.raises(UsageError, match="not an address"):
         DinoClient("ftp://127.0.0.1")
     client = DinoClient(f"127.0.0.1:{server.http_port}", model="floats")
     assert client.served.variant == "tiny_swiglu" and [t.name for t in client.graph.inputs] == ["pixels"]
@@ -482,7 +482,7 @@ def test_nobody_there() -> None:
                 DinoClient(f"{scheme}://127.0.0.1:{port}", timeout_s=0.3)
             assert error.value.exit_code == 4
     for seconds in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="is none"):
+        with pytest.raises(UsageError, match="is not a valid timeout"):
             DinoClient("http://127.0.0.1:9", timeout_s=seconds)
 
 

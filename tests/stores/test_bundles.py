@@ -124,11 +124,11 @@ def test_two_writers(server: S3Server, tiny: Path, request: pytest.FixtureReques
 
 def test_what_is_refused(server: S3Server, tiny: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     there = url(request)
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         in_store.local_copy(there)
     store.open_place(there).write("photo.jpg", b"a photo")
     for refuses in (in_store.check_reachable, lambda place: in_store.send(tiny, place)):
-        with pytest.raises(UsageError, match="holds what is no bundle's"):
+        with pytest.raises(UsageError, match="holds files of no bundle"):
             refuses(there)
     assert store.open_place(there).read("photo.jpg") == b"a photo"
     shown = run("build", "vits14", "--weights", "synthetic:0", "--out", "https://example.org/x")

@@ -1,6 +1,6 @@
-"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193; registers: Darcet et al. 2023, arXiv:2309.16588): ViT-S/B/L/g and kin.
+"""DINOv2 (Oquab et al. 2023, arXiv:2304.07193; registers: Darcet et al. 2023, arXiv:2309.16588): ViT-S/B/L/g.
 
-The family's contract with dinoexport. Upstream code: github.com/facebookresearch/dinov2.
+This module implements `dinoexport.family`. Upstream code: github.com/facebookresearch/dinov2.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dinov2:
     """The family `dinov2`."""
 
     def model(self, recipe: Recipe) -> Dinov2Model | HeadedModel:
-        """The variant a recipe describes; a UsageError that names what is wrong in `[model]`, `[graph]` or `[head]`."""
+        """The variant of a recipe; raises UsageError that names errors in `[model]`, `[graph]` or `[head]`."""
         arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
         choices = parse(GraphChoices, backbone_graph(recipe), where=f"recipe {recipe.name}, [graph]")
         try:
@@ -43,7 +43,7 @@ class Dinov2:
             choices.fp32_parts(arch.depth)
         except ValueError as error:
             raise UsageError(
-                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose what the model has."
+                f"recipe {recipe.name}, [graph]: {error}.", next_step="Choose blocks and parts of the model."
             ) from None
         wanted = {"batch", "height", "width"}
         if set(recipe.profile) != wanted:
@@ -92,7 +92,7 @@ def _preprocessing(recipe: Recipe, arch: Architecture, choices: GraphChoices) ->
     """The table `[preprocess]`, with a mean and a deviation for each channel."""
     table = dict(recipe.preprocess)
     if arch.in_chans != serving.RGB and not {"mean", "std"} & table.keys() and choices.input == "pixels":
-        # The graph takes normalised pixels, so these only prepare the photographs it is validated on.
+        # The graph takes normalised pixels, so this only prepares the photographs of the validation.
         table |= {
             name: [values[i % len(values)] for i in range(arch.in_chans)]
             for name, values in (("mean", images.IMAGENET_MEAN), ("std", images.IMAGENET_STD))
@@ -109,7 +109,7 @@ def _preprocessing(recipe: Recipe, arch: Architecture, choices: GraphChoices) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Dinov2Model:
-    """One DINOv2 variant: what `dinoexport.family.Model` asks for."""
+    """One DINOv2 variant; implements `dinoexport.family.Model`."""
 
     recipe: Recipe
     arch: Architecture
@@ -118,7 +118,7 @@ class Dinov2Model:
 
     @property
     def taken(self) -> cases.ImageInput:
-        """How the graph takes images."""
+        """The form of the graph's images."""
         return cases.ImageInput(
             arch=self.arch,
             preprocessing=self.preprocessing,
@@ -169,7 +169,7 @@ class Dinov2Model:
 
     @cached_property
     def token_outputs(self) -> tuple[tuple[int, str], ...]:
-        """(block, prefix of its outputs' names): the chosen blocks, then the last one as the model's own answer."""
+        """(block, prefix of its outputs' names): the chosen blocks, then the last one, the model's own output."""
         chosen = self.choices.chosen_blocks(self.arch.depth)
         return (*((i, f"block_{i}_") for i in chosen), (self.arch.depth - 1, ""))
 
@@ -180,7 +180,7 @@ class Dinov2Model:
 
     @property
     def optional_tensors(self) -> frozenset[str]:
-        """`mask_token` serves training only; timm's files have none."""
+        """`mask_token` is used only in training; timm's files have none."""
         return frozenset({"mask_token"})
 
     @property
@@ -226,7 +226,7 @@ class Dinov2Model:
 
         from_bytes = self.choices.input == "images"
         patch, channels = self.arch.patch_size, self.arch.in_chans
-        height, width = 17 * patch, 19 * patch  # neither native nor square: nothing to specialise on
+        height, width = 17 * patch, 19 * patch  # neither native nor square, so that tracing specialises on nothing
         if from_bytes:
             example = Example(dtype="uint8", shape=(2, height, width, channels))
             normalising = {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
@@ -306,13 +306,13 @@ class Dinov2Model:
 
     @property
     def promotable(self) -> tuple[str, ...]:
-        """What the published remedies promote: the residual stream, norms, softmax; then each block as a whole."""
+        """The parts that published fixes keep in fp32: the residual stream, norms, softmax; then each whole block."""
         if self.recipe.precision is not Precision.FP16:
             return ()
         return ("residual", "norms", "softmax", *(f"blocks.{i}" for i in range(self.arch.depth)))
 
     def promoted(self, parts: Sequence[str]) -> Mapping[str, Any]:
-        """The table `[graph]` with `parts` in fp32; what it already has there stays."""
+        """The table `[graph]` with `parts` in fp32, in addition to those already in it."""
         others = tuple(part for part in self.promotable if part in {*self.choices.fp32, *parts} - {"residual"})
         residual = "fp32" if "residual" in parts else self.choices.residual
         return self.choices.changed(residual=residual, fp32=others).model_dump(mode="json")
@@ -350,7 +350,7 @@ class Dinov2Model:
         ]
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
-        """facebookresearch/dinov2 as torch.hub keeps it; see `hub`."""
+        """The outputs of facebookresearch/dinov2 from torch.hub; see `hub`."""
         from dinoexport.models.dinov2 import hub
 
         blocks = [block for block, _ in self.token_outputs]
@@ -360,11 +360,11 @@ class Dinov2Model:
         return [self.named(tokens) for tokens in answers]
 
     def dtype(self, precision: Precision) -> torch.dtype:
-        """What PyTorch computes `precision` in; a UsageError for int8, which it has not."""
+        """PyTorch's dtype for `precision`; raises UsageError for int8, which PyTorch does not have."""
         return _dtype(precision)
 
     def normalised(self, arrays: Arrays) -> Array:
-        """The case's image as normalised pixels (B, C, H, W), whichever input the graph takes."""
+        """The case's image as normalised pixels (B, C, H, W), whatever the graph's input."""
         if "pixels" in arrays:
             return arrays["pixels"]
         return self.preprocessing.normalised(arrays["images"])
@@ -403,7 +403,7 @@ class Dinov2Model:
 
     @property
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
-        """As dinov2/eval has them: class token, or with the mean patch token behind it."""
+        """As in dinov2/eval: the class token, alone or followed by the mean patch token."""
         if self.choices.interface == "transformers":
             return {}
         token = ("class_token", "as is")
@@ -436,17 +436,17 @@ class Dinov2Model:
         return serving.front_ends(self.graphs[0], self.taken, samples, progress=progress)
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
-        """Decoded, brought to one size, normalised where the graph does not do that itself; see `serving`."""
+        """Images decoded, resized, and normalised unless the graph does that itself; see `serving`."""
         return serving.prepare(front_end, settings, encoded, self.taken)
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """Noise images at the evaluation's size and at the native one, alone and eight at a time."""
+        """Noise images at the size of the evaluation and at the native size, one and eight at a time."""
         return cases.workloads(self.recipe.profile, self.taken)
 
     @property
     def text(self) -> None:
-        """None: it writes no text."""
+        """None: the model does not generate text."""
         return None
 
     @property
@@ -462,7 +462,7 @@ class Dinov2Model:
 
     @property
     def card(self) -> Mapping[str, str]:
-        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md), where it is one of them."""
+        """From the model card of DINOv2-S/B/L/g in the upstream repository (MODEL_CARD.md), if it is one of them."""
         patch = self.arch.patch_size
         crop = f"An image whose sides are not multiples of {patch} is cropped to the closest smaller multiple."
         if not self.recipe.weights:
@@ -488,7 +488,7 @@ class Dinov2Model:
 
 
 def _dtype(precision: Precision) -> torch.dtype:
-    """What PyTorch computes in. It has nothing for int8, which a quantiser makes of an fp32 graph."""
+    """PyTorch's dtype. It has none for int8, which a quantiser makes from an fp32 graph."""
     import torch
 
     found: torch.dtype = getattr(torch, _dtype_name(precision))

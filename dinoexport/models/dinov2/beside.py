@@ -1,6 +1,6 @@
-"""What the files beside a DINOv2's weights say of it: Hugging Face's, timm's and upstream's configurations.
+"""Read the configuration files beside DINOv2 weights: Hugging Face's, timm's and upstream's.
 
-They are read as data, never imported or run. A key that is there and makes no sense is a UsageError that names it.
+They are read as data, never imported or run. A key with an invalid value raises a UsageError that names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UPSTREAM_DEFAULTS = {"interpolate_offset": 0.1, "interpolate_antialias": False}
 
 
 def facts(weights: Path) -> tuple[Fact, ...]:
-    """Everything the files beside `weights`, a file or a folder, say of the model."""
+    """All facts about the model in the files beside `weights`, a file or a folder."""
     folder = weights if weights.is_dir() else weights.parent
     found: list[Fact] = []
     config = read_json(folder / "config.json")
@@ -45,7 +45,7 @@ def facts(weights: Path) -> tuple[Fact, ...]:
 
 
 def _run_folder(folder: Path) -> tuple[Path, ...]:
-    """The run's own folder, where upstream writes config.yaml, of RUN/eval/training_N."""
+    """The folder RUN of RUN/eval/training_N, in which upstream writes config.yaml."""
     within = folder.absolute()
     return (within.parents[1],) if within.parent.name == "eval" else ()
 
@@ -115,7 +115,7 @@ def _processor(config: Config) -> list[Fact]:
         name = _RESAMPLING[resample]
         found.append(Fact(key="preprocess.interpolation", value=name, source=config.source("resample")))
     if config.content.get("keep_aspect_ratio") or config.content.get("ensure_multiple_of", 1) not in (None, 1):
-        return found  # sizes that differ from image to image: no one resize and crop
+        return found  # sizes differ between images, so there is no single resize and crop
     resize = _side(config, "size")
     crop = resize if config.get("do_center_crop", bool) is False else _side(config, "crop_size")
     if config.get("do_resize", bool) is not False and resize is not None:
@@ -136,7 +136,7 @@ def _numbers(config: Config, key: str) -> tuple[float, ...] | None:
 
 
 def _side(config: Config, key: str) -> int | tuple[int, int] | None:
-    """A size as a recipe has it: one side, or (height, width)."""
+    """A size in a recipe's form: one side, or (height, width)."""
     value = config.get(key, (dict, int))
     if not isinstance(value, dict):
         return value if value is None else int(value)

@@ -20,12 +20,14 @@ from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import Array, Case, Progress, Workload
 
 _BATCH = 8
+# Of noise, which is made in float64: eight images of 4096 by 4096 take 3 GB.
+_NUMBERS_MAX = 1 << 29
 Pixels = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInput:
-    """How a model takes images: its one input, made of pictures or of noise.
+    """The form of a model's single input, made from pictures or from noise.
 
     as_bytes: uint8 (B, H, W, C) instead of normalised pixels (B, C, H, W). strict: sizes that are not multiples of the
     patch are refused.
@@ -37,7 +39,7 @@ class ImageInput:
     strict: bool
 
     def of(self, pictures_BHW3: Array) -> dict[str, Array]:
-        """RGB pictures as the input, under its name. Further channels repeat the colours: no file has more."""
+        """RGB pictures as the input, under its name. Further channels repeat the colours."""
         channels = self.arch.in_chans
         if channels != pictures_BHW3.shape[-1]:
             pictures_BHW3 = pictures_BHW3[..., np.arange(channels) % pictures_BHW3.shape[-1]]
@@ -47,15 +49,21 @@ class ImageInput:
 
     def noise(self, batch: int, height: int, width: int, seed: int) -> dict[str, Array]:
         """Noise as the input."""
-        size = (batch, height, width, seed, self.arch.in_chans)
+        channels = self.arch.in_chans
+        if batch * height * width * channels > _NUMBERS_MAX:
+            raise UsageError(
+                f"{batch} images of {height}x{width} in {channels} channels are more than memory is taken for.",
+                next_step="Give fewer or smaller ones in the case, or a smaller least size in the profile.",
+            )
+        size = (batch, height, width, seed, channels)
         return {"images": synthetic.images(*size)} if self.as_bytes else {"pixels": synthetic.pixels(*size)}
 
 
 class CaseTable(Frozen):
     """One `[[cases]]` entry: noise with batch, height and width, or photographs.
 
-    `native` is the side of the image whose grid is the position table's own. patch_size: what the other sizes were
-    chosen for; a model with other patches takes as many of its own. Without it they are pixels, whatever the model.
+    `native` is the side of the image whose grid is that of the position table. patch_size: the patch size for which the
+    other sizes were chosen; a model with another patch size gets the same number of patches. Without it: pixels.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -72,17 +80,17 @@ class CaseTable(Frozen):
     def _noise_or_photographs(self) -> Self:
         of_noise, given = {"batch", "height", "width", "patch_size", "seed"}, self.model_fields_set
         if self.photographs and (stray := sorted(of_noise & given)):
-            raise ValueError(f"{', '.join(stray)}: of noise only, not of photographs")
+            raise ValueError(f"{', '.join(stray)}: only for noise, not for photographs")
         if not self.photographs and ("prepare" in given or self.height is None or self.width is None):
             raise ValueError("give height and width, or photographs and how to prepare them")
         if self.prepare == "own_size" and len(self.photographs) > 1:
-            raise ValueError("photographs of their own size make no batch: one a case")
+            raise ValueError("photographs at their own size cannot be batched: give one per case")
         if any(name in ("", "..") or Path(name).name != name for name in self.photographs):
             raise ValueError("photographs are names of files in the folder `images`, not paths")
         return self
 
     def side(self, length: int | Literal["native"], arch: Architecture) -> int:
-        """A side in pixels of `arch`; what was over a multiple stays over a multiple."""
+        """A side in pixels for `arch`; the remainder after whole patches stays the same."""
         if length == "native":
             return arch.native_size
         if self.patch_size is None or self.patch_size == arch.patch_size:
@@ -92,9 +100,9 @@ class CaseTable(Frozen):
 
 
 def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case:
-    """The case `table` describes, for a model that takes images as `taken`; photographs lie in `folder`/images.
+    """The case that `table` describes, for a model that takes images as `taken`; photographs are in `folder`/images.
 
-    Where it refuses sizes that are not multiples of the patch, noise of such a size is a case of refusal.
+    If the model refuses sizes that are not multiples of the patch, noise of such a size is a case of refusal.
     """
     patch = taken.arch.patch_size
     entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
@@ -123,9 +131,9 @@ def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case
 
 
 def workloads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Workload, ...]:
-    """Noise images to time: as large as evaluated and on the position table's own grid, alone and eight at a time.
+    """Noise images to time: at the size of the evaluation and at the native size, one and eight at a time.
 
-    Where the profile does not have that, what it has closest to it.
+    If the profile does not contain a size, the closest one that it contains.
     """
 
     def within(dimension: str, size: int) -> int:
@@ -150,11 +158,11 @@ def workloads(profile: Mapping[str, Range], taken: ImageInput) -> tuple[Workload
 def from_folder(
     folder: Path, taken: ImageInput, *, progress: Progress, only: Collection[str] | None = None
 ) -> Iterator[Case | str]:
-    """A case for each image directly in `folder` or below, or a line for a file that is none; hidden ones aside.
+    """A case for each image in `folder` and below, or a line for a file that is not an image. Skips hidden files.
 
-    Its label is the folder directly in `folder` that it lies in, as torchvision's ImageFolder has it. A link is
-    followed to a file within `folder` only. An image is read when it is asked for: however many there are, memory is
-    that of the one. only: the cases that are wanted, if not all.
+    An image's label is its top subfolder of `folder`, as in torchvision's ImageFolder. A link is followed only to a
+    file within `folder`. Images are read one at a time, so memory is that of one image. only: the requested cases, if
+    not all.
     """
     paths = sorted(path for path in folder.rglob("*") if _is_meant(path, folder))
     if only is not None:
@@ -180,16 +188,16 @@ def from_folder(
 
 
 def _is_meant(path: Path, folder: Path) -> bool:
-    """Whether `path` is a file, or a link to anything, and neither it nor a folder it lies in is hidden."""
+    """Whether `path` is a file or a link, and neither it nor a folder above it is hidden."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and (path.is_symlink() or not path.is_dir())
 
 
 def _check_link(path: Path, folder: Path) -> None:
-    """An ImageError for a link to a folder, which is not followed, and for one that leads out of `folder`."""
+    """Raises ImageError for a link to a folder, which is not followed, and for one that leads out of `folder`."""
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # a circle is a RuntimeError
+    except (OSError, RuntimeError):  # a circle of links raises RuntimeError
         raise images.ImageError(path, "a link to nothing") from None
     if target.is_dir():
         raise images.ImageError(path, "a link to a folder, which is not followed")
@@ -198,7 +206,7 @@ def _check_link(path: Path, folder: Path) -> None:
 
 
 def _prepared(path: Path, preprocessing: Preprocessing) -> Array:
-    """The photograph resized and cropped; an ImageError that names the file when it cannot be."""
+    """The photograph resized and cropped; raises ImageError that names the file if that is not possible."""
     image = images.load(path)
     try:
         return preprocessing.prepared(image)

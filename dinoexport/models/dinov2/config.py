@@ -12,7 +12,7 @@ from dinoexport.models.dinov2.published import NORM_EPSILON, PATCH
 from dinoexport.spec import closest
 
 GRID = 37  # patches a side of the published position tables: trained at 518 = 37 * 14 pixels
-# Upstream's `interpolate_offset` of its published models: without registers, with registers (dinov2/hub/backbones.py).
+# Upstream's `interpolate_offset` of the published models: without registers, with registers (dinov2/hub/backbones.py).
 _PUBLISHED_OFFSETS = (0.1, 0.0)
 # Without antialiasing a bicubic kernel reaches two samples past the table's edge.
 _REACH = 2
@@ -29,7 +29,7 @@ class Architecture(Frozen):
     embed_dim: int = Field(gt=0, le=8192, description="Width D of a token.")
     depth: int = Field(gt=0, le=200, description="Number of blocks.")
     num_heads: int = Field(gt=0, le=256, description="Attention heads; they divide embed_dim.")
-    feed_forward: Literal["mlp", "swiglu"] = Field(description="`swiglu` is ViT-g's.")
+    feed_forward: Literal["mlp", "swiglu"] = Field(description="ViT-g has `swiglu`, the others `mlp`.")
     register_count: int = Field(ge=0, le=64, description="Register tokens R.")
     patch_size: int = Field(default=PATCH, gt=0, le=64, description="Pixels a side of a patch.")
     in_chans: int = Field(default=3, gt=0, le=32, description="Channels of the image.")
@@ -43,21 +43,24 @@ class Architecture(Frozen):
         default=None,
         ge=0,
         lt=1,
-        description="What upstream adds to the grid's size before it resizes the position table; no file of weights "
-        "shows it. Default: as published, 0.1 without registers and 0.0 with them.",
+        description="The offset that upstream adds to the grid's size before it resizes the position table; weights do "
+        "not show it. Default: as published, 0.1 without registers and 0.0 with registers.",
     )
     interpolate_antialias: bool | None = Field(
         default=None,
-        description="Whether the position table is resized with antialiasing; no file of weights shows it. "
-        "Default: as published, without registers no and with them yes.",
+        description="Whether the position table is resized with antialiasing; weights do not show it. "
+        "Default: as published, false without registers and true with registers.",
     )
     layer_norm_eps: float = Field(default=NORM_EPSILON, gt=0, lt=0.1, description="LayerNorm's epsilon.")
     qkv_bias: bool = Field(default=True, description="Whether q, k and v have biases. Read off the checkpoint.")
     layer_scale: bool = Field(default=True, description="Whether blocks have LayerScale. Read off the checkpoint.")
     mlp_hidden: int | None = Field(
-        default=None, gt=0, description="Width of the feed-forward. Read off the checkpoint. Default: upstream's rule."
+        default=None,
+        gt=0,
+        le=65536,
+        description="Width of the feed-forward. Read off the checkpoint. Default: upstream's rule.",
     )
-    activation: Activation = Field(default="gelu", description="Of the feed-forward `mlp`.")
+    activation: Activation = Field(default="gelu", description="Activation of the feed-forward `mlp`.")
 
     @field_validator("interpolate_offset")
     @classmethod
@@ -156,17 +159,17 @@ class GraphChoices(Frozen):
     )
     sizes: Literal["crop", "strict"] = Field(
         default="crop",
-        description="`crop`: other sizes lose their right and lower rest. `strict`: only multiples of the patch size "
+        description="`crop`: other sizes are cropped right and below. `strict`: only multiples of the patch size "
         "are accepted.",
     )
     residual: Literal["fp16", "fp32"] = Field(
-        default="fp16", description="What an fp16 graph adds its blocks up in. An fp32 graph always uses fp32."
+        default="fp16", description="The dtype of an fp16 graph's residual stream. An fp32 graph always uses fp32."
     )
     fp32: tuple[str, ...] = Field(
         default=(),
-        description="Parts of an fp16 graph kept in fp32: `norms`, `softmax` (with the scores it is of), `blocks.N`.",
+        description="Parts of an fp16 graph kept in fp32: `norms`, `softmax` (with its scores), `blocks.N`.",
     )
-    blocks: tuple[int, ...] = Field(default=(), description="Blocks whose normalised tokens become outputs too.")
+    blocks: tuple[int, ...] = Field(default=(), description="Blocks whose normalised tokens are additional outputs.")
     last_blocks: int = Field(default=0, ge=0, description="The same for the last n blocks.")
 
     @model_validator(mode="after")
@@ -174,18 +177,18 @@ class GraphChoices(Frozen):
         if self.blocks and self.last_blocks:
             raise ValueError("give blocks or last_blocks, not both")
         if self.interface == "transformers" and (self.input != "pixels" or self.blocks or self.last_blocks):
-            raise ValueError("interface transformers takes normalised pixels and gives the last block's tokens alone")
+            raise ValueError("interface transformers takes normalised pixels and gives only the last block's tokens")
         return self
 
     def fp32_parts(self, depth: int) -> frozenset[str]:
-        """The parts kept in fp32; a ValueError when the model has no such part."""
+        """The parts kept in fp32; raises ValueError if the model has no such part."""
         known = ("norms", "softmax", *(f"blocks.{i}" for i in range(depth)))
         if wrong := [part for part in self.fp32 if part not in known]:
             raise ValueError(f"fp32: there is no part {wrong[0]!r}.{closest(wrong[0], known)}")
         return frozenset(self.fp32)
 
     def chosen_blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the blocks that become outputs, ascending; a ValueError when the model has no such block."""
+        """Indices of the blocks that become outputs, ascending; raises ValueError if the model has no such block."""
         wrong = [i for i in self.blocks if not 0 <= i < depth]
         if wrong or self.last_blocks > depth:
             raise ValueError(f"the model has blocks 0 to {depth - 1}; there is no {wrong or self.last_blocks}")

@@ -1,8 +1,8 @@
-"""The traced graph's tensors, made from the published ones as the file is written: transposed, scaled, stacked.
+"""Compute the traced graph's tensors from the published ones while the file is written: transpose, scale, stack.
 
-All folds are exact in exact arithmetic and happen in float32 before any cast: attention's scale goes into q (a power of
-two for every published variant, so not even a rounding), LayerScale into the projection before it, and the class
-token's position into the class token.
+All folds are exact in exact arithmetic and are computed in float32 before any cast. Attention's scale is folded into q
+(a power of two in every published variant, so without rounding), LayerScale into the projection before it, and the
+class token's position into the class token.
 """
 
 from __future__ import annotations

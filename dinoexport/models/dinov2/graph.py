@@ -1,4 +1,4 @@
-"""The DINOv2 ViT as it is traced: every weight folded into its final layout, nothing but what TensorRT fuses.
+"""The traced form of the DINOv2 ViT: weights are folded into their final layout, and TensorRT can fuse all operations.
 
 Three pieces make every variant: the stem (pixels to tokens), a block (tokens to tokens) and the head (tokens to named
 outputs). Each is made with plain numbers and imports nothing of ours, so that its trace depends on this file and them
@@ -36,8 +36,8 @@ def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 def _cubic(distance: Tensor, a: float) -> Tensor:
     """Keys' cubic convolution kernel, branch-free, zero from a distance of 2 on.
 
-    Equal to PyTorch's two polynomials. A form with floor and four taps was folded wrongly by OpenVINO once the shape
-    was static (error 0.5), so all samples are weighed instead of four picked.
+    Equal to PyTorch's two polynomials. OpenVINO folded a form with floor and four taps wrongly for static shapes (error
+    0.5), so all samples get a weight, instead of selecting four.
     """
     u, v = F.relu(2 - distance), F.relu(1 - distance)
     return (-a * u * u * (u - 1)) + (4 * a + 3) * v * v - 2 * v * v * v
@@ -118,10 +118,10 @@ class Stem(nn.Module):
         return torch.cat((self.prefix_1RD, patches), dim=1)
 
     def _off_grid(self, parts_h: Tensor, parts_w: Tensor) -> tuple[Tensor, Tensor]:
-        """Upstream's "historical kludge", interpolate_offset, of each side: on every grid but the native one.
+        """Upstream's "historical kludge" for each side, interpolate_offset: on every grid but the native one.
 
-        Squares and no Abs: OpenVINO 2026.4 takes a count less the grid for positive and drops it; tokens were off by a
-        fifth. With antialiasing PyTorch leaves a side alone that is as long as the table's, whatever the scale.
+        Uses squares instead of Abs: OpenVINO 2026.4 assumes that a count minus the grid is positive and drops the Abs,
+        which gave token errors of 20 %. With antialiasing PyTorch does not resize a side as long as the table's.
         """
         native = self.parts * self.side
         off_h, off_w = (parts_h - native).square(), (parts_w - native).square()
@@ -146,11 +146,11 @@ class Stem(nn.Module):
         return weights / weights.sum(dim=1, keepdim=True)
 
     def _distances(self, index: Tensor, parts: Tensor) -> Tensor:
-        """How far patch i lies from each sample of the table, in samples; the image has `parts` parts of patches.
+        """The distance of patch i from each sample of the table, in samples; the image has `parts` parts of patches.
 
-        (i + 1/2 - n/2) side/n - sample, measured from the middle, in whole numbers up to the one division: what cancels
-        does so exactly, even in a runtime that computes in bf16. In floating point that cost a token 6 % there. The
-        middle of an even side lies between two samples, so twice the distance from it is what is whole.
+        (i + 1/2 - n/2) side/n - sample, measured from the middle, in integers up to the one division, so that terms
+        cancel exactly, even in a runtime that computes in bf16, where floating point gave a token error of 6 %. The
+        middle of an even side is between two samples, so the integers are twice the distances from it.
         """
         if self.table_size % 2:
             samples, unit = torch.arange(self.table_size) - self.table_size // 2, 2
@@ -163,8 +163,8 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Tokens (B, N, D) to tokens (B, N, D).
 
-    Attention is spelt out as MatMul, Softmax, MatMul with the scale inside q's weights: TensorRT's fused attention
-    wants it before the first product. LayerScale is inside the projections. LayerNorm stays one op, fp32 inside:
+    Attention is written as MatMul, Softmax, MatMul with the scale in q's weights: TensorRT's fused attention needs the
+    scale before the first product. LayerScale is in the projections. LayerNorm stays one operator, fp32 inside:
     decomposed in fp16 it overflows. norms and scores: the dtypes of LayerNorm and of attention's scores and softmax.
     """
 
@@ -237,14 +237,14 @@ class Head(nn.Module):
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
-        """(class tokens, register tokens if they are wanted, patch tokens)."""
+        """(class tokens, register tokens if requested, patch tokens)."""
         normed = F.layer_norm(tokens_BND.float(), (self.dim,), self.norm_weight_D, self.norm_bias_D, self.epsilon)
         registers = (normed[:, 1 : self.prefix_count],) if self.with_registers else ()
         return (normed[:, 0], *registers, normed[:, self.prefix_count :])
 
 
 class WholeHead(nn.Module):
-    """Tokens (B, 1 + R + N, D) through the final norm, in float32, left together; and the class token (B, D)."""
+    """Tokens (B, 1 + R + N, D) through the final norm, in float32, in one tensor; and the class token (B, D)."""
 
     def __init__(self, *, dim: int, epsilon: float) -> None:
         super().__init__()

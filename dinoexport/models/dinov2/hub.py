@@ -1,4 +1,4 @@
-"""Upstream's own code as a second judge, where torch.hub already has it (`--reference hub`).
+"""Upstream's own code as a second reference, if torch.hub already has it (`--reference hub`).
 
 The repository must be in torch.hub's folder beforehand: dinoexport does not download and run code by itself.
 """
@@ -33,14 +33,14 @@ def _checkout() -> Path:
 def _load_model(variant: str) -> Any:
     """Upstream's `dinov2_{variant}` with its own random weights."""
     checkout, entry = _checkout(), f"dinov2_{variant}"
-    # Upstream's layers read this when they are imported. Where xFormers is installed they would use its attention,
+    # Upstream's layers read this when they are imported. If xFormers is installed they would use its attention,
     # which has no kernel for the CPU (facebookresearch/xformers issue 1143).
     os.environ.setdefault("XFORMERS_DISABLED", "1")
     try:
         return torch.hub.load(str(checkout), entry, source="local", pretrained=False)
     except (ImportError, RuntimeError) as error:  # torch.hub's own for an entry or a package it does not find
         raise MissingRequirement(
-            f"Upstream's code in {checkout} makes no {entry}: {error}.",
+            f"Upstream's code in {checkout} cannot build {entry}: {error}.",
             next_step="Install what it needs, or use --reference plain.",
         ) from error
 
@@ -62,14 +62,14 @@ def tokens_of(
             f"Upstream's dinov2_{variant} is not the recipe's [model]; they differ in {', '.join(sorted(unlike))}.",
             next_step="Use --reference plain for an architecture of your own.",
         )
-    # mask_token serves training only, and timm's files have none; by the check above nothing else is left out.
+    # mask_token is used only in training, and timm's files have none; by the check above nothing else is missing.
     state = {name: torch.from_numpy(read(name)) for name in arch.tensors if name != "mask_token"}
     model.load_state_dict(state, strict=False)
     model.eval()
-    wanted = sorted(set(blocks))  # upstream answers in ascending order, a block once
+    wanted = sorted(set(blocks))  # upstream returns blocks in ascending order, each once
     answers = []
     for done, image in enumerate(images_B3HW, start=1):
-        # Upstream's PatchEmbed asserts multiples of the patch; the model card's crop is the caller's there.
+        # Upstream's PatchEmbed asserts multiples of the patch; its caller must do the model card's crop.
         height, width = (side // arch.patch_size * arch.patch_size for side in image.shape[-2:])
         pixels = torch.from_numpy(image[..., :height, :width].copy())
         streams = model._get_intermediate_layers_not_chunked(pixels, wanted)

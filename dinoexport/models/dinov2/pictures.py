@@ -1,4 +1,4 @@
-"""What a person looks at: a photograph, its patch tokens as colours, and where a candidate's tokens differ.
+"""Pictures for the report: a photograph, its patch tokens as colours, and where a candidate's tokens differ.
 
 The colours are the first three principal components of the patch tokens, as the DINOv2 paper shows them (Oquab et al.
 2023, arXiv:2304.07193, figure 1), without its separation of the foreground. PyTorch's tokens of a case choose the basis
@@ -17,7 +17,7 @@ from dinoexport.spec import Array, Picture
 from dinoexport.validation.metrics import vector_cosines
 
 _PHOTOGRAPH_SIDE_MAX = 448  # pixels: enough beside a map of 32 patches
-# Viridis at nine places (van der Walt and Smith 2015, CC0): even to the eye, in print and for the colour-blind.
+# Viridis at nine positions (van der Walt and Smith 2015, CC0): perceptually uniform, also in print.
 _VIRIDIS = np.array(
     [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
      (170, 220, 50), (253, 231, 37)], np.float64,
@@ -58,7 +58,7 @@ def _colours(reference_BND: Array) -> Callable[[Array], Array]:
     centred_ND = tokens_ND - mean_D
     _, vectors_DD = np.linalg.eigh(centred_ND.T @ centred_ND)
     basis_D3 = vectors_DD[:, :-4:-1]
-    # An eigenvector's sign is arbitrary; its largest entry decides, so that every machine draws the same colours.
+    # An eigenvector's sign is arbitrary; its largest entry decides it, so that all machines draw the same colours.
     largest_3 = np.abs(basis_D3).argmax(axis=0)
     basis_D3 = basis_D3 * np.sign(basis_D3[largest_3, np.arange(basis_D3.shape[1])])
     low_3, high_3 = np.percentile(centred_ND @ basis_D3, (1, 99), axis=0)
@@ -71,7 +71,7 @@ def _colours(reference_BND: Array) -> Callable[[Array], Array]:
 
 
 def photograph(pixels_CHW: Array, preprocessing: Preprocessing, *, side_max: int = _PHOTOGRAPH_SIDE_MAX) -> Picture:
-    """The image that normalised pixels are, as a JPEG of at most `side_max` pixels a side."""
+    """Normalised pixels as an image: a JPEG of at most `side_max` pixels a side."""
     from PIL import Image
 
     image = Image.fromarray(_bytes(255 * preprocessing.shown(pixels_CHW)))

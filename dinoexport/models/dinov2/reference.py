@@ -1,8 +1,8 @@
-"""The plain upstream formulation of DINOv2 in PyTorch: what judges.
+"""The plain upstream formulation of DINOv2 in PyTorch: the reference.
 
-Written after dinov2/models/vision_transformer.py and dinov2/layers of the upstream repository, with its tensor names,
-`F.interpolate`, scaled-dot-product attention and LayerScale kept. It shares no code with `graph.py`, so a wrong fold or
-a wrong resize there cannot agree with itself here; the official implementation's numbers pin it in the tests.
+It follows dinov2/models/vision_transformer.py and dinov2/layers of the upstream repository, with its tensor names,
+`F.interpolate`, scaled-dot-product attention and LayerScale. It shares no code with `graph.py`, so it does not repeat a
+wrong fold or a wrong resize. Tests compare it with numbers of the official implementation.
 
 Blocks are the outer loop and images the inner one: a block's weights are read once, used on every case and dropped, so
 ViT-g in fp32 needs the memory of one block and of the cases' tokens.
@@ -49,7 +49,7 @@ def tokens_of(
     norm_weight, norm_bias = load("norm.weight"), load("norm.bias")
     kept: list[dict[int, Tensor]] = [{} for _ in streams]
     for i in range(arch.depth):
-        # A list comprehension would hold two generations of tokens at once.
+        # A list comprehension would hold the tokens of two blocks at once.
         weights = {
             name.removeprefix(f"blocks.{i}."): load(name) for name in arch.tensors if name.startswith(f"blocks.{i}.")
         }
@@ -84,8 +84,8 @@ def _embed(arch: Architecture, load: Load, image: Tensor) -> Tensor:
 def position_embedding(table: Tensor, h: int, w: int, *, offset: float, antialias: bool) -> Tensor:
     """interpolate_pos_encoding: the table (1, 1 + side*side, D) for an image of h x w patches.
 
-    Upstream resizes by a scale where it has an offset and by size where it has none. An image of as many patches as the
-    table has, and square, takes the table untouched.
+    Upstream resizes by a scale if there is an offset, and to a size if there is none. A square image with as many
+    patches as the table uses the table unchanged.
     """
     class_position, patch_positions = table[:, :1], table[:, 1:]
     side = math.isqrt(patch_positions.shape[1])

@@ -1,8 +1,8 @@
-"""Finds DINOv2 backbones in a checkpoint, whatever their tensors' names are wrapped in.
+"""Find DINOv2 backbones in a checkpoint, however their tensors' names are wrapped.
 
 A wrapper puts segments before a name (`module.`, `teacher.backbone.`), between its parts (`blocks._orig_mod.0.`, the
-chunks of upstream's training) or after it. So a tensor is known by the parts of its own name, in their order; tensors
-with the same segments before and after belong together.
+chunks of upstream's training) or after it. A tensor is therefore recognised by the parts of its own name, in order;
+tensors with the same segments before and after belong together.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _HF_INSIDE = (
         for part in _LINEAR
     ),
 )  # fmt: skip
-# Without these there is no backbone, whatever else is there.
+# A backbone must have these tensors.
 _CORE = {
     "official": ("patch_embed.proj.weight", "pos_embed"),
     "hugging face": ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"),
 }
-# What stands at the top of a backbone and takes part in its arithmetic: with one of them it is another architecture.
+# Tensors at the top of a backbone that take part in its arithmetic: with one of them it is another architecture.
 _PART_OF_IT = re.compile(
     r"^(blocks|patch_embed|norm|cls_token|pos_embed|encoder|embeddings|layernorm|norm_pre|pre_norm|ln_pre|dist_token|"
     r"storage_tokens|rope\w*|rel_pos\w*|relative_position\w*|local_cls_norm|cls_norm)(\.|$)"
@@ -57,7 +57,7 @@ _LISTED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """The tensors that belong together. names: layout's own name -> the file's."""
+    """Tensors that belong together. names: layout's own name -> the file's."""
 
     layout: str
     before: tuple[str, ...]
@@ -66,7 +66,7 @@ class Backbone:
 
     @property
     def prefix(self) -> str:
-        """What stands before its names, as `--prefix` takes it."""
+        """The prefix of its names, in the form of `--prefix`."""
         return ".".join(self.before)
 
     @property
@@ -83,16 +83,16 @@ class Backbone:
         return 1 + max((int(block[1]) for block in blocks if block), default=-1)
 
     def width(self, found: Shapes) -> int:
-        """Channels that its patches become."""
+        """The width of its tokens."""
         shape = found[self.names[_CORE[self.layout][0]]]
         return shape[0] if shape else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The backbone that was chosen. strays: the file's tensors that no DINOv2 has but that are part of it.
+    """The chosen backbone. strays: tensors of the file that are part of it although no DINOv2 has them.
 
-    notes: a sentence for each thing that was chosen or left out.
+    notes: a sentence for each choice and each omission.
     """
 
     backbone: Backbone
@@ -103,7 +103,7 @@ class Found:
 def backbones(found: Shapes) -> list[Backbone]:
     """Every group of tensors that could be a backbone, else the one with the most tensors."""
     groups: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Backbone] = {}
-    # Names without anything between their parts come first: what else would be the same tensor is a stray.
+    # Names without foreign segments come first; another name for the same tensor is a stray.
     matches = [(name, match) for name in found if (match := _match(tuple(name.split(".")))) is not None]
     for name, (layout, before, own, between, after) in sorted(matches, key=lambda item: len(item[1][3])):
         del between
@@ -114,10 +114,10 @@ def backbones(found: Shapes) -> list[Backbone]:
 
 
 def search(found: Shapes, *, width: int | None = None, depth: int | None = None) -> Found | None:
-    """The one backbone in `found`; None when there is nothing of any.
+    """The one backbone in `found`; None if there is none.
 
-    width and depth: the wanted model's, which decide between several. Of a teacher and a student upstream evaluates
-    and publishes the teacher. A WeightsError lists what else cannot be chosen between.
+    width and depth: the requested model's, which decide between several. Of a teacher and a student, the teacher is
+    chosen, as upstream evaluates and publishes it. Raises WeightsError that lists backbones if the choice is unclear.
     """
     candidates = backbones(found)
     if not candidates:
@@ -151,13 +151,13 @@ def _chosen(backbone: Backbone, candidates: Sequence[Backbone], found: Shapes) -
     if backbone.prefix:
         others = [other for other in candidates if other is not backbone]
         beside = f", not the one under {', '.join(repr(o.prefix) for o in others)}" if others else ""
-        notes.append(f"The backbone under {backbone.prefix!r} was taken{beside}.")
+        notes.append(f"The backbone under {backbone.prefix!r} was chosen{beside}.")
     if "student" in backbone.before:
         notes.append("It is the student; upstream evaluates and publishes the teacher.")
     if left_out:
         more = f" and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
         few = ", ".join(left_out[:_LISTED])
-        notes.append(f"Left out, for they are not part of it: {few}{more}.")
+        notes.append(f"Left out, because they are not part of it: {few}{more}.")
     return Found(backbone=backbone, strays=strays, notes=tuple(notes))
 
 
@@ -165,7 +165,7 @@ _Match = tuple[str, tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]
 
 
 def _match(segments: tuple[str, ...]) -> _Match | None:
-    """(layout, segments before, the layout's own name, segments between, segments after), or None for no tensor of it.
+    """(layout, segments before, the layout's own name, segments between, segments after); None for other tensors.
 
     Of several ways to read a name the one with the fewest foreign segments between its parts counts.
     """

@@ -1,7 +1,7 @@
-"""DINOv2 behind a server: encoded images in, prepared by the very code that prepares the validation's photographs.
+"""Serve DINOv2: encoded images in, prepared by the same code as the photographs of the validation.
 
 Two front ends. `images` is the recipe's `[preprocess]`: every image becomes as large as its crop. `sized_images` keeps
-images near their own size: each is brought to the nearest of a few legal sizes, because Triton merges only requests of
+images near their own size: each is resized to the nearest of a few legal sizes, because Triton merges only requests of
 equal shape.
 """
 
@@ -21,17 +21,17 @@ from dinoexport.models.dinov2.cases import ImageInput, cropped
 from dinoexport.spec import Array, Dim, Graph, Progress
 
 RGB = 3  # channels
-SIZES_MAX = 8  # each more splits the traffic into smaller batches
-# A further size must bring the images this much nearer, as the mean of |log| of the factors they are resized by.
+SIZES_MAX = 8  # each additional size splits the traffic into smaller batches
+# An additional size must reduce the mean of |log| of the images' resize factors by this much.
 _WORTHWHILE = 0.01
 _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 def front_ends(graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-    """`images` where the graph takes the crop; `sized_images` too where a folder of images says which sizes occur.
+    """`images` if the graph takes the crop; also `sized_images` if a folder of images shows which sizes occur.
 
-    None for a model of other channels than RGB: no encoded image has them.
+    None for a model with other channels than RGB, because no encoded image has them.
     """
     if taken.arch.in_chans != RGB:
         return ()
@@ -48,7 +48,7 @@ def front_ends(graph: Graph, taken: ImageInput, samples: Path | None, *, progres
 def prepare(
     front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], taken: ImageInput
 ) -> dict[str, Array]:
-    """The images as one batch of the graph's input; an ImageError or InputRefused names the one that is no good."""
+    """The images as one batch of the graph's input; raises ImageError or InputRefused that names an unusable image."""
     decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
     if front_end == "images":
         pictures = [taken.preprocessing.prepared(image) for image in decoded]
@@ -67,14 +67,14 @@ def prepare(
 
 
 def _whole(taken: ImageInput) -> Size:
-    """The crop, or what of it is whole patches where the graph takes nothing else."""
+    """The crop, reduced to whole patches if the graph takes nothing else."""
     height, width = taken.preprocessing.crop_size
     patch = taken.arch.patch_size
     return (height // patch * patch, width // patch * patch) if taken.strict else (height, width)
 
 
 def sizes_for(real: Sequence[Size], height: Dim, width: Dim) -> list[Size]:
-    """At most eight legal sizes that real images are near to: greedily, each the one that helps the rest most."""
+    """At most eight legal sizes near the sizes of real images, chosen greedily by how much each reduces resizing."""
     legal = [_legal(size, height, width) for size in real]
     chosen: list[Size] = []
     cost = [float("inf")] * len(real)
@@ -92,17 +92,17 @@ def sizes_for(real: Sequence[Size], height: Dim, width: Dim) -> list[Size]:
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
-    """The one of `sizes` that takes the least resizing, the smaller of two equals."""
+    """The one of `sizes` that needs the least resizing; the smaller one if two are equal."""
     return min(sizes, key=lambda candidate: (_factor(size, candidate), candidate))
 
 
 def _factor(size: Size, other: Size) -> float:
-    """How far one size is from another: the sum of |log| of the factors of both sides."""
+    """The distance between two sizes: the sum of |log| of the factors of both sides."""
     return abs(log(size[0] / other[0])) + abs(log(size[1] / other[1]))
 
 
 def _legal(size: Size, height: Dim, width: Dim) -> Size:
-    """The size, made smaller as a whole until it fits the profile, on whole patches, nearest below."""
+    """The size, scaled down until it fits the profile and floored to whole patches."""
     shrink = min(1.0, height.max / size[0], width.max / size[1])
 
     def side(length: int, dim: Dim) -> int:
@@ -121,7 +121,7 @@ def _sizes_in(folder: Path, progress: Progress) -> list[Size]:
         try:
             sizes.append(images.size_of(path))
         except images.ImageError:
-            continue  # what cannot be read will be refused when it is sent
+            continue  # an unreadable image will be refused when a client sends it
     if not sizes:
         raise UsageError(f"{folder} holds no image that can be read.", next_step="Give another folder as --samples.")
     return sizes

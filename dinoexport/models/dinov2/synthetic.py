@@ -1,11 +1,12 @@
-"""Made-up DINOv2 weights and images, the same on every machine.
+"""Synthetic DINOv2 weights and images, the same on every machine.
 
-Each value follows from (seed, tensor name) alone through NumPy's frozen `RandomState`. Magnitudes are those of a
-trained model: with LayerScale at its initial 1e-5 every block would vanish, and every comparison would pass.
+Only (seed, tensor name) determine each value, through NumPy's frozen `RandomState`. Magnitudes are those of a trained
+model: with LayerScale at its initial 1e-5 every block would have no effect, and every comparison would pass.
 
-Trained large ViTs also have what no noise has: in a few channels of a few tokens, activations hundreds of times the
-median, which appear in one block's feed-forward and stay in the residual stream (Sun et al. 2024, arXiv:2402.17762;
-tokens of high norm: Darcet et al. 2023, arXiv:2309.16588). `stressed` puts them in.
+Trained large ViTs also have massive activations, which noise does not have: in a few channels of a few tokens, hundreds
+of times the median. One block's feed-forward makes them, and they stay in the residual stream (Sun et al. 2024,
+arXiv:2402.17762;
+tokens of high norm: Darcet et al. 2023, arXiv:2309.16588). `stressed` adds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What DINOv2's tokens are used for, as its model card names it, on one image at a time.
+"""The uses of DINOv2's tokens in its model card, on one image at a time.
 
 k-NN classification and retrieval by the class token (dinov2/eval/knn.py); linear classification on the class token and
 the mean patch token (dinov2/eval/linear.py, create_linear_input); dense matching of patches between two images.
@@ -20,7 +20,7 @@ _THUMBNAIL_SIDE = 128  # pixels
 
 @dataclass(frozen=True, kw_only=True)
 class ImageUses:
-    """What `dinoexport.family.Uses` asks for."""
+    """Implements `dinoexport.family.Uses`."""
 
     preprocessing: Preprocessing
     neighbours_by: ClassVar = ("class_token",)

@@ -1,4 +1,4 @@
-"""PyTorch's answers to cases: the plain formulation asked about every prompt alone, and anew for each new token."""
+"""PyTorch's outputs for cases: the plain formulation runs every prompt alone, and again for each new token."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What dinoexport serves through Triton's Python backend: a graph on the CPU, and a front end's decoding.
+"""The models that run in Triton's Python backend: a graph on the CPU, and the decoding of a front end.
 
-Runs inside the server's own interpreter; each deployed `model.py` names one of these classes. Inputs outside the
-graph's signature are refused with INVALID_ARG in the words every runtime uses: the dims of a config bound no size.
-An exception would reach the client as a 500 with a traceback, so none leaves `execute`.
+This module runs inside the server's own interpreter; each deployed `model.py` names one of these classes. Inputs
+outside the graph's signature are refused with INVALID_ARG and the message of all runtimes, because the dims of a
+configuration limit no size. An exception would reach the client as a 500 with a traceback, so none leaves `execute`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dinoexport.runtime.sizes import Specialised
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Runner
 
-_BROKEN = "The model broke on this request; the server's log says why."
+_BROKEN = "The model failed on this request; the server's log says why."
 
 
 class GraphModel:
-    """An ONNX graph, run as its bundle was. Requests Triton merged are answered by one run."""
+    """An ONNX graph, run as in its bundle. Requests that Triton merged are answered by one run."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Opens the graph that lies in this version's folder."""
+        """Opens the graph in this version's folder."""
         served = served_of(args)
         self._graph, file = served.graph.graph(), served.graph.file
         folder = Path(args["model_repository"]) / args["model_version"]
@@ -45,7 +45,7 @@ class GraphModel:
             self._opened.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in their order; each is refused or answered on its own."""
+        """One response per request, in order; each request is refused or answered separately."""
         import numpy as np
         import triton_python_backend_utils as backend
 
@@ -78,13 +78,13 @@ class PrepareModel:
     """A front end's first half: encoded files in, the graph's inputs out, by the family's own code."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Finds the family that knows how."""
+        """Finds the family of the model."""
         self._served = served_of(args)
         recipe = parse(Recipe, self._served.recipe, where="the deployed recipe")
         self._model = family.find(self._served.family).model(recipe)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in their order."""
+        """One response per request, in order."""
         import triton_python_backend_utils as backend
 
         responses = []
@@ -101,7 +101,7 @@ class PrepareModel:
 
 
 def served_of(args: Mapping[str, str]) -> Served:
-    """What the model's configuration says of it."""
+    """The facts in the model's configuration."""
     served = Served.of_config(json.loads(args["model_config"]))
     assert served is not None, "the model was configured by dinoexport deploy"
     return served
@@ -123,7 +123,7 @@ def _refusal(refused: UsageError) -> Any:
 
 
 def _broken() -> Any:
-    """For the exception that is being handled: its traceback goes to the server's log, never to a client."""
+    """Logs the traceback of the handled exception on the server; a client never sees it."""
     import triton_python_backend_utils as backend
 
     backend.Logger.log_error(traceback.format_exc())

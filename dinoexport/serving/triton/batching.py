@@ -1,4 +1,4 @@
-"""How long Triton's batcher should wait, and for how many: from latencies measured where the bundle is deployed."""
+"""Choose batch sizes and queue delay of Triton's batcher from latencies measured on the deploying machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dinoexport.spec import Arrays, Progress, Runner
 
 _BUDGET_S = 5.0
 _ROUNDS = 3
-# A larger batch is not to form if an item of the best takes less than this share of an item of it, nor where no batch
-# pays. Batches below the least are never held back: a server has work between two of them. ViT-S at 224 on two cores,
-# 32 requests in flight, images a second: 25.2 in twos, 27.0 in fours, 26.6 in eights, 24.3 in sixteens, 27.2 in this
-# process; the server held 405, 421, 423, 574 MB.
+# A larger batch must not form if an item of the best batch takes less than this share of the time of its items, or if
+# no batch pays off. Batches below the smallest size are never held back: a server has work between two of them.
+# ViT-S at 224 on two cores, 32 requests in flight, images a second: 25.2 in twos, 27.0 in fours, 26.6 in eights,
+# 24.3 in sixteens, 27.2 in one process without a server; the server held 405, 421, 423, 574 MB.
 _DEAR = 0.9
 _LEAST_LARGEST = 4
-# A lone request waits at most this share of its own latency for company, and only for a batch that wins more than that.
+# A single request waits at most this share of its own latency for others, and only for a batch that saves more.
 _DELAY_SHARE = 0.1
 QUEUE_TIMEOUT_S = 10.0
 _QUEUE_MAX = 1024  # each holds its inputs in memory
@@ -24,7 +24,7 @@ _QUEUE_MAX = 1024  # each holds its inputs in memory
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """What the batcher is told. latency_ms: batch size -> milliseconds a run, empty where nothing was measured."""
+    """The batcher's settings. latency_ms: batch size -> milliseconds per run; empty if nothing was measured."""
 
     preferred: tuple[int, ...] = ()
     preferred_why: str = ""
@@ -37,8 +37,8 @@ class Batching:
 def measure(run: Runner, item: Arrays, max_batch: int, *, progress: Progress) -> dict[int, float]:
     """Milliseconds a run for batches of 1, 2, 4 … `max_batch` of `item` (batch first, of 1).
 
-    The best of three rounds over all sizes: whatever else the machine does only ever adds, and a machine that is slow
-    at first must not make the small ones look slow. No larger sizes once the first round has taken five seconds.
+    The best of three rounds over all sizes, because other load only adds time, and a machine that is slow at first must
+    not make the small sizes look slow. No larger sizes once the first round has taken five seconds.
     """
     import numpy as np
 
@@ -61,7 +61,7 @@ def measure(run: Runner, item: Arrays, max_batch: int, *, progress: Progress) ->
 
 
 def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) -> Batching:
-    """The batches that pay, the wait they are worth, and the queue that is answered before its requests time out.
+    """The batch sizes that pay off, the delay for them, and the queue length that is answered before requests time out.
 
     latency_ms: batch size -> milliseconds a run; `of` names the shape it was measured with.
     """
@@ -90,7 +90,7 @@ def from_latency(latency_ms: Mapping[int, float], max_batch: int, *, of: str) ->
 
 
 def _paying(item_ms: Mapping[int, float]) -> tuple[int, ...]:
-    """The batch sizes, ascending, that each win more time for an item than waiting for company costs it."""
+    """The batch sizes, ascending, that save more time per item than waiting costs."""
     worth, found = item_ms[1], []
     for size, ms in item_ms.items():
         if ms <= (1 - _DELAY_SHARE) * worth:
@@ -100,5 +100,5 @@ def _paying(item_ms: Mapping[int, float]) -> tuple[int, ...]:
 
 
 def unmeasured(preferred: tuple[int, ...], why: str, max_batch: int) -> Batching:
-    """Without a measurement nothing waits: what has queued up while the last batch ran is merged all the same."""
+    """Without a measurement nothing waits; requests that queued up while the last batch ran are still merged."""
     return Batching(preferred=preferred, preferred_why=why, queue_size=8 * max_batch)

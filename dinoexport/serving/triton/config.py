@@ -1,6 +1,6 @@
-"""Triton's config.pbtxt as text: protobuf's text format, with the reason beside every line whose value was derived.
+"""Write Triton's config.pbtxt: protobuf's text format, with the reason beside every derived value.
 
-A small writer of our own because protobuf's printer drops comments, which are half of what the file is for.
+dinoexport has its own small writer because protobuf's printer drops comments, which explain the values.
 Field names: model_config.proto of triton-inference-server/common.
 """
 
@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-# NumPy's name of a dtype -> Triton's. `bytes` is what an encoded file travels as.
+# NumPy's name of a dtype -> Triton's. Encoded files are sent as `bytes`.
 DATA_TYPES: Mapping[str, str] = {
     "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
@@ -23,7 +23,7 @@ DATA_TYPES: Mapping[str, str] = {
 
 
 class Word(str):
-    """A value that is written without quotes: an enumeration's member."""
+    """A value that is written without quotes: a member of an enumeration."""
 
     __slots__ = ()
 
@@ -56,10 +56,10 @@ def _scalar(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, Word):
         return str(value)
-    # JSON's strings and lists of numbers are the text format's too, but for surrogate pairs: those stay UTF-8.
+    # JSON's strings and lists of numbers are valid in the text format, except surrogate pairs, which stay UTF-8.
     return json.dumps(value, ensure_ascii=False)
 
 
 def parameter(key: str, value: str, why: str = "") -> Entry:
-    """One entry of a config's `parameters`, which Triton hands to the backend and to every client that asks."""
+    """One entry of a config's `parameters`, which Triton gives to the backend and to every client that asks."""
     return Entry("parameters", (Entry("key", key), Entry("value", (Entry("string_value", value),))), why)

@@ -1,14 +1,14 @@
-"""A bundle as a Triton model repository: a release is served as one change, and the releases before it stay.
+"""Deploy a bundle to a Triton model repository: a release is served by one change, and earlier releases stay.
 
     REPOSITORY/NAME.releases.json     which versions of which models belong together, and which are served
     REPOSITORY/NAME/config.pbtxt      names the version that is served
     REPOSITORY/NAME/1/config.pbtxt    that version's own configuration: rolling back copies it one folder up
-    REPOSITORY/NAME/1/...             its files, copied from the bundle, each found to be the manifest's
-    REPOSITORY/NAME/warmup/1-...      what Triton runs before it calls the version ready
-    REPOSITORY/NAME/retired/...       models that the release that is served does not have
+    REPOSITORY/NAME/1/...             its files, copied from the bundle and checked against the manifest
+    REPOSITORY/NAME/warmup/1-...      inputs that Triton runs before it reports the version as ready
+    REPOSITORY/NAME/retired/...       models that are not in the served release
 
-Everything is made beside the repository, for Triton takes any folder inside it, hidden ones too, for a model. An
-ensemble names the version of every model it asks, so no answer is ever made by two releases.
+Everything is prepared beside the repository, because Triton treats every folder inside it, even a hidden one, as a
+model. An ensemble names the version of every model it calls, so an answer never mixes two releases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,8 @@ from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.serving.triton import releases, served_models, text_models
+from dinoexport.serving.triton import model_files, releases, served_models, text_models
+from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
@@ -34,13 +36,12 @@ from dinoexport.system import changes, files, untrusted
 from dinoexport.system.changes import Change, Step
 from dinoexport.system.untrusted import Unreadable
 
-CONFIG = "config.pbtxt"
 # Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
 # work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
 # 2.51, which is 24.10: two clients waited 649 ms at most with limits and 124 ms without.
 _QUEUE_LIMITS_SINCE = "26.08"
 _RETIRED = "retired"
-# A configuration of ours takes 20 kB, most of it the recipe.
+# A configuration takes 20 kB, most of it the recipe.
 _CONFIG_MAX_BYTES = 1 << 20
 _VERSIONS = re.compile(r"^    versions: \[(\d{1,9})\]", re.MULTILINE)
 _VERSION_FOLDER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
@@ -50,8 +51,8 @@ _VERSION_FOLDER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 class Deployed:
     """What a repository now serves. previous: the version served before, None for the first. models: Triton's names.
 
-    note: what is served otherwise than it was built for; empty where nothing is. retired: models that were served
-    before and are not any more.
+    note: how serving differs from the build; empty if it does not. retired: models that were served before and are not
+    served now.
     """
 
     repository: Path | str
@@ -77,11 +78,11 @@ def deploy(
 ) -> Deployed:
     """Adds the bundle in `folder` to `repository` as the next version of `name` (default: its variant), and serves it.
 
-    backend: how its graphs run; default: classic TensorRT plans where the bundle has them, else Triton's ONNX Runtime;
-    Python runs them as the bundle was judged, in OpenVINO if so.
+    backend: how its graphs run; default: classic TensorRT plans if the bundle has them, else Triton's ONNX Runtime;
+    Python runs them as the bundle was validated, also in OpenVINO.
     triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused, and
-    queues have no limits where that image's batcher would stall by them.
-    samples: a folder of the user's own files, from which a front end may learn what to expect.
+    queues have no limits if limits would stall that image's batcher.
+    samples: a folder of the user's own files, from which a front end derives sizes.
     verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
@@ -91,11 +92,9 @@ def deploy(
         manifest = bundle.read_manifest(folder) if verify is None else signing.verify(folder, verify).manifest
         if manifest.verdict != "passed":
             raise ValidationFailed(
-                f"{folder} is {manifest.verdict}, and only what passed is deployed.",
+                f"{folder} is {manifest.verdict}; only bundles that passed are deployed.",
                 next_step="dinoexport build makes a validated bundle.",
             )
-        bundle.check_files(folder, manifest.files, progress=progress)
-        bundle.check_graphs(folder, manifest)
         name = _checked_name(name or manifest.variant)
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
             raise UsageError(f"{triton!r} is not a tag of a Triton image.", next_step="Write it as --triton 26.08.")
@@ -106,14 +105,14 @@ def deploy(
         backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
         _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
         ends = model.front_ends(samples, progress=progress)
-        hashes = {file.name: file.sha256 for file in manifest.files}
         with (
             files.disk_errors(repository),
             changes.changing(repository, doing=f"deploying to {repository}", progress=progress) as change,
         ):
-            # Read from a copy that was hashed: what is used is what was checked.
-            _copy(folder / bundle.REFERENCE, change.new / bundle.REFERENCE, hashes, progress)
-            reference = reference_file.read(change.new / bundle.REFERENCE)
+            wanted = model_files.wanted(manifest, backend, tokenizer)
+            copied = model_files.copied(folder, change.new, manifest, wanted, progress=progress)
+            model_files.check_readable(copied, manifest, triton if backend == "onnxruntime" else None)
+            reference = reference_file.read(copied / bundle.REFERENCE)
             known = read_releases(change.place, name)
             standing = deployed_as(change.place, name)
             version = known.next_version([v for path in standing for v in _versions(path)])
@@ -122,7 +121,7 @@ def deploy(
                 served = (text_models.of_bundle(manifest, tokenizer, name=name, version=version),)
             else:
                 served = served_models.of_bundle(
-                    folder,
+                    copied,
                     manifest,
                     reference,
                     name=name,
@@ -134,8 +133,9 @@ def deploy(
                 )
             models = tuple(each.name for each in served)
             _refuse_strangers(change.place, models, standing, known)
+            uses = Counter(source for each in served for source in each.files.values())
             for each in served:
-                _write(folder, change.new / each.name, each, version, hashes, progress)
+                model_files.write(copied, change.new / each.name, each, version, uses)
             release = Release(
                 version=version,
                 models=models,
@@ -156,7 +156,7 @@ def deploy(
 
 
 def _note(manifest: Manifest) -> str:
-    """Precisions that a CPU bundle has in OpenVINO alone, for Triton's ONNX Runtime."""
+    """A note if a CPU bundle has a precision only in OpenVINO, and Triton's ONNX Runtime will run it."""
     chosen = manifest.cpu.chosen if manifest.cpu else None
     if chosen is None or chosen.runtime != "openvino" or chosen.precision is Precision.FP32:
         return ""
@@ -167,9 +167,9 @@ def _note(manifest: Manifest) -> str:
 
 
 def rollback(repository: Path, name: str) -> Deployed:
-    """Serves the release that was served before the one that is, each model with its own configuration.
+    """Serves the previously served release again, each model with its own configuration.
 
-    Nothing is removed; models which that release did not have are set aside. Raises UsageError when there is no such
+    Nothing is removed; models that are not in that release are set aside. Raises UsageError if there is no such
     release.
     """
     name = _checked_name(name)
@@ -182,7 +182,7 @@ def rollback(repository: Path, name: str) -> Deployed:
         known = read_releases(change.place, name)
         if known.current is None and known.releases:
             raise UsageError(
-                f"{repository} serves several versions of {name} at once: a change by an older dinoexport was cut off.",
+                f"{repository} serves several versions of {name} at once: an older dinoexport was interrupted.",
                 next_step="Deploy the bundle that is to be served again.",
             )
         if known.current is None:
@@ -209,7 +209,7 @@ def rollback(repository: Path, name: str) -> Deployed:
 
 
 def read_releases(repository: Path, name: str) -> Releases:
-    """The releases of `name` in the repository; what an older dinoexport deployed is read from the folders."""
+    """The releases of `name` in the repository; those of an older dinoexport are found from the folders."""
     try:
         raw = untrusted.read_bytes(
             repository / releases.record_name(name), max_bytes=releases.RECORD_MAX_BYTES, links=False
@@ -222,9 +222,9 @@ def read_releases(repository: Path, name: str) -> Releases:
 
 
 def _unrecorded(repository: Path, name: str) -> Releases:
-    """What folders tell: every version may have been a release, and was served if it is not after the one that is.
+    """Releases found from folders: any version may have been one, and was served if not newer than the served one.
 
-    Where several are served at once, nobody can tell which: then none is.
+    If several are served at once, it is unknown which was last, so none counts as served.
     """
     standing = deployed_as(repository, name)
     served = {_served_version(path) for path in standing} - {None}
@@ -264,13 +264,13 @@ def _arrival(change: Change, model: str, version: int, known: Releases) -> list[
 
 
 def _return(change: Change, model: str, known: Releases) -> list[Step]:
-    """The step that brings back a model which the release that is served does not have."""
+    """The step that brings back a model that is not in the served release."""
     home = _home(change.place, model, known)
     return [] if home == change.place / model else [changes.move(home, change.place / model)]
 
 
 def _home(repository: Path, model: str, known: Releases) -> Path:
-    """Where a model's folder lies: in the repository, or set aside in another model's."""
+    """The path of a model's folder: in the repository, or set aside in another model's folder."""
     places = [repository / model, *(repository / m / _RETIRED / model for r in known.releases for m in r.models)]
     return next((place for place in places if _is_folder(place)), places[0])
 
@@ -281,13 +281,13 @@ def _is_whole(repository: Path, release: Release, known: Releases) -> bool:
 
 
 def _config_of(repository: Path, model: str, version: int, known: Releases) -> str | None:
-    """A version's own configuration; None where it is gone or not one of ours."""
+    """A version's own configuration; None if it is missing or not written by dinoexport."""
     config = _config(_home(repository, model, known) / str(version))
     return config if config is not None and served_models.deployed_name(config) == known.name else None
 
 
 def _config(folder: Path) -> str | None:
-    """The configuration in a folder of the repository; None where there is none, or none that may be opened."""
+    """The configuration in a folder of the repository; None if there is none, or if it must not be opened."""
     if not _is_folder(folder):
         return None
     try:
@@ -305,13 +305,13 @@ def _folders(repository: Path) -> list[Path]:
 
 
 def _names(repository: Path) -> set[str]:
-    """What models were deployed as."""
+    """The names under which models were deployed."""
     configs = filter(None, map(_config, _folders(repository)))
     return {found for config in configs if (found := served_models.deployed_name(config))}
 
 
 def _checked_name(name: str) -> str:
-    """A name Triton, a URL and a path can all bear."""
+    """A name that is valid in Triton, in a URL and in a path."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         raise UsageError(
             f"{name!r} is not a name for a served model.",
@@ -329,7 +329,7 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
         )
     if backend == "tensorrt_plan" and not plans:
         raise UsageError(
-            "The bundle holds no TensorRT plan; an engine of TensorRT-RTX is none, and Triton cannot load it.",
+            "The bundle holds no TensorRT plan. Triton cannot load engines of TensorRT-RTX.",
             next_step="Build it for a target whose runtime is tensorrt, or deploy it with --backend onnxruntime.",
         )
     return backend
@@ -338,17 +338,17 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
 def _chosen_for_text(backend: Backend | None) -> Backend:
     if backend not in (None, "python"):
         raise UsageError(
-            f"--backend {backend} keeps no cache from one token to the next, so it cannot write text.",
+            f"--backend {backend} keeps no cache from one token to the next, so it cannot generate text.",
             next_step="Leave --backend out: a text model runs in Triton's Python backend.",
         )
     return "python"
 
 
 def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
-    """Raises UsageError for a plan no Triton can load, or not the one in the image `triton` names."""
+    """Raises UsageError for a plan that Triton, or the Triton in the image `triton`, cannot load."""
     if stripped := [plan.file for plan in plans if plan.stripped]:
         raise UsageError(
-            f"{', '.join(stripped)} holds no weights, and Triton has nothing that would put them in.",
+            f"{', '.join(stripped)} holds no weights, and Triton cannot refit them.",
             next_step="Build it unstripped, or deploy with --backend onnxruntime.",
         )
     if triton is None or not plans:
@@ -379,7 +379,7 @@ def deployed_as(repository: Path, name: str) -> list[Path]:
 
 
 def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequence[Path], known: Releases) -> None:
-    """Neither a model that was not deployed under this name is touched, nor one that was left behind."""
+    """Refuses to change a model that was not deployed under this name, and to leave an old one behind."""
     ours = {path.name for path in standing}
     for name in sorted(set(models) - ours):
         if os.path.lexists(repository / name):
@@ -389,8 +389,8 @@ def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequenc
             )
     if left := sorted(ours - set(models)):
         raise UsageError(
-            f"{', '.join(left)} would be left behind with what the version before can do.",
-            next_step="Deploy with what it was made with (--samples), or remove it first.",
+            f"{', '.join(left)} would stay behind in the previous version.",
+            next_step="Deploy with the same options as before (--samples), or remove it first.",
         )
     for name in models:  # a version's folder is new, and what else is written to must be no link to somewhere else
         home = _home(repository, name, known)
@@ -406,32 +406,3 @@ def _versions(folder: Path) -> list[int]:
 def _served_version(folder: Path) -> int | None:
     found = _VERSIONS.search(_config(folder) or "")
     return int(found[1]) if found else None
-
-
-def _write(
-    bundle_folder: Path, folder: Path, model: TritonModel, version: int, sha256: Mapping[str, str], progress: Progress
-) -> None:
-    """A model's folder as if it were the first of its name."""
-    place = folder / str(version)
-    place.mkdir(parents=True)
-    for destination, source in model.files.items():
-        (place / destination).parent.mkdir(exist_ok=True)
-        _copy(bundle_folder / source, place / destination, sha256, progress)
-    if model.code:
-        (place / "model.py").write_text(model.code, encoding="utf-8")
-    if model.warmup:
-        (folder / "warmup").mkdir()
-    for file, array in model.warmup.items():
-        (folder / "warmup" / file).write_bytes(array.tobytes())
-    for config in (place / CONFIG, folder / CONFIG):
-        config.write_text(model.config, encoding="utf-8")
-
-
-def _copy(source: Path, destination: Path, sha256: Mapping[str, str], progress: Progress) -> None:
-    """A copy whose bytes are the manifest's; a ValidationFailed when they are not, whatever was found before."""
-    try:
-        files.copy(source, destination, sha256=sha256[source.name], progress=progress)
-    except Unreadable as error:
-        raise bundle.unreadable(source.parent, source.name, error) from None
-    except ValueError as error:
-        raise bundle.damaged(str(error)) from None

@@ -1,7 +1,7 @@
-"""The releases of a served model: which versions belong together, which is served, and which were served before it.
+"""The releases of a served model: which versions belong together, which is served, and which were served before.
 
-A record beside the model folders, REPOSITORY/NAME.releases.json, which Triton passes over for it is not a folder. It is
-plain data that knows no file system: a repository in an object store has the same record.
+The record is a file beside the model folders, REPOSITORY/NAME.releases.json. Triton ignores it because it is not a
+folder. It is plain data without paths: a repository in an object store has the same record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Version = Annotated[int, Field(ge=1, le=10**9)]
 class Release(Frozen):
     """The Triton models that were deployed together: each has a folder of this version.
 
-    bundle: SHA-256 of the manifest of what was deployed; None for what an older dinoexport deployed.
+    bundle: SHA-256 of the deployed bundle's manifest; None if an older dinoexport deployed it.
     """
 
     version: Version
@@ -38,7 +38,7 @@ class Release(Frozen):
 class Releases(Frozen):
     """All releases of one name. served: the versions that were served, in this order; the last one is served now.
 
-    Rolling back takes the last one off, so that it never leads to a release that was left by rolling back.
+    Rolling back removes the last one, so that a rollback never leads to a release that was itself rolled back.
     """
 
     schema_version: Literal[1] = 1
@@ -50,7 +50,7 @@ class Releases(Frozen):
     def _names_releases(self) -> Self:
         known = [release.version for release in self.releases]
         if len(set(known)) != len(known) or not set(self.served) <= set(known):
-            raise ValueError("a version is there twice, or served and not there")
+            raise ValueError("a version occurs twice, or is served and not listed")
         return self
 
     @property
@@ -62,17 +62,17 @@ class Releases(Frozen):
         return next(release for release in self.releases if release.version == version)
 
     def next_version(self, taken: Collection[int] = ()) -> int:
-        """A version that no release ever had, nor any folder: `taken`."""
+        """A version that neither a release nor a folder (`taken`) ever had."""
         return 1 + max((*taken, *(release.version for release in self.releases)), default=0)
 
     def with_deployed(self, release: Release) -> Releases:
-        """After `release` was deployed, and is served."""
+        """The record after `release` was deployed; it is served."""
         return Releases(name=self.name, releases=(*self.releases, release), served=(*self.served, release.version))
 
     def rolled_back(self, is_whole: Callable[[Release], bool] = lambda _: True) -> Releases:
-        """After going back to the release before the one that is served: the last one that is still whole.
+        """The record after going back to the last complete release before the served one.
 
-        Raises UsageError where there is none.
+        Raises UsageError if there is none.
         """
         before = self.served[:-1]
         while before and not is_whole(self._of(before[-1])):
@@ -89,16 +89,16 @@ class Releases(Frozen):
 
     @classmethod
     def from_bytes(cls, raw: bytes, *, name: str) -> Releases:
-        """The record in `raw`; a UsageError when it is none of `name`."""
+        """The record in `raw`; raises UsageError if it is not a record of `name`."""
         try:
             found = cls.model_validate_json(raw)
             if found.name != name:
-                raise ValueError(f"it is one of {found.name!r}")
+                raise ValueError(f"it belongs to {found.name!r}")
         except (ValidationError, ValueError) as error:
             lines = str(error).splitlines()
             raise UsageError(
                 f"{record_name(name)} is not a record of releases ({lines[0] if lines else error!r}).",
-                next_step="Move it away: releases are then found by their folders, as far as these tell.",
+                next_step="Move it away: releases are then found from their folders, as far as possible.",
             ) from None
         return found
 
@@ -109,7 +109,7 @@ def record_name(name: str) -> str:
 
 
 def unknown(name: str, known: Collection[str], where: str) -> UsageError:
-    """What is said of a name nothing was deployed as. `where`: the repository."""
+    """The error for a name that was never deployed. `where`: the repository."""
     return UsageError(
         f"{where} serves no {name!r}.{closest(name, sorted(known))}",
         next_step=f"It serves: {', '.join(sorted(known)) or 'nothing; dinoexport deploy adds a bundle'}.",

@@ -1,4 +1,4 @@
-"""Which Triton models a bundle becomes, and the configuration of each, from the bundle's own facts."""
+"""Derive the Triton models of a bundle, and the configuration of each, from the bundle's own facts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _QUEUE_TIMEOUT_US = int(1e6 * batching.QUEUE_TIMEOUT_S)
 class Plan:
     """A classic TensorRT plan in a bundle. profiles: for each, the batch it is tuned for and the largest it takes.
 
-    version_compatible: it carries a runtime of its own, for servers started with
+    version_compatible: it holds its own runtime, for servers started with
     `--backend-config=tensorrt,version-compatible=true`. stripped: it has no weights.
     """
 
@@ -56,7 +56,7 @@ class TritonModel:
 
 
 def plans_of(manifest: Manifest) -> tuple[Plan, ...]:
-    """The bundle's classic plans; the only place here that knows how a manifest describes an engine."""
+    """The bundle's classic plans. Only this function knows how a manifest describes an engine."""
     return tuple(
         Plan(
             file=engine.file,
@@ -90,7 +90,7 @@ def of_bundle(
     front_ends: Sequence[FrontEnd],
     progress: Progress,
 ) -> tuple[TritonModel, ...]:
-    """A model for each graph, and two for each front end: what decodes, and the ensemble of it and the graph."""
+    """A model for each graph, and two for each front end: the decoder, and the ensemble of decoder and graph."""
     single = len(manifest.graphs) == 1
     found: list[TritonModel] = []
     for facts in manifest.graphs:
@@ -129,7 +129,7 @@ def of_bundle(
 
 
 def deployed_name(config: str) -> str | None:
-    """What the model with this configuration was deployed as; None when dinoexport did not deploy it."""
+    """The name under which this configuration's model was deployed; None if dinoexport did not deploy it."""
     found = re.match(r"# dinoexport deployed this as (\S{1,64})\n", config)
     return found[1] if found else None
 
@@ -144,18 +144,18 @@ def _refuse_unbatched(graph: Graph) -> None:
 
 
 def max_batch(graph: Graph) -> int:
-    """The largest batch the graph's profile has."""
+    """The largest batch in the graph's profile."""
     return next(dim.max for dim in graph.dims if dim.name == graph.inputs[0].shape[0])
 
 
 def judged_items(graph: Graph, reference: Reference) -> tuple[Arrays, ...]:
-    """Inputs of the graph that the bundle passed on, as batches of 1, smallest first."""
+    """Inputs of the graph from passed cases of the bundle, as batches of 1, smallest first."""
     wanted = {tensor.name for tensor in graph.inputs}
     items: list[Arrays] = []
     for expectation in reference.expectations:
         case = expectation.case
         if case.inputs.keys() != wanted:
-            continue  # a case that drives several graphs asks none of them directly
+            continue  # a case that drives several graphs has no inputs of a single graph
         item = {name: array[:1] for name, array in case.inputs.items()}
         try:
             check_inputs(graph, item)
@@ -170,7 +170,7 @@ def _size(item: Arrays) -> int:
 
 
 def _most_likely(graph: Graph, items: Sequence[Arrays]) -> Arrays:
-    """The one of `items` nearest in size to what the profile calls most likely."""
+    """The one of `items` whose size is nearest to the profile's most likely size."""
     likely = {dim.name: dim.opt for dim in graph.dims}
     wanted = sum(
         math.prod(size if isinstance(size, int) else likely.get(size, 1) for size in tensor.shape[1:])
@@ -180,7 +180,7 @@ def _most_likely(graph: Graph, items: Sequence[Arrays]) -> Arrays:
 
 
 def _plan_batching(plans: Sequence[Plan], largest: int) -> tuple[int, Batching]:
-    """The largest batch every plan takes, at most `largest`, and the sizes their profiles are tuned for."""
+    """The largest batch that every plan takes, at most `largest`, and the sizes their profiles are tuned for."""
     largest = min(largest, *(max(most for _, most in plan.profiles) for plan in plans))
     tuned = tuple(sorted({opt for plan in plans for opt, _ in plan.profiles}))
     why = "the batches the plan's profiles are tuned for; latency was not measured on this GPU"
@@ -215,7 +215,7 @@ def _plan_entries(plans: Sequence[Plan]) -> tuple[list[Entry], dict[str, str]]:
 
 
 def _onnx_entries(backend: Backend, manifest: Manifest, facts: GraphFacts) -> tuple[list[Entry], dict[str, str]]:
-    """Backend and instances for the ONNX file, run by Triton's ONNX Runtime or by what Python has."""
+    """Backend and instances for the ONNX file, run by Triton's ONNX Runtime or in the Python backend."""
     entries = [Entry("backend", backend)]
     if backend == "onnxruntime":
         entries += [Entry("platform", "onnxruntime_onnx"), Entry("default_model_filename", facts.file)]
@@ -226,7 +226,7 @@ def _onnx_entries(backend: Backend, manifest: Manifest, facts: GraphFacts) -> tu
 
 
 def onnx_files(manifest: Manifest, facts: GraphFacts) -> dict[str, str]:
-    """A graph's files in a version's folder, by where they go: Triton takes external data in a folder of its name."""
+    """A graph's files by their path in a version's folder: Triton expects external data in a folder of its name."""
     of_graph = [file.name for file in manifest.files if file.name in (facts.file, f"{facts.file}.data")]
     return {f"{facts.file}/{name}": name for name in of_graph}
 
@@ -234,7 +234,7 @@ def onnx_files(manifest: Manifest, facts: GraphFacts) -> dict[str, str]:
 def _measured(
     onnx: Path, graph: Graph, way: Way, items: Sequence[Arrays], largest: int, progress: Progress
 ) -> Batching:
-    """Batching from latencies on this machine, where it has the runtime and the bundle an input to measure with."""
+    """Batching from latencies on this machine, if it has the runtime and the bundle has an input to measure with."""
     if not items:
         return batching.unmeasured((), "", largest)
     try:
@@ -277,7 +277,7 @@ def _graph_model(
     graph = served.graph.graph()
     warmup: dict[str, Array] = {}
     samples = []
-    # The smallest and the largest: a failing warm-up can bring the server down, so only inputs known to pass.
+    # The smallest and the largest. A failing warm-up can stop the server, so only inputs that passed are used.
     for i, item in enumerate(items if len(items) < 2 else (items[0], items[-1])):
         inputs = []
         for j, tensor in enumerate(graph.inputs):
@@ -310,7 +310,7 @@ def _graph_model(
 
 
 def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: int) -> tuple[TritonModel, TritonModel]:
-    """What turns encoded files into the graph's inputs, and the ensemble of it and the graph."""
+    """The model that turns encoded files into the graph's inputs, and the ensemble of that model and the graph."""
     graph, name = served.graph.graph(), f"{graph_model}_{end.name}"
     largest = max_batch(graph)
     served = served.changed(front_end=end.name, settings=dict(end.settings))
@@ -365,7 +365,7 @@ def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[
         for side, names in (("input", inputs), ("output", outputs))
         for ours, theirs in names.items()
     ]
-    # By its number: whatever else is loaded, an answer is one release's.
+    # By its number, so that an answer comes from one release, whatever else is loaded.
     return Entry("step", (Entry("model_name", model), Entry("model_version", version), *maps))
 
 
@@ -389,7 +389,7 @@ def _tensor(side: str, tensor: Tensor, graph: Graph) -> Entry:
 
 
 def config_text(served: Served, entries: Sequence[Entry]) -> str:
-    """A config.pbtxt that says what deployed it."""
+    """A config.pbtxt with a line that names its deployment."""
     return f"# dinoexport deployed this as {served.name}\n" + to_text(entries)
 
 

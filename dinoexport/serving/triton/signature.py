@@ -1,6 +1,6 @@
-"""What a served model says about itself: one parameter of its Triton configuration, read by its server and clients.
+"""The facts of a served model: one parameter of its Triton configuration, which its server and its clients read.
 
-So a client refuses what the server would refuse, in the same words, without a bundle at hand.
+With them a client raises the server's own error before sending, without the bundle.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dinoexport.runtime import cpu
 from dinoexport.spec import Precision, Way
 
 PARAMETER = "dinoexport"
-# What an encoded item travels as, through the ensemble of a front end.
+# The dtype of an encoded item in the ensemble of a front end.
 ENCODED = "encoded"
 
 
 class Served(Frozen):
     """The facts of one Triton model.
 
-    name: what it was deployed as; several Triton models share one. role: `graph` runs the graph, `prepare` turns
+    name: its deployed name; several Triton models share one. role: `graph` runs the graph, `prepare` turns
     encoded files into its inputs, `front_end` is the ensemble of both, `text` writes with a decoder. settings: see
     `family.FrontEnd`. way: how the Python backend runs the graph. tokenizer: its file, of a text model.
     """
@@ -37,14 +37,14 @@ class Served(Frozen):
     precision: Precision
     recipe: dict[str, Any]
     graph: GraphFacts
-    way: Way = cpu.PLAIN  # of what was deployed before it was written down
+    way: Way = cpu.PLAIN  # for models deployed before this field existed
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     tokenizer: str = ""
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Served | None:
-        """The facts in a model's configuration (Triton's JSON form), None for a model dinoexport did not deploy."""
+        """The facts in a model's configuration (Triton's JSON form); None if dinoexport did not deploy the model."""
         parameters = config.get("parameters", {})
         if not isinstance(parameters, dict) or PARAMETER not in parameters:
             return None

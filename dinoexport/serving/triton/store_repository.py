@@ -1,4 +1,4 @@
-"""A Triton model repository in an object store: the same releases as on disk, where nothing can be renamed.
+"""A Triton model repository in an object store: the same releases as on disk, without renames.
 
 The change is made in a mirror of the repository, a local folder with its configurations and its record, by the code
 that changes a repository on disk; what the mirror has then and had not before is sent. In this order:
@@ -8,8 +8,8 @@ that changes a repository on disk; what the mirror has then and had not before i
     3. the record of releases, over the one that was read: whoever comes second sees the first one's release
     4. the configurations that name the version to serve
 
-Whoever is cut off before 3 leaves a version that nobody serves, and after 3 a release that the next deploy or rollback
-finishes: configurations follow the record.
+A deployer that is interrupted before 3 leaves a version that is not served, and after 3 a release that the next deploy
+or rollback finishes: configurations follow the record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 from dinoexport import bundle
 from dinoexport.errors import BuildError
 from dinoexport.serving.triton import model_repository, releases, served_models
-from dinoexport.serving.triton.model_repository import CONFIG, Deployed
+from dinoexport.serving.triton.model_files import CONFIG
+from dinoexport.serving.triton.model_repository import Deployed
 from dinoexport.serving.triton.releases import Releases
 from dinoexport.spec import Progress, silent
 from dinoexport.system import changes
@@ -34,9 +35,9 @@ from dinoexport.system.store import RemotePlace
 
 _RECORD = releases.record_name("")
 _CONFIG_MAX_BYTES = 1 << 20
-# How often a deployer begins anew because another one was faster.
+# How often a deployer starts again because another one was faster.
 _ATTEMPTS = 20
-# What becomes a path in the mirror. A store's names are anybody's.
+# Names that may become a path in the mirror. Anybody can choose names in a store.
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
@@ -64,7 +65,7 @@ def deploy(folder: Path, url: str, *, name: str | None = None, progress: Progres
                 continue
         changes.note_done(f"{url} serves {deployed.name} version {deployed.version}.")
         return replace(deployed, repository=url)
-    raise BuildError(f"{url} is changed by others all the time.", next_step="Run it again when they are done.")
+    raise BuildError(f"Others keep changing {url}.", next_step="Run it again when they are done.")
 
 
 def rollback(url: str, name: str) -> Deployed:
@@ -85,7 +86,7 @@ class _Mirror:
     """A local folder with what decides a change of the repository; what it holds besides is empty files."""
 
     def __init__(self, place: RemotePlace, scratch: Path, name: str, taken: set[str]) -> None:
-        """taken: MODEL/VERSION of versions that are somebody else's, whatever the store lists.
+        """taken: MODEL/VERSION of versions that belong to other deployers, whatever the store lists.
 
         others: what else was deployed there, by its records.
         """
@@ -121,7 +122,7 @@ class _Mirror:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing was ever served under the name."""
+        """Whether the name was never served."""
         return not self._tag
 
     def _finish_others(self, name: str) -> None:
@@ -190,7 +191,7 @@ class _Mirror:
                 return
         raise BuildError(
             f"{self._place} was changed by another process meanwhile.",
-            next_step="Look what it serves, and run it again.",
+            next_step="Check what it serves, and run it again.",
         )
 
 

@@ -1,7 +1,7 @@
-"""What Triton's Python backend runs for a text model: many answers by one thread, streamed or whole.
+"""The text model in Triton's Python backend: one thread writes many answers, streamed or whole.
 
-Decoupled: an answer is several responses, and `execute` returns before the first. The stub turns every exception
-into a traceback with this machine's paths, so none leaves here.
+It is decoupled: an answer is several responses, and `execute` returns before the first. Triton's stub sends every
+exception as a traceback with this machine's paths, so none leaves this module.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TextModel:
                 reader.failed(error)
             except Exception:
                 _log_broken()
-                reader.failed(DinoexportError("The model broke on this request; the server's log says why."))
+                reader.failed(DinoexportError("The model failed on this request; the server's log says why."))
 
     def _count(self, written: Written) -> None:
         self._metrics.count(written, waiting=self._service.load[1])
@@ -167,7 +167,7 @@ class _Metrics:
 
 
 def _values(request: Any) -> dict[str, Any]:
-    """The inputs the client gave, as JSON would have them."""
+    """The client's inputs as plain values, as in JSON."""
     import triton_python_backend_utils as backend
 
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The one Triton model a bundle that writes text becomes: text in, text out, in one response or in many."""
+"""The Triton model of a bundle that generates text: text in, text out, in one response or in many."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from dinoexport.serving.triton.signature import PARAMETER, Served
 
 
 def tokenizer_of(manifest: Manifest, model: Model) -> str | None:
-    """The tokenizer of a bundle that writes text, None for a model of another kind.
+    """The tokenizer of a bundle that generates text; None for a model of another kind.
 
-    Raises UsageError for a decoder that came without one: its graph alone would keep no cache between requests.
+    Raises UsageError for a decoder without a tokenizer: its graph alone would keep no cache between requests.
     """
     if model.text is None:
         return None
     found = text_model.tokenizer_file(manifest)
     if found is None:
         raise UsageError(
-            "The bundle's graph is a decoder, and there is no tokenizer in it, so there is no way from text to it.",
+            "The bundle's graph is a decoder, and there is no tokenizer in it, so it cannot take text.",
             next_step="Build it again with the tokenizer's file beside the weights.",
         )
     return found
 
 
 def of_bundle(manifest: Manifest, tokenizer: str, *, name: str, version: int) -> TritonModel:
-    """The model with its graph, its tokenizer and the reference it is checked by."""
+    """The model with its graph, its tokenizer and the reference for `check`."""
     (facts,) = manifest.graphs
     served = Served(
         name=name,
