@@ -286,8 +286,10 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Tensor | Dim) -> dict[str, Any]:
+    """As JSON has it. What a dimension is the sum of is left out where it is none, as older bundles have it."""
     plain = asdict(value)
-    return {**plain, "shape": list(plain["shape"])} if "shape" in plain else plain
+    lists = {key: list(plain[key]) for key in ("shape", "sum_of") if key in plain}
+    return {key: content for key, content in (plain | lists).items() if key != "sum_of" or content}
 
 
 def damaged(problem: str) -> ValidationFailed:
