@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoexport.family import Read
-from dinoexport.models.dinov2.heads.kinds import BINS, DPT_CHANNELS, RESIZES, Head
+from dinoexport.models.dinov2.heads.kinds import Head
+from dinoexport.models.dinov2.published import BINS, DPT_CHANNELS, RESIZES
 from dinoexport.spec import Array, Weight
 
 _BATCH_NORM_EPSILON = 1e-5
@@ -42,11 +43,11 @@ class FoldedHead:
                     "votes_NK": self._as_is("fitted.votes", *shapes["fitted.votes"]),
                 }
             case "linear_depth":
-                return norm | self._range() | self._bins()
+                return norm | self._bins()
             case "segmentation":
                 return norm | self._segmentation()
             case "dpt_depth":
-                return norm | self._range() | self._dpt()
+                return norm | self._dpt()
             case "depth_anything":
                 return norm | self._depth_anything()
 
@@ -59,11 +60,6 @@ class FoldedHead:
             "weight_KC": self._as_is(f"{name}.weight", count, width),
             "bias_K": self._as_is(f"{name}.bias", count),
         }
-
-    def _range(self) -> dict[str, Weight]:
-        """Least and greatest depth: numbers of the head and not of its form, which heads of both datasets share."""
-        low, high = (np.array([end], np.float32) for end in self.head.depth_range)
-        return {"least": Weight(shape=(1,), read=lambda: low), "most": Weight(shape=(1,), read=lambda: high)}
 
     def _bins(self) -> dict[str, Weight]:
         """The one layer's columns apart: of patch tokens and of class tokens; then bins and ones."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, HeadWeights, Read, Shapes
-from dinoexport.models.dinov2.config import PATCH
 from dinoexport.models.dinov2.heads import finishing, layouts, pictures, serving, signature, synthetic
 from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import (
     Array,
     Arrays,
@@ -108,7 +108,7 @@ class HeadedModel:
         example = pieces.example(head, from_bytes)
         calls: list[Call] = []
         if head.pads:
-            pad = pieces.padding(image, example, **self._byte_scaling(from_bytes))
+            pad = pieces.padding(image, example, self._normalising(from_bytes))
             calls.append(Call(piece=pad, scope="pad", inputs=(image.name,), outputs=(_PADDED,), weights={}))
             body[0] = replace(body[0], inputs=(_PADDED,))
         residual = next(
@@ -131,29 +131,22 @@ class HeadedModel:
         )
         return tuple(calls)
 
-    def _byte_scaling(self, from_bytes: bool) -> dict[str, torch.Tensor]:
+    def _normalising(self, from_bytes: bool) -> dict[str, Any]:
         """What normalises bytes inside the graph, for each channel."""
-        import torch
-
         if not from_bytes:
             return {}
-        mean, std = (
-            torch.tensor(values) for values in (self.backbone.preprocessing.mean, self.backbone.preprocessing.std)
-        )
-        return {"byte_scale": 1 / (255 * std), "byte_shift": -mean / std}
+        return {"mean": self.backbone.preprocessing.mean, "std": self.backbone.preprocessing.std}
 
     @property
     def text(self) -> None:
         """None: it writes no text."""
         return None
 
-    def _body(self) -> torch.dtype:
+    def _body(self) -> str:
         """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
-        import torch
-
         halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
         dpt = self.head.form in ("dpt_depth", "depth_anything")
-        return torch.float16 if halved and dpt else torch.float32
+        return "float16" if halved and dpt else "float32"
 
     @property
     def promotable(self) -> tuple[str, ...]:
