@@ -12,6 +12,7 @@
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
+# make attack    1,000 kills and 2,000 hostile inputs; the table must be 0 everywhere (KILLS=, INPUTS=, SEED= for others)
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -73,6 +74,11 @@ bench: $(READY) $(PEERS)/.ready
 
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py
+
+KILLS ?= 1000
+INPUTS ?= 2000
+attack: $(READY)
+	$(BIN)/python -m benchmarks.attack --kills $(KILLS) --inputs $(INPUTS) $(SEED:%=--seed %) --out benchmarks/results/attack.md
 
 SOAK_S ?= 600
 soak: $(READY) $(TRITON_READY)

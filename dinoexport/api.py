@@ -12,17 +12,18 @@ from dataclasses import replace
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard
 
-from dinoexport import bundle, family
+from dinoexport import bundle, family, images
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
-from dinoexport.system import changes
+from dinoexport.system import changes, untrusted
+from dinoexport.system.untrusted import Identity, Unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,14 +66,21 @@ class Bundle:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, threads: int, device: Device | None, trusted: bool = False
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int,
+        device: Device | None,
+        trusted: bool = False,
+        seen: Mapping[str, Identity] = MappingProxyType({}),
     ) -> None:
-        """Use `load` or `build`. trusted: whether code that an engine holds may run."""
+        """Use `load` or `build`. trusted: whether code that an engine holds may run; seen: files that were checked."""
         self.folder = folder
         self.manifest = manifest
         self._threads = threads
         self._device = device
-        self._trusted = trusted
+        self._trusted, self._seen = trusted, seen
         recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
         self._model: Model = family.find(manifest.family).model(recipe)
         self._lock = threading.Lock()
@@ -176,7 +184,10 @@ class Bundle:
         if self._closed:
             raise UsageError(f"{self.folder} was closed.", next_step="Load it again.")
         if self._opened is None:
-            self._opened = self._open()
+            with changes.reading(self.folder):
+                opened = self._open()
+                bundle.check_same(self.folder, self._seen)
+            self._opened = opened
         return self._opened
 
     def _open(self) -> tuple[Candidate, str]:
@@ -266,17 +277,20 @@ def load(
     if threads < 0:
         raise UsageError(f"threads is {threads}.", next_step="Use a positive number, or 0 for the runtime's choice.")
     path = Path(folder)
-    changes.settle(path)
+    seen: Mapping[str, Identity] = {}
     if verify is not None:
         from dinoexport.bundle import signing
 
         manifest = signing.verify(path, Path(verify)).manifest
     else:
+        changes.settle(path)
         manifest = bundle.read_manifest(path)
     if check:
-        bundle.check_files(path, manifest.files, progress=progress)
-        bundle.check_graphs(path, manifest)
-    return Bundle(path, manifest, threads=threads, device=device, trusted=trust_plan or verify is not None)
+        with changes.reading(path):
+            seen = bundle.check_files(path, manifest.files, progress=progress)
+            bundle.check_graphs(path, manifest)
+    trusted = trust_plan or verify is not None
+    return Bundle(path, manifest, threads=threads, device=device, trusted=trusted, seen=seen)
 
 
 def build(
@@ -363,15 +377,10 @@ def _encoded(item: Any) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, str | PathLike):
-        path = Path(item)
-        if not path.is_file():
-            raise InputRefused(f"{path} is not a file.", next_step="Check the path.")
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise InputRefused(
-                f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions."
-            ) from None
+            return untrusted.read_bytes(Path(item), max_bytes=images.MAX_BYTES)
+        except Unreadable as error:
+            raise InputRefused(error.message, next_step=error.next_step) from None
     if hasattr(item, "save") and hasattr(item, "mode"):
         stored = BytesIO()
         if item.mode in ("I", "F"):

@@ -132,8 +132,12 @@ def bench(
     Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
     is meaningless.
     """
-    manifest = bundle.verify(folder, progress=progress)
-    bundle.check_graphs(folder, manifest)
+    with bundle.checked(folder, progress=progress) as manifest:
+        return _timed(folder, manifest, (weights, head_weights), progress)
+
+
+def _timed(folder: Path, manifest: Manifest, given: tuple[str | None, str | None], progress: Progress) -> Bench:
+    """What `bench` finds of a bundle that was checked. given: weights of the model and of its head."""
     if manifest.verdict == "rejected":
         raise ValidationFailed(f"{folder} is marked rejected, so it is not timed.", next_step="Build one that passes.")
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
@@ -141,7 +145,7 @@ def bench(
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     way = _way(manifest)
     opened = cpu.open_graphs(graphs, way)
-    ask_pytorch, why_not = _pytorch(folder, model, recipe, manifest, (weights, head_weights), progress)
+    ask_pytorch, why_not = _pytorch(folder, model, recipe, manifest, given, progress)
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:

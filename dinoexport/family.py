@@ -361,6 +361,14 @@ class SizedWeights(Protocol):
         """What its graphs' weights take in their files."""
 
 
+@runtime_checkable
+class HasEngineForm(Protocol):
+    """A model whose graphs are made in another form for an engine than for a CPU."""
+
+    def engine_form(self) -> Mapping[str, Any]:
+        """The recipe's table `[graph]` with what engines need."""
+
+
 class Family(Protocol):
     """A kind of model."""
 

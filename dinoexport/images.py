@@ -10,16 +10,18 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from math import isfinite
+from contextlib import ExitStack, contextmanager
+from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dinoexport.config.recipe import Frozen
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array
+from dinoexport.system import untrusted
+from dinoexport.system.untrusted import Unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +31,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif",
 # A decoded image of 64 Mpx is 192 MB; a larger one is refused before it is decoded, and no resize gives a larger one.
 MAX_PIXELS = 64_000_000
 MAX_PIXELS_VARIABLE = "DINOEXPORT_MAX_PIXELS"
+# A file of that many pixels, in any form but an uncompressed one of 16 bits: what is larger is not opened.
+MAX_BYTES = 1 << 28
 _ROWS_AT_ONCE = 256
 # ImageNet's mean and deviation per RGB channel, on pixels in 0..1 (upstream dinov2/data/transforms.py).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,6 +85,8 @@ class Preprocessing(Frozen):
             raise ValueError("mean and std need finite numbers, std greater than 0")
         if min(*_pair(self.resize), *self.crop_size) < 1:
             raise ValueError("resize and crop need at least one pixel a side")
+        if max(prod(_pair(self.resize)), prod(self.crop_size)) > MAX_PIXELS:
+            raise ValueError(f"resize and crop may have {MAX_PIXELS:,} pixels at most")
         return self
 
     @property
@@ -175,17 +181,29 @@ def size_of(source: Path | bytes, *, named: str = "") -> tuple[int, int]:
 
 
 @contextmanager
+def _file(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, buffered; an ImageError for one that is absent, no regular file, or too large."""
+    try:
+        with untrusted.opened(path, max_bytes=MAX_BYTES) as file:
+            raw: Any = file  # an unbuffered file is a raw stream
+            yield io.BufferedReader(raw)
+    except Unreadable as error:
+        raise ImageError(path, "no such file" if error.absent else error.problem) from None
+
+
+@contextmanager
 def _opened(source: Path | io.BytesIO, *, named: Path | str) -> Iterator[Image.Image]:
     """The image at `source`, not decoded yet; whatever is wrong with it, now or later, is an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        if isinstance(source, Path) and not source.is_file():  # opening a pipe would block forever
-            raise ImageError(named, "no such file")
-        with warnings.catch_warnings():
+        with ExitStack() as stack, warnings.catch_warnings():
+            opened: BinaryIO = io.BytesIO() if isinstance(source, Path) else source
+            if isinstance(source, Path):
+                opened = stack.enter_context(_file(source))
             # Pillow warns about harmless defects and about large images, which are refused below.
             warnings.simplefilter("ignore")
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(opened, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels():
                     limit = f"{max_pixels() / 1e6:g} Mpx (${MAX_PIXELS_VARIABLE} sets another limit)"
                     raise ImageError(named, f"{image.width}x{image.height} is more than {limit}")

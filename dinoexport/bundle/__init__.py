@@ -14,6 +14,7 @@ Nothing in a bundle is trusted when it is read: names must be plain file names, 
 arrays are never unpickled.
 """
 
+from dinoexport.bundle.checks import check_files, check_graphs, check_same, checked, verify
 from dinoexport.bundle.manifest import (
     ENGINES,
     MANIFEST,
@@ -36,15 +37,12 @@ from dinoexport.bundle.manifest import (
     ShapeRange,
     Timed,
     Verdict,
-    check_files,
-    check_graphs,
     damaged,
     describe,
     read_manifest,
     rewrite,
     rewrite_manifest,
     unreadable,
-    verify,
 )
 
 __all__ = [
@@ -71,6 +69,8 @@ __all__ = [
     "Verdict",
     "check_files",
     "check_graphs",
+    "check_same",
+    "checked",
     "damaged",
     "describe",
     "read_manifest",

@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dinoexport.bundle import checks
 from dinoexport.bundle import manifest as manifests
 from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, Manifest
 from dinoexport.errors import BuildError, DinoexportError, UsageError, ValidationFailed
@@ -139,7 +140,7 @@ def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
 def _is_whole(folder: Path, manifest: Manifest) -> bool:
     """Whether an earlier copy is still what it was; a disk may have lost a bit since."""
     try:
-        manifests.check_files(folder, manifest.files)
+        checks.check_files(folder, manifest.files)
     except DinoexportError:
         return False
     return (folder / MANIFEST).exists()

@@ -22,6 +22,15 @@ from dinoexport.system import untrusted
 GRAPH_MAX_BYTES = 1 << 27
 # Elements of one constant that a graph may expand by itself: twice the position grid of the largest input.
 _UNFOLDED_MAX = 1 << 28
+# What we write joins a class token to patches, or halves of what was split before: twice, or a few times.
+_GROWN_MAX = 4096
+# Operators whose outputs are of the size of their weights, or smaller.
+_OF_OTHER_SIZE = frozenset(
+    """
+    ArgMax Attention AveragePool Conv ConvTranspose Einsum Gather GatherElements GatherND Gemm GlobalAveragePool MatMul
+    MatMulInteger MaxPool ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Shape TopK
+    """.split()  # noqa: SIM905
+)
 _UNFOLDING = frozenset({"Expand", "ConstantOfShape", "Reshape", "Tile", "Pad"})
 OPERATORS = frozenset(
     """
@@ -44,7 +53,7 @@ OWN_OPERATORS = frozenset(
     """.split()  # noqa: SIM905
 )
 _INT64 = 7
-_MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
+_MODEL_IR, _MODEL_GRAPH, _MODEL_OPSETS, _MODEL_FUNCTIONS = 1, 7, 8, 25
 _GRAPH_NODES, _GRAPH_TENSORS, _GRAPH_SPARSE = 1, 5, 15
 # Bits of an element, by TensorProto.DataType.
 _BITS = {
@@ -65,6 +74,14 @@ def check(path: Path, *, data_bytes: int | None) -> None:
         raise ValueError(f"it is not an ONNX file ({error})") from None
 
 
+def versions(path: Path) -> tuple[int, int]:
+    """(version of the file format, operator set) that the ONNX file at `path`, which was checked, asks of a runtime."""
+    model = _grouped(memoryview(untrusted.read_bytes(path, max_bytes=GRAPH_MAX_BYTES, links=False)))
+    opsets = [_grouped(_message(entry)) for entry in model.get(_MODEL_OPSETS, ())]
+    own = [int(opset[2][-1]) for opset in opsets if _last_text(opset, 1) in ("", "ai.onnx") and 2 in opset]
+    return int(model.get(_MODEL_IR, [0])[-1]), max(own, default=0)
+
+
 def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> None:
     model = _grouped(raw)
     if _MODEL_FUNCTIONS in model:
@@ -80,13 +97,15 @@ def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> Non
     for tensor in graph.get(_GRAPH_TENSORS, ()):
         name, values = _check_tensor(_message(tensor), data_name, data_bytes)
         constants[name] = values
+    grown: dict[str, float] = {}
     for node in graph[_GRAPH_NODES]:
-        _check_node(_message(node), data_name, data_bytes, constants)
+        parts = _check_node(_message(node), data_name, data_bytes, constants)
+        _check_growth(parts, constants, grown)
 
 
 def _check_node(
     raw: memoryview, data_name: str, data_bytes: int | None, constants: Mapping[str, tuple[int, ...]]
-) -> None:
+) -> dict[int, list[Any]]:
     node = _grouped(raw)
     kind, domain = _last_text(node, 4), _last_text(node, 7)
     known = {"": OPERATORS, "ai.onnx": OPERATORS, _OWN_DOMAIN: OWN_OPERATORS}.get(domain, frozenset())
@@ -105,6 +124,28 @@ def _check_node(
             sizes = [abs(size) for size in constants.get(name, ()) if size]
             if math.prod(sizes) > _UNFOLDED_MAX:
                 raise ValueError(f"a {kind} expands to {'x'.join(map(str, sizes[:8]))} elements")
+    return node
+
+
+def _check_growth(
+    node: Mapping[int, list[Any]], constants: Mapping[str, tuple[int, ...]], grown: dict[str, float]
+) -> None:
+    """Follows how many times larger values become by being joined and repeated: forty doublings fill any memory.
+
+    grown: value -> how many times as large as what it was joined from; 1 is left out.
+    """
+    kind, inputs, outputs = _last_text(node, 4), [*map(_text, node.get(1, ()))], [*map(_text, node.get(2, ()))]
+    if kind in _OF_OTHER_SIZE:
+        return
+    each = [grown.get(name, 1.0) for name in inputs]
+    times = sum(each) if kind == "Concat" else max(each, default=1.0)
+    if kind == "Tile" and len(inputs) == 2:
+        times *= max(1, math.prod(abs(size) for size in constants.get(inputs[1], ()) if size))
+    if kind == "Split":
+        times = max(1.0, times / max(1, len(outputs)))
+    if times > _GROWN_MAX:
+        raise ValueError(f"its values are joined and repeated to {times:.0f} times their size")
+    grown.update(dict.fromkeys(outputs, times))
 
 
 def _check_tensor(raw: memoryview, data_name: str, data_bytes: int | None) -> tuple[str, tuple[int, ...]]:

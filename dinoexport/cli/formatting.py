@@ -19,7 +19,7 @@ from dinoexport.errors import UsageError, require
 from dinoexport.runtime import carried_memory, runners
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
-from dinoexport.system import changes, memory, timing
+from dinoexport.system import changes, memory, timing, untrusted
 from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 # More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
+# Protobuf reads no larger message.
+_ONNX_MAX_BYTES = (1 << 31) - 1
 # What is known of every variant; the rest are its family's facts.
 _COMMON = ("variant", "parameters", "published_bytes", "licence")
 
@@ -352,8 +354,9 @@ def _of_onnx(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
+        raw = untrusted.read_bytes(path, max_bytes=_ONNX_MAX_BYTES)
+        model = onnx.load_model_from_string(raw)
+    except DecodeError as error:
         raise UsageError(f"{path} is not a readable ONNX file: {error}.", next_step="Check the path.") from None
     graph = model.graph
     weights = {id(t): math.prod(t.dims) for t in graph.initializer}

@@ -195,10 +195,9 @@ def diff(
 ) -> None:
     """Compare two bundles: sources, sizes, operations, outputs, and speed on this machine."""
     with reporting(as_json):
-        from dinoexport.system import changes
         from dinoexport.validation import bundle_diff
 
-        with progress_lines() as progress, changes.reading(first), changes.reading(second):
+        with progress_lines() as progress:
             found = bundle_diff.compare(first, second, progress=progress)
         if as_json:
             say_json(found)
@@ -217,9 +216,8 @@ def bench(
     """Measure latency, throughput and the share of this machine's peak, and compare them with PyTorch."""
     with reporting(as_json):
         from dinoexport import bench as stopwatch
-        from dinoexport.system import changes
 
-        with progress_lines() as progress, changes.reading(bundle):
+        with progress_lines() as progress:
             timed = stopwatch.bench(bundle, weights=weights, head_weights=head_weights, progress=progress)
         if as_json:
             say_json(timed.to_json())

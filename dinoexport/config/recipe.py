@@ -59,9 +59,10 @@ class WeightFile(Frozen):
 class Range(Frozen):
     """Smallest, most likely and largest value of a dynamic dimension."""
 
-    min: int = Field(ge=0)
-    opt: int = Field(ge=0)
-    max: int = Field(ge=1)
+    # TensorRT counts in 32 bits with a sign, and no runtime takes more.
+    min: int = Field(ge=0, le=2**31 - 1)
+    opt: int = Field(ge=0, le=2**31 - 1)
+    max: int = Field(ge=1, le=2**31 - 1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -176,6 +176,24 @@ def triton_tags() -> dict[str, str]:
     return parse(_Tags, read_toml(path), where=path.name).tags
 
 
+class Reads(Frozen):
+    """The newest ONNX that a runtime reads: operator set, and version of the file format."""
+
+    opset: int
+    ir: int
+
+
+class _Since(Frozen):
+    since: dict[str, Reads]
+
+
+def triton_reads(tag: str) -> Reads | None:
+    """What the ONNX Runtime inside the Triton image `tag` (a year and a month) reads; None before what is known."""
+    path = resources.folder("recipes/triton") / "onnxruntime.toml"
+    since = parse(_Since, read_toml(path), where=path.name).since
+    return since[max(known)] if (known := [first for first in since if first <= tag]) else None
+
+
 def _triton(modifier: str) -> Triton:
     """`triton:TAG` of a known tag, or `triton:TAG=VERSION`; the TensorRT here must be the image's."""
     kind, _, word = modifier.partition(":")

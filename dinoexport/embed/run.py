@@ -7,7 +7,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,7 +116,8 @@ def embed(
     if known:
         _refuse_others(known[0], wanted, shards, place, images, progress)
     if not known or extend:
-        _check(folder, manifest, progress)
+        with _checked(folder, progress):
+            pass  # before a long listing, not after
         made = plans.make(
             open_source(images),
             place,
@@ -137,7 +139,6 @@ def embed(
         finished = [(plan, shard) for plan, shard in mine if plan.part(shard) in present]
         tasks += [Task(plan=p, shard=s, again=True) for p, s in finished if _done(place, p, s).failed]
     if tasks:
-        _check(folder, manifest, progress)
         planned(known, layout)
         job = Job(
             bundle=str(folder.absolute()),
@@ -146,7 +147,8 @@ def embed(
             threads=layout.threads,
             decoders=layout.decoders,
         )
-        _do(job, tasks, layout, engine, watch)
+        with _checked(folder, progress):
+            _do(job, tasks, layout, engine, watch)
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
 
 
@@ -370,14 +372,17 @@ def _refuse_others(
     plans.refuse_others(plan, wanted, shards, place)
 
 
-def _check(folder: Path, manifest: Manifest, progress: Progress) -> None:
-    """Refuses a bundle that is damaged or did not pass its validation."""
+@contextmanager
+def _checked(folder: Path, progress: Progress) -> Iterator[None]:
+    """Refuses a bundle that is damaged or did not pass its validation, and keeps it from being changed meanwhile."""
+    manifest = bundle.read_manifest(folder)
     if manifest.verdict != "passed":
         raise ValidationFailed(
             f"{folder} is {manifest.verdict}; only bundles that passed are used to embed.",
             next_step="dinoexport build makes a validated bundle.",
         )
-    bundle.verify(folder, progress=progress)
+    with bundle.checked(folder, progress=progress):
+        yield
 
 
 def part_of(word: str) -> tuple[int, int]:

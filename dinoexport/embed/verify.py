@@ -62,7 +62,13 @@ def verify(folder: Path, images: str, out: str, *, seed: int | None = None, prog
     known = plans.read_all(place)
     if not known:
         raise UsageError(f"{out} holds no run.", next_step="dinoexport embed BUNDLE --images ... --out DIR makes one.")
-    bundle.verify(folder, progress=progress)
+    with bundle.checked(folder, progress=progress):
+        return _verified(folder, images, out, place, known, seed, progress)
+
+
+def _verified(
+    folder: Path, images: str, out: str, place: Place, known: Sequence[Plan], seed: int | None, progress: Progress
+) -> Verified:
     present = {name for name, _ in place.files()}
     parts = [(plan, s) for plan in known for s in range(plan.shards) if plan.part(s) in present]
     generator = random.Random(seed)  # noqa: S311 (a sample, no secret)

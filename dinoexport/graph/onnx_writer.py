@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from dinoexport.errors import BuildError, require
+from dinoexport.errors import BuildError, DinoexportError, require
 from dinoexport.family import Call, Piece
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
@@ -45,6 +45,8 @@ INLINE_BYTES = 256
 # One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
 WRITERS = 2
 IN_FLIGHT_BYTES = 64 * 2**20
+# What is appended to a graph later, a fitted head's operators, is of this one.
+_OPSET_MIN = 18
 # Packages that an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 # Modules whose import takes two seconds of the first trace.
@@ -79,16 +81,17 @@ def export(
     model = _assemble(graph, calls, traced, metadata)
     path = folder / f"{graph.name}.onnx"
     written = itertools.count(1)
-    ir.save(
-        model,
-        path,
-        external_data=f"{path.name}.data",
-        size_threshold_bytes=INLINE_BYTES,
-        # Tensors finish in any order.
-        callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
-        max_workers=WRITERS,
-        max_in_flight_bytes=IN_FLIGHT_BYTES,
-    )
+    with _of_a_weight():
+        ir.save(
+            model,
+            path,
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=INLINE_BYTES,
+            # Tensors finish in any order.
+            callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
+            max_workers=WRITERS,
+            max_in_flight_bytes=IN_FLIGHT_BYTES,
+        )
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -96,6 +99,22 @@ def export(
             f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
         ) from error
     return path, path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def _of_a_weight() -> Iterator[None]:
+    """Raises a weight's own error, which the serialiser wraps when it reads small weights."""
+    try:
+        yield
+    except DinoexportError:
+        raise
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, DinoexportError):
+            found = found.__cause__ or found.__context__
+        if found is None:
+            raise
+        raise found from None
 
 
 @contextmanager
@@ -233,17 +252,24 @@ def _assemble(
         outputs,
         nodes=nodes,
         initializers=[*constants.values(), *initializers],
-        opset_imports={"": opset},
+        opset_imports={"": (needed := _lowest_opset(nodes, opset))},
         name=graph.name,
     )
-    return ir.Model(ir_graph, ir_version=_ir_version(opset), producer_name="dinoexport", metadata_props=dict(metadata))
+    return ir.Model(ir_graph, ir_version=_ir_version(needed), producer_name="dinoexport", metadata_props=dict(metadata))
 
 
 def _ir_version(opset: int) -> int:
     """The file format version that belongs to an operator set, because older runtimes read no newer version."""
-    if opset >= 23:
-        return 11
-    return 10 if opset >= 21 else 9
+    since = {23: 11, 21: 10, 19: 9}
+    return next((version for first, version in since.items() if opset >= first), 8)
+
+
+def _lowest_opset(nodes: Sequence[ir.Node], traced: int) -> int:
+    """The lowest operator set in which every operator is defined as in the one that was traced to."""
+    import onnx
+
+    own = {node.op_type for node in nodes if node.domain in ("", "ai.onnx")}
+    return max(_OPSET_MIN, *(onnx.defs.get_schema(name, traced).since_version for name in own))
 
 
 def _value(tensor: Tensor) -> ir.Value:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Precision, Progress, Runtime, silent
-from dinoexport.system import files, hardware
+from dinoexport.system import changes, files, hardware
 from dinoexport.validation import evaluate, judge
 
 _BILL, _ENGINE = "sbom", "engine"
@@ -75,6 +76,7 @@ def compile_bundle(
     if TensorRT, the card or its memory is missing, EnginesRejected if the outputs are not PyTorch's.
     """
     manifest = bundle.verify(folder, progress=progress)
+    bundle.check_graphs(folder, manifest)
     _check_compilable(folder, manifest)
     if out is None and signer is None:
         refuse_signed(folder, str(folder))
@@ -82,7 +84,8 @@ def compile_bundle(
     preflight.compiler(request)
     if find_spec("onnx") is not None:
         _check_memory(folder, request)
-    with workspace(out or folder, force=force, progress=progress) as work:
+    with _held(folder, out), workspace(out or folder, force=force, progress=progress) as work:
+        seen = bundle.check_files(folder, manifest.files, progress=progress)
         kept = _kept(work, folder, manifest)
         graph_files = [file for name in _graph_stages(manifest) for file in kept[name].files]
         stage = engine_stage.compile_engines(work, request, folder, graph_files)
@@ -106,6 +109,7 @@ def compile_bundle(
                 "versions": manifest.versions | _versions(request.runtime),
             }
         )
+        bundle.check_same(folder, seen)  # what was compiled and judged is what was checked
         changed, notes = _publish(work, made, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=verdict, reused=stage.reused, notes=notes)
 
@@ -128,7 +132,7 @@ def merge(
     """
     manifests = [bundle.verify(folder, progress=progress) for folder in (first, second)]
     _check_mergeable((first, second), manifests)
-    with workspace(out, force=False, progress=progress) as work:
+    with _held(first, out), _held(second, out), workspace(out, force=False, progress=progress) as work:
         kept = _kept(work, first, manifests[0])
         kept.pop(_ENGINE, None)
         sources = list(zip((first, second), manifests, strict=True))
@@ -153,6 +157,13 @@ def merge(
         )
         changed, notes = _publish(work, {**kept, _ENGINE: stage}, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=evaluate.NO_ENGINE, reused=False, notes=notes)
+
+
+def _held(folder: Path, out: Path | None) -> AbstractContextManager[object]:
+    """Holds the bundle that is read against a build; where it is to change itself, its workspace does that."""
+    if out is None or out.resolve() == folder.resolve():
+        return nullcontext()
+    return changes.reading(folder)
 
 
 def _check_compilable(folder: Path, manifest: Manifest) -> None:

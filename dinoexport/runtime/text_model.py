@@ -14,6 +14,7 @@ from dinoexport.errors import UsageError
 from dinoexport.family import WeightLayout
 from dinoexport.runtime import cpu, decoding, runners
 from dinoexport.spec import Graph, Way
+from dinoexport.system import changes
 from dinoexport.text import tokenizer
 from dinoexport.text.decoder import LOGITS, SteppedDecoder
 from dinoexport.text.requests import TextModel
@@ -30,7 +31,11 @@ def tokenizer_file(manifest: Manifest) -> str | None:
 
 def open_bundle(folder: Path) -> TextModel:
     """The bundle in `folder`, run as it was validated. Raises UsageError for one that does not generate text."""
-    manifest = bundle.read_manifest(folder)
+    with changes.reading(folder):
+        return _opened(folder, bundle.read_manifest(folder))
+
+
+def _opened(folder: Path, manifest: Manifest) -> TextModel:
     name = tokenizer_file(manifest)
     if name is None:
         raise UsageError(
@@ -39,8 +44,9 @@ def open_bundle(folder: Path) -> TextModel:
         )
     (facts,) = manifest.graphs
     wanted = [file for file in manifest.files if file.name in (name, facts.file, f"{facts.file}.data")]
-    bundle.check_files(folder, wanted)
-    return open_served(
+    seen = bundle.check_files(folder, wanted)
+    bundle.check_graphs(folder, manifest)
+    opened = open_served(
         folder / facts.file,
         folder / name,
         graph=facts.graph(),
@@ -48,6 +54,8 @@ def open_bundle(folder: Path) -> TextModel:
         recipe=manifest.recipe,
         way=runners.built_way(manifest),
     )
+    bundle.check_same(folder, seen)
+    return opened
 
 
 def open_served(

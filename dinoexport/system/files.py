@@ -27,9 +27,14 @@ def sha256(path: Path, *, links: bool = True, progress: Progress = silent) -> st
     """The SHA-256 in hex of a regular file, read in pieces; raises `untrusted.Unreadable` for anything else."""
     with untrusted.opened(path, links=links) as file:
         try:
-            return _hashed(file, None, f"hashing {path.name}", progress)
+            return sha256_of(file, doing=f"hashing {path.name}", progress=progress)
         except OSError as error:
             raise untrusted.Unreadable(path, error.strerror or str(error)) from None
+
+
+def sha256_of(file: BinaryIO, *, doing: str, progress: Progress = silent) -> str:
+    """The same of what is left of an open file."""
+    return _hashed(file, None, doing, progress)
 
 
 def _hashed(file: BinaryIO, copy_to: BinaryIO | None, doing: str, progress: Progress) -> str:

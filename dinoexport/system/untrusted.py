@@ -40,6 +40,17 @@ def opened(path: Path, *, max_bytes: int | None = None, links: bool = True) -> I
         yield file
 
 
+# (device, inode, size, times of the last change of content and of the inode in ns): of a file that was changed, or
+# exchanged for another one and back, it is another.
+Identity = tuple[int, int, int, int, int]
+
+
+def identity(file: BinaryIO) -> Identity:
+    """Which file an open one is, and as which it was last written, renamed or linked."""
+    found = os.fstat(file.fileno())
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 def read_bytes(path: Path, *, max_bytes: int, links: bool = True) -> bytes:
     """The content of the regular file at `path`; raises Unreadable for anything else, or for more than `max_bytes`."""
     pieces, left = [], max_bytes + 1  # a file in /proc reports 0 bytes

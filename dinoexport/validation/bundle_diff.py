@@ -44,7 +44,12 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
 
     Raises UsageError when the two take different inputs, or the first has no reference to take inputs from.
     """
-    a, b = (_opened(folder, progress) for folder in (first, second))
+    with bundle.checked(first, progress=progress) as one, bundle.checked(second, progress=progress) as other:
+        return _compared(_opened(first, one), _opened(second, other), progress)
+
+
+def _compared(a: _Side, b: _Side, progress: Progress) -> dict[str, Rows]:
+    first, second = a.folder, b.folder
     if a.manifest.family != b.manifest.family or a.inputs != b.inputs:
         raise UsageError(
             f"{first} and {second} do not take the same inputs, so they cannot be compared.",
@@ -66,9 +71,7 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
     }
 
 
-def _opened(folder: Path, progress: Progress) -> _Side:
-    manifest = bundle.verify(folder, progress=progress)
-    bundle.check_graphs(folder, manifest)
+def _opened(folder: Path, manifest: Manifest) -> _Side:
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {folder / bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}

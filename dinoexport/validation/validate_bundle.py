@@ -20,7 +20,6 @@ from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import cpu, runners
 from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, silent
-from dinoexport.system import changes
 from dinoexport.validation import evaluate, judge, user_files
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.evaluate import Judge
@@ -76,11 +75,8 @@ def validate(
     Raises ValidationFailed for a damaged bundle, MissingRequirement for a `runtime` that cannot run here; a failed
     verdict is in the result.
     """
-    with changes.reading(folder, progress=progress):
-        before = signed or bundle.read_manifest(folder)
-        trusted = trust_plan or signed is not None
-        bundle.check_files(folder, before.files, progress=progress)
-        bundle.check_graphs(folder, before)
+    trusted = trust_plan or signed is not None
+    with bundle.checked(folder, signed=signed, progress=progress) as before:
         validated = _judged(
             folder, before, images, (weights, head_weights), runtime, trusted, judge_code, explained, progress
         )

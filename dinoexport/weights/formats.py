@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
+from dinoexport.system import untrusted
+from dinoexport.system.untrusted import Unreadable
 from dinoexport.weights import gguf_file, pickle_check, shards, unusable
 from dinoexport.weights.shards import SplitAxis
 
@@ -112,8 +114,11 @@ def local(path: Path) -> tuple[Path, ...]:
 
 
 def _open(path: Path) -> tuple[Shapes, Read]:
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
+    try:
+        with untrusted.opened(path) as file:
+            start = file.read(len(_ZIP_START))
+    except Unreadable as error:
+        raise WeightsError(error.message, next_step=error.next_step) from None
     if len(start) < len(_ZIP_START):
         raise WeightsError(f"{path} is truncated: it has {len(start)} bytes.", next_step="Get the file again.")
     if start == gguf_file.START:

@@ -2,17 +2,91 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dinoexport.errors import WeightsError, require
+from dinoexport.errors import DinoexportError, WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 from dinoexport.system import untrusted
 
 START = b"GGUF"
+# Bytes of each type of value that has a fixed size, by its number; a string and an array begin with their lengths.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_ENTRIES_MAX, _DIMS_MAX, _ARRAYS_DEEP_MAX = 100_000, 8, 2
 # Types that are widened without further loss; other types would need their own kernel to compare with.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+
+class _Header:
+    """Reads the header of an open file and believes no count or length that the file could not hold.
+
+    Counts, lengths and types are as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has them. The package's
+    own reader follows whatever they say, without an end.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        raw: Any = file  # an unbuffered file is a raw stream
+        self._source, self._left = io.BufferedReader(raw), os.fstat(file.fileno()).st_size
+
+    def check(self) -> None:
+        """Raises ValueError for a header that claims more than the file holds."""
+        self._take(8)  # the mark and the version
+        tensors, keys = self._number("<Q"), self._number("<Q")
+        if max(tensors, keys) > _ENTRIES_MAX:
+            raise ValueError(f"it has {tensors} tensors and {keys} keys")
+        for _ in range(keys):
+            self._take(self._number("<Q"))
+            self._skip_value(self._number("<I"), 0)
+        for _ in range(tensors):
+            self._take(self._number("<Q"))
+            if (dims := self._number("<I")) > _DIMS_MAX:
+                raise ValueError(f"a tensor has {dims} dimensions")
+            self._take(8 * dims + 12)
+
+    def _skip_value(self, kind: int, depth: int) -> None:
+        if kind in _SIZES:
+            self._take(_SIZES[kind])
+        elif kind == _STRING:
+            self._take(self._number("<Q"))
+        elif kind == _ARRAY and depth < _ARRAYS_DEEP_MAX:
+            inner, count = self._number("<I"), self._number("<Q")
+            if count > self._left:
+                raise ValueError(f"an array has {count} entries")
+            if inner in _SIZES:
+                self._take(_SIZES[inner] * count)
+                return
+            for _ in range(count):
+                self._skip_value(inner, depth + 1)
+        else:
+            raise ValueError(f"a value is of type {kind}")
+
+    def _number(self, form: str) -> int:
+        (found,) = struct.unpack(form, self._take(struct.calcsize(form)))
+        return int(found)
+
+    def _take(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0 or len(piece := self._source.read(size)) != size:
+            raise ValueError("it ends early")
+        return piece
+
+
+def reader(path: Path) -> Any:
+    """The package's reader of the file at `path`, whose header was found to be one that ends.
+
+    Raises whatever the package or the check meets in a damaged file, and `untrusted.Unreadable`.
+    """
+    require("export", "gguf")
+    import gguf
+
+    with untrusted.opened(path) as file:
+        _Header(file).check()
+    return gguf.GGUFReader(path, "r")
 
 
 def is_gguf(path: Path) -> bool:
@@ -25,13 +99,10 @@ def is_gguf(path: Path) -> bool:
 
 def metadata(path: Path) -> dict[str, Any]:
     """The file's metadata by key, as plain values. Raises WeightsError for a damaged file."""
-    require("export", "gguf")
-    from gguf import GGUFReader
-
-    with untrusted.opened(path):
-        pass  # a regular file; the reader maps it
     try:
-        return {str(name): field.contents() for name, field in GGUFReader(path).fields.items()}
+        return {str(name): field.contents() for name, field in reader(path).fields.items()}
+    except DinoexportError:
+        raise
     except Exception as error:  # whatever its parser meets in a damaged file
         raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
 
@@ -45,7 +116,7 @@ def open_gguf(path: Path) -> tuple[Shapes, Read]:
     import gguf
 
     try:
-        tensors: dict[str, Any] = {str(tensor.name): tensor for tensor in gguf.GGUFReader(path, "r").tensors}
+        tensors: dict[str, Any] = {str(tensor.name): tensor for tensor in reader(path).tensors}
         shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
         raise WeightsError(

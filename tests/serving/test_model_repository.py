@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,8 +309,11 @@ VERBS = {
         (("first", "with another front end", "rollback"), "with another front end"),
     ],
 )  # fmt: skip
-def test_killed_at_every_file_operation(built: Path, tmp_path: Path, before: tuple[str, ...], verb: str) -> None:
+def test_killed_at_every_file_operation(
+    built: Path, tmp_path: Path, before: tuple[str, ...], verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same verb again gives what an undisturbed run gives; no server ever sees two releases."""
+    monkeypatch.setattr(served_models, "_measured", lambda *_: batching.unmeasured((), "", 4))  # opens no runtime
     start, undisturbed, models = tmp_path / "start", tmp_path / "undisturbed", tmp_path / "place" / "models"
     start.mkdir()
     for step in before:
@@ -458,7 +462,7 @@ def test_a_hostile_repository_is_refused_or_harmless(built: Path, tmp_path: Path
 
 
 def test_what_was_checked_is_what_is_deployed(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights are swapped after they were hashed and before they are copied."""
+    """The weights are swapped after they were hashed; or before, and then nothing is deployed."""
     other = tmp_path / "bundle"
     shutil.copytree(built, other)
     real = served_models.of_bundle
@@ -469,10 +473,27 @@ def test_what_was_checked_is_what_is_deployed(built: Path, tmp_path: Path, monke
         data.write_bytes(bytes(data.stat().st_size))
         return found
 
-    monkeypatch.setattr(served_models, "of_bundle", swapped)
+    with monkeypatch.context() as patch:
+        patch.setattr(served_models, "of_bundle", swapped)
+        model_repository.deploy(other, tmp_path / "models", name="tiny")
+    deployed = tmp_path / "models/tiny/1/model.onnx/model.onnx.data"
+    assert deployed.read_bytes() == (built / "model.onnx.data").read_bytes() != (other / "model.onnx.data").read_bytes()
     with pytest.raises(ValidationFailed, match=r"model\.onnx\.data does not have the SHA-256"):
-        model_repository.deploy(other, tmp_path / "models")
-    assert list((tmp_path / "models").iterdir()) == [] if (tmp_path / "models").exists() else True
+        model_repository.deploy(other, tmp_path / "others")
+    assert not (tmp_path / "others").exists() or list((tmp_path / "others").iterdir()) == []
+
+
+def test_a_deploy_reads_each_byte_once(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: Counter[str] = Counter()
+    real = files._hashed
+
+    def counted(file: Any, copy_to: Any, doing: str, progress: Any) -> str:
+        hashed[doing.rsplit(maxsplit=1)[-1]] += 1
+        return real(file, copy_to, doing, progress)
+
+    monkeypatch.setattr(files, "_hashed", counted)
+    model_repository.deploy(built, tmp_path / "models")
+    assert hashed == dict.fromkeys((file.name for file in bundle.read_manifest(built).files), 1)
 
 
 def test_what_is_deployed_is_a_file_of_its_own(built: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from dinoexport.models.dinov2.config import PATCH, Architecture
 from dinoexport.spec import Array, Case, Progress, Workload
 
 _BATCH = 8
+# Of noise, which is made in float64: eight images of 4096 by 4096 take 3 GB.
+_NUMBERS_MAX = 1 << 29
 Pixels = Annotated[int, Field(ge=1)]
 
 
@@ -46,7 +48,13 @@ class ImageInput:
 
     def noise(self, batch: int, height: int, width: int, seed: int) -> dict[str, Array]:
         """Noise as the input."""
-        size = (batch, height, width, seed, self.arch.in_chans)
+        channels = self.arch.in_chans
+        if batch * height * width * channels > _NUMBERS_MAX:
+            raise UsageError(
+                f"{batch} images of {height}x{width} in {channels} channels are more than memory is taken for.",
+                next_step="Give fewer or smaller ones in the case, or a smaller least size in the profile.",
+            )
+        size = (batch, height, width, seed, channels)
         return {"images": synthetic.images(*size)} if self.as_bytes else {"pixels": synthetic.pixels(*size)}
 
 

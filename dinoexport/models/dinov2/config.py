@@ -54,7 +54,10 @@ class Architecture(Frozen):
     qkv_bias: bool = Field(default=True, description="Whether q, k and v have biases. Read off the checkpoint.")
     layer_scale: bool = Field(default=True, description="Whether blocks have LayerScale. Read off the checkpoint.")
     mlp_hidden: int | None = Field(
-        default=None, gt=0, description="Width of the feed-forward. Read off the checkpoint. Default: upstream's rule."
+        default=None,
+        gt=0,
+        le=65536,
+        description="Width of the feed-forward. Read off the checkpoint. Default: upstream's rule.",
     )
     activation: Activation = Field(default="gelu", description="Activation of the feed-forward `mlp`.")
 

@@ -125,6 +125,7 @@ class LlamaModel:
             min=1,
             opt=length.opt + past.opt,
             max=min(length.max + past.max, self.arch.context),
+            sum_of=("past", "length"),
         )
         body = _DTYPES[self._body]
         heads, size = self.arch.kv_heads, self.arch.head_dim
@@ -353,6 +354,12 @@ class LlamaModel:
             return Weight(shape=shape, read=values)
         zero_points = bits == 4 and self.choices.zero_points
         return Weight(shape=shape, read=values, bits=bits, block=self.choices.block, zero_points=zero_points)
+
+    def engine_form(self) -> Mapping[str, Any]:
+        """Weights of few bits are multiplied in fp16 there, and have no zero points: TensorRT takes none."""
+        if self.precision not in _BITS:
+            return self.recipe.graph
+        return self.choices.changed(body="fp16", zero_points=False).model_dump(mode="json")
 
     @property
     def stored_bytes(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -20,8 +20,12 @@ from dinoexport.errors import UsageError
 from dinoexport.models.llama import synthetic
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array, Arrays, Case, Workload
+from dinoexport.system import untrusted
+from dinoexport.system.untrusted import Unreadable
 
 SEED = 7
+# The longest context of any recipe, and more sequences than a case compares; a file of cases is data from outside.
+_TOKENS_MAX, _ROWS_MAX, _FILE_MAX_BYTES = 1 << 20, 256, 1 << 24
 
 
 class CaseTable(Frozen):
@@ -29,14 +33,18 @@ class CaseTable(Frozen):
 
     name: str
     why: str
-    prompts: tuple[int, ...] = Field(default=(), description="Lengths of prompts with random token ids, all different.")
+    prompts: tuple[Annotated[int, Field(ge=0, le=_TOKENS_MAX)], ...] = Field(
+        default=(), max_length=_ROWS_MAX, description="Lengths of prompts with random token ids, all different."
+    )
     tokens: tuple[tuple[int, ...], ...] = Field(default=(), description="The token ids of the prompts.")
     file: str = Field(default="", description="A JSON file of such lists beside the validation.")
-    keep: int = Field(default=1, ge=1, description="The number of last positions whose logits are compared.")
-    chunk: int = Field(default=0, ge=0, description="Tokens per call; 0 reads the prompt at once.")
-    steps: int = Field(default=0, ge=0, description="Tokens chosen greedily after the prompt.")
+    keep: int = Field(default=1, ge=1, le=_TOKENS_MAX, description="Last positions whose logits are compared.")
+    chunk: int = Field(default=0, ge=0, le=_TOKENS_MAX, description="Tokens per call; 0 reads the prompt at once.")
+    steps: int = Field(default=0, ge=0, le=_TOKENS_MAX, description="Tokens chosen greedily after the prompt.")
     first_position: int = Field(
         default=0,
+        ge=-(1 << 40),
+        le=1 << 40,
         description="The position of the first token, without what is before; below 0 it is counted back from the "
         "context's end.",
     )
@@ -85,10 +93,12 @@ def _from_file(wanted: CaseTable, folder: Path) -> list[list[int]]:
         return []
     path = folder / Path(wanted.file).name
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(i, int) for row in rows for i in row):
+        rows = json.loads(untrusted.read_bytes(path, max_bytes=_FILE_MAX_BYTES))
+        if not all(isinstance(i, int) and 0 <= i < 1 << 31 for row in rows for i in row):
             raise TypeError("not lists of whole numbers")
-    except (OSError, ValueError, TypeError) as error:
+    except Unreadable as error:
+        raise UsageError(f"case {wanted.name}: {error.message}", next_step=error.next_step) from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"case {wanted.name}: {path} cannot be read ({error}).", next_step="Give a JSON list of lists of token ids."
         ) from None

@@ -17,15 +17,19 @@ PRODUCTS = ("q", "k", "v", "out", "gate", "up", "down", "output")
 class Architecture(Frozen):
     """The `[model]` table."""
 
-    dim: int = Field(gt=0, description="Width D of the residual stream.")
-    layers: int = Field(gt=0, description="Number of blocks.")
-    heads: int = Field(gt=0, description="Query heads; they divide dim.")
-    kv_heads: int = Field(gt=0, description="Key-value heads G; each serves heads / kv_heads neighbouring query heads.")
-    hidden_dim: int = Field(gt=0, description="Width of the gated feed-forward.")
-    vocabulary: int = Field(gt=1, description="Rows V of the embedding table.")
+    # A build takes memory by these before it reads a weight. The largest published Llama, of 405 billion weights, is
+    # 16384 wide and 126 deep, with 128 heads, 53248 hidden and 128256 words, for 131072 tokens: each may be twice that.
+    dim: int = Field(gt=0, le=32768, description="Width D of the residual stream.")
+    layers: int = Field(gt=0, le=256, description="Number of blocks.")
+    heads: int = Field(gt=0, le=512, description="Query heads; they divide dim.")
+    kv_heads: int = Field(
+        gt=0, le=512, description="Key-value heads G; each serves heads / kv_heads neighbouring query heads."
+    )
+    hidden_dim: int = Field(gt=0, le=131072, description="Width of the gated feed-forward.")
+    vocabulary: int = Field(gt=1, le=1_048_576, description="Rows V of the embedding table.")
     norm_eps: float = Field(gt=0, lt=1, description="Epsilon of the RMS norms.")
     rope_theta: float = Field(gt=1, description="Base of the rotary frequencies.")
-    context: int = Field(gt=1, description="The largest number of tokens of a sequence, prompt and answer together.")
+    context: int = Field(gt=1, le=16_777_216, description="The most tokens of a sequence, prompt and answer together.")
     published_contexts: tuple[int, ...] = Field(
         default=(),
         description="Other values for the context in the authors' own files, such as the one used in training.",
@@ -97,7 +101,7 @@ class GraphChoices(Frozen):
         default="fp32",
         description="The arithmetic of a graph with int8 or int4 weights: fp32 for CPUs, fp16 for GPUs.",
     )
-    block: int = Field(default=32, ge=16, description="Rows of a weight in int8 or int4 that share a scale.")
+    block: int = Field(default=32, ge=16, le=65536, description="Rows of a weight in int8 or int4 that share a scale.")
     zero_points: bool = Field(
         default=True,
         description="Whether blocks in int4 have zero points: more accurate, but TensorRT does not support them.",

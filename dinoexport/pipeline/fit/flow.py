@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport import bundle, family
-from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, reference_file, sbom
+from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, archive, reference_file, sbom
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Limit, Recipe, parse
 from dinoexport.errors import UsageError, ValidationFailed, require
@@ -72,7 +72,23 @@ def fit(
     those computed from PyTorch's tokens.
     """
     require("export", *PACKAGES)
-    manifest = bundle.verify(folder, progress=progress)
+    target = out or folder.with_name(f"{folder.name}-{kind}")
+    if target.resolve() == folder.resolve():
+        raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
+    with bundle.checked(folder, progress=progress) as manifest:
+        return _fitted(folder, manifest, images, kind, balanced, target, force, progress)
+
+
+def _fitted(
+    folder: Path,
+    manifest: Manifest,
+    images: Path,
+    kind: HeadKind,
+    balanced: bool,
+    target: Path,
+    force: bool,
+    progress: Progress,
+) -> FittedBundle:
     recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
     model = family.find(manifest.family).model(recipe)
     _refuse(folder, manifest, model, kind)
@@ -103,7 +119,6 @@ def fit(
     )
     head = {"kind": model.fitted_head(kind), "classes": list(found.classes), **fitted.table}
     changed = recipe.changed(head=head)
-    target = out or folder.with_name(f"{folder.name}-{kind}")
     return _publish(folder, target, manifest, changed, found, fitted, held, reads, kind, force, progress)
 
 
@@ -139,8 +154,7 @@ def _features(
             continue
         path = place / f"{example.digest}.npz"
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                found[example.digest] = {name: stored[name] for name in stored.files}
+            found[example.digest] = archive.read(path)
             continue
         except Exception:  # absent, or damaged in any way: it is computed again
             found[example.digest] = _of_image(candidate(example.inputs))

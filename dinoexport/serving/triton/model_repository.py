@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,8 @@ from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
-from dinoexport.serving.triton import releases, served_models, text_models
+from dinoexport.serving.triton import model_files, releases, served_models, text_models
+from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
@@ -34,7 +36,6 @@ from dinoexport.system import changes, files, untrusted
 from dinoexport.system.changes import Change, Step
 from dinoexport.system.untrusted import Unreadable
 
-CONFIG = "config.pbtxt"
 # Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
 # work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
 # 2.51, which is 24.10: two clients waited 649 ms at most with limits and 124 ms without.
@@ -94,8 +95,6 @@ def deploy(
                 f"{folder} is {manifest.verdict}; only bundles that passed are deployed.",
                 next_step="dinoexport build makes a validated bundle.",
             )
-        bundle.check_files(folder, manifest.files, progress=progress)
-        bundle.check_graphs(folder, manifest)
         name = _checked_name(name or manifest.variant)
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
             raise UsageError(f"{triton!r} is not a tag of a Triton image.", next_step="Write it as --triton 26.08.")
@@ -106,14 +105,14 @@ def deploy(
         backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
         _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
         ends = model.front_ends(samples, progress=progress)
-        hashes = {file.name: file.sha256 for file in manifest.files}
         with (
             files.disk_errors(repository),
             changes.changing(repository, doing=f"deploying to {repository}", progress=progress) as change,
         ):
-            # Read from a copy that was hashed, so that the checked bytes are used.
-            _copy(folder / bundle.REFERENCE, change.new / bundle.REFERENCE, hashes, progress)
-            reference = reference_file.read(change.new / bundle.REFERENCE)
+            wanted = model_files.wanted(manifest, backend, tokenizer)
+            copied = model_files.copied(folder, change.new, manifest, wanted, progress=progress)
+            model_files.check_readable(copied, manifest, triton if backend == "onnxruntime" else None)
+            reference = reference_file.read(copied / bundle.REFERENCE)
             known = read_releases(change.place, name)
             standing = deployed_as(change.place, name)
             version = known.next_version([v for path in standing for v in _versions(path)])
@@ -122,7 +121,7 @@ def deploy(
                 served = (text_models.of_bundle(manifest, tokenizer, name=name, version=version),)
             else:
                 served = served_models.of_bundle(
-                    folder,
+                    copied,
                     manifest,
                     reference,
                     name=name,
@@ -134,8 +133,9 @@ def deploy(
                 )
             models = tuple(each.name for each in served)
             _refuse_strangers(change.place, models, standing, known)
+            uses = Counter(source for each in served for source in each.files.values())
             for each in served:
-                _write(folder, change.new / each.name, each, version, hashes, progress)
+                model_files.write(copied, change.new / each.name, each, version, uses)
             release = Release(
                 version=version,
                 models=models,
@@ -406,32 +406,3 @@ def _versions(folder: Path) -> list[int]:
 def _served_version(folder: Path) -> int | None:
     found = _VERSIONS.search(_config(folder) or "")
     return int(found[1]) if found else None
-
-
-def _write(
-    bundle_folder: Path, folder: Path, model: TritonModel, version: int, sha256: Mapping[str, str], progress: Progress
-) -> None:
-    """A model's folder as if it were the first of its name."""
-    place = folder / str(version)
-    place.mkdir(parents=True)
-    for destination, source in model.files.items():
-        (place / destination).parent.mkdir(exist_ok=True)
-        _copy(bundle_folder / source, place / destination, sha256, progress)
-    if model.code:
-        (place / "model.py").write_text(model.code, encoding="utf-8")
-    if model.warmup:
-        (folder / "warmup").mkdir()
-    for file, array in model.warmup.items():
-        (folder / "warmup" / file).write_bytes(array.tobytes())
-    for config in (place / CONFIG, folder / CONFIG):
-        config.write_text(model.config, encoding="utf-8")
-
-
-def _copy(source: Path, destination: Path, sha256: Mapping[str, str], progress: Progress) -> None:
-    """A copy whose bytes are the manifest's; raises ValidationFailed if they are not, even if they were before."""
-    try:
-        files.copy(source, destination, sha256=sha256[source.name], progress=progress)
-    except Unreadable as error:
-        raise bundle.unreadable(source.parent, source.name, error) from None
-    except ValueError as error:
-        raise bundle.damaged(str(error)) from None

@@ -26,7 +26,8 @@ from typing import Any
 from dinoexport import bundle
 from dinoexport.errors import BuildError
 from dinoexport.serving.triton import model_repository, releases, served_models
-from dinoexport.serving.triton.model_repository import CONFIG, Deployed
+from dinoexport.serving.triton.model_files import CONFIG
+from dinoexport.serving.triton.model_repository import Deployed
 from dinoexport.serving.triton.releases import Releases
 from dinoexport.spec import Progress, silent
 from dinoexport.system import changes

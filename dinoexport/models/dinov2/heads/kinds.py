@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -96,6 +96,11 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+# The largest published depth head is 384 wide and reads maps of 1536 channels; a build takes memory by these.
+_WIDTH_MAX = 8192
+Width = Annotated[int, Field(gt=0, le=_WIDTH_MAX)]
+
+
 class HeadTable(Frozen):
     """The `[head]` table."""
 
@@ -104,15 +109,19 @@ class HeadTable(Frozen):
         default=None, description="Least and greatest depth in metres; no file holds it. Default: the dataset's."
     )
     tokens: bool = Field(default=False, description="Whether the backbone's tokens stay outputs too.")
-    features: int | None = Field(default=None, gt=0, description="depth_anything: width of the fusion blocks.")
-    channels: tuple[int, int, int, int] | None = Field(
+    features: int | None = Field(
+        default=None, gt=0, le=_WIDTH_MAX, description="depth_anything: width of the fusion blocks."
+    )
+    channels: tuple[Width, Width, Width, Width] | None = Field(
         default=None, description="depth_anything: widths of the four reassembled maps."
     )
     max_depth: float | None = Field(
         default=None, gt=0, description="depth_anything: greatest depth of a metric model, metres. None: relative."
     )
     classes: tuple[str, ...] = Field(default=(), description="A fitted head's class names, in the outputs' order.")
-    bank: int | None = Field(default=None, gt=0, description="knn: how many feature vectors the graph holds.")
+    bank: int | None = Field(
+        default=None, gt=0, le=10_000_000, description="knn: how many feature vectors the graph holds."
+    )
     neighbours: int | None = Field(default=None, gt=0, description="knn: how many nearest images vote.")
     temperature: float | None = Field(default=None, gt=0, description="knn: softmax over cosines is divided by it.")
 
