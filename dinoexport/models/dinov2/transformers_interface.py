@@ -78,12 +78,11 @@ class TransformersModel(Dinov2Model):
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """The family's own pieces, with a head that keeps the tokens in one tensor."""
-        from dinoexport.models.dinov2.graph import WholeHead
-
         *body, head = super().calls(graph, read)
         piece = Piece(
             name=f"whole {head.piece.name}",
-            module=WholeHead(self.arch),
+            code="dinoexport.models.dinov2.graph:WholeHead",
+            arguments={"dim": self.arch.embed_dim, "epsilon": self.arch.layer_norm_eps},
             example_inputs=head.piece.example_inputs,
             dynamic=head.piece.dynamic,
             least_sizes=head.piece.least_sizes,

@@ -16,7 +16,7 @@ import numpy as np
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
-from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.llama import cases, described, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 # RMSNormalization, RotaryEmbedding and Attention are operators since this opset.
 _OPSET = 23
+_TRACED = "dinoexport.models.llama.graph"
 _DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 # Precision -> bits of the stored weights of products.
 _BITS = {Precision.INT8: 8, Precision.INT4: 4}
@@ -229,40 +230,52 @@ class LlamaModel:
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Stem, each block, head."""
-        import torch
-
-        from dinoexport.models.llama.graph import Block, Head, Stem
-
-        body = _dtype(self._body)
-        residual = body if self.choices.residual == "fp16" else torch.float32
+        arch, body = self.arch, _DTYPES[self._body]
+        residual = body if self.choices.residual == "fp16" else "float32"
         form = f"{body} with residual {residual}"
         batch, past, length = 2, 5, 3
         total = past + length
-        pairs = (batch, length, self.arch.head_dim // 2)
-        cache = torch.zeros(batch, self.arch.kv_heads, past, self.arch.head_dim, dtype=body)
-        stream = torch.zeros(batch, length, self.arch.dim, dtype=residual)
+        pairs = Example(dtype="float32", shape=(batch, length, arch.head_dim // 2))
+        cache = Example(dtype=body, shape=(batch, arch.kv_heads, past, arch.head_dim))
+        stream = Example(dtype=residual, shape=(batch, length, arch.dim))
         by_token = {0: "batch", 1: "length"}
         stem = Piece(
             name=f"stem, {form}",
-            module=Stem(self.arch, body=body, residual=residual),
+            code=f"{_TRACED}:Stem",
+            arguments={
+                "vocabulary": arch.vocabulary,
+                "dim": arch.dim,
+                "head_dim": arch.head_dim,
+                "rope_theta": arch.rope_theta,
+                "body": body,
+                "residual": residual,
+            },
             example_inputs={
-                INPUT_IDS: torch.zeros(batch, length, dtype=torch.int64),
-                ATTENTION_MASK: torch.ones(batch, total, dtype=torch.int64),
-                FIRST_POSITION: torch.zeros(1, dtype=torch.int64),
+                INPUT_IDS: Example(dtype="int64", shape=(batch, length)),
+                ATTENTION_MASK: Example(dtype="int64", shape=(batch, total)),
+                FIRST_POSITION: Example(dtype="int64", shape=(1,)),
             },
             dynamic={INPUT_IDS: by_token, ATTENTION_MASK: {0: "batch", 1: "total"}},
             opset=_OPSET,
         )
         block = Piece(
             name=f"block, {form}",
-            module=Block(self.arch, body=body),
+            code=f"{_TRACED}:Block",
+            arguments={
+                "dim": arch.dim,
+                "kv_dim": arch.kv_dim,
+                "head_dim": arch.head_dim,
+                "hidden_dim": arch.hidden_dim,
+                "norm_eps": arch.norm_eps,
+                "body": body,
+            },
             example_inputs={
                 "stream": stream,
-                "cosines": torch.zeros(pairs),
-                "sines": torch.zeros(pairs),
-                "mask": torch.ones(batch, 1, length, total, dtype=torch.bool),
+                "cosines": pairs,
+                "sines": pairs,
+                "mask": Example(dtype="bool", shape=(batch, 1, length, total)),
                 "past_key": cache,
-                "past_value": cache.clone(),
+                "past_value": cache,
             },
             dynamic={
                 "stream": by_token,
@@ -276,8 +289,14 @@ class LlamaModel:
         )
         head = Piece(
             name=f"head, {form}",
-            module=Head(self.arch, body=body),
-            example_inputs={"stream": stream, LOGITS_TO_KEEP: torch.zeros(1, dtype=torch.int64)},
+            code=f"{_TRACED}:Head",
+            arguments={
+                "dim": arch.dim,
+                "vocabulary": arch.vocabulary,
+                "norm_eps": arch.norm_eps,
+                "body": body,
+            },
+            example_inputs={"stream": stream, LOGITS_TO_KEEP: Example(dtype="int64", shape=(1,))},
             dynamic={"stream": by_token},
             opset=_OPSET,
         )

@@ -12,11 +12,16 @@ size, V vocabulary, I and O in and out. The plain formulation, which this one is
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoexport.models.llama.config import Architecture
+
+def _dtype_of(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -29,12 +34,14 @@ class Stem(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
+    def __init__(
+        self, *, vocabulary: int, dim: int, head_dim: int, rope_theta: float, body: str, residual: str
+    ) -> None:
         super().__init__()
-        self.residual = residual
-        self.table_VD = _parameter(arch.vocabulary, arch.dim, dtype=body)
-        exponents = torch.arange(0, arch.head_dim, 2).float() / arch.head_dim
-        self.register_buffer("frequencies", 1.0 / arch.rope_theta**exponents)
+        self.residual = _dtype_of(residual)
+        self.table_VD = _parameter(vocabulary, dim, dtype=_dtype_of(body))
+        exponents = torch.arange(0, head_dim, 2).float() / head_dim
+        self.register_buffer("frequencies", 1.0 / rope_theta**exponents)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor
@@ -66,18 +73,16 @@ class Block(nn.Module):
     Norms and the rotation are computed in float32 whatever the body's precision.
     """
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+    def __init__(self, *, dim: int, kv_dim: int, head_dim: int, hidden_dim: int, norm_eps: float, body: str) -> None:
         super().__init__()
-        self.dim, self.eps, self.body, self.head_dim = arch.dim, arch.norm_eps, body, arch.head_dim
-        self.attention_norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.q_IO = _parameter(arch.dim, arch.dim, dtype=body)
-        self.k_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
-        self.v_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
-        self.out_IO = _parameter(arch.dim, arch.dim, dtype=body)
-        self.ffn_norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.gate_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
-        self.up_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
-        self.down_IO = _parameter(arch.hidden_dim, arch.dim, dtype=body)
+        self.dim, self.eps, self.body, self.head_dim = dim, norm_eps, _dtype_of(body), head_dim
+        of_body = partial(_parameter, dtype=self.body)
+        self.attention_norm_D = _parameter(dim, dtype=torch.float32)
+        self.q_IO, self.k_IO, self.v_IO = of_body(dim, dim), of_body(dim, kv_dim), of_body(dim, kv_dim)
+        self.out_IO = of_body(dim, dim)
+        self.ffn_norm_D = _parameter(dim, dtype=torch.float32)
+        self.gate_IO, self.up_IO = of_body(dim, hidden_dim), of_body(dim, hidden_dim)
+        self.down_IO = of_body(hidden_dim, dim)
 
     def forward(
         self, stream: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
@@ -110,11 +115,11 @@ class Block(nn.Module):
 class Head(nn.Module):
     """The stream (B, T, D) through the last norm to logits of its last tokens, float32. logits_to_keep: 0 for all."""
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+    def __init__(self, *, dim: int, vocabulary: int, norm_eps: float, body: str) -> None:
         super().__init__()
-        self.dim, self.eps, self.body = arch.dim, arch.norm_eps, body
-        self.norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.output_IO = _parameter(arch.dim, arch.vocabulary, dtype=body)
+        self.dim, self.eps, self.body = dim, norm_eps, _dtype_of(body)
+        self.norm_D = _parameter(dim, dtype=torch.float32)
+        self.output_IO = _parameter(dim, vocabulary, dtype=self.body)
 
     def forward(self, stream: Tensor, logits_to_keep: Tensor) -> Tensor:
         """Logits (B, kept, V)."""

@@ -17,6 +17,7 @@ from dinoexport import family
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.runtime import check_inputs, cpu
+from dinoexport.runtime.sizes import Specialised
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Runner
 
@@ -31,9 +32,17 @@ class GraphModel:
         served = served_of(args)
         self._graph, file = served.graph.graph(), served.graph.file
         folder = Path(args["model_repository"]) / args["model_version"]
-        # Triton's layout for external data: a folder with the graph's name.
-        (opened,) = cpu.open_graphs({folder / file / file: self._graph}, cpu.way_here(served.way)).values()
+        # Triton's layout for external data: a folder of the graph's name.
+        sizes = tuple(served.recipe.get("sizes", ()))
+        graphs = {folder / file / file: self._graph}
+        (opened,) = cpu.open_for_sizes(graphs, cpu.way_here(served.way), named=sizes).values()
         self._run: Runner = opened
+        self._opened = opened
+
+    def finalize(self) -> None:
+        """Stops compiling forms for sizes that are often asked."""
+        if isinstance(self._opened, Specialised):
+            self._opened.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order; each request is refused or answered separately."""

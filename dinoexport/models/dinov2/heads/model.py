@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, FrontEnd, HeadWeights, Piece, Read, Shapes
-from dinoexport.models.dinov2.config import PATCH
+from dinoexport.family import Call, Example, FrontEnd, HeadWeights, Piece, Read, Shapes
 from dinoexport.models.dinov2.heads import layouts, pictures, serving, synthetic
-from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
+from dinoexport.models.dinov2.heads.kinds import Form, Head, HeadTable
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import (
     Array,
     Arrays,
@@ -102,10 +102,7 @@ class HeadedModel:
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Padding where the head pads, the backbone's stem and blocks, the head, and tokens if they are asked for."""
-        import torch
-
         from dinoexport.models.dinov2.heads import fold
-        from dinoexport.models.dinov2.heads import graph as traced
 
         head, image = self.head, graph.inputs[0]
         from_bytes = image.name == "images"
@@ -124,7 +121,8 @@ class HeadedModel:
         if head.pads:
             pad = Piece(
                 name=f"pad, from {image.name}",
-                module=traced.Pad(**self._byte_scaling(from_bytes)),
+                code=f"{_TRACED}:Pad",
+                arguments=self._normalising(from_bytes),
                 example_inputs={image.name: example},
                 dynamic={image.name: dynamic},
             )
@@ -136,14 +134,15 @@ class HeadedModel:
         dtype = self._body()
         taps = tuple(f"blocks.{i}_tokens" for i in head.blocks)
         grid = (17, 19)
-        tokens = torch.zeros(2, 1 + head.arch.register_count + grid[0] * grid[1], head.arch.embed_dim, dtype=residual)
+        tokens = 1 + head.arch.register_count + grid[0] * grid[1]
         needs_image = head.form not in ("classifier", "fitted_linear", "fitted_knn")
-        inputs: dict[str, torch.Tensor] = {image.name: example} if needs_image else {}
-        # One tensor given twice would be taken for one input.
-        inputs |= {f"tokens_{i}": tokens.clone() for i in range(len(taps))}
+        inputs = {image.name: example} if needs_image else {}
+        stream = Example(dtype=residual, shape=(2, tokens, head.arch.embed_dim))
+        inputs |= {f"tokens_{i}": stream for i in range(len(taps))}
         piece = Piece(
             name=f"{head.table.kind}, {dtype} of {residual} and {image.name}",
-            module=_module(head, from_bytes, dtype),
+            code=f"{_TRACED}:{_CLASSES[head.form]}",
+            arguments=_arguments(head, from_bytes, dtype),
             example_inputs=inputs,
             dynamic={name: dynamic if name == image.name else {0: "batch", 1: "tokens"} for name in inputs},
             least_sizes={} if head.pads else {"height": PATCH, "width": PATCH},
@@ -160,29 +159,22 @@ class HeadedModel:
         )
         return tuple(calls)
 
-    def _byte_scaling(self, from_bytes: bool) -> dict[str, torch.Tensor]:
+    def _normalising(self, from_bytes: bool) -> dict[str, Any]:
         """What normalises bytes inside the graph, for each channel."""
-        import torch
-
         if not from_bytes:
             return {}
-        mean, std = (
-            torch.tensor(values) for values in (self.backbone.preprocessing.mean, self.backbone.preprocessing.std)
-        )
-        return {"byte_scale": 1 / (255 * std), "byte_shift": -mean / std}
+        return {"mean": self.backbone.preprocessing.mean, "std": self.backbone.preprocessing.std}
 
     @property
     def text(self) -> None:
         """None: it writes no text."""
         return None
 
-    def _body(self) -> torch.dtype:
+    def _body(self) -> str:
         """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
-        import torch
-
         halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
         dpt = self.head.form in ("dpt_depth", "depth_anything")
-        return torch.float16 if halved and dpt else torch.float32
+        return "float16" if halved and dpt else "float32"
 
     @property
     def promotable(self) -> tuple[str, ...]:
@@ -394,33 +386,54 @@ def _names(tensors: Sequence[Tensor]) -> set[str]:
     return {tensor.name for tensor in tensors}
 
 
-def _example(head: Head, from_bytes: bool) -> torch.Tensor:
+def _example(head: Head, from_bytes: bool) -> Example:
     """An image of 17 x 19 patches: neither native nor square, and short of that where the head pads."""
-    import torch
-
     short = (4, 6) if head.pads else (0, 0)
     height, width = 17 * PATCH - short[0], 19 * PATCH - short[1]
-    return torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
+    if from_bytes:
+        return Example(dtype="uint8", shape=(2, height, width, 3))
+    return Example(dtype="float32", shape=(2, 3, height, width))
 
 
-def _module(head: Head, from_bytes: bool, body: torch.dtype) -> torch.nn.Module:
-    from dinoexport.models.dinov2.heads import graph as traced
+# The traced module of each kind of head, in `graph.py`.
+_TRACED = "dinoexport.models.dinov2.heads.graph"
+_CLASSES: Mapping[Form, str] = {
+    "classifier": "Classifier",
+    "fitted_linear": "FittedLinear",
+    "fitted_knn": "FittedNeighbours",
+    "linear_depth": "LinearDepth",
+    "segmentation": "Segmentation",
+    "dpt_depth": "DptDepth",
+    "depth_anything": "DepthAnything",
+}
 
+
+def _arguments(head: Head, from_bytes: bool, body: str) -> dict[str, Any]:
+    """What the traced module of the head is made with."""
+    shared = {
+        "dim": head.arch.embed_dim,
+        "prefix_count": 1 + head.arch.register_count,
+        "layers": len(head.blocks),
+        "after_norm": head.after_norm,
+        "pads": head.pads,
+        "from_bytes": from_bytes,
+    }
+    table = head.table
     match head.form:
-        case "classifier":
-            return traced.Classifier(head, from_bytes=from_bytes)
-        case "fitted_linear":
-            return traced.FittedLinear(head, from_bytes=from_bytes)
+        case "classifier" | "fitted_linear" | "segmentation":
+            return {**shared, "class_count": head.class_count, "width": head.width}
         case "fitted_knn":
-            return traced.FittedNeighbours(head, from_bytes=from_bytes)
+            assert table.bank and table.neighbours and table.temperature
+            voting = {"bank": table.bank, "neighbours": table.neighbours, "temperature": table.temperature}
+            return {**shared, **voting, "class_count": head.class_count}
         case "linear_depth":
-            return traced.LinearDepth(head, from_bytes=from_bytes)
-        case "segmentation":
-            return traced.Segmentation(head, from_bytes=from_bytes)
+            return {**shared, "depth_range": head.depth_range}
         case "dpt_depth":
-            return traced.DptDepth(head, from_bytes=from_bytes, body=body)
+            return {**shared, "depth_range": head.depth_range, "body": body}
         case "depth_anything":
-            return traced.DepthAnything(head, from_bytes=from_bytes, body=body)
+            assert table.features and table.channels
+            sizes = {"features": table.features, "channels": table.channels, "max_depth": table.max_depth}
+            return {**shared, **sizes, "body": body}
 
 
 def _outputs(head: Head) -> tuple[Tensor, ...]:

@@ -19,8 +19,8 @@ from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
 from dinoexport.models.dinov2 import serving as of_backbone
 from dinoexport.models.dinov2.cases import ImageInput
-from dinoexport.models.dinov2.config import PATCH
 from dinoexport.models.dinov2.heads.kinds import Head
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import Array, Graph, Progress
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import zlib
 
 import numpy as np
 
-from dinoexport.models.dinov2.heads.kinds import BINS, Head
+from dinoexport.models.dinov2.heads.kinds import Head
 from dinoexport.models.dinov2.heads.layouts import published_name
+from dinoexport.models.dinov2.published import BINS
 from dinoexport.spec import Array
 
 _BINS_ALIKE = 16  # neighbouring bins with like weights: else the mean over 256 of them would be one depth everywhere
