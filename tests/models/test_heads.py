@@ -30,7 +30,7 @@ from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.heads import reference
 from dinoexport.models.dinov2.heads.kinds import KINDS
 from dinoexport.runtime import cpu
-from dinoexport.spec import Graph, Precision, Tensor, Way
+from dinoexport.spec import Dim, Graph, Precision, Tensor, Way
 from dinoexport.validation.metrics import distance
 from tests import conformance
 from tests.conftest import DATA
@@ -170,6 +170,7 @@ def several(variant: str, kinds: Sequence[str]) -> tuple[Graph, list[Call]]:
     """
     calls: list[Call] = []
     outputs: list[Tensor] = []
+    dims: tuple[Dim, ...] = ()
     for kind in kinds:
         model = model_of(kind) if kind in DEPTH_ANYTHING else model_of(variant, kind)
         (graph,) = model.graphs
@@ -177,7 +178,7 @@ def several(variant: str, kinds: Sequence[str]) -> tuple[Graph, list[Call]]:
         calls += body if not calls else ()
         calls.append(replace(head, scope=f"{kind}_head", outputs=tuple(f"{kind}.{name}" for name in head.outputs)))
         outputs += [replace(tensor, name=f"{kind}.{tensor.name}") for tensor in graph.outputs]
-        dims = graph.dims
+        dims = dims or graph.dims  # Depth Anything's are stricter than the classifiers' before it
     return replace(graph, outputs=tuple(outputs), dims=dims), calls
 
 

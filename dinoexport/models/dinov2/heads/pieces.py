@@ -54,10 +54,12 @@ def of_head(head: Head, image: Tensor, example: Example, *, residual: str, body:
     inputs = {image.name: example} if needs_image else {}
     stream = Example(dtype=residual, shape=(2, tokens, head.arch.embed_dim))
     inputs |= {f"tokens_{i}": stream for i in range(len(head.blocks))}
+    arguments = _arguments(head, image.name == "images", body)
     return Piece(
-        name=f"{head.table.kind}, {body} of {residual} and {image.name}",
+        # Two heads of one kind may differ in what they are made with, as a relative and a metric one do.
+        name=f"{head.table.kind} of {residual} and {image.name}, {arguments}",
         code=f"{_TRACED}:{_CLASSES[head.form]}",
-        arguments=_arguments(head, image.name == "images", body),
+        arguments=arguments,
         example_inputs=inputs,
         dynamic={name: _dynamic(image) if name == image.name else {0: "batch", 1: "tokens"} for name in inputs},
         least_sizes={} if head.pads else {"height": PATCH, "width": PATCH},
