@@ -60,6 +60,7 @@ class Dim:
     """A dynamic dimension and the range it may take.
 
     Sizes that are not multiples of `multiple_of` are refused; the part beyond a multiple of `step` is ignored.
+    sum_of: the dimensions whose sum it always is; none where it is free.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Dim:
     max: int
     multiple_of: int = 1
     step: int = 1
+    sum_of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.multiple_of < 1 or self.step < 1 or self.min > self.max:

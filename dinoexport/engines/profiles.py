@@ -43,6 +43,9 @@ def profile(name: str, graph: Graph, ranges: Mapping[str, Range]) -> Profile:
     if unknown := sorted(ranges.keys() - dims.keys()):
         raise _wrong(name, f"the model has no dimension {unknown[0]!r}.{closest(unknown[0], list(dims))}")
     ends = {dim.name: _ends(name, dim, ranges.get(dim.name)) for dim in graph.dims}
+    # A compiler holds the sum to its parts at every end; that a model takes no more is for the caller to refuse.
+    sums = {dim.name: [ends[part] for part in dim.sum_of] for dim in graph.dims if dim.sum_of}
+    ends |= {name: (sum(a), sum(b), sum(c)) for name, parts in sums.items() for a, b, c in [zip(*parts, strict=True)]}
     dynamic = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     if unbounded := sorted(dynamic - ends.keys()):
         raise _wrong(name, f"an engine needs a range for {unbounded[0]}, and [profile] has none.")

@@ -13,7 +13,9 @@ from dinoexport.config import target as targets
 from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load, load_validation, parse
 from dinoexport.config.target import Chosen
 from dinoexport.engines import profiles
-from dinoexport.family import Model
+from dinoexport.errors import UsageError
+from dinoexport.family import HasEngineForm, Model
+from dinoexport.runtime.table import TABLE
 from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Progress, Runtime, silent
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
@@ -111,6 +113,9 @@ def build_request(
     chosen = targets.choose(recipe, target=target, runtime=runtime, precision=wanted, gpus=gpus)
     recipe = recipe.changed(precision=chosen.precision)
     model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
+    if chosen.runtime.has_engine and isinstance(model, HasEngineForm):
+        recipe = recipe.changed(graph=model.engine_form())
+        model = family.find(recipe.family).model(recipe.changed(precision=chosen.traced))
     own_file = variant_or_path is not None and variant_or_path.endswith(".toml")
     beside = Path(str(variant_or_path)).parent if own_file else None
     validation, folder = load_validation(recipe.judged_by, beside=beside)
@@ -139,6 +144,12 @@ def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[
     """
     if not chosen.runtime.has_engine:
         return None
+    for graph in model.graphs:
+        if any(tensor.name in graph.carried and tensor.dtype == "float32" for tensor in graph.inputs):
+            raise UsageError(
+                f"{TABLE[chosen.runtime].title}'s compiler has no kernel for attention over a cache in fp32.",
+                next_step="Build it with --precision fp16, bf16 or int4.",
+            )
     return EngineRequest(
         graphs=model.graphs,
         code=family.code_of(model),
