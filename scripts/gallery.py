@@ -1,6 +1,6 @@
 """One photograph through every head: `make gallery`, or `python -m scripts.gallery --help`. Writes docs/gallery.md.
 
-Each head is exported, with shared traces, and its graph answers in ONNX Runtime. With the published weights the
+Each head is exported and its graph answers in ONNX Runtime. With the published weights the
 pictures show depth and labels; with synthetic ones only that each graph answers for every pixel, as the page says.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dinoexport.config import resources
+from dinoexport.graph import onnx_writer, traces
 from dinoexport.graph.onnx_writer import export
 from dinoexport.models.dinov2.heads import pictures
 from dinoexport.models.dinov2.heads.kinds import KINDS
@@ -27,7 +29,7 @@ DEPTH_ANYTHING = ("depth-anything-v2-vits", "depth-anything-v2-metric-hypersim-v
 _WIDTH = 300  # pixels of a picture
 
 
-def answers(variant: str, head: str | None, weights: str | None, photograph: bytes, traces: dict[str, Any]) -> Any:
+def answers(variant: str, head: str | None, weights: str | None, photograph: bytes) -> Any:
     """(model, what its exported graph answers of the photograph). weights: None for the published ones."""
     synthetic = weights is not None and weights.startswith("synthetic")
     # What a folder of files has of the head is named as published.
@@ -39,8 +41,9 @@ def answers(variant: str, head: str | None, weights: str | None, photograph: byt
     (graph,) = model.graphs
     (end,) = (end for end in model.front_ends(None, progress=silent) if end.name == "images")
     inputs = model.prepare(end.name, end.settings, [photograph])
+    trace = partial(onnx_writer.traced, trace=traces.of)
     with tempfile.TemporaryDirectory() as folder:
-        export(graph, model.calls(graph, checkpoint.read), Path(folder), metadata={}, traces=traces)
+        export(graph, model.calls(graph, checkpoint.read), Path(folder), metadata={}, trace=trace)
         return model, ort.open_graph(Path(folder) / f"{graph.name}.onnx", graph)(inputs)
 
 
@@ -88,12 +91,11 @@ def main() -> None:
     from PIL import Image
 
     lines = []
-    traces: dict[str, Any] = {}
     for name, variant, head in (
         *((kind, given.variant, kind) for kind in HEADS),
         *((variant, variant, None) for variant in DEPTH_ANYTHING),
     ):
-        model, answer = answers(variant, head, given.weights, photograph, traces)
+        model, answer = answers(variant, head, given.weights, photograph)
         lines.append(f"| `{name}` | {shown(name.replace('-', '_'), model, answer)} |")
         print(lines[-1], flush=True)
     own = saved("photograph", np.asarray(Image.open(BytesIO(photograph)).convert("RGB")))
