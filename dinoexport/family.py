@@ -31,6 +31,7 @@ from dinoexport.spec import (
     Precision,
     Progress,
     Runner,
+    Tensor,
     Weight,
     Workload,
     closest,
@@ -124,13 +125,16 @@ class FrontEnd:
     """Preparation of users' files for a graph, served in front of it.
 
     name: the suffix of the served model's name. meaning: what one encoded item is. settings: plain data for
-    `Model.prepare`, stored with the served model.
+    `Model.prepare`, stored with the served model. answers: what the front end gives instead of the graph's outputs.
+    carried: what preparation gives beside the graph's inputs, for making them.
     """
 
     name: str
     graph: str
     meaning: str
     settings: Mapping[str, Any]
+    answers: tuple[Tensor, ...] = ()
+    carried: tuple[Tensor, ...] = ()
 
 
 class HeadWeights(Protocol):
@@ -381,6 +385,21 @@ class SizedWeights(Protocol):
     @property
     def stored_bytes(self) -> int:
         """What its graphs' weights take in their files."""
+
+
+@runtime_checkable
+class FinishesAnswers(Protocol):
+    """A model whose answers can be served in forms other than the graph's arrays: as names, as files."""
+
+    @property
+    def answer_forms(self) -> tuple[str, ...]:
+        """The forms there are."""
+
+    def with_answers(self, end: FrontEnd, form: str) -> FrontEnd:
+        """A front end like `end` whose answers are in `form`."""
+
+    def finish(self, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
+        """A front end's `answers` of the graph's outputs and what was `carried`; InputRefused where there are none."""
 
 
 @runtime_checkable

@@ -46,7 +46,7 @@ def interrupted(arguments: Sequence[object], number: int, by: signal.Signals, sa
             if ended.code:
                 raise
 
-    status = dies_at(number + 1, work, by=by)  # the file of its words is opened first
+    status = dies_at(number + 3, work, by=by)  # the file of its words is opened first, and twice to write
     return status, said.read_text()
 
 

@@ -1,13 +1,13 @@
-"""A Llama-type decoder with a cache as it is traced: one graph for reading a prompt and for adding a token.
+"""The traced form of a Llama-type decoder with a cache: one graph reads a prompt and adds a token.
 
 Three pieces make every variant: the stem (tokens to the residual stream, the rotation and the mask), a block and the
 head. Rotation, attention and norm stay single ONNX operators of opset 23: all three compilers have fast kernels for
-them. New keys and values are appended outside the attention operator, because TensorRT takes none with a past of its
-own.
+them. New keys and values are appended outside the attention operator, because TensorRT supports none with its own
+past.
 
 Suffixes name axes: B sequences, T new tokens, P past ones, S = P + T, D width, H query heads, G key-value heads, K head
-size, V vocabulary, I and O in and out. The plain formulation that judges this one is in `reference.py`; they share no
-code on purpose.
+size, V vocabulary, I and O in and out. The plain formulation, which this one is validated against, is in
+`reference.py`; they share no code on purpose.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Stem(nn.Module):
-    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and who sees whom."""
+    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and the attention mask."""
 
     frequencies: Tensor
 
@@ -48,11 +48,11 @@ class Stem(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stream (B, T, D), cosines and sines (B, T, K/2) in float32, mask (B, 1, T, S), true where a token is seen.
 
-        A sequence's first token that is not padding stands at `first_position`. Positions are counted in float32, which
-        holds every whole number that a context has, and angles are products rounded to float32, as the published code
-        makes them; a table would also limit the context.
-        A token of padding sees itself, so that no row of the mask is empty and no softmax is NaN. The mask has an axis
-        for sequences even where all are alike: OpenVINO in bf16 takes a shared one for the first sequence only.
+        A sequence's first token that is not padding is at `first_position`. Positions are counted in float32, which
+        holds every integer of a context exactly, and angles are products rounded to float32, as in the published code;
+        a table would also limit the context.
+        A padding token attends to itself, so that no row of the mask is empty and no softmax is NaN. The mask has an
+        axis for sequences even if all are equal: OpenVINO in bf16 applies a shared one only to the first sequence.
         """
         stream = F.embedding(input_ids, self.table_VD).to(self.residual)
         seen, new = attention_mask.shape[1], input_ids.shape[1]
@@ -107,7 +107,7 @@ class Block(nn.Module):
         return heads
 
     def _rotated(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Halves (0, K/2), (1, K/2 + 1), ... rotated: `layouts` has put Meta's neighbours there."""
+        """Rotates the pairs (0, K/2), (1, K/2 + 1), ...: `layouts` has moved Meta's neighbours there."""
         turned: Tensor = torch.onnx.ops.rotary_embedding(heads.float(), cosines, sines)
         return turned.to(self.body)
 
@@ -129,7 +129,7 @@ class Head(nn.Module):
 
 
 def _last_tokens(stream: Tensor, count: Tensor) -> Tensor:
-    """The last tokens (B, kept, D); all for a count of 0, which the slice from -0 on is too.
+    """The last tokens (B, kept, D); all tokens for a count of 0, because a slice from -0 is the whole.
 
     One operator when traced: PyTorch's tracer has no slice by the value of a tensor.
     """

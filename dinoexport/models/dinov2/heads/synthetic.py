@@ -27,7 +27,7 @@ def tensor(head: Head, name: str, seed: int) -> Array:
     if head.form == "depth_anything":
         values = _depth_anything(name, shape, noise)
     elif head.form == "fitted_knn":
-        values = _fitted_neighbours(name, shape, noise)
+        values = _fitted_neighbours(name, shape, noise, seed)
     else:
         values = _released(head, name, shape, noise, key)
     return values.astype(np.float32)
@@ -81,9 +81,9 @@ def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
     return values
 
 
-def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array) -> Array:
+def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array, seed: int) -> Array:
     if name.endswith("votes"):
-        of_class: Array = np.eye(shape[1])[np.arange(shape[0]) % shape[1]]
+        of_class: Array = np.eye(shape[1])[(np.arange(shape[0]) + seed) % shape[1]]
         return of_class
     unit: Array = noise / np.linalg.norm(noise, axis=1, keepdims=True)
     return unit.astype(np.float16)
