@@ -7,8 +7,11 @@
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
 # make pictures  the pictures in docs/images, from real builds; needs a Chromium
+# make gallery   docs/gallery.md: one photograph through every head, with the published weights
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
+#                (QUICK=1: one variant in five minutes, nothing is written)
+# make traces    trace the shipped recipes' pieces again, after a change of what is traced
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
@@ -31,7 +34,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: demo demo-text check quick test mutants docs reference pictures bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
+.PHONY: traces demo demo-text check quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -68,9 +71,17 @@ reference: $(READY)
 pictures: $(READY)
 	$(BIN)/python -m scripts.pictures
 
+gallery: $(READY)
+	$(BIN)/python -m scripts.gallery $(GALLERY)
+
 bench: $(READY) $(PEERS)/.ready
-	$(PEERS)/bin/python benchmarks/run.py
-	$(BIN)/python benchmarks/build_cost.py
+	$(PEERS)/bin/python benchmarks/run.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(BIN)/python benchmarks/build_cost.py)
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.heads)
+
+# The traces of the shipped recipes' pieces, which come with the package so that an export needs no torch.
+traces: $(READY)
+	$(BIN)/python -m scripts.traces
 
 engines: $(READY)
 	$(BIN)/python benchmarks/engines.py

@@ -1,9 +1,10 @@
-"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py [--again] VARIANT …`.
+"""dinoexport beside its peers, in one run: `make bench`, or `python benchmarks/run.py [--again | --quick] VARIANT …`.
 
 Inference: every contender on the same weights and images in one process, one sample of each in turn, medians with their
 spread, as ratios to dinoexport on ONNX Runtime, as a share of a large matrix product timed in turn with them, and with
 the error against the plain upstream formulation in PyTorch. Export: whole processes in turn, seconds and peak memory.
-Writes results/inference.md, .json and .png beside this file.
+Writes results/inference.md, .json and .png beside this file. `make bench QUICK=1` takes five minutes on two cores: one
+variant, the leading exporter beside ours, one export of each; it prints the tables and writes nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 SIDES = (224, 518)
 ROUNDS, EXPORT_ROUNDS = 15, 3
 # For one size of all contenders of a small model, or of two of a large one.
-BUDGET_S, PAIR_BUDGET_S = 120.0, 45.0
+BUDGET_S, PAIR_BUDGET_S, QUICK_BUDGET_S = 120.0, 45.0, 20.0
 # Parameters from which on not every contender fits into memory beside the others.
 LARGE = 2e8
 OURS = "dinoexport, ONNX Runtime"
@@ -46,7 +47,7 @@ OURS = "dinoexport, ONNX Runtime"
 WRONG, LOSSY = 1e-3, ("bf16", "int8")
 
 
-def inference(variant: str, work: Path) -> list[dict[str, Any]]:
+def inference(variant: str, work: Path, quick: bool = False) -> list[dict[str, Any]]:
     """A row for each contender and size.
 
     All contenders of a small model are open at once and take turns, those of any size and then those of one. A large
@@ -54,7 +55,9 @@ def inference(variant: str, work: Path) -> list[dict[str, Any]]:
     """
     checkpoint = work / "checkpoint"
     large = parameters(variant) > LARGE
-    makers = peers.contenders(variant, checkpoint, work, peers.LEADING if large else peers.EXPORTERS)
+    makers = peers.contenders(variant, checkpoint, work, peers.LEADING if large or quick else peers.EXPORTERS)
+    if quick:
+        makers = {name: make for name, make in makers.items() if "torch compiled" not in name}
     fixed = [name for name in makers if name.endswith(peers.ONE_SIZE)]
     others = [name for name in makers if name not in (OURS, *fixed)]
     groups = [[OURS, *others], [OURS, *fixed]]
@@ -72,7 +75,7 @@ def inference(variant: str, work: Path) -> list[dict[str, Any]]:
     for group in groups:
         runs = peers.open_those_that_run({name: makers[name] for name in group})
         for side, pixels, answer, work_gflop in zip(SIDES, images, expected, gflop, strict=True):
-            budget_s = PAIR_BUDGET_S if large else BUDGET_S
+            budget_s = QUICK_BUDGET_S if quick else PAIR_BUDGET_S if large else BUDGET_S
             timed = _rows(runs, pixels, answer["patch_tokens"], work_gflop, budget_s)
             kept = [row for row in timed if row["contender"] != OURS or group is groups[0]]
             rows += [{"variant": variant, "side": side} | row for row in kept]
@@ -113,12 +116,12 @@ def _rows(
     return rows
 
 
-def exports(variant: str, work: Path, precision: str) -> list[dict[str, Any]]:
+def exports(variant: str, work: Path, precision: str, rounds: int = EXPORT_ROUNDS) -> list[dict[str, Any]]:
     """A row for each way to export, with the copy of the same bytes as what the disk costs."""
     checkpoint = work / "checkpoint"
     ways = ["dinoexport", "torch.onnx", "torch.onnx, TorchScript"] + (["optimum"] if precision == "fp32" else [])
     samples: dict[str, list[tuple[float, int]]] = {way: [] for way in (*ways, "copy of the bytes")}
-    for _ in range(EXPORT_ROUNDS):
+    for _ in range(rounds):
         for way in ways:
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 out = Path(folder) / "out"
@@ -268,7 +271,10 @@ def main() -> None:
     everything = ["vits14", "vitb14", "vitl14:inference", "vitg14:fp16", "vitg14:inference"]
     parser.add_argument("asked", nargs="*", default=everything, metavar="VARIANT[:inference|:fp32|:fp16]")
     parser.add_argument("--again", action="store_true", help="measure these again, and keep all other rows")
+    parser.add_argument("--quick", action="store_true", help="one variant in five minutes; nothing is written")
     given = parser.parse_args()
+    if given.quick and given.asked == everything:
+        given.asked = ["vits14"]
     for name in BLAS_SETTINGS:
         os.environ.pop(name, None)  # before the processes begin that measure
     today = time.strftime("%Y-%m-%d")
@@ -289,15 +295,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             peers.apart(peers.write_checkpoint, variant, Path(folder) / "checkpoint")
             if part in ("", "inference"):
-                rows = peers.apart(inference, variant, Path(folder))
+                rows = peers.apart(inference, variant, Path(folder), given.quick)
                 others = [row for row in result["inference"] if row["variant"] != variant]
                 result |= {"date": today, "inference": others + rows}
             if part != "inference":
                 precision = part or "fp32"
-                rows = exports(variant, Path(folder), precision)
+                rows = exports(variant, Path(folder), precision, 1 if given.quick else EXPORT_ROUNDS)
                 same = (variant, precision)
                 others = [row for row in result["export"] if (row["variant"], row["precision"]) != same]
                 result |= {"export_date": today, "export": others + rows}
+        if given.quick:
+            continue
         # After each variant: the last one may run out of memory, and takes nothing with it.
         (RESULTS / "inference.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "inference.md").write_text(markdown(result))

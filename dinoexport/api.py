@@ -20,7 +20,8 @@ from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
-from dinoexport.runtime import runners
+from dinoexport.runtime import cpu, runners
+from dinoexport.runtime.sizes import Form, Specialised
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
 from dinoexport.system import changes, untrusted
 from dinoexport.system.untrusted import Identity, Unreadable
@@ -73,6 +74,7 @@ class Bundle:
         threads: int,
         device: Device | None,
         trusted: bool = False,
+        sizes: Sequence[str] = (),
         seen: Mapping[str, Identity] = MappingProxyType({}),
     ) -> None:
         """Use `load` or `build`. trusted: whether code that an engine holds may run; seen: files that were checked."""
@@ -81,9 +83,11 @@ class Bundle:
         self._threads = threads
         self._device = device
         self._trusted, self._seen = trusted, seen
-        recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
-        self._model: Model = family.find(manifest.family).model(recipe)
+        self._recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
+        self._model: Model = family.find(manifest.family).model(self._recipe)
         self._lock = threading.Lock()
+        self._sizes = (*self._recipe.sizes, *sizes)
+        self._specialised: tuple[Specialised, ...] = ()
         self._opened: tuple[Candidate, str] | None = None
         self._closed = False
 
@@ -100,6 +104,11 @@ class Bundle:
         """The runtime, its version and the precision that compute a call, in words. Opens the model."""
         with self._lock:
             return self._candidate()[1]
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms for one size that were compiled beside the general one on a CPU, with the memory they take."""
+        return tuple(form for graph in self._specialised for form in graph.forms)
 
     def __call__(self, inputs: Inputs, *, front_end: str | None = None) -> dict[str, Array]:
         """The model's outputs as NumPy arrays, by name.
@@ -173,6 +182,8 @@ class Bundle:
         """Releases the runtime's memory. A closed bundle cannot be called."""
         with self._lock:
             self._opened, self._closed = None, True
+            for graph in self._specialised:
+                graph.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,9 +214,9 @@ class Bundle:
         elif self._device == "gpu":
             raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
         way = replace(runners.way_of(self.manifest), threads=self._threads)
-        return runners.open_candidate(self._model, graphs, way), runners.candidate_name(
-            self.manifest.precision, way, {}
-        )
+        opened = cpu.open_for_sizes(graphs, way, named=self._sizes)
+        self._specialised = tuple(graph for graph in opened.values() if isinstance(graph, Specialised))
+        return runners.driven(self._model, opened), runners.candidate_name(self.manifest.precision, way, {})
 
     def _runtime(self) -> Runtime | None:
         if self._device == "cpu":
@@ -254,6 +265,7 @@ def load(
     check: bool = True,
     verify: str | PathLike[str] | None = None,
     trust_plan: bool = False,
+    sizes: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Bundle:
     """Opens the bundle in `folder`.
@@ -266,6 +278,8 @@ def load(
         check: Compare the size and SHA-256 of every file with the manifest first.
         verify: A public key; a bundle that its owner did not sign is refused.
         trust_plan: Run a version-compatible plan, which holds code, without `verify`.
+        sizes: Sizes that are asked often, as "224x224" or "8x518x518": on a CPU each gets a form of its own, compiled
+            in the background, beside the general one. Others get one after 32 calls.
         progress: Called with (what is done, units done, units in all).
 
     Raises:
@@ -290,7 +304,7 @@ def load(
             seen = bundle.check_files(path, manifest.files, progress=progress)
             bundle.check_graphs(path, manifest)
     trusted = trust_plan or verify is not None
-    return Bundle(path, manifest, threads=threads, device=device, trusted=trusted, seen=seen)
+    return Bundle(path, manifest, threads=threads, device=device, trusted=trusted, sizes=sizes, seen=seen)
 
 
 def build(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
-from dinoexport.errors import ValidationFailed
+from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import Model, Runnable
 from dinoexport.runtime import Arithmetic, Opened, cpu, runners
-from dinoexport.spec import Precision, Progress, Way, Workload, silent
+from dinoexport.runtime import sizes as of_size
+from dinoexport.spec import Graph, Precision, Progress, Runner, Way, Workload, silent
 from dinoexport.system import timing
 from dinoexport.validation import evaluate
 from dinoexport.weights.checkpoint import SYNTHETIC
@@ -125,18 +126,31 @@ class Bench:
 
 
 def bench(
-    folder: Path, *, weights: str | None = None, head_weights: str | None = None, progress: Progress = silent
+    folder: Path,
+    *,
+    weights: str | None = None,
+    head_weights: str | None = None,
+    sizes: Sequence[str] = (),
+    progress: Progress = silent,
 ) -> Bench:
     """Times the bundle in `folder` with every workload of its family, and PyTorch if torch and the weights are here.
+
+    sizes: as `224x224`; instead of those loads, each is timed in the general form and in a form of its own.
 
     Every byte is checked first. Raises ValidationFailed for a damaged or a rejected bundle: the speed of wrong outputs
     is meaningless.
     """
     with bundle.checked(folder, progress=progress) as manifest:
-        return _timed(folder, manifest, (weights, head_weights), progress)
+        return _timed(folder, manifest, (weights, head_weights), sizes, progress)
 
 
-def _timed(folder: Path, manifest: Manifest, given: tuple[str | None, str | None], progress: Progress) -> Bench:
+def _timed(
+    folder: Path,
+    manifest: Manifest,
+    given: tuple[str | None, str | None],
+    sizes: Sequence[str],
+    progress: Progress,
+) -> Bench:
     """What `bench` finds of a bundle that was checked. given: weights of the model and of its head."""
     if manifest.verdict == "rejected":
         raise ValidationFailed(f"{folder} is marked rejected, so it is not timed.", next_step="Build one that passes.")
@@ -149,16 +163,19 @@ def _timed(folder: Path, manifest: Manifest, given: tuple[str | None, str | None
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
-        notes.append(f"the peak was measured with {', '.join(told)} set: without it the machine may be faster")
-    for done, workload in enumerate(model.workloads, start=1):
+        notes.append(f"the peak is NumPy's under {', '.join(told)}: the machine may do better without")
+    loads, forms = model.workloads, dict[str, Mapping[str, Runner]]()
+    if sizes:
+        loads, forms = _own_forms(model, graphs, way, sizes, notes)
+    for done, workload in enumerate(loads, start=1):
         gflop = cpu.flops(model, graphs, opened, workload.inputs) / 1e9
         if gflop / peak > _LONGEST_S:
             notes.append(
                 f"{workload.name} was left out: {gflop:.0f} GFLOP take {gflop / peak:.0f} s at this machine's peak"
             )
         else:
-            rows.append(_row(model, opened, workload, gflop, ask_pytorch))
-        progress("timing workloads", done, len(model.workloads))
+            rows.append(_row(model, forms.get(workload.name, opened), workload, gflop, ask_pytorch))
+        progress("timing workloads", done, len(loads))
     if (others := neighbours.share()) > timing.NOISY_SHARE:
         notes.append(f"noisy: other processes used {others:.0%} of the CPUs' time; ratios are more reliable than times")
     return Bench(
@@ -169,6 +186,32 @@ def _timed(folder: Path, manifest: Manifest, given: tuple[str | None, str | None
         rows=tuple(rows),
         notes=tuple(notes),
     )
+
+
+def _own_forms(
+    model: Runnable, graphs: Mapping[Path, Graph], way: Way, wanted: Sequence[str], notes: list[str]
+) -> tuple[tuple[Workload, ...], dict[str, Mapping[str, Runner]]]:
+    """Two loads of each size, and what answers the second of them: a form of that size alone."""
+    if len(graphs) != 1 or next(iter(graphs.values())).carried:
+        raise UsageError("This bundle's graph has no size of its own.", next_step="Leave --size out.")
+    (graph,) = graphs.values()
+    loads: list[Workload] = []
+    forms: dict[str, Mapping[str, Runner]] = {}
+    for size in wanted:
+        shapes = of_size.shapes_of(size, graph)
+        inputs = of_size.sample(graph, shapes)
+        items = next(iter(shapes.values()))[0]
+        own = f"{size}, a form of its own"
+        loads += [Workload(name=name, inputs=inputs, items=items, unit=model.workloads[0].unit) for name in (size, own)]
+        spend = replace(of_size.budget(), most=1)
+        opened = cpu.open_for_sizes(graphs, way, named=[size], spend=spend)
+        specialised = opened[graph.name]
+        assert isinstance(specialised, of_size.Specialised)
+        specialised.settle()
+        (form,) = specialised.forms
+        notes.append(f"{own}: {form.state}{form.why and f', {form.why}'}; it takes {form.memory_bytes / 1e6:.0f} MB")
+        forms[own] = dict(opened)
+    return tuple(loads), forms
 
 
 def _way(manifest: Manifest) -> Way:
@@ -185,7 +228,7 @@ def _arithmetic(model: Runnable, opened: Mapping[str, Opened]) -> Arithmetic:
 
 def _row(
     model: Runnable,
-    opened: Mapping[str, Opened],
+    opened: Mapping[str, Runner],
     workload: Workload,
     gflop: float,
     ask_pytorch: Callable[[Workload], object] | None,

@@ -3,7 +3,7 @@
 A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of
 dinoexport knows families only through the protocols below, so a decoder with a cache is added as files, without an edit
 here.
-Nothing but `calls`, `reference` and `upstream` may import torch: a bundle is validated on machines without it.
+Nothing but `reference`, `upstream` and a piece's module may import torch: a bundle is validated on machines without it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -29,6 +31,7 @@ from dinoexport.spec import (
     Precision,
     Progress,
     Runner,
+    Tensor,
     Weight,
     Workload,
     closest,
@@ -49,21 +52,41 @@ Read = Callable[[str], "Array"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Example:
+    """A tensor that a piece is traced with; its numbers do not matter. dtype: PyTorch's name, as `float16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """A part of a graph that is traced once, however often it is used. Pieces with the same name are identical.
 
-    example_inputs: name -> tensor, in the order of `module.forward`. dynamic: input name -> {axis: dimension name}.
-    least_sizes: dimension name -> the smallest size that the module takes, if that is not 1; the tracer checks it by
-    tracing twice. The module's parameters are the tensors of the exported graph, in their final layout and dtype; their
-    values are not used. opset: the ONNX operator set it is traced to; all pieces of a graph share one.
+    Nothing but data, so that a trace of the same code and data can take the place of a new one, without torch.
+
+    code: the class of the traced module, as `package.module:Class`. arguments: what it is made with: numbers, text,
+    booleans, None, and tuples and mappings of them. Its parameters are the tensors of the exported graph, in their
+    final layout and dtype; their values are not used. example_inputs: in the order of the module's `forward`.
+    dynamic: input name -> {axis: dimension name}. least_sizes: dimension name -> the smallest size that the module
+    takes, if that is not 1; the tracer checks it by tracing twice. opset: the ONNX operator set it is traced to; all
+    pieces of a graph share one.
     """
 
     name: str
-    module: torch.nn.Module
-    example_inputs: Mapping[str, torch.Tensor]
+    code: str
+    arguments: Mapping[str, Any]
+    example_inputs: Mapping[str, Example]
     dynamic: Mapping[str, Mapping[int, str]]
     least_sizes: Mapping[str, int] = field(default_factory=dict)
     opset: int = OPSET
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The module itself. Imports torch."""
+        place, _, name = self.code.partition(":")
+        made: torch.nn.Module = getattr(import_module(place), name)(**self.arguments)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +125,16 @@ class FrontEnd:
     """Preparation of users' files for a graph, served in front of it.
 
     name: the suffix of the served model's name. meaning: what one encoded item is. settings: plain data for
-    `Model.prepare`, stored with the served model.
+    `Model.prepare`, stored with the served model. answers: what the front end gives instead of the graph's outputs.
+    carried: what preparation gives beside the graph's inputs, for making them.
     """
 
     name: str
     graph: str
     meaning: str
     settings: Mapping[str, Any]
+    answers: tuple[Tensor, ...] = ()
+    carried: tuple[Tensor, ...] = ()
 
 
 class HeadWeights(Protocol):
@@ -223,7 +249,7 @@ class Exportable(Protocol):
         """The signatures of the model's ONNX graphs."""
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
-        """The graph as calls of traced pieces in order. Imports torch; `read` is called when a weight is written."""
+        """The graph as calls of traced pieces, first to last. `read` waits until a weight is written."""
 
     @property
     def promotable(self) -> tuple[str, ...]:
@@ -359,6 +385,21 @@ class SizedWeights(Protocol):
     @property
     def stored_bytes(self) -> int:
         """What its graphs' weights take in their files."""
+
+
+@runtime_checkable
+class FinishesAnswers(Protocol):
+    """A model whose answers can be served in forms other than the graph's arrays: as names, as files."""
+
+    @property
+    def answer_forms(self) -> tuple[str, ...]:
+        """The forms there are."""
+
+    def with_answers(self, end: FrontEnd, form: str) -> FrontEnd:
+        """A front end like `end` whose answers are in `form`."""
+
+    def finish(self, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
+        """A front end's `answers` of the graph's outputs and what was `carried`; InputRefused where there are none."""
 
 
 @runtime_checkable

@@ -159,6 +159,11 @@ def test_readme_is_short_and_has_a_picture() -> None:
     readme = PAGES["README.md"]
     assert len(readme.splitlines()) <= 150
     assert "![" in readme and "| I want to" in readme
+    rows = [line for line in readme.splitlines() if line.startswith("| ")]
+    missing = {page for page in PAGES if page.startswith("docs/")} - {
+        a for line in rows for _, a in _LINK.findall(line)
+    }
+    assert missing <= {"docs/index.md"}, "a page that the table of the README does not lead to"
 
 
 def test_every_page_is_in_the_readme_or_the_menu_of_the_site(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_wheel_contents(wheel: Path) -> None:
     }
     others = {
         "dinoexport/py.typed",
+        "dinoexport/graph/shipped_traces.zip",
         *(f"dinoexport/report/templates/{name}.html.jinja" for name in ("report", "mismatches")),
     }
     assert {name for name in names if name.startswith("dinoexport/")} == modules | data | others

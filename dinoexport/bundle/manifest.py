@@ -174,10 +174,15 @@ class EngineFacts(Frozen):
 
 
 class Timed(Frozen):
-    """A way to run the graphs and how long it took. spread: the interquartile range divided by the median."""
+    """A way to run the graphs and how long it took. spread: of the middle half of the samples, by the median.
+
+    best_ms: the shortest. cpu_ms: the least CPU time of a run, all threads together.
+    """
 
     way: Way
     median_ms: float = Field(gt=0)
+    best_ms: float | None = Field(default=None, gt=0)
+    cpu_ms: float | None = Field(default=None, ge=0)
     spread: float = Field(ge=0)
     samples: int = Field(ge=1)
 
@@ -185,9 +190,11 @@ class Timed(Frozen):
 class CpuFacts(Frozen):
     """The fastest way to run the graphs on the CPU that built the bundle, measured with the workload `load`.
 
-    arithmetic: arithmetic -> how many products really ran in it. times_fp32: the chosen way's time divided by that of
-    the fastest fp32. measured: empty if there was nothing to choose. refused: runtime -> why it does not run these
-    graphs; it was left out of the choice. others_share: the share of the CPUs' time that other processes took.
+    arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
+    measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
+    out of the choice. others_share: of the CPUs' time, what other processes took. basis: `measured` where the figures
+    agreed; of ways that could not be told apart, `known` is what was chosen here when it was quiet, `usual` what mostly
+    is the faster one.
     """
 
     machine: str
@@ -200,6 +207,7 @@ class CpuFacts(Frozen):
     measured: tuple[Timed, ...]
     refused: dict[str, str] = Field(default_factory=dict)
     others_share: float = Field(ge=0)
+    basis: Literal["measured", "known", "usual"] = "measured"
 
     @property
     def measured_ms(self) -> float | None:

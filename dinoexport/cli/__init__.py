@@ -7,11 +7,11 @@ import io
 import sys
 from typing import NoReturn
 
-from dinoexport.cli import build, embed, engines, fit, inspect, serve, text
+from dinoexport.cli import build, embed, engines, fit, inspect, registry, serve, text
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.system import interrupts
 
-__all__ = ["EXIT_CODES", "app", "build", "embed", "engines", "fit", "inspect", "main", "serve", "text"]
+__all__ = ["EXIT_CODES", "app", "build", "embed", "engines", "fit", "inspect", "main", "registry", "serve", "text"]
 
 
 def main() -> NoReturn:

@@ -263,6 +263,8 @@ def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
             "precision": timed.way.precision.value,
             "threads": timed.way.threads,
             "median ms": f"{timed.median_ms:.1f}",
+            "best ms": "" if timed.best_ms is None else f"{timed.best_ms:.1f}",
+            "CPU ms": "" if timed.cpu_ms is None else f"{timed.cpu_ms:.1f}",
             "spread": f"{timed.spread:.0%}",
             "of the fastest": f"{timed.median_ms / fastest_ms:.2f}",
             "": "chosen" if timed.way == manifest.cpu.chosen else "",
@@ -312,9 +314,17 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
     if facts.others_share > timing.NOISY_SHARE:
         lines.append(
             f"        noisy: other processes had {facts.others_share:.0%} of the CPUs while this was measured; "
-            "build with --force on a quiet machine to choose again"
+            "CPU time and the best of many visits decided too"
         )
+    if facts.basis != "measured":
+        lines.append(f"        {_BASES[facts.basis]}")
     return lines
+
+
+_BASES = {
+    "known": "ways that could not be told apart: chosen is what was faster here when the machine was quiet",
+    "usual": "ways that could not be told apart: chosen is what is usually the faster one",
+}
 
 
 def _way(way: Way, version: str = "") -> str:

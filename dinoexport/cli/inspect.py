@@ -211,6 +211,12 @@ def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
     head_weights: HeadWeights = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HxW|BxHxW", help="Time this size, in the general form and in a form of its own; repeatable."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput and the share of this machine's peak, and compare them with PyTorch."""
@@ -218,7 +224,9 @@ def bench(
         from dinoexport import bench as stopwatch
 
         with progress_lines() as progress:
-            timed = stopwatch.bench(bundle, weights=weights, head_weights=head_weights, progress=progress)
+            timed = stopwatch.bench(
+                bundle, weights=weights, head_weights=head_weights, sizes=size or (), progress=progress
+            )
         if as_json:
             say_json(timed.to_json())
             return

@@ -38,6 +38,13 @@ def deploy(
         Path | None,
         typer.Option(metavar="DIR", help="Files like those that clients will send; sizes are derived from them."),
     ] = None,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="names|png|resized",
+            help="A head's answers in this form too: class names; PNG files; arrays as large as the photograph.",
+        ),
+    ] = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +58,7 @@ def deploy(
         with progress_lines() as progress:
             how: dict[str, Any] = {
                 "name": name, "backend": chosen, "triton": triton, "samples": samples, "verify": verify,
+                "answers": answers or (),
             }  # fmt: skip
             if store.is_url(to):
                 deployed = store_repository.deploy(folder, to, progress=progress, **how)

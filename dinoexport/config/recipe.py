@@ -147,6 +147,12 @@ class Recipe(Frozen):
         description="Named parts of that range for which an engine is tuned; dimensions left out are as in `profile`.",
     )
     engine: EngineChoices = Field(default=EngineChoices(), description="How an engine is built from the graph.")
+    sizes: tuple[Annotated[str, Field(pattern=r"^\d{1,9}(x\d{1,9})*$")], ...] = Field(
+        default=(),
+        max_length=16,
+        description="Sizes that are asked often, as `224x224` or `8x518x518`, batch first: on a CPU each gets a form "
+        "of its own beside the general one.",
+    )
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
     heads: dict[Name, WeightFile] = Field(
         default_factory=dict, description="Heads that are published for this variant, with the source of their weights."

@@ -1,31 +1,30 @@
 """Write traced pieces to one typed ONNX file with streamed external weights.
 
-A deep model repeats the same block, so each piece is traced once (`torch.export` -> `torch.onnx`) and repeated by graph
-surgery: tracing forty blocks costs as much as tracing twelve. Placeholders stand for the weights while tracing. Weights
-are copied from the checkpoint to the external data file one at a time, folded and cast: memory is that of one tensor.
+A deep model is the same block many times, so each piece is traced once (`tracer`), or was before (`traces`), and is
+repeated by graph surgery: tracing forty blocks costs what tracing twelve does. Weights are stand-ins while tracing;
+they go from the checkpoint to the external data file one at a time, folded and cast on the way, so memory is that of
+one tensor. The graph is put together in ONNX's own protobuf classes: onnx_ir would import sympy, half a second of an
+export that takes one.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dinoexport.errors import BuildError, DinoexportError, require
+from dinoexport.errors import BuildError, require
 from dinoexport.family import Call, Piece
+from dinoexport.graph import tracer, weights_file
+from dinoexport.graph.weights_file import Constant, Held
 from dinoexport.spec import Graph, Progress, Tensor, silent
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-    import torch
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 # ONNX's codes of a signature's types, without importing onnx.
 _DTYPES = {
@@ -37,20 +36,14 @@ _DTYPES = {
     "int64": "INT64",
 }
 
-# Piece name -> its traced graph.
-Traces = dict[str, "ir.Graph"]
+# Piece name -> its traced graph, as the content of an ONNX file.
+Traces = dict[str, bytes]
+Trace = Callable[[Piece], bytes]
 
-# Shapes and axes stay in the file itself: shape inference does not read external data.
-INLINE_BYTES = 256
-# One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
-WRITERS = 2
-IN_FLIGHT_BYTES = 64 * 2**20
 # What is appended to a graph later, a fitted head's operators, is of this one.
 _OPSET_MIN = 18
 # Packages that an export needs besides the base dependencies.
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
-# Modules whose import takes two seconds of the first trace.
-_IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
 
 
 def export(
@@ -60,38 +53,32 @@ def export(
     *,
     metadata: Mapping[str, str],
     traces: Traces | None = None,
+    trace: Trace = tracer.trace,
     progress: Progress = silent,
 ) -> tuple[Path, ...]:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
 
-    traces: traced pieces of earlier exports of the same graph in other precisions; new ones are added.
+    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added. trace: gives
+    that of a piece that is not among them.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
     require("export", *PACKAGES)
     import onnx
-    import onnx_ir as ir
 
     pieces = {call.piece.name: call.piece for call in calls}
-    traced = {} if traces is None else traces
+    known = {} if traces is None else traces
     for done, (name, piece) in enumerate(pieces.items(), start=1):
-        if name not in traced:
-            traced[name] = _trace(piece)
+        if name not in known:
+            known[name] = traced(piece, trace)
         progress("tracing", done, len(pieces))
-    model = _assemble(graph, calls, traced, metadata)
+    whole = _Whole(graph, {name: onnx.ModelProto.FromString(known[name]).graph for name in pieces})
+    for call in calls:
+        whole.add(call)
     path = folder / f"{graph.name}.onnx"
-    written = itertools.count(1)
-    with _of_a_weight():
-        ir.save(
-            model,
-            path,
-            external_data=f"{path.name}.data",
-            size_threshold_bytes=INLINE_BYTES,
-            # Tensors finish in any order.
-            callback=lambda _tensor, info: progress(f"writing {path.name}.data", next(written), info.total),
-            max_workers=WRITERS,
-            max_in_flight_bytes=IN_FLIGHT_BYTES,
-        )
+    model = whole.model(metadata)
+    weights_file.write(model.graph, whole.held, path.with_name(f"{path.name}.data"), progress=progress)
+    path.write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -102,160 +89,166 @@ def export(
 
 
 @contextmanager
-def _of_a_weight() -> Iterator[None]:
-    """What is wrong with a weight is said as it was found: small ones are read inside a serialiser, which wraps it."""
-    try:
-        yield
-    except DinoexportError:
-        raise
-    except Exception as error:
-        found: BaseException | None = error
-        while found is not None and not isinstance(found, DinoexportError):
-            found = found.__cause__ or found.__context__
-        if found is None:
-            raise
-        raise found from None
+def tracing(
+    calls: Callable[[], Sequence[Call]], *, trace: Trace, ahead: Sequence[str] = ()
+) -> Iterator[Callable[[], Traces]]:
+    """Traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
 
-
-@contextmanager
-def tracing(calls: Callable[[], Sequence[Call]]) -> Iterator[Callable[[], Traces]]:
-    """Traces the pieces of `calls` in a thread; yields a function that waits for the thread and returns the traces.
-
-    No weight is read, so another core can hash the checkpoint at the same time, which takes as long for ViT-g. Pieces
-    not started by the end are left out. A single thread traces them all, because only that thread can reuse memory that
-    it has freed.
+    No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
+    What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
+    ahead: modules that it imports first, for whoever will need them later.
     """
     traces: Traces = {}
     ended = Event()
 
-    def trace() -> Traces:
-        for module in _IMPORTS:
+    def trace_all() -> Traces:
+        for module in ahead:
             if not ended.is_set():
                 import_module(module)
         for call in () if ended.is_set() else calls():
             if not ended.is_set() and call.piece.name not in traces:
-                traces[call.piece.name] = _trace(call.piece)
+                traces[call.piece.name] = trace(call.piece)
         return traces
 
     with ThreadPoolExecutor(1) as pool:
-        traced = pool.submit(trace)
+        begun = pool.submit(trace_all)
         try:
-            yield traced.result
+            yield begun.result
         finally:
             ended.set()
 
 
-def _trace(piece: Piece) -> ir.Graph:
-    """The piece as an optimised graph whose inputs are its own inputs, then its parameters by name."""
-    import onnxscript.optimizer
-    import torch
+def traced(piece: Piece, trace: Trace = tracer.trace) -> bytes:
+    """The piece's trace; a BuildError when it cannot be traced."""
+    try:
+        return trace(piece)
+    except Exception as error:
+        # The tracer's own kind cannot be named here: that would import it.
+        if type(error).__module__.partition(".")[0] != "torch":
+            raise
+        raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
 
-    axes = {
-        name: {axis: torch.export.Dim(dim, min=piece.least_sizes.get(dim)) for axis, dim in dims.items()}
-        for name, dims in piece.dynamic.items()
-    }
-    shapes = _as_taken(piece.module, tuple(axes.get(name, {}) for name in piece.example_inputs))
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                piece.module.eval(),
-                tuple(piece.example_inputs.values()),
-                input_names=list(piece.example_inputs),
-                dynamic_shapes=shapes,
-                opset_version=piece.opset,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
+
+class _Whole:
+    """The calls' graphs in a row, with the recipe's names outside and the weights inside."""
+
+    def __init__(self, graph: Graph, pieces: Mapping[str, GraphProto]) -> None:
+        self._graph, self._pieces = graph, pieces
+        self._names = {tensor.name: tensor.name for tensor in graph.inputs}
+        self._outputs = {tensor.name for tensor in graph.outputs}
+        self._constants: dict[tuple[object, ...], Constant] = {}
+        self._weights: list[Held] = []
+        self._nodes: list[NodeProto] = []
+        self._infos: list[ValueInfoProto] = []
+        self._opsets: set[int] = set()
+
+    @property
+    def held(self) -> list[Held]:
+        """The initializers. The bytes of weights are made when the file is written."""
+        defaults = [_default(tensor) for tensor in self._graph.inputs if tensor.default is not None]
+        return [*self._constants.values(), *defaults, *self._weights]
+
+    def add(self, call: Call) -> None:
+        """The nodes of one call, and the weights they read."""
+        piece = self._pieces[call.piece.name]
+        self._opsets.add(call.piece.opset)
+        own, parameters = piece.input[: len(call.inputs)], piece.input[len(call.inputs) :]
+        inner = {value.name: self._names[name] for value, name in zip(own, call.inputs, strict=True)}
+        for parameter in parameters:
+            inner[parameter.name] = self._weight(call, parameter)
+        for constant in piece.initializer:
+            inner[constant.name] = self._shared(constant)
+        results = {value.name: name for value, name in zip(piece.output, call.outputs, strict=True)}
+        types = {value.name: value.type.tensor_type.elem_type for value in (*piece.value_info, *piece.output)}
+        for node in piece.node:
+            inner |= {name: results.get(name, f"{call.scope}/{name}") for name in node.output if name}
+            self._nodes.append(_copied(node, inner, call.scope))
+            self._infos += [
+                _info(inner[name], types[name])
+                for name in node.output
+                if types.get(name) and inner[name] not in self._outputs
+            ]
+        self._names |= {name: inner[value] for value, name in results.items()}
+        assert all(self._names[name] == name for name in call.outputs), call.scope
+
+    def model(self, metadata: Mapping[str, str]) -> ModelProto:
+        """All of it but the initializers."""
+        import onnx
+
+        (opset,) = self._opsets
+        needed = _lowest_opset(self._nodes, opset)
+        model = onnx.ModelProto(ir_version=_ir_version(needed), producer_name="dinoexport")
+        model.opset_import.add(domain="", version=needed)
+        for key in sorted(metadata):
+            model.metadata_props.add(key=key, value=metadata[key])
+        graph = model.graph
+        graph.name = self._graph.name
+        graph.input.extend(_signature(tensor) for tensor in self._graph.inputs)
+        graph.output.extend(_signature(tensor) for tensor in self._graph.outputs)
+        inputs = {tensor.name for tensor in self._graph.inputs}
+        graph.value_info.extend(
+            _info(str(t.name), int(t.dtype), tuple(t.shape)) for t in self.held if t.name not in inputs
+        )
+        graph.value_info.extend(self._infos)
+        graph.node.extend(self._nodes)
+        return model
+
+    def _weight(self, call: Call, parameter: ValueInfoProto) -> str:
+        """The value that is the parameter: an initializer, or what a quantised one is widened to."""
+        from dinoexport.graph.lazy_weights import StreamedTensor
+
+        dtype = parameter.type.tensor_type.elem_type
+        shape = tuple(dim.dim_value for dim in parameter.type.tensor_type.shape.dim)
+        weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
+        assert shape == weight.shape, name
+        if not weight.bits:
+            self._weights.append(StreamedTensor(weight, dtype, name))
+            return name
+        import onnx
+
+        from dinoexport.graph.quantised_weights import QuantisedWeight
+
+        parts = QuantisedWeight(weight, name, scale_dtype=dtype)
+        held = [part for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
+        self._weights += held
+        inputs = [str(part.name) for part in held]
+        self._nodes.append(
+            onnx.helper.make_node(
+                "DequantizeLinear", inputs, [name], name=f"{name}/widened", axis=0, block_size=weight.block
             )
-        except torch.onnx.OnnxExporterError as error:
-            raise BuildError(f"The piece {piece.name} cannot be traced: {error}", next_step="Report it.") from error
-        assert program is not None
-        model = program.model
-        # As graph inputs, the placeholder weights can be neither folded away nor merged because their values are equal.
-        for name, _ in piece.module.named_parameters():
-            weight = model.graph.initializers.pop(name)
-            weight.const_value = None
-            model.graph.inputs.append(weight)
-        onnxscript.optimizer.optimize(model)
-    _copy_dims(model)
-    graph: ir.Graph = model.graph
-    return graph
+        )
+        self._infos.append(_info(name, dtype, shape))
+        return name
+
+    def _shared(self, constant: TensorProto) -> str:
+        """One initializer for all equal small constants of all pieces."""
+        import onnx
+
+        values = onnx.numpy_helper.to_array(constant)
+        key = (constant.data_type, tuple(constant.dims), values.tobytes())
+        if key not in self._constants:
+            self._constants[key] = Constant(
+                name=f"constant_{len(self._constants)}",
+                dtype=constant.data_type,
+                shape=tuple(constant.dims),
+                content=values.tobytes(),
+            )
+        return self._constants[key].name
 
 
-def _as_taken(module: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs' dynamic shapes in `torch.export`'s form: those of `*args` are one nested tuple."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    rest = [i for i, parameter in enumerate(parameters) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
-    return shapes if not rest else (*shapes[: rest[0]], shapes[rest[0] :])
+def _copied(node: NodeProto, inner: Mapping[str, str], scope: str) -> NodeProto:
+    """The node in its place in the whole graph."""
+    import onnx
 
-
-def _copy_dims(model: ir.Model) -> None:
-    """Replaces a computed Reshape shape by a constant one if each dynamic dimension only stays in place.
-
-    In ONNX Reshape, 0 copies a dimension; the tracer computes it with Shape and Concat instead, four nodes per block.
-    """
-    import numpy as np
-    import onnx_ir as ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    for node in list(model.graph):
-        source, result = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
-        if source is None or result is None or source.shape is None or result.shape is None:
-            continue
-        before, after = source.shape.dims, result.shape.dims
-        constant = [
-            size if isinstance(size, int) else 0 if i < len(before) and before[i] == size else -1
-            for i, size in enumerate(after)
-        ]
-        if constant.count(-1) > 1 or constant == list(after):
-            continue
-        tensor = ir.tensor(np.array(constant, np.int64), name=f"{result.name}_shape")
-        shape = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([len(constant)]))
-        shape.type = ir.TensorType(ir.DataType.INT64)
-        model.graph.register_initializer(shape)
-        node.replace_input_with(1, shape)
-        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-    RemoveUnusedNodesPass()(model)
-
-
-def _assemble(
-    graph: Graph, calls: Sequence[Call], traced: Mapping[str, ir.Graph], metadata: Mapping[str, str]
-) -> ir.Model:
-    """The calls' graphs in sequence, with the recipe's names as inputs and outputs, and with external weights."""
-    import onnx_ir as ir
-
-    values = {tensor.name: _value(tensor) for tensor in graph.inputs}
-    inputs = list(values.values())
-    constants: dict[tuple[object, ...], ir.Value] = {}
-    initializers = [values[tensor.name] for tensor in graph.inputs if tensor.default is not None]
-    (opset,) = {call.piece.opset for call in calls}
-    nodes: list[ir.Node] = []
-    for call in calls:
-        piece = traced[call.piece.name]
-        own_inputs = piece.inputs[: len(call.inputs)]
-        inner: dict[ir.Value, ir.Value] = dict(zip(own_inputs, (values[name] for name in call.inputs), strict=True))
-        for parameter in piece.inputs[len(call.inputs) :]:
-            stored, widening, inner[parameter] = _weight(call, parameter)
-            initializers.extend(stored)
-            nodes.extend(widening)
-        for constant in piece.initializers.values():
-            inner[constant] = _shared(constant, constants)
-        nodes.extend(_copied(node, inner, call.scope) for node in piece)
-        for name, output in zip(call.outputs, piece.outputs, strict=True):
-            values[name] = inner[output]
-            values[name].name = name
-    outputs = [values[tensor.name] for tensor in graph.outputs]
-    for value, tensor in zip(outputs, graph.outputs, strict=True):
-        value.shape, value.type = ir.Shape(tensor.shape), _value(tensor).type
-    ir_graph = ir.Graph(
-        inputs,
-        outputs,
-        nodes=nodes,
-        initializers=[*constants.values(), *initializers],
-        opset_imports={"": (needed := _lowest_opset(nodes, opset))},
-        name=graph.name,
-    )
-    return ir.Model(ir_graph, ir_version=_ir_version(needed), producer_name="dinoexport", metadata_props=dict(metadata))
+    subgraphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    if any(attribute.type in subgraphs for attribute in node.attribute):
+        raise BuildError(f"{scope}: {node.op_type} holds a subgraph, which cannot be repeated.", next_step="Report it.")
+    made = onnx.NodeProto()
+    made.CopyFrom(node)
+    made.name = f"{scope}/{node.output[0]}"
+    made.input[:] = [inner[name] if name else "" for name in node.input]
+    made.output[:] = [inner[name] if name else "" for name in node.output]
+    return made
 
 
 def _ir_version(opset: int) -> int:
@@ -264,7 +257,7 @@ def _ir_version(opset: int) -> int:
     return next((version for first, version in since.items() if opset >= first), 8)
 
 
-def _lowest_opset(nodes: Sequence[ir.Node], traced: int) -> int:
+def _lowest_opset(nodes: Sequence[NodeProto], traced: int) -> int:
     """The lowest operator set in which every operator is defined as in the one that was traced to."""
     import onnx
 
@@ -272,104 +265,40 @@ def _lowest_opset(nodes: Sequence[ir.Node], traced: int) -> int:
     return max(_OPSET_MIN, *(onnx.defs.get_schema(name, traced).since_version for name in own))
 
 
-def _value(tensor: Tensor) -> ir.Value:
+def _info(name: str, dtype: int, shape: Sequence[int | str] | None = None) -> ValueInfoProto:
+    """A value's name and type. shape: None where it is left to shape inference."""
+    import onnx
+
+    made = onnx.ValueInfoProto(name=name)
+    made.type.tensor_type.elem_type = dtype
+    if shape is not None:
+        made.type.tensor_type.shape.SetInParent()
+        for size in shape:
+            dim = made.type.tensor_type.shape.dim.add()
+            if isinstance(size, str):
+                dim.dim_param = size
+            else:
+                dim.dim_value = size
+    return made
+
+
+def _signature(tensor: Tensor) -> ValueInfoProto:
+    return _info(tensor.name, _type_of(tensor), tensor.shape)
+
+
+def _type_of(tensor: Tensor) -> int:
+    import onnx
+
+    return int(onnx.TensorProto.DataType.Value(_DTYPES[tensor.dtype]))
+
+
+def _default(tensor: Tensor) -> Constant:
+    """The value of an input that may be left out: an initializer of the same name."""
     import numpy as np
-    import onnx_ir as ir
+    import onnx
 
-    dtype = ir.DataType[_DTYPES[tensor.dtype]]
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
-    if tensor.default is not None:
-        # An input that is also an initializer is optional.
-        content = np.full([int(size) for size in tensor.shape], tensor.default, dtype.numpy())
-        value.const_value = ir.Tensor(content, name=tensor.name)
-    return value
-
-
-def _weight(call: Call, parameter: ir.Value) -> tuple[list[ir.Value], list[ir.Node], ir.Value]:
-    """The initializers of a parameter, the nodes that dequantise it if it is quantised, and the value to use.
-
-    The bytes are computed when the file is written.
-    """
-    import onnx_ir as ir
-
-    from dinoexport.graph.lazy_weights import StreamedTensor
-    from dinoexport.graph.quantised_weights import QuantisedWeight
-
-    assert parameter.name is not None and parameter.dtype is not None
-    weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
-    assert parameter.shape is not None and tuple(parameter.shape) == weight.shape, name
-    if not weight.bits:
-        stored = _initializer(StreamedTensor(weight, parameter.dtype, name))
-        return [stored], [], stored
-    parts = QuantisedWeight(weight, name, scale_dtype=parameter.dtype)
-    held = [_initializer(part) for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
-    widened = ir.Node(
-        "",
-        "DequantizeLinear",
-        held,
-        [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", weight.block)],
-        outputs=[ir.Value(name=name, shape=parameter.shape, type=ir.TensorType(parameter.dtype))],
-        name=f"{name}/widened",
-    )
-    return held, [widened], widened.outputs[0]
-
-
-def _initializer(tensor: ir.LazyTensor) -> ir.Value:
-    import onnx_ir as ir
-
-    return ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-
-
-def _shared(constant: ir.Value, constants: dict[tuple[object, ...], ir.Value]) -> ir.Value:
-    """One initializer for all equal small constants of all pieces."""
-    import onnx_ir as ir
-
-    tensor = constant.const_value
-    assert tensor is not None and constant.dtype is not None
-    key = (constant.dtype, tuple(tensor.shape), tensor.tobytes())
-    if key not in constants:
-        name = f"constant_{len(constants)}"
-        constants[key] = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.numpy().shape),
-            type=ir.TensorType(constant.dtype),
-            const_value=ir.Tensor(tensor.numpy(), name=name),
-        )
-    return constants[key]
-
-
-def _copied(node: ir.Node, inner: dict[ir.Value, ir.Value], scope: str) -> ir.Node:
-    """The node with its names in the whole graph, without the tracer's metadata, which name files of this machine."""
-    import onnx_ir as ir
-
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-        raise BuildError(f"{scope}: {node.op_type} holds a subgraph, which cannot be repeated.", next_step="Report it.")
-    outputs = [
-        ir.Value(name=f"{scope}/{out.name}", shape=None, type=out.type) if out.name else ir.Value(name="")
-        for out in node.outputs
-    ]
-    inner.update(zip(node.outputs, outputs, strict=True))
-    return ir.Node(
-        node.domain,
-        node.op_type,
-        [None if value is None else inner[value] for value in node.inputs],
-        node.attributes.values(),
-        outputs=outputs,
-        version=node.version,
-        name=f"{scope}/{node.outputs[0].name}",
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences notices of the tracer that a user can do nothing about, such as a missing torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch.export warns about its own use of deprecated pytree classes.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    assert tensor.default is not None
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(_type_of(tensor))
+    shape = tuple(int(size) for size in tensor.shape)
+    content = np.full(shape, tensor.default, dtype).tobytes()
+    return Constant(name=tensor.name, dtype=_type_of(tensor), shape=shape, content=content)

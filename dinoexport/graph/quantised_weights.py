@@ -28,7 +28,7 @@ _PART_NUMBERS = 1 << 20
 class QuantisedWeight:
     """The tensors of one quantised weight. Scales and zero points are kept; codes are computed when written."""
 
-    def __init__(self, weight: Weight, name: str, *, scale_dtype: ir.DataType) -> None:
+    def __init__(self, weight: Weight, name: str, *, scale_dtype: int) -> None:
         assert weight.bits in (4, 8), weight.bits
         self._weight, self._name, self._lock = weight, name, Lock()
         self._scales: Array | None = None
@@ -39,7 +39,10 @@ class QuantisedWeight:
         code_type = {8: ir.DataType.INT8, 4: ir.DataType.UINT4 if weight.zero_points else ir.DataType.INT4}[weight.bits]
         self.codes = _Codes(self._codes, dtype=code_type, shape=ir.Shape(weight.shape), name=f"{name}_codes")
         self.scales = ir.LazyTensor(
-            partial(self._small, scale_dtype), dtype=scale_dtype, shape=ir.Shape(blocks), name=f"{name}_scales"
+            partial(self._small, ir.DataType(scale_dtype)),
+            dtype=ir.DataType(scale_dtype),
+            shape=ir.Shape(blocks),
+            name=f"{name}_scales",
         )
         self.zeros: ir.LazyTensor | None = None
         if weight.zero_points:

@@ -11,6 +11,7 @@ from dinoexport import bundle
 from dinoexport.bundle import CheckpointFacts, CpuFacts, GraphFacts, Manifest, Verdict, sbom
 from dinoexport.bundle.signing import Signer
 from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.graph import tracer
 from dinoexport.graph.onnx_writer import PACKAGES
 from dinoexport.pipeline import preflight
 from dinoexport.pipeline.request import BuildRequest, build_request
@@ -72,7 +73,7 @@ def build(
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is refused before anything is traced
-        with tracing(request) as traced:
+        with tracing(request, fresh=force, ahead=tracer.IMPORTS) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         if request.engine:
@@ -126,7 +127,7 @@ def export_only(request: BuildRequest, *, force: bool = False, progress: Progres
     with workspace(request.out, force=force, progress=progress) as work:
         preflight.disk(request)
         text = text_stage(work, request)  # a tokenizer of another model is refused before anything is traced
-        with tracing(request) as traced:
+        with tracing(request, fresh=force) as traced:
             checkpoint = open_weights(request, progress)
             plain = export_graphs(work, request, checkpoint, traced)
         exported = next(iter(forms_of(work, request, plain).values()))

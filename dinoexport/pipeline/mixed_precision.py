@@ -18,6 +18,7 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
 from dinoexport.graph.onnx_writer import Traces, export
+from dinoexport.graph.traces import of as trace_of
 from dinoexport.runtime import runners
 from dinoexport.spec import Progress, silent
 from dinoexport.validation import error_analysis, evaluate
@@ -115,7 +116,9 @@ def _problems(
     with TemporaryDirectory(dir=folder) as place:
         try:
             for graph in form.graphs:
-                export(graph, form.calls(graph, checkpoint.read), Path(place), metadata={}, traces=traces)
+                export(
+                    graph, form.calls(graph, checkpoint.read), Path(place), metadata={}, traces=traces, trace=trace_of
+                )
         except ValidationFailed as error:  # a weight the precision cannot hold
             return {expectation.case.name: error.message for expectation in reference.expectations}
         graphs = {Path(place) / f"{graph.name}.onnx": graph for graph in form.graphs}

@@ -19,7 +19,7 @@ from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import variants
 from dinoexport.errors import require
 from dinoexport.family import Reported
-from dinoexport.spec import Array, Arrays, Candidate, Expectation, Graph
+from dinoexport.spec import Array, Arrays, Candidate, Expectation, Graph, Picture
 from dinoexport.validation.error_analysis import RANGE, Growth
 from dinoexport.validation.judge import Bound, Report, Row
 from dinoexport.validation.metrics import vector_errors
@@ -39,6 +39,20 @@ class Kept:
 
     answers: dict[str, Arrays] = field(default_factory=dict)
     errors: dict[str, list[Array]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """How a fitted classifier did on images it was never fitted on.
+
+    interval: of the share that is right, 95 %. recall: by class. confusions: images that were given another class.
+    """
+
+    images: int
+    right: int
+    interval: tuple[float, float]
+    recall: Mapping[str, float]
+    confusions: tuple[Picture, ...]
 
 
 def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kept) -> Candidate:
@@ -66,10 +80,11 @@ def render(
     growth: Growth | None,
     reference: Reference,
     kept: Mapping[str, Kept],
+    held_out: HeldOut | None = None,
 ) -> str:
     """The page as HTML, with everything in the manifest except its time.
 
-    kept: by candidate; charts show the candidate of `report`, pictures show all.
+    kept: by candidate; charts show the candidate of `report`, pictures show all. held_out: of a fitted head.
     """
     require("export", *PACKAGES)
     import jinja2
@@ -88,6 +103,7 @@ def render(
         repeat=_repeat(manifest),
         tried=manifest.report.get("precision", {}).get("trials", ()),
         report=report,
+        held_out=held_out,
         based_on=_based_on(report),
         closest=_closest(report),
         rows=report.rows,

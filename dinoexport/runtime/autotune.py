@@ -1,6 +1,7 @@
 """Choose the runtime and the number of threads by measuring them on this machine, in seconds.
 
-A precision lower than fp32 is timed beside fp32: it must be faster, or it is not worth its error.
+The ways are visited in turn until what was measured agrees (`choice`). A precision lower than fp32 is timed beside
+fp32: it must be faster, or it is not worth its error.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from pathlib import Path
 from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
 from dinoexport.family import Runnable
-from dinoexport.runtime import Arithmetic, cpu, table
+from dinoexport.runtime import Arithmetic, choice, cpu, table
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Graph, Precision, Progress, Runtime, Way, Workload, silent
 from dinoexport.system import timing
 
-# Each way is timed twice, forward and then backward through the list, each time this long at most, so that a machine
-# that slows down affects all ways alike.
+# Visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's fault.
 _VISIT_S = 0.6
-_ROUNDS = 10
-# A way that takes 1.5 times as long as the best the first time is not timed again.
+_RUNS = 10
+# How often all are visited at least, and at most while the figures disagree.
+_VISITS, _VISITS_MAX = 2, 8
+# 1.5 times as slow as the best on the first visit, by CPU time too: not worth a second one.
 _HOPELESS = 1.5
 # The runtimes that may compute in a precision on a CPU; for int8 each needs its own form of the graph.
 RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
@@ -88,10 +90,22 @@ def tune(
     if plain is not None:
         candidates += [(way, plain) for way in ways(plain.precision, plain.graphs) if way.threads == own[0].threads]
     neighbours = timing.Neighbours()
-    measured, refused = _measured(model, candidates, workload, progress)
-    best = min((timed for timed in measured if timed.way in own), key=lambda timed: timed.median_ms)
-    beaten = [timed for timed in measured if timed.way not in own]
-    fp32_ms = min((timed.median_ms for timed in beaten), default=None)
+    taken, refused = _measured(model, candidates, workload, progress)
+    ours = {way: found for way, found in taken.items() if way in own}
+    on = choice.occasion(
+        machine=cpu.machine(),
+        cpus=cpu.usable_cpus(),
+        versions={way.runtime: cpu.version(way.runtime) for way in ours},
+        precision=wanted.precision,
+        load=workload.name,
+        graphs=wanted.graphs[own[0].runtime],
+    )
+    best = choice.choose(ours, known=choice.remembered(on, list(ours)))
+    others = neighbours.share()
+    if best.basis == "measured" and others <= timing.NOISY_SHARE:
+        choice.remember(on, best.way)
+    # Not of medians: a neighbour that comes while one is measured would decide whether a precision is worth it.
+    fp32_ms = min((found.best_ms for way, found in taken.items() if way not in own), default=None)
     return CpuFacts(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
@@ -99,10 +113,22 @@ def tune(
         chosen=best.way,
         runtime_version=cpu.version(best.way.runtime),
         arithmetic=dict(_arithmetic(model, wanted, best.way, workload)),
-        times_fp32=None if fp32_ms is None else best.median_ms / fp32_ms,
-        measured=tuple(sorted(measured, key=lambda timed: timed.median_ms)),
+        times_fp32=None if fp32_ms is None else ours[best.way].best_ms / fp32_ms,
+        measured=tuple(sorted((_timed(way, found) for way, found in taken.items()), key=lambda timed: timed.median_ms)),
         refused=refused,
-        others_share=neighbours.share(),
+        others_share=others,
+        basis=best.basis,
+    )
+
+
+def _timed(way: Way, found: timing.Latencies) -> Timed:
+    return Timed(
+        way=way,
+        median_ms=found.median_ms,
+        best_ms=found.best_ms,
+        cpu_ms=found.cpu_ms,
+        spread=found.spread,
+        samples=len(found.samples_ms),
     )
 
 
@@ -148,38 +174,50 @@ def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Wor
 
 def _measured(
     model: Runnable, candidates: Sequence[tuple[Way, GraphForms]], workload: Workload, progress: Progress
-) -> tuple[list[Timed], dict[str, str]]:
+) -> tuple[dict[Way, timing.Latencies], dict[str, str]]:
     """The time of each way, and why a runtime was left out; raises BuildError if a precision has no runtime left.
 
     Only one way is open at a time, so that the largest model needs the memory of one session.
     """
-    samples: dict[Way, tuple[float, ...]] = {}
+    samples: dict[Way, timing.Latencies] = {}
     refused: dict[str, str] = {}
     precisions = {way.precision for way, _ in candidates}
-    visits = [*candidates, *reversed(candidates)]
-    for done, (way, candidate) in enumerate(visits, start=1):
-        fastest = min((min(taken) for taken in samples.values()), default=0.0)
-        if way.runtime not in refused and (way not in samples or min(samples[way]) <= _HOPELESS * fastest):
+    for turn in range(_VISITS_MAX):
+        for way, candidate in candidates if turn % 2 == 0 else reversed(candidates):
+            if way.runtime in refused or not _worth_a_visit(way, samples, turn):
+                continue
             try:
-                samples[way] = samples.get(way, ()) + _visit(model, way, candidate, workload)
+                taken = _visit(model, way, candidate, workload)
+                samples[way] = samples[way] + taken if way in samples else taken
             except BuildError as error:
                 refused[way.runtime] = error.message
-                samples = {other: taken for other, taken in samples.items() if other.runtime != way.runtime}
+                samples = {other: found for other, found in samples.items() if other.runtime != way.runtime}
                 if precisions != {other.precision for other, _ in candidates if other.runtime not in refused}:
                     raise
-        progress("measuring runtimes and threads", done, len(visits))
-    latencies = {way: timing.Latencies(samples_ms=taken) for way, taken in samples.items()}
-    timed = [
-        Timed(way=way, median_ms=found.median_ms, spread=found.spread, samples=len(found.samples_ms))
-        for way, found in latencies.items()
-    ]
-    return timed, refused
+        progress("measuring runtimes and threads", min(turn + 1, _VISITS), _VISITS)
+        if turn + 1 >= _VISITS and all(_settled(samples, precision) for precision in precisions):
+            break
+    return samples, refused
 
 
-def _visit(model: Runnable, way: Way, candidate: GraphForms, workload: Workload) -> tuple[float, ...]:
+def _worth_a_visit(way: Way, samples: Mapping[Way, timing.Latencies], turn: int) -> bool:
+    """Whether the way may still come out first, or has not been visited at all."""
+    if way not in samples:
+        return True
+    if way not in choice.hopeful(samples, behind=_HOPELESS):
+        return False
+    rivals = {other: found for other, found in samples.items() if other.precision == way.precision}
+    return turn < _VISITS or way in choice.hopeful(rivals)
+
+
+def _settled(samples: Mapping[Way, timing.Latencies], precision: Precision) -> bool:
+    return choice.settled({way: found for way, found in samples.items() if way.precision == precision})
+
+
+def _visit(model: Runnable, way: Way, candidate: GraphForms, workload: Workload) -> timing.Latencies:
     opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
     run = {"": lambda: model.drive(opened, workload.inputs)}
-    return timing.in_turn(run, rounds=_ROUNDS, budget_s=_VISIT_S)[""].samples_ms
+    return timing.in_turn(run, rounds=_RUNS, budget_s=_VISIT_S)[""]
 
 
 def _arithmetic(model: Runnable, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from dinoexport.family import Runnable
-from dinoexport.runtime import Arithmetic, Opened, decoding, ort, table
+from dinoexport.runtime import Arithmetic, Opened, decoding, ort, sizes, table
 from dinoexport.runtime.decoding import Decoder
+from dinoexport.runtime.sizes import Specialised
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner, Runtime, Way
 
@@ -34,7 +36,35 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
     """
     open_graph = TABLE[way.runtime].open_graph
     assert open_graph is not None, f"{way.runtime} opens no graph on a CPU"
-    return {graph.name: open_graph(path, graph, way) for path, graph in graphs.items()}
+    return {graph.name: open_graph(path, graph, way, None) for path, graph in graphs.items()}
+
+
+def open_for_sizes(
+    graphs: Mapping[Path, Graph], way: Way, *, named: Sequence[str] = (), spend: sizes.Budget | None = None
+) -> dict[str, Opened | Specialised]:
+    """Every graph by its name, opened in `way`, which gets forms of their own for sizes that are often asked.
+
+    named: sizes that get one at once, as `224x224`; a UsageError for one that no graph takes. Raises as `open_graphs`.
+    A graph that carries state stays as it is: its sizes change with every call.
+    """
+    open_graph = TABLE[way.runtime].open_graph
+    assert open_graph is not None, f"{way.runtime} opens no graph on a CPU"
+    spend = sizes.budget() if spend is None else spend
+    opened: dict[str, Opened | Specialised] = {}
+    for path, graph in graphs.items():
+        general = open_graph(path, graph, way, None)
+        if graph.carried:
+            opened[graph.name] = general
+            continue
+        opened[graph.name] = Specialised(
+            graph,
+            general,
+            partial(open_graph, path, graph, way),
+            precision=way.precision,
+            spend=spend,
+            named=[sizes.shapes_of(size, graph) for size in named],
+        )
+    return opened
 
 
 def open_decoder(path: Path, graph: Graph, way: Way = PLAIN) -> Decoder:

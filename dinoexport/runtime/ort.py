@@ -6,9 +6,10 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, require
@@ -37,12 +38,21 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def open_graph(path: Path, graph: Graph, *, threads: int = 0, cuda: bool = False) -> Opened:
+def open_graph(
+    path: Path,
+    graph: Graph,
+    *,
+    threads: int = 0,
+    cuda: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Opened:
     """The ONNX file at `path`, opened, on the GPU with `cuda`. threads: 0 leaves their number to ONNX Runtime.
+
+    shapes: fixed shapes of all inputs, for a session of one size; None keeps the graph dynamic.
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    session = _session(path, threads=threads, cuda=cuda)
+    session = _session(path, threads=threads, cuda=cuda, sizes={} if shapes is None else _sizes(graph, shapes))
     run = _runner(session, graph, [tensor.name for tensor in graph.outputs])
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
@@ -59,6 +69,16 @@ def open_graph(path: Path, graph: Graph, *, threads: int = 0, cuda: bool = False
 def open_edited(model: bytes, path: Path, graph: Graph, *, more_outputs: Sequence[str]) -> Runner:
     """A runner of `model`, the file at `path` with `more_outputs`; its weights stay where that file has them."""
     return _runner(_session(path, model=model), graph, [*(tensor.name for tensor in graph.outputs), *more_outputs])
+
+
+def _sizes(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes that shapes of inputs give the graph's dynamic dimensions."""
+    return {
+        name: size
+        for tensor in graph.inputs
+        for name, size in zip(tensor.shape, shapes.get(tensor.name, ()), strict=False)
+        if isinstance(name, str)
+    }
 
 
 def _runner(session: Any, graph: Graph, names: Sequence[str]) -> Runner:
@@ -139,8 +159,9 @@ def _session(
     profile: Path | None = None,
     optimised: bool = True,
     cuda: bool = False,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Any:
-    """A session of the file at `path`, or of `model`, whose weights are beside that file."""
+    """A session of the file at `path`, or of `model`, whose weights lie beside it. sizes: of dynamic dimensions."""
     require("cpu", "onnxruntime")
     onnxruntime = telemetry.onnxruntime()
 
@@ -151,6 +172,8 @@ def _session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Activations of products with weights of few bits are quantised to int8 in blocks: today's default, set explicitly.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if model is not None:

@@ -11,11 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dinoexport.runtime import Opened, openvino, ort
+from dinoexport.runtime.sizes import Shapes
 from dinoexport.spec import Graph, Precision, Runtime, Way
 from dinoexport.system import hardware
 
-# Opens the ONNX file at a path in the requested way.
-OpenGraph = Callable[[Path, Graph, Way], Opened]
+# Opens the ONNX file at a path in the requested way, for inputs of all shapes or of these alone.
+OpenGraph = Callable[[Path, Graph, Way, Shapes | None], Opened]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
         modules=("onnxruntime",),
         # fp16 on a CPU checks the graph: every product is computed in fp32 between casts.
         cpu_precisions=(Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4),
-        open_graph=lambda path, graph, way: ort.open_graph(path, graph, threads=way.threads),
+        open_graph=lambda path, graph, way, shapes: ort.open_graph(path, graph, threads=way.threads, shapes=shapes),
     ),
     Runtime.OPENVINO: RuntimeFacts(
         title="OpenVINO",
@@ -67,8 +68,8 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
         # bf16 is its arithmetic over the fp32 graph.
         cpu_precisions=(Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4),
         computes=openvino.computes,
-        open_graph=lambda path, graph, way: openvino.open_graph(
-            path, graph, precision=way.precision, threads=way.threads
+        open_graph=lambda path, graph, way, shapes: openvino.open_graph(
+            path, graph, precision=way.precision, threads=way.threads, shapes=shapes
         ),
     ),
     Runtime.TENSORRT: RuntimeFacts(

@@ -17,7 +17,10 @@ from dinoexport.spec import Array, Arrays, Graph, Tensor
 # Triton's names of dtypes -> NumPy's.
 DTYPES: Mapping[str, str] = {
     "BOOL": "bool", "UINT8": "uint8", "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32",
+    "BYTES": "object",
 }  # fmt: skip
+# What one encoded file in an answer may have.
+_FILE_MAX_BYTES = 1 << 26
 # Names, shapes and sizes of a few outputs take a few hundred bytes.
 HEADER_MAX_BYTES = 1 << 20
 _RANK_MAX = 16
@@ -52,6 +55,12 @@ def decoded(body: bytes, header_length: str | None, names: Sequence[str]) -> dic
         raise Malformed(f"its JSON header has {length} of {len(body)} bytes")
     found, offset = {}, length
     for name, dtype, shape, size in _listed(parsed_json(body[:length], "its header")):
+        if dtype == "object":
+            if offset + size > len(body):
+                raise Malformed(f"{name!r} is said to have {size} bytes")
+            found[name] = _texts(name, body[offset : offset + size], math.prod(shape)).reshape(shape)
+            offset += size
+            continue
         if math.prod(shape) * np.dtype(dtype).itemsize != size or offset + size > len(body):
             raise Malformed(f"{name!r} of {dtype} and shape {list(shape)} declares {size} bytes")
         found[name] = np.frombuffer(body, dtype, math.prod(shape), offset).reshape(shape)
@@ -59,6 +68,23 @@ def decoded(body: bytes, header_length: str | None, names: Sequence[str]) -> dic
     if offset != len(body):
         raise Malformed(f"{len(body) - offset} bytes follow its outputs")
     return _wanted(found, names)
+
+
+def _texts(name: str, raw: bytes, count: int) -> Array:
+    """The byte strings of an output, each with its length before it; there are `count`."""
+    import numpy as np
+
+    found: list[bytes] = []
+    at = 0
+    while at + 4 <= len(raw) and len(found) < count:
+        length = int.from_bytes(raw[at : at + 4], "little")
+        found.append(raw[at + 4 : at + 4 + length])
+        at += 4 + length
+    if at != len(raw) or len(found) != count:
+        raise Malformed(f"{name!r} does not hold {count} byte strings")
+    array = np.empty(count, dtype=object)
+    array[:] = found
+    return array
 
 
 def _listed(header: Any) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -93,7 +119,10 @@ def signature(graph: Graph) -> int:
     """
     largest = {dim.name: dim.max for dim in graph.dims}
     elements = max((_elements(tensor, largest, 1) for tensor in graph.inputs), default=1)
-    return sum(8 * math.prod(_sizes(tensor, largest, elements)) for tensor in graph.outputs) + HEADER_MAX_BYTES
+    return HEADER_MAX_BYTES + sum(
+        (_FILE_MAX_BYTES if tensor.dtype == "bytes" else 8) * math.prod(_sizes(tensor, largest, elements))
+        for tensor in graph.outputs
+    )
 
 
 def _elements(tensor: Tensor, largest: Mapping[str, int], otherwise: int) -> int:
@@ -114,7 +143,7 @@ def check_outputs(graph: Graph, arrays: Mapping[str, Array], asked: Arrays) -> N
         array = arrays.get(tensor.name)
         if array is None:
             raise Malformed(f"it lacks {tensor.name}")
-        if str(array.dtype) != tensor.dtype or array.ndim != len(tensor.shape):
+        if str(array.dtype) != tensor.dtype.replace("bytes", "object") or array.ndim != len(tensor.shape):
             raise Malformed(f"{tensor.name} is {array.dtype} of rank {array.ndim}")
         for word, size in zip(tensor.shape, array.shape, strict=True):
             wanted = bound.setdefault(word, size) if isinstance(word, str) else word

@@ -56,7 +56,9 @@ class DinoClient:
         self.served = _chosen(found, str(where), model)
         self._models = {s.front_end: name for name, s in found.items() if s.role in _ROLES and self._belongs(s)}
         self.graph: Graph = self.served.graph.graph()
-        self._transport.limit(answers.signature(self.graph))
+        # A front end may give another form of the answers.
+        self._answering = {end: (found[m].answers or self.served.graph).graph() for end, m in self._models.items()}
+        self._transport.limit(max(map(answers.signature, self._answering.values())))
         self.shares_memory = False
         if shared_memory:
             self._region = _SharedRegion(self._transport)
@@ -71,7 +73,9 @@ class DinoClient:
             return self._infer("", arrays, shared)
 
     def encoded(self, items: Sequence[bytes], *, front_end: str | None = None) -> dict[str, Array]:
-        """The graph's outputs for encoded files, one batch. front_end: optional if there is only one.
+        """The graph's outputs, or the front end's own form of them, for encoded files, one batch.
+
+        front_end: optional if there is only one.
 
         Raises InputRefused, naming the item, for what cannot be decoded.
         """
@@ -116,10 +120,10 @@ class DinoClient:
         return served.name == self.served.name and served.graph == self.served.graph
 
     def _infer(self, front_end: str, arrays: Arrays, shared: dict[str, Place]) -> dict[str, Array]:
-        names = [tensor.name for tensor in self.graph.outputs]
-        model = self._models[front_end]
+        model, answering = self._models[front_end], self._answering[front_end]
+        names = [tensor.name for tensor in answering.outputs]
         found = self._patiently(lambda: self._transport.infer(model, arrays, names, shared=shared))
-        answers.check_outputs(self.graph, found, arrays)
+        answers.check_outputs(answering, found, arrays)
         return found
 
     def _patiently(self, ask: Callable[[], T]) -> T:

@@ -22,9 +22,28 @@ NOISY_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Latencies:
-    """The samples of one candidate, in milliseconds, in the order they were taken."""
+    """The samples of one candidate, in milliseconds, in the order they were taken.
+
+    cpu_samples_ms: the CPU time that this process spent meanwhile, all threads together; empty where it is not known.
+    """
 
     samples_ms: tuple[float, ...]
+    cpu_samples_ms: tuple[float, ...] = ()
+
+    @property
+    def best_ms(self) -> float:
+        """The least disturbed sample."""
+        return min(self.samples_ms)
+
+    @property
+    def cpu_ms(self) -> float | None:
+        """The least CPU time of a sample."""
+        return min(self.cpu_samples_ms, default=None)
+
+    def __add__(self, other: Latencies) -> Latencies:
+        return Latencies(
+            samples_ms=self.samples_ms + other.samples_ms, cpu_samples_ms=self.cpu_samples_ms + other.cpu_samples_ms
+        )
 
     @property
     def median_ms(self) -> float:
@@ -56,6 +75,7 @@ def in_turn(
     for run in runs.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs.items()), random.Random(0).shuffle  # noqa: S311 (no secret)
     started = time.perf_counter()
     for done in range(1, rounds + 1):
@@ -63,13 +83,17 @@ def in_turn(
         for name, run in order:
             if len(order) > 1:
                 time.sleep(_SETTLE_S)
-            before = time.perf_counter()
+            before, cpu_before = time.perf_counter(), time.process_time()
             run()
+            cpu_samples[name].append((time.process_time() - cpu_before) * 1e3)
             samples[name].append((time.perf_counter() - before) * 1e3)
         progress("timing", done, rounds)
         if done >= min(3, rounds) and time.perf_counter() - started > budget_s:
             break
-    return {name: Latencies(samples_ms=tuple(taken)) for name, taken in samples.items()}
+    return {
+        name: Latencies(samples_ms=tuple(taken), cpu_samples_ms=tuple(cpu_samples[name]))
+        for name, taken in samples.items()
+    }
 
 
 class Neighbours:

@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinoexport.errors import WeightsError, require
 from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 from dinoexport.system import untrusted
 from dinoexport.system.untrusted import Unreadable
-from dinoexport.weights import gguf_file, pickle_check, shards, unusable
+from dinoexport.weights import gguf_file, pickle_check, shards, torch_zip, unusable
 from dinoexport.weights.shards import SplitAxis
 
 if TYPE_CHECKING:
     import torch
 
 # The number of bytes of a mapped file that may be read before it is mapped again.
-_MAPPED_BYTES_MAX = 64 * 2**20
+_MAPPED_BYTES_MAX = 16 * 2**20
 _ZIP_START = b"PK\x03\x04"
 # Far above any training checkpoint; in a hostile file a dict can contain itself, or occur a million times.
 _DICTS_DEEP_MAX = 8
@@ -38,6 +38,9 @@ _INERT = re.compile(
     r"transformers\.(training_args|trainer_utils|integrations)|hydra\.|timm\.)"
 )
 _LIKE_DICT = re.compile(r"\.(defaultdict|AttributeDict|AttrDict|Dict|ConfigDict|EasyDict|Box)$")
+# What a safetensors file calls the numbers that NumPy reads, bfloat16 with onnx's ml_dtypes.
+_NUMPY_READS = frozenset({"F64", "F32", "F16", "BF16"})
+_Kind = TypeVar("_Kind")
 # `torch.serialization.safe_globals` affects the whole process while it is active.
 _UNPICKLING = threading.Lock()
 
@@ -134,32 +137,45 @@ def _open(path: Path) -> tuple[Shapes, Read]:
 
 
 def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
-    require("export", "safetensors", "torch")  # NumPy has no bfloat16, so the tensors are torch's
+    require("export", "safetensors")
     import safetensors
 
     try:
-        file = safetensors.safe_open(path, framework="pt")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        file = safetensors.safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        plain = {part.get_dtype() for part in slices.values()} <= _NUMPY_READS
     except safetensors.SafetensorError as error:
         raise WeightsError(
             f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
         ) from None
-    return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor)
+    if plain:
+        return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="np").get_tensor, _widened)
+    require("export", "torch")
+    return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor, _of_torch)
 
 
 def _open_zip(path: Path) -> tuple[Shapes, Read]:
     """The tensors of a `torch.save` file, mapped from disk; nested dicts become dotted names."""
+    _check_zip(path)
+    saved = torch_zip.content_of(path)
+    if saved is not None and (stored := _plain(saved)) is not None:
+        places: dict[str, torch_zip.Stored] = stored
+
+        def mapped() -> Callable[[str], Array]:
+            numbers = torch_zip.mapped(path)
+            return lambda name: numbers(places[name])
+
+        return {name: tensor.shape for name, tensor in places.items()}, _reader(path, mapped, _widened)
     require("export", "torch")
     import torch
-
-    _check_zip(path)
 
     foreign = _foreign_classes(path)
     unusable.check_classes(foreign, path)
 
     def tensors() -> dict[str, torch.Tensor]:
         with _inert(foreign):
-            return _tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            return _tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True), torch.Tensor)
 
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
@@ -174,7 +190,7 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
         raise WeightsError(
             f"{path} is damaged or no torch.save file ({_reason(error)}).", next_step="Get the file again."
         ) from None
-    return shapes, _reader(path, lambda: tensors().__getitem__)
+    return shapes, _reader(path, lambda: tensors().__getitem__, _of_torch)
 
 
 class _Inert:
@@ -255,14 +271,19 @@ def _check_zip(path: Path) -> None:
         ) from None
 
 
-def _tensors(content: Any) -> dict[str, torch.Tensor]:
-    """The tensors in nested dicts by dotted name; raises ValueError if the nesting does not end."""
-    import torch
+def _plain(saved: Any) -> dict[str, torch_zip.Stored] | None:
+    try:
+        return _tensors(saved, torch_zip.Stored)
+    except ValueError:
+        return None  # torch says the same in the words that are known
 
-    tensors: dict[str, torch.Tensor] = {}
+
+def _tensors(content: Any, kind: type[_Kind]) -> dict[str, _Kind]:
+    """The tensors in nested dicts by dotted name; a ValueError when the nesting does not end."""
+    tensors: dict[str, _Kind] = {}
     level: list[tuple[str, Any]] = [("", content)]
     for _depth in range(_DICTS_DEEP_MAX):
-        tensors |= {name: value for name, value in level if isinstance(value, torch.Tensor)}
+        tensors |= {name: value for name, value in level if isinstance(value, kind)}
         inside = (
             (f"{name}.{key}" if name else str(key), value)
             for name, entries in level
@@ -277,12 +298,24 @@ def _tensors(content: Any) -> dict[str, torch.Tensor]:
     raise ValueError(f"dicts more than {_DICTS_DEEP_MAX} deep or of more than {_ENTRIES_MAX} entries")
 
 
-def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> Read:
-    """Reads a tensor of `path` as float32; raises WeightsError for one that is quantised, sparse or without values.
+def _of_torch(tensor: torch.Tensor) -> Array | None:
+    return tensor.detach().float().contiguous().numpy() if tensor.is_floating_point() else None
 
-    mapped: maps the file and returns a function that gets a tensor of it. The file is mapped again from time to time,
-    because a page that was read counts as memory of this process while it is mapped: 4.5 GB for 1.1 billion weights.
-    Two threads may read at once; at worst the file is mapped again twice.
+
+def _widened(array: Array) -> Array:
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # what fp32 cannot hold is found as Inf
+        return array.astype(np.float32, copy=False)
+
+
+def _reader(path: Path, mapped: Callable[[], Callable[[str], Any]], as_float: Callable[[Any], Array | None]) -> Read:
+    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
+
+    mapped: maps the file and returns what gets a tensor of it. as_float: its float32 numbers; None where it has others.
+    The file is mapped anew now and then, for a page that was once
+    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights. Two threads may read
+    at once: at worst it is mapped anew twice.
     """
     get, read_bytes = mapped(), 0
 
@@ -293,8 +326,7 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], torch.Tensor]]) -> 
                 get, read_bytes = mapped(), 0
             tensor = get(name)
             read_bytes += tensor.nbytes
-            floating = tensor.is_floating_point()
-            array: Array | None = tensor.detach().float().contiguous().numpy() if floating else None
+            array = as_float(tensor)
         except Exception as error:  # a dtype that the format has but NumPy does not
             raise WeightsError(
                 f"The tensor {name} of {path} cannot be read ({_first_line(error)}).",

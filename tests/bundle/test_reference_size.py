@@ -10,7 +10,7 @@ import pytest
 from dinoexport import bundle
 from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.models.dinov2.config import PATCH
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.spec import Array, Case, Expectation, Precision

@@ -103,18 +103,20 @@ VERBS = {
     "fit": ("fit", "bundle", "--images", "classes", "--out", "fitted"),
     "compile": ("compile", "bundle", "--target", "a100", "--runtime", "tensorrt_rtx", "--out", "compiled"),
     "merge": ("merge", "compiled", "compiled", "--out", "merged"),
+    "push": ("push", "bundle", "127.0.0.1:9/tiny:v1", "--plain-http"),
+    "pull": ("pull", "127.0.0.1:9/tiny:v1", "--out", "pulled", "--plain-http"),
     "generate": ("generate", "text", "hello", "--max-tokens", "2"),
     "openai": ("openai", "http://127.0.0.1:9", "--port", "0", "--timeout-s", "1"),
 }  # fmt: skip
 # One machine's engines twice, an old release and a server at a port that nobody listens at: refused after the work.
-CODES = {"check": 4, "rollback": 2, "merge": 2, "openai": 4}
+CODES = {"check": 4, "rollback": 2, "merge": 2, "openai": 4, "push": 4, "pull": 4}
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_sends_and_stores_nothing(home: Path, place: Path, verb: str) -> None:
     code, words, wrong = traced(["-m", "dinoexport", *VERBS[verb]], home, place)
     assert code == CODES.get(verb, 0), words
-    if verb in ("check", "openai"):  # it asks the server it was given, and nobody else
+    if verb in ("check", "openai", "push", "pull"):  # it asks the server it was given, and nobody else
         wrong = [line for line in wrong if 'sin_port=htons(9), sin_addr=inet_addr("127.0.0.1")' not in line]
     assert not wrong, wrong[:3]
     assert set(_files(home)) <= {".cache/dinoexport"}, "only our own cache may be in the home folder"

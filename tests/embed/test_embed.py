@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +24,11 @@ from typer.testing import CliRunner
 from dinoexport import bundle, cli
 from dinoexport.embed import plan as plans
 from dinoexport.embed import run, sources, verify
-from dinoexport.embed.embedder import model_of
+from dinoexport.embed.embedder import Prepared, model_of
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.pipeline.request import build_request
 from dinoexport.system import store
+from tests.conftest import DATA
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
 
 ROOT = Path(__file__).parent.parent.parent
@@ -542,6 +546,23 @@ def test_the_command_line(tiny: Path, photos: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "PASSED" in shown.stdout
     strict = CliRunner().invoke(cli.app, [*words[3:-4], "--max-failed", "1%"])
     assert strict.exit_code == 1 and "6 of 60 images could not be embedded" in strict.stderr
+
+
+def test_prepares_with_the_bundles_own_mean_and_deviation(tmp_path: Path) -> None:
+    """A grey image's value in each channel, by hand, for a recipe that is not ImageNet's."""
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    shutil.copy(DATA / "tiny_cases.toml", tmp_path)
+    table = f"\n[preprocess]\nmean = {list(mean)}\nstd = {list(std)}\n"
+    (tmp_path / "own.toml").write_text((DATA / "tiny_swiglu.toml").read_text() + table)
+    model = build_request(str(tmp_path / "own.toml"), weights="synthetic:0").model
+    (end, *_) = model.front_ends(None, progress=lambda *_: None)
+    grey = io.BytesIO()
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(grey, "PNG")
+    item = Prepared(model=model, front_end=end, graph=model.graphs[0]).of("grey.png", grey.getvalue)
+    assert item.inputs is not None and (item.row.height, item.row.width) == (48, 64)
+    for channel in range(3):
+        value = (90 / 255 - mean[channel]) / std[channel]
+        np.testing.assert_allclose(item.inputs["pixels"][0, channel], value, rtol=1e-5)
 
 
 def test_shard_of_is_fixed() -> None:

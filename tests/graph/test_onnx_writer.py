@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from dinoexport.errors import BuildError
-from dinoexport.graph import onnx_writer
+from dinoexport.graph import onnx_writer, tracer
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.stages import export as export_stage
 from dinoexport.system import files
 from tests.conformance import export_to
 from tests.conftest import DATA
@@ -23,22 +24,21 @@ def calls(*names: str) -> Sequence[Any]:
     return [SimpleNamespace(piece=SimpleNamespace(name=name)) for name in names]
 
 
-def test_pieces_are_traced_once_while_the_caller_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_traced_once_while_the_caller_goes_on() -> None:
     threads = []
 
     def trace(piece: Any) -> str:
         threads.append(threading.current_thread())
         return f"the graph of {piece.name}"
 
-    monkeypatch.setattr(onnx_writer, "_trace", trace)
-    with onnx_writer.tracing(lambda: calls("stem", "block", "block", "head")) as traced:
+    with onnx_writer.tracing(lambda: calls("stem", "block", "block", "head"), trace=trace) as traced:
         assert traced() == {name: f"the graph of {name}" for name in ("stem", "block", "head")}
         assert traced() is traced()
     assert len(threads) == 3
     assert len({*threads, threading.main_thread()}) == 2
 
 
-def test_what_is_not_begun_by_the_end_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_begun_by_the_end_is_left_out() -> None:
     """As where the stage was made earlier: nobody waits for a trace that nobody wants."""
     begun, held = threading.Event(), threading.Event()
 
@@ -47,28 +47,29 @@ def test_what_is_not_begun_by_the_end_is_left_out(monkeypatch: pytest.MonkeyPatc
         assert held.wait(10)
         return f"the graph of {piece.name}"
 
-    monkeypatch.setattr(onnx_writer, "_trace", trace)
-    with onnx_writer.tracing(lambda: calls("stem", "block")) as traced:
+    with onnx_writer.tracing(lambda: calls("stem", "block"), trace=trace) as traced:
         assert begun.wait(10)
         threading.Timer(0.05, held.set).start()
     assert traced() == {"stem": "the graph of stem"}
 
 
-def test_what_cannot_be_traced_is_said_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_traced_is_said_to_who_asks_for_it() -> None:
     def trace(_piece: Any) -> str:
         raise BuildError("The piece stem cannot be traced.", next_step="Report it.")
 
-    monkeypatch.setattr(onnx_writer, "_trace", trace)
-    with onnx_writer.tracing(lambda: calls("stem")) as traced, pytest.raises(BuildError, match="stem cannot be traced"):
+    with (
+        onnx_writer.tracing(lambda: calls("stem"), trace=trace) as traced,
+        pytest.raises(BuildError, match="stem cannot be traced"),
+    ):
         traced()
-    with onnx_writer.tracing(lambda: calls("stem")):
+    with onnx_writer.tracing(lambda: calls("stem"), trace=trace):
         pass  # and not to who does not, whose own error would be hidden
 
 
 def test_a_build_takes_over_what_was_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every piece once, none of them by the thread that writes, and the bytes are those of an export on its own."""
     threads = []
-    original = onnx_writer._trace
+    original = tracer.trace
 
     def trace(piece: Any) -> Any:
         threads.append((piece.name.partition(",")[0], threading.current_thread() is threading.main_thread()))
@@ -78,7 +79,7 @@ def test_a_build_takes_over_what_was_traced(tmp_path: Path, monkeypatch: pytest.
     alone = tmp_path / "alone"
     alone.mkdir()
     export_to(alone, request.model, lambda name: request.model.synthetic(name, 0))
-    monkeypatch.setattr(onnx_writer, "_trace", trace)
+    monkeypatch.setattr(export_stage.traces, "of", lambda piece, **_: trace(piece))
     pipeline.export_only(request)
     assert threads == [("stem", False), ("block", False), ("head", False)]
     data = "model.onnx.data"

@@ -86,7 +86,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         gguf_tokenizer.read(write_gguf(tmp_path / "y.gguf", "rwkv", pieces=["a"]))
     with pytest.raises(UsageError, match="splits words as 'qwen2'"):
         gguf_tokenizer.read(write_gguf(tmp_path / "z.gguf", "gpt2", pieces=["a"], pre="qwen2", merges=["a a"]))
-    with pytest.raises(WeightsError, match="half a tokenizer"):
+    with pytest.raises(WeightsError, match="an incomplete tokenizer"):
         gguf_tokenizer.read(write_gguf(tmp_path / "w.gguf", "gpt2", pieces=["a"]))
 
 

@@ -33,6 +33,16 @@ def test_the_runtime_runs_through_the_bindings(version: str, built: Path) -> Non
     assert int(re.findall(r"(\d+) passed", shown.stdout)[0]) >= 30 and "skipped" not in shown.stdout
 
 
+@pytest.mark.bindings
+def test_the_gpu_check_runs_through_the_newest_bindings() -> None:
+    """`make gpu` rehearsed with NVIDIA's classes: each step, the table as it grows, a full device, a crash."""
+    version = bindings.VERSIONS[-1]
+    environment = {**os.environ, **bindings.environment(version), "STANDIN_BINDINGS": version}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu_check.py"]
+    shown = subprocess.run(command, env=environment, cwd=bindings.ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stdout[-3000:] + shown.stderr[-1000:]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny recipe, for all versions."""

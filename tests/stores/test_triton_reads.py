@@ -34,10 +34,12 @@ def test_serves_from_the_bucket_and_rolls_back(
     try:
         assert check.check(running.http, tiny, model="tiny").report.passed
         assert running.ask("GET", "/v2/models/tiny")[1]["versions"] == ["1"]
-        for deployed in (
-            store_repository.deploy(tiny, there, name="tiny", backend="python"),
-            store_repository.rollback(there, "tiny"),
-        ):
+        changes: tuple[Any, ...] = (
+            lambda: store_repository.deploy(tiny, there, name="tiny", backend="python"),
+            lambda: store_repository.rollback(there, "tiny"),
+        )
+        for change in changes:
+            deployed = change()
             assert running.load("tiny")[0] == 200
             assert running.ask("GET", "/v2/models/tiny")[1]["versions"] == [str(deployed.version)]
         assert check.check(running.http, tiny, model="tiny", quick=True).report.passed

@@ -1,4 +1,4 @@
-"""A second family in one file: a decoder of two graphs with a cache. It is installed by the entry point beside it.
+"""A second family, a decoder of two graphs with a cache, and what it traces. The entry point beside it installs it.
 
 A token's embedding joins the cache (B, T, D); the logits (B, V) are its mean through one matrix. `prefill` reads
 a prompt, `step` adds a token to what `prefill` left. A case is a greedy roll-out of both.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoexport.config.recipe import Recipe
-from dinoexport.family import Call, Piece
+from dinoexport.family import Call, Example, Piece
 from dinoexport.spec import Case, Dim, Graph, Tensor, Weight, Workload
 
 VOCABULARY, WIDTH, STEPS = 11, 8, 3
@@ -55,24 +55,15 @@ class Toy:
         return values
 
     def calls(self, graph, read):
-        import torch
-
-        class Decoder(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embedding_VD = torch.nn.Parameter(torch.zeros(VOCABULARY, WIDTH))
-                self.unembedding_DV = torch.nn.Parameter(torch.zeros(WIDTH, VOCABULARY))
-
-            def forward(self, token_ids, past=None):
-                new = torch.nn.functional.embedding(token_ids, self.embedding_VD)
-                cache = new if past is None else torch.cat((past, new), dim=1)
-                return cache, cache.mean(dim=1) @ self.unembedding_DV
-
-        examples = {"token_ids": torch.zeros(2, 3, dtype=torch.int64), "past": torch.zeros(2, 5, WIDTH)}
+        examples = {
+            "token_ids": Example(dtype="int64", shape=(2, 3)),
+            "past": Example(dtype="float32", shape=(2, 5, WIDTH)),
+        }
         names = tuple(tensor.name for tensor in graph.inputs)
         piece = Piece(
             name=graph.name,
-            module=Decoder(),
+            code="toy_graph:Decoder",
+            arguments={"vocabulary": VOCABULARY, "width": WIDTH},
             example_inputs={name: examples[name] for name in names},
             dynamic={t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in graph.inputs},
         )

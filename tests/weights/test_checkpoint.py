@@ -19,7 +19,7 @@ from dinoexport.config import recipe
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import find
-from dinoexport.weights import download, formats
+from dinoexport.weights import download, formats, torch_zip
 from tests.checkpoint_files import (
     FORMATS,
     TINY,
@@ -64,7 +64,7 @@ def test_a_large_file_is_mapped_anew_as_it_is_read(
     total = sum(tensor.nbytes for tensor in state.values())
     monkeypatch.setattr(formats, "_MAPPED_BYTES_MAX", total // 10)
     mapped = []
-    for module, function in ((torch, "load"), (safetensors, "safe_open")):
+    for module, function in ((torch_zip, "mapped"), (safetensors, "safe_open")):
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *a, o=original, **k: mapped.append(1) or o(*a, **k))
     read = opened(save(tmp_path / name, state)).read
@@ -152,8 +152,9 @@ def test_a_recipe_without_published_weights_says_so() -> None:
 def test_a_package_that_is_missing(
     tmp_path: Path, state: Tensors, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
+    """torch is missed only where a file holds more than plain floating-point tensors."""
     save = save_pth if name.endswith(".pth") else save_safetensors
-    path = save(tmp_path / name, state)
+    path = save(tmp_path / name, state | ({"norm.weight": torch.ones(48).int()} if package == "torch" else {}))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingRequirement, match=f"{package} is not installed") as caught:
         opened(path)
@@ -234,6 +235,26 @@ def test_one_value_that_is_not_finite_is_refused(
     error = refused_read(path, "blocks.1.mlp.fc2.bias")
     assert error.message == f"The tensor blocks.1.mlp.fc2.bias of {path} holds NaN or Inf."
     opened(path).read("blocks.1.mlp.fc2.weight")
+
+
+@FORMATS
+def test_plain_files_are_read_without_torch(
+    tmp_path: Path, state: Tensors, name: str, save: Callable[[Path, Tensors], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nested, as parameters, of three kinds of numbers, several in one storage: every value, and no torch."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    saved = {key: tensor.to(kinds[i % 3]) for i, (key, tensor) in enumerate(state.items())}
+    if name.endswith(".pth"):
+        shared = torch.stack([saved["norm.weight"], saved["norm.bias"].to(saved["norm.weight"].dtype)])
+        saved |= {"norm.weight": torch.nn.Parameter(shared[0]), "norm.bias": shared[1]}
+        path = save(tmp_path / name, {"teacher": {f"backbone.{key}": tensor for key, tensor in saved.items()}})
+    else:
+        path = save(tmp_path / name, saved)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "torch"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    checkpoint = opened(path)
+    for key, tensor in saved.items():
+        np.testing.assert_array_equal(checkpoint.read(key), tensor.detach().float().numpy(), err_msg=key)
 
 
 def test_a_value_too_large_for_fp32_is_refused(tmp_path: Path, state: Tensors) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from dinoexport import images
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import cases, described, layouts, serving, synthetic
 from dinoexport.models.dinov2.config import Architecture, GraphChoices
@@ -27,6 +27,8 @@ from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Precision, Prog
 
 if TYPE_CHECKING:
     import torch
+
+_TRACED = "dinoexport.models.dinov2.graph"
 
 
 class Dinov2:
@@ -203,25 +205,22 @@ class Dinov2Model:
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Stem, each block, and a head for each block that is an output."""
-        import torch
-
         from dinoexport.models.dinov2 import fold
-        from dinoexport.models.dinov2.graph import Block, Head, Stem
 
-        body = _dtype(self.recipe.precision or Precision.FP32)
-        residual = torch.float16 if body == torch.float16 and self.choices.residual == "fp16" else torch.float32
-        fp32 = self.choices.fp32_parts(self.arch.depth) if body == torch.float16 else frozenset()
-        norms = torch.float32 if "norms" in fp32 else residual
-        scores = torch.float32 if "softmax" in fp32 else body
+        body = _dtype_name(self.recipe.precision or Precision.FP32)
+        residual = "float16" if body == "float16" and self.choices.residual == "fp16" else "float32"
+        fp32 = self.choices.fp32_parts(self.arch.depth) if body == "float16" else frozenset()
+        norms = "float32" if "norms" in fp32 else residual
+        scores = "float32" if "softmax" in fp32 else body
         form = f"{body} with residual {residual}, norms {norms}, scores {scores}"
         folded = fold.Folded(arch=self.arch, read=read)
-        tokens = torch.zeros(2, 5, self.arch.embed_dim, dtype=residual)
 
-        def over_tokens(name: str, module: torch.nn.Module) -> Piece:
+        def over_tokens(name: str, module: str, arguments: Mapping[str, Any]) -> Piece:
             return Piece(
                 name=f"{name}, {form}",
-                module=module,
-                example_inputs={"tokens": tokens},
+                code=f"{_TRACED}:{module}",
+                arguments=arguments,
+                example_inputs={"tokens": Example(dtype=residual, shape=(2, 5, self.arch.embed_dim))},
                 dynamic={"tokens": {0: "batch", 1: "tokens"}},
             )
 
@@ -229,27 +228,29 @@ class Dinov2Model:
         patch, channels = self.arch.patch_size, self.arch.in_chans
         height, width = 17 * patch, 19 * patch  # neither native nor square, so that tracing specialises on nothing
         if from_bytes:
-            example = torch.zeros(2, height, width, channels, dtype=torch.uint8)
-            # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
-            mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
-            stem_module = Stem(self.arch, residual=residual, byte_scale=1 / (255 * std), byte_shift=-mean / std)
+            example = Example(dtype="uint8", shape=(2, height, width, channels))
+            normalising = {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
         else:
-            example = torch.zeros(2, channels, height, width)
-            stem_module = Stem(self.arch, residual=residual)
+            example, normalising = Example(dtype="float32", shape=(2, channels, height, width)), {}
         image_name = graph.inputs[0].name
         stem = Piece(
             name=f"stem, {form}",
-            module=stem_module,
+            code=f"{_TRACED}:Stem",
+            arguments=self._stem_facts | {"residual": residual, **normalising},
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
             least_sizes={"height": patch, "width": patch},
         )
-        block = over_tokens("block", Block(self.arch, body=body, norms=norms, scores=scores))
-        exact = over_tokens(
-            "fp32_block", Block(self.arch, body=torch.float32, norms=torch.float32, scores=torch.float32)
-        )
-        last_head = over_tokens("head", Head(self.arch, with_registers=True))
-        chosen_head = over_tokens("chosen_head", Head(self.arch, with_registers=False))
+        facts, exactly = self._block_facts, dict.fromkeys(("body", "norms", "scores"), "float32")
+        block = over_tokens("block", "Block", {**facts, "body": body, "norms": norms, "scores": scores})
+        exact = over_tokens("fp32_block", "Block", {**facts, **exactly})
+        final = {
+            "dim": self.arch.embed_dim,
+            "prefix_count": 1 + self.arch.register_count,
+            "epsilon": self.arch.layer_norm_eps,
+        }
+        last_head = over_tokens("head", "Head", {**final, "with_registers": True})
+        chosen_head = over_tokens("chosen_head", "Head", {**final, "with_registers": False})
 
         def sequence() -> Iterator[Call]:
             yield Call(piece=stem, scope="stem", inputs=(image_name,), outputs=("stem_tokens",), weights=folded.stem())
@@ -275,6 +276,33 @@ class Dinov2Model:
                         )
 
         return tuple(sequence())
+
+    @property
+    def _stem_facts(self) -> dict[str, Any]:
+        arch = self.arch
+        return {
+            "dim": arch.embed_dim,
+            "channels": arch.in_chans,
+            "patch": arch.patch_size,
+            "prefix_count": 1 + arch.register_count,
+            "side": arch.position_side,
+            "border": arch.table_border,
+            "antialias": arch.antialias,
+            "offset": (arch.offset.numerator, arch.offset.denominator),
+        }
+
+    @property
+    def _block_facts(self) -> dict[str, Any]:
+        arch = self.arch
+        return {
+            "dim": arch.embed_dim,
+            "num_heads": arch.num_heads,
+            "hidden": arch.hidden_dim,
+            "swiglu": arch.feed_forward == "swiglu",
+            "activation": arch.activation,
+            "epsilon": arch.layer_norm_eps,
+            "qkv_bias": arch.qkv_bias,
+        }
 
     @property
     def promotable(self) -> tuple[str, ...]:
@@ -463,13 +491,19 @@ def _dtype(precision: Precision) -> torch.dtype:
     """PyTorch's dtype. It has none for int8, which a quantiser makes from an fp32 graph."""
     import torch
 
-    dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-    if precision not in dtypes:
+    found: torch.dtype = getattr(torch, _dtype_name(precision))
+    return found
+
+
+def _dtype_name(precision: Precision) -> str:
+    """PyTorch's name of it."""
+    names = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+    if precision not in names:
         raise UsageError(
             f"PyTorch has no {precision} of its own to compare with.",
             next_step=f"Leave times_own_error_max out of [limits.{precision}].",
         )
-    return dtypes[precision]
+    return names[precision]
 
 
 def _tokens(name: str, shape: tuple[int | str, ...], meaning: str) -> Tensor:

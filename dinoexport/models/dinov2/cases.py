@@ -15,7 +15,8 @@ from dinoexport.config.recipe import Frozen, Range, parse
 from dinoexport.errors import UsageError
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import synthetic
-from dinoexport.models.dinov2.config import PATCH, Architecture
+from dinoexport.models.dinov2.config import Architecture
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import Array, Case, Progress, Workload
 
 _BATCH = 8

@@ -8,13 +8,14 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dinoexport.config.recipe import Frozen
+from dinoexport.models.dinov2.published import NORM_EPSILON, PATCH
 from dinoexport.spec import closest
 
-PATCH = 14  # pixels a side; every published DINOv2 backbone
 GRID = 37  # patches a side of the published position tables: trained at 518 = 37 * 14 pixels
-NORM_EPSILON = 1e-6  # upstream dinov2/models/vision_transformer.py: partial(nn.LayerNorm, eps=1e-6)
 # Upstream's `interpolate_offset` of the published models: without registers, with registers (dinov2/hub/backbones.py).
 _PUBLISHED_OFFSETS = (0.1, 0.0)
+# Without antialiasing a bicubic kernel reaches two samples past the table's edge.
+_REACH = 2
 # An offset is a fraction with at most this denominator, so that the graph can count in whole numbers.
 _OFFSET_DENOMINATOR_MAX = 1000
 Activation = Literal["gelu", "gelu_tanh", "relu"]
@@ -84,6 +85,11 @@ class Architecture(Frozen):
     def antialias(self) -> bool:
         """Upstream's `interpolate_antialias`."""
         return self.register_count > 0 if self.interpolate_antialias is None else self.interpolate_antialias
+
+    @property
+    def table_border(self) -> int:
+        """How many rows and columns replicate the position table's edge on each side: where PyTorch clamps indices."""
+        return 0 if self.antialias else _REACH
 
     @property
     def native_size(self) -> int:

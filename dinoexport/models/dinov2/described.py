@@ -1,4 +1,4 @@
-"""What a DINOv2's weights show, what the files beside them say, and what neither does; a recipe made of both."""
+"""Derive facts, and if needed a recipe, from DINOv2 weights and the files beside them; list what neither shows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dinoexport.weights.config_file import name_of
 _HEAD_WIDTH = 64  # of every published DINOv2
 _RGB = 3
 _PROFILE_PATCHES = {"min": 1, "max": 73}  # 14 to 1022 pixels for patches of 14
-# Read off the weights when a recipe is made; where there is a recipe, the loader compares tensor by tensor.
+# Derived from the weights when a recipe is made; if there is a recipe, the loader compares tensor by tensor.
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "register_count", "feed_forward")
 
 
 def described(recipe: Recipe, weights: Path, found: Shapes) -> Description:
-    """Facts of the weights and of the files beside them, for `recipe`; and what was chosen and left out."""
+    """Facts from the weights and the files beside them, for `recipe`; and what was chosen and left out."""
     arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
     chosen = search(found, width=arch.embed_dim, depth=arch.depth)
     if chosen is None:
@@ -34,7 +34,7 @@ def described(recipe: Recipe, weights: Path, found: Shapes) -> Description:
     said = beside.facts(weights)
     defaults = _defaults(arch)
     if (seen.get("embed_dim"), seen.get("depth")) != (arch.embed_dim, arch.depth):
-        seen = {}  # another model's; the loader says whose
+        seen = {}  # another model's; the loader reports whose
     facts = [
         Fact(key=f"model.{key}", value=value, source="the weights")
         for key, value in seen.items()
@@ -53,7 +53,7 @@ def _in_published_layout(found: Shapes, arch: Architecture | None = None) -> Sha
 
 
 def _defaults(arch: Architecture) -> dict[str, Any]:
-    """What `[model]` has where it is silent."""
+    """The default values of `[model]`."""
     plain = Architecture(
         embed_dim=arch.embed_dim,
         depth=arch.depth,
@@ -89,7 +89,7 @@ def _seen(shapes: Shapes) -> dict[str, Any]:
 
 
 def _channels_are_said(seen: Mapping[str, Any], said: list[str]) -> None:
-    """What further channels are can be seen nowhere, so somebody must have said that there are any."""
+    """Refuses additional channels that the recipe does not declare, because their meaning is unknown."""
     if seen.get("in_chans", _RGB) != _RGB and "in_chans" not in said:
         raise UsageError(
             f"The weights take images of {seen['in_chans']} channels, and the recipe does not say so.",
@@ -99,7 +99,7 @@ def _channels_are_said(seen: Mapping[str, Any], said: list[str]) -> None:
 
 
 def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
-    """A recipe for the weights at `weights`; None where there is no DINOv2 in them."""
+    """A recipe for the weights at `weights`; None if they hold no DINOv2."""
     chosen = search(found)
     if chosen is None or not chosen.backbone.is_whole:
         return None
@@ -141,7 +141,7 @@ def _assumed_heads(seen: Mapping[str, Any]) -> int:
 
 
 def assumed(recipe: Recipe) -> tuple[Fact, ...]:
-    """What no weights show. The heads too, where nothing says how many: 64 channels wide each."""
+    """Values that weights do not show. If the number of heads is unknown, it assumes heads of 64 channels."""
     arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
     like = "models with registers" if arch.register_count else "models without registers"
     published = f"as the published {like}"
@@ -151,7 +151,7 @@ def assumed(recipe: Recipe) -> tuple[Fact, ...]:
         Fact(key="model.interpolate_antialias", value=arch.antialias, source=published),
         Fact(key="model.layer_norm_eps", value=arch.layer_norm_eps, source="as all published models"),
         Fact(key="model.activation", value=arch.activation, source="as all published models"),
-        # Said by every recipe a person wrote: assumed where one was made of weights alone.
+        # Every recipe that a person wrote states this; it is assumed if the recipe was derived from weights.
         Fact(
             key="model.num_heads",
             value=arch.num_heads,

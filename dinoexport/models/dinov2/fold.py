@@ -15,7 +15,6 @@ import numpy as np
 
 from dinoexport.family import Read
 from dinoexport.models.dinov2.config import Architecture
-from dinoexport.models.dinov2.graph import table_border
 from dinoexport.spec import Array, Weight
 
 
@@ -29,7 +28,7 @@ class Folded:
     def stem(self) -> Mapping[str, Weight]:
         """Patch kernel, prefix tokens and position table."""
         dim, registers = self.arch.embed_dim, self.arch.register_count
-        size = self.arch.position_side + 2 * table_border(self.arch)
+        size = self.arch.position_side + 2 * self.arch.table_border
         patch = self.arch.patch_size
         return {
             "kernel_OIHW": self._as_is("patch_embed.proj.weight", dim, self.arch.in_chans, patch, patch),
@@ -101,7 +100,7 @@ class Folded:
 
     def _table(self) -> Array:
         """The position table as rows (h, w*D), its edges replicated where the kernel may reach past them."""
-        side, border = self.arch.position_side, table_border(self.arch)
+        side, border = self.arch.position_side, self.arch.table_border
         table = self.read("pos_embed")[0, 1:].reshape(side, side, -1)
         if border:
             table = np.pad(table, ((border, border), (border, border), (0, 0)), mode="edge")

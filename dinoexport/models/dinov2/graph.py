@@ -1,32 +1,31 @@
 """The traced form of the DINOv2 ViT: weights are folded into their final layout, and TensorRT can fuse all operations.
 
 Three pieces make every variant: the stem (pixels to tokens), a block (tokens to tokens) and the head (tokens to named
-outputs). Suffixes name axes: B images, N tokens, D width, H and W pixels, h and w patches, I and O in and out.
-The plain formulation, which this one is validated against, is in `reference.py`; they share no code on purpose.
+outputs). Each is made with plain numbers and imports nothing of ours, so that its trace depends on this file and them
+alone. Suffixes name axes: B images, N tokens, D width, H and W pixels, h and w patches, I and O in and out.
+The plain formulation that judges this one is in `reference.py`; they share no code on purpose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from dinoexport.models.dinov2.config import Architecture
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-# Without antialiasing a bicubic kernel reaches two samples past the table's edge.
-_REACH = 2
 
 
-def table_border(arch: Architecture) -> int:
-    """How many rows and columns replicate the position table's edge on each side, where PyTorch clamps indices."""
-    return 0 if arch.antialias else _REACH
+def dtype_of(name: str) -> torch.dtype:
+    """PyTorch's dtype of this name, as `float16`."""
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -47,9 +46,10 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 class Stem(nn.Module):
     """Pixels (B, 3, H, W) to tokens (B, 1 + R + h*w, D), in float32 throughout.
 
-    The patch convolution floors, so a size that is not a multiple of its stride is cropped at the right and bottom, as
-    the model card requires. byte_scale and byte_shift: per channel; with them the input is uint8 (B, H, W, 3), and
-    each byte is multiplied by the scale and shifted by the shift.
+    The patch convolution floors, so a size that is no multiple of its stride loses its right and lower rest, as the
+    model card asks. mean, std: per channel; with them the input is uint8 (B, H, W, 3) instead, normalised here.
+    prefix_count: class token and registers. side: of the position table, in patches; border: how many of its rows and
+    columns replicate its edge on each side. offset: upstream's `interpolate_offset`, as (parts, of how many).
     """
 
     byte_scale: Tensor
@@ -57,30 +57,36 @@ class Stem(nn.Module):
 
     def __init__(
         self,
-        arch: Architecture,
         *,
-        residual: torch.dtype,
-        byte_scale: Tensor | None = None,
-        byte_shift: Tensor | None = None,
+        dim: int,
+        channels: int,
+        patch: int,
+        prefix_count: int,
+        side: int,
+        border: int,
+        antialias: bool,
+        offset: tuple[int, int],
+        residual: str,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        dim = arch.embed_dim
-        self.antialias, self.side, self.patch = arch.antialias, arch.position_side, arch.patch_size
-        # Sizes are counted in fractions of a patch of which the offset is a whole multiple; at least tenths.
-        parts = arch.offset.denominator
-        self.parts = 10 if 10 % parts == 0 else parts
-        self.offset_parts = int(arch.offset * self.parts)
-        self.prefix_count = 1 + arch.register_count
-        self.residual = residual
-        self.table_size = self.side + 2 * table_border(arch)
-        self.from_bytes = byte_scale is not None
-        self.kernel_OIHW = _parameter(dim, arch.in_chans, self.patch, self.patch)
+        self.antialias, self.side, self.patch = antialias, side, patch
+        # Sizes are counted in such parts of a patch that the offset is a whole number of them; tenths at least.
+        self.parts = 10 if 10 % offset[1] == 0 else offset[1]
+        self.offset_parts = offset[0] * self.parts // offset[1]
+        self.prefix_count = prefix_count
+        self.residual = dtype_of(residual)
+        self.table_size = side + 2 * border
+        self.from_bytes = mean is not None
+        self.kernel_OIHW = _parameter(dim, channels, patch, patch)
         self.bias_O = _parameter(dim)
-        self.prefix_1RD = _parameter(1, self.prefix_count, dim)
+        self.prefix_1RD = _parameter(1, prefix_count, dim)
         self.table_hwD = _parameter(self.table_size, self.table_size * dim)
-        if byte_scale is not None and byte_shift is not None:
-            self.register_buffer("byte_scale", byte_scale.view(-1, 1, 1))
-            self.register_buffer("byte_shift", byte_shift.view(-1, 1, 1))
+        if mean is not None and std is not None:
+            # (x / 255 - mean) / std as one product and one sum; a byte's value is exact in float32.
+            self.register_buffer("byte_scale", (1 / (255 * torch.tensor(std))).view(-1, 1, 1))
+            self.register_buffer("byte_shift", (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Tokens (B, 1 + R + h*w, D) in the residual stream's dtype."""
@@ -164,26 +170,32 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        arch: Architecture,
         *,
-        body: torch.dtype,
-        norms: torch.dtype,
-        scores: torch.dtype,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        swiglu: bool,
+        activation: str,
+        epsilon: float,
+        qkv_bias: bool,
+        body: str,
+        norms: str,
+        scores: str,
     ) -> None:
         super().__init__()
-        dim, hidden = arch.embed_dim, arch.hidden_dim
-        self.norms, self.scores = norms, scores
-        self.epsilon, self.activation = arch.layer_norm_eps, arch.activation
-        self.dim, self.num_heads, self.body, self.swiglu = dim, arch.num_heads, body, arch.feed_forward == "swiglu"
+        self.norms, self.scores, self.body = dtype_of(norms), dtype_of(scores), dtype_of(body)
+        self.epsilon, self.activation = epsilon, activation
+        self.dim, self.num_heads, self.swiglu = dim, num_heads, swiglu
+        of_body = partial(_parameter, dtype=self.body)
         for norm in ("norm1", "norm2"):
             self.register_parameter(f"{norm}_weight_D", _parameter(dim, dtype=self.norms))
             self.register_parameter(f"{norm}_bias_D", _parameter(dim, dtype=self.norms))
-        self.qkv_weight_IO = _parameter(dim, 3 * dim, dtype=body)
-        self.qkv_bias_O = _parameter(3 * dim, dtype=body) if arch.qkv_bias else None
-        self.proj_weight_IO, self.proj_bias_O = _parameter(dim, dim, dtype=body), _parameter(dim, dtype=body)
-        first = 2 * hidden if self.swiglu else hidden
-        self.first_weight_IO, self.first_bias_O = _parameter(dim, first, dtype=body), _parameter(first, dtype=body)
-        self.last_weight_IO, self.last_bias_O = _parameter(hidden, dim, dtype=body), _parameter(dim, dtype=body)
+        self.qkv_weight_IO = of_body(dim, 3 * dim)
+        self.qkv_bias_O = of_body(3 * dim) if qkv_bias else None
+        self.proj_weight_IO, self.proj_bias_O = of_body(dim, dim), of_body(dim)
+        first = 2 * hidden if swiglu else hidden
+        self.first_weight_IO, self.first_bias_O = of_body(dim, first), of_body(first)
+        self.last_weight_IO, self.last_bias_O = of_body(hidden, dim), of_body(dim)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Computes x + attention(norm1(x)), then x + feed_forward(norm2(x))."""
@@ -218,11 +230,10 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Tokens (B, 1 + R + N, D) through the final norm, in float32, to class (B, D), register and patch tokens."""
 
-    def __init__(self, arch: Architecture, *, with_registers: bool) -> None:
+    def __init__(self, *, dim: int, prefix_count: int, epsilon: float, with_registers: bool) -> None:
         super().__init__()
-        self.dim, self.prefix_count = arch.embed_dim, 1 + arch.register_count
-        self.epsilon = arch.layer_norm_eps
-        self.with_registers = with_registers and arch.register_count > 0
+        self.dim, self.prefix_count, self.epsilon = dim, prefix_count, epsilon
+        self.with_registers = with_registers and prefix_count > 1
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
@@ -235,9 +246,9 @@ class Head(nn.Module):
 class WholeHead(nn.Module):
     """Tokens (B, 1 + R + N, D) through the final norm, in float32, in one tensor; and the class token (B, D)."""
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, *, dim: int, epsilon: float) -> None:
         super().__init__()
-        self.dim, self.epsilon = arch.embed_dim, arch.layer_norm_eps
+        self.dim, self.epsilon = dim, epsilon
         self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Checkpoints of DINOv2 in the layouts people have, seen in the one upstream publishes.
+"""Convert DINOv2 checkpoints from the known layouts to the one that upstream publishes.
 
 Known: upstream's own (published or from its training, blocks in chunks), Hugging Face's `Dinov2Model` and
-`Dinov2WithRegistersModel`, and timm's, each in any wrapping `search` finds them in. What a layout is, is read off its
-names and shapes alone; a name nobody knows stays as it is, so the loader can list it.
+`Dinov2WithRegistersModel`, and timm's, each in any wrapping that `search` recognises. A layout is recognised by
+its names and shapes; an unknown name is kept, so that the loader can list it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HF_QKV = ("query", "key", "value")
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """A tensor in the published layout, made from tensors of the file when it is read."""
+    """A tensor in the published layout, computed from tensors of the file when it is read."""
 
     shape: tuple[int, ...]
     read: Callable[[], Array]
@@ -58,7 +58,7 @@ def adapt(found: Shapes, read: Read, *, width: int | None = None, depth: int | N
 
 
 def adapted(chosen: Found | None, found: Shapes, read: Read) -> tuple[Shapes, Read]:
-    """The same of the backbone that was chosen; all of the file as it is where there is none."""
+    """The same for the chosen backbone; the whole file unchanged if there is none."""
     if chosen is None:
         return found, read
     named = chosen.backbone.names | {name: name for name in chosen.strays}
@@ -74,7 +74,7 @@ def _reader(read: Read, name: str) -> Callable[[], Array]:
 
 
 def _from_hugging_face(views: dict[str, _View], names: Mapping[str, str]) -> dict[str, _View]:
-    """A query, key or value without its like keeps the file's name, of `names`, so that it is listed."""
+    """A query, key or value whose counterparts are missing keeps the file's name, of `names`, so that it is listed."""
     renamed: dict[str, _View] = {}
     for name, view in views.items():
         if name in _HF_OUTSIDE:
@@ -142,7 +142,7 @@ def _with_class_position(positions: _View, registers: _View | None) -> dict[str,
 
 
 def _is_packed(views: dict[str, _View], mlp: str) -> bool:
-    """Whether the first matrix makes twice what the last one takes: gate and value in one."""
+    """Whether the first matrix is twice as wide as the last one's input: gate and value in one."""
     first, last = views.get(f"{mlp}.fc1.weight"), views.get(f"{mlp}.fc2.weight")
     if first is None or last is None or not first.shape or not last.shape:
         return False

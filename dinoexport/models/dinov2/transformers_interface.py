@@ -1,7 +1,7 @@
-"""`[graph] interface = "transformers"`: the graph as Hugging Face's tools name it, with the files they read beside it.
+"""`[graph] interface = "transformers"`: the graph with the names of Hugging Face's tools, and the files they read.
 
-Names and order as transformers' Dinov2Model and Dinov2WithRegistersModel have them (modeling_dinov2.py): `pixel_values`
-in; `last_hidden_state`, which is class, register and patch tokens in one, and `pooler_output`, the class token, out.
+Names and order are those of transformers' Dinov2Model and Dinov2WithRegistersModel (modeling_dinov2.py): input
+`pixel_values`; outputs `last_hidden_state` (class, register and patch tokens in one) and `pooler_output` (class token).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TOKENS, _POOLED = "last_hidden_state", "pooler_output"
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersModel(Dinov2Model):
-    """A variant whose graph has transformers' names. All else is the family's own."""
+    """A variant whose graph has transformers' names. Everything else is the family's own."""
 
     @cached_property
     def graphs(self) -> tuple[Graph, ...]:
@@ -48,7 +48,7 @@ class TransformersModel(Dinov2Model):
 
     @property
     def companion_files(self) -> Mapping[str, bytes]:
-        """`config.json` and `preprocessor_config.json`, as the published models have them."""
+        """`config.json` and `preprocessor_config.json`, as in the published models."""
         return {
             "config.json": _json(self._config),
             "preprocessor_config.json": _json(_preparation(self.preprocessing)),
@@ -77,13 +77,12 @@ class TransformersModel(Dinov2Model):
         }
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
-        """The family's own pieces, with a head that leaves the tokens together."""
-        from dinoexport.models.dinov2.graph import WholeHead
-
+        """The family's own pieces, with a head that keeps the tokens in one tensor."""
         *body, head = super().calls(graph, read)
         piece = Piece(
             name=f"whole {head.piece.name}",
-            module=WholeHead(self.arch),
+            code="dinoexport.models.dinov2.graph:WholeHead",
+            arguments={"dim": self.arch.embed_dim, "epsilon": self.arch.layer_norm_eps},
             example_inputs=head.piece.example_inputs,
             dynamic=head.piece.dynamic,
             least_sizes=head.piece.least_sizes,
@@ -91,7 +90,7 @@ class TransformersModel(Dinov2Model):
         return (*body, replace(head, piece=piece, outputs=(_TOKENS, _POOLED)))
 
     def normalised(self, arrays: Arrays) -> Array:
-        """As the other form's; the input is normalised already."""
+        """As in the other form; the input is already normalised."""
         return arrays[_THEIRS]
 
     def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
@@ -149,7 +148,7 @@ class _Uses(ImageUses):
 
 
 def _apart(outputs: Arrays, register_count: int) -> dict[str, Array]:
-    """The tokens under the names that the family's own graph has."""
+    """The tokens under the names of the family's own graph."""
     tokens_BND = outputs[_TOKENS]
     return {"class_token": tokens_BND[:, 0], "patch_tokens": tokens_BND[:, 1 + register_count :]}
 
@@ -164,7 +163,7 @@ _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def _preparation(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The recipe's `[preprocess]` in the terms of transformers' BitImageProcessor."""
+    """The recipe's `[preprocess]` as settings of transformers' BitImageProcessor."""
     height, width = preprocessing.crop_size
     resize = preprocessing.resize
     size = {"shortest_edge": resize} if isinstance(resize, int) else dict(zip(("height", "width"), resize, strict=True))

@@ -1,6 +1,6 @@
 """Llama-type decoders: Llama 2, Code Llama and models of the same architecture.
 
-The family's contract with dinoexport. Touvron et al. 2023, arXiv:2307.09288; Rozière et al. 2023, arXiv:2308.12950.
+Implements `dinoexport.family`. Touvron et al. 2023, arXiv:2307.09288; Rozière et al. 2023, arXiv:2308.12950.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
-from dinoexport.family import Call, Description, Fact, FrontEnd, Piece, Read, Shapes
+from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
 from dinoexport.models.llama import cases, companions, described, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
@@ -41,10 +41,11 @@ from dinoexport.spec import (
 if TYPE_CHECKING:
     import torch
 
-# RMSNormalization, RotaryEmbedding and Attention are operators since then.
+# RMSNormalization, RotaryEmbedding and Attention are operators since this opset.
 _OPSET = 23
+_TRACED = "dinoexport.models.llama.graph"
 _DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
-# How many bits a graph of these precisions stores the weights of its products in.
+# Precision -> bits of the stored weights of products.
 _BITS = {Precision.INT8: 8, Precision.INT4: 4}
 _WANTED_DIMS = ("batch", "length", "past")
 
@@ -53,13 +54,13 @@ class Llama:
     """The family `llama`."""
 
     def model(self, recipe: Recipe) -> LlamaModel:
-        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
+        """The variant of a recipe; raises UsageError that names errors in `[model]` or `[graph]`."""
         arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
         choices = parse(GraphChoices, recipe.graph, where=f"recipe {recipe.name}, [graph]")
         if set(recipe.profile) != set(_WANTED_DIMS):
             raise UsageError(
                 f"recipe {recipe.name}, [profile]: has {sorted(recipe.profile)}, needs {sorted(_WANTED_DIMS)}.",
-                next_step="Give each dynamic dimension its min, opt and max; past is what the cache holds, from 0.",
+                next_step="Give each dynamic dimension its min, opt and max; past is the length of the cache, from 0.",
             )
         if recipe.quantised != "weights":
             raise UsageError(
@@ -76,7 +77,7 @@ class Llama:
             raise UsageError(
                 f"recipe {recipe.name}, [profile]: past up to {recipe.profile['past'].max} and length up to "
                 f"{recipe.profile['length'].max} leave the context of {arch.context}.",
-                next_step="Let past end below the context and length not above it.",
+                next_step="Set the max of past below the context, and that of length to at most the context.",
             )
         if recipe.precision in _BITS and (arch.dim % choices.block or arch.hidden_dim % choices.block):
             raise UsageError(
@@ -109,7 +110,7 @@ class Llama:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaModel:
-    """One decoder: what `dinoexport.family.Model` asks for."""
+    """One decoder; implements `dinoexport.family.Model`."""
 
     recipe: Recipe
     arch: Architecture
@@ -117,7 +118,7 @@ class LlamaModel:
 
     @cached_property
     def graphs(self) -> tuple[Graph, ...]:
-        """One graph, `model`, with names as Hugging Face's exporters have them."""
+        """One graph, `model`, with the names of Hugging Face's exporters."""
         dims = {name: self.recipe.profile[name].dim(name) for name in _WANTED_DIMS}
         length, past = dims["length"], dims["past"]
         total = Dim(
@@ -185,7 +186,7 @@ class LlamaModel:
 
     @property
     def _body(self) -> Precision:
-        """What the graph's products are computed in."""
+        """The arithmetic of the graph's products."""
         return Precision(self.choices.body) if self.precision in _BITS else self.precision
 
     @property
@@ -195,7 +196,7 @@ class LlamaModel:
 
     @property
     def optional_tensors(self) -> frozenset[str]:
-        """None: all of them matter."""
+        """None: all tensors are used."""
         return frozenset()
 
     @property
@@ -205,7 +206,7 @@ class LlamaModel:
 
     @property
     def head_facts(self) -> None:
-        """None: the outputs are a decoder's."""
+        """None: the outputs are logits and a cache."""
         return None
 
     @property
@@ -214,7 +215,7 @@ class LlamaModel:
         return {}
 
     def fitted_head(self, kind: str) -> str:
-        """Never asked for: see `fits`."""
+        """Never called: see `fits`."""
         return kind
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
@@ -229,40 +230,52 @@ class LlamaModel:
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Stem, each block, head."""
-        import torch
-
-        from dinoexport.models.llama.graph import Block, Head, Stem
-
-        body = _dtype(self._body)
-        residual = body if self.choices.residual == "fp16" else torch.float32
+        arch, body = self.arch, _DTYPES[self._body]
+        residual = body if self.choices.residual == "fp16" else "float32"
         form = f"{body} with residual {residual}"
         batch, past, length = 2, 5, 3
         total = past + length
-        pairs = (batch, length, self.arch.head_dim // 2)
-        cache = torch.zeros(batch, self.arch.kv_heads, past, self.arch.head_dim, dtype=body)
-        stream = torch.zeros(batch, length, self.arch.dim, dtype=residual)
+        pairs = Example(dtype="float32", shape=(batch, length, arch.head_dim // 2))
+        cache = Example(dtype=body, shape=(batch, arch.kv_heads, past, arch.head_dim))
+        stream = Example(dtype=residual, shape=(batch, length, arch.dim))
         by_token = {0: "batch", 1: "length"}
         stem = Piece(
             name=f"stem, {form}",
-            module=Stem(self.arch, body=body, residual=residual),
+            code=f"{_TRACED}:Stem",
+            arguments={
+                "vocabulary": arch.vocabulary,
+                "dim": arch.dim,
+                "head_dim": arch.head_dim,
+                "rope_theta": arch.rope_theta,
+                "body": body,
+                "residual": residual,
+            },
             example_inputs={
-                INPUT_IDS: torch.zeros(batch, length, dtype=torch.int64),
-                ATTENTION_MASK: torch.ones(batch, total, dtype=torch.int64),
-                FIRST_POSITION: torch.zeros(1, dtype=torch.int64),
+                INPUT_IDS: Example(dtype="int64", shape=(batch, length)),
+                ATTENTION_MASK: Example(dtype="int64", shape=(batch, total)),
+                FIRST_POSITION: Example(dtype="int64", shape=(1,)),
             },
             dynamic={INPUT_IDS: by_token, ATTENTION_MASK: {0: "batch", 1: "total"}},
             opset=_OPSET,
         )
         block = Piece(
             name=f"block, {form}",
-            module=Block(self.arch, body=body),
+            code=f"{_TRACED}:Block",
+            arguments={
+                "dim": arch.dim,
+                "kv_dim": arch.kv_dim,
+                "head_dim": arch.head_dim,
+                "hidden_dim": arch.hidden_dim,
+                "norm_eps": arch.norm_eps,
+                "body": body,
+            },
             example_inputs={
                 "stream": stream,
-                "cosines": torch.zeros(pairs),
-                "sines": torch.zeros(pairs),
-                "mask": torch.ones(batch, 1, length, total, dtype=torch.bool),
+                "cosines": pairs,
+                "sines": pairs,
+                "mask": Example(dtype="bool", shape=(batch, 1, length, total)),
                 "past_key": cache,
-                "past_value": cache.clone(),
+                "past_value": cache,
             },
             dynamic={
                 "stream": by_token,
@@ -276,8 +289,14 @@ class LlamaModel:
         )
         head = Piece(
             name=f"head, {form}",
-            module=Head(self.arch, body=body),
-            example_inputs={"stream": stream, LOGITS_TO_KEEP: torch.zeros(1, dtype=torch.int64)},
+            code=f"{_TRACED}:Head",
+            arguments={
+                "dim": arch.dim,
+                "vocabulary": arch.vocabulary,
+                "norm_eps": arch.norm_eps,
+                "body": body,
+            },
+            example_inputs={"stream": stream, LOGITS_TO_KEEP: Example(dtype="int64", shape=(1,))},
             dynamic={"stream": by_token},
             opset=_OPSET,
         )
@@ -336,11 +355,11 @@ class LlamaModel:
         }
 
     def _weight(self, read: Read, name: str) -> Weight:
-        """A tensor as it is published."""
+        """A tensor in the published layout."""
         return Weight(shape=self.tensors[name], read=lambda: read(name))
 
     def _product(self, read: Read, product: str, name: str, heads: int = 0) -> Weight:
-        """A tensor as a product takes it, (in, out); rows of `heads` rotated heads as halves."""
+        """A tensor in the layout of a product, (in, out); the rows of `heads` rotated heads are in halves."""
 
         def values() -> Array:
             array = read(name)
@@ -368,7 +387,7 @@ class LlamaModel:
 
     @property
     def stored_bytes(self) -> int:
-        """What the graph's weights take in its file: of a tied model the table is there twice."""
+        """The bytes of the graph's weights in its file: a tied model holds the table twice."""
         body = 4 if self._body is Precision.FP32 else 2
         unread: dict[str, Array] = {}
         products = [self._product(unread.__getitem__, "output", self.arch.output_name)]
@@ -407,14 +426,14 @@ class LlamaModel:
         )
 
     def upstream(self, read: Read, inputs: Sequence[Arrays], *, progress: Progress) -> list[dict[str, Array]]:
-        """Meta's code cannot be fetched by a program; it is asked by whoever has it."""
+        """Meta's code cannot be downloaded by a program, so it is not supported here."""
         raise UsageError(
-            "Meta's own code of this model is not published for a program to fetch.",
+            "Meta's own code of this model cannot be downloaded by a program.",
             next_step="Leave out --judge hub: the plain formulation is pinned to numbers of Meta's code by the tests.",
         )
 
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
-        """Prompts of random ids, of given ids or of a file's; see `cases`."""
+        """Prompts of random ids, of given ids or of ids in a file; see `cases`."""
         return cases.read_case(table, folder, self.arch)
 
     def cases_from(
@@ -431,11 +450,11 @@ class LlamaModel:
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
-        """None: logits show a person nothing."""
+        """None: a picture of logits would show nothing."""
         return ()
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
-        """Reads the prompts in chunks, padded on the left, and goes on greedily for as many steps as are asked for."""
+        """Reads the prompts in chunks, padded on the left, and continues greedily for the requested number of steps."""
         self._check(inputs)
         tokens, keep, steps = inputs["tokens"], setting(inputs, "keep"), setting(inputs, "steps")
         batch, width = tokens.shape
@@ -466,7 +485,7 @@ class LlamaModel:
         return answers | {"rollout": np.stack(chosen, axis=1), "rollout_logits": np.stack(seen, axis=1)}
 
     def _check(self, inputs: Arrays) -> None:
-        """Raises InputRefused for an empty prompt, ids the vocabulary lacks, and more tokens than the context has."""
+        """Raises InputRefused for an empty prompt, ids outside the vocabulary, and more tokens than the context has."""
         tokens = inputs["tokens"]
         lengths = (tokens >= 0).sum(axis=1)
         if tokens.size == 0 or lengths.min() == 0:
@@ -484,12 +503,12 @@ class LlamaModel:
             )
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-        """None in front of a graph."""
+        """None: a decoder has no front end."""
         return ()
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """There is no front end to prepare for."""
-        raise UsageError(f"There is no front end {front_end!r}.", next_step="Ask the text model.")
+        raise UsageError(f"There is no front end {front_end!r}.", next_step="Use the text model.")
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -517,7 +536,7 @@ class LlamaModel:
 
     @property
     def card(self) -> Mapping[str, str]:
-        """What the recipe's `[card]` says."""
+        """The recipe's `[card]`."""
         own = {
             "intended_use": "yours to say: nothing beside the weights does",
             "limits": "yours to measure; what it writes may be wrong",
@@ -535,7 +554,7 @@ def _stored(weight: Weight, body: int) -> int:
 
 
 def _dtype(precision: Precision) -> torch.dtype:
-    """What PyTorch computes in; it has nothing for weights of fewer bits."""
+    """PyTorch's dtype; it has none for weights of fewer bits."""
     import torch
 
     dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}

@@ -1,8 +1,8 @@
-"""Validation cases of a decoder: prompts, how they are put to it, and how many of its answers are looked at.
+"""Validation cases of a decoder: prompts, how the decoder reads them, and how many of its outputs are compared.
 
 A case's inputs all begin with an axis for sequences: `tokens` (B, T) int64, -1 after the end of shorter prompts;
-`keep` (B,), logits of so many last tokens are compared; `chunk` (B,), tokens of the padded batch a call; `steps` (B,),
-tokens chosen greedily afterwards; `first_position` (B,), where the first token stands.
+`keep` (B,), the number of last tokens whose logits are compared; `chunk` (B,), tokens of the padded batch per call;
+`steps` (B,), tokens chosen greedily afterwards; `first_position` (B,), the position of the first token.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class CaseTable(Frozen):
     name: str
     why: str
     prompts: tuple[Annotated[int, Field(ge=0, le=_TOKENS_MAX)], ...] = Field(
-        default=(), max_length=_ROWS_MAX, description="Lengths of prompts of random token ids, all different."
+        default=(), max_length=_ROWS_MAX, description="Lengths of prompts with random token ids, all different."
     )
-    tokens: tuple[tuple[int, ...], ...] = Field(default=(), description="The prompts' token ids themselves.")
+    tokens: tuple[tuple[int, ...], ...] = Field(default=(), description="The token ids of the prompts.")
     file: str = Field(default="", description="A JSON file of such lists beside the validation.")
-    keep: int = Field(default=1, ge=1, le=_TOKENS_MAX, description="How many last positions' logits are compared.")
-    chunk: int = Field(default=0, ge=0, le=_TOKENS_MAX, description="Tokens a call; 0 reads the prompt at once.")
+    keep: int = Field(default=1, ge=1, le=_TOKENS_MAX, description="Last positions whose logits are compared.")
+    chunk: int = Field(default=0, ge=0, le=_TOKENS_MAX, description="Tokens per call; 0 reads the prompt at once.")
     steps: int = Field(default=0, ge=0, le=_TOKENS_MAX, description="Tokens chosen greedily after the prompt.")
     first_position: int = Field(
         default=0,
@@ -53,7 +53,7 @@ class CaseTable(Frozen):
 
 
 def read_case(table: Mapping[str, Any], folder: Path, arch: Architecture) -> Case:
-    """The case that `table` describes; a UsageError where it does not fit the model."""
+    """The case that `table` describes; raises UsageError if it does not fit the model."""
     wanted = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
     lengths, first = wanted.prompts, wanted.first_position
     if first < 0:
@@ -70,7 +70,7 @@ def read_case(table: Mapping[str, Any], folder: Path, arch: Architecture) -> Cas
     if not wanted.refused and shortest < keep:
         raise UsageError(
             f"case {wanted.name}: the shortest prompt has {shortest} tokens, keep is {keep}.",
-            next_step="Keep no more than that.",
+            next_step="Set keep to at most that.",
         )
     return Case(
         name=wanted.name,
@@ -128,7 +128,7 @@ def setting(inputs: Arrays, name: str) -> int:
 
 
 def workloads(arch: Architecture) -> tuple[Workload, ...]:
-    """A prompt read and continued, as a user waits for it; then reading alone."""
+    """Two workloads: a prompt that is read and continued, as for a user; and reading alone."""
     length = min(128, arch.context // 2)
     prompt = synthetic.prompt(arch.vocabulary, length, SEED)[None]
     steps = min(16, arch.context - length)

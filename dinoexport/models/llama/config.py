@@ -10,7 +10,7 @@ from dinoexport.config.recipe import Frozen
 from dinoexport.models.llama.text import TextTable
 from dinoexport.spec import closest
 
-# The products of a block and of the head, as the graph's weights are called.
+# The products of a block and of the head, by the names of the graph's weights.
 PRODUCTS = ("q", "k", "v", "out", "gate", "up", "down", "output")
 
 
@@ -29,12 +29,10 @@ class Architecture(Frozen):
     vocabulary: int = Field(gt=1, le=1_048_576, description="Rows V of the embedding table.")
     norm_eps: float = Field(gt=0, lt=1, description="Epsilon of the RMS norms.")
     rope_theta: float = Field(gt=1, description="Base of the rotary frequencies.")
-    context: int = Field(
-        gt=1, le=16_777_216, description="Most tokens a sequence may have, prompt and answer together."
-    )
+    context: int = Field(gt=1, le=16_777_216, description="The most tokens of a sequence, prompt and answer together.")
     published_contexts: tuple[int, ...] = Field(
         default=(),
-        description="Other values that the authors' own files state for the context, such as what it was trained on.",
+        description="Other values for the context in the authors' own files, such as the one used in training.",
     )
     text: TextTable = Field(default_factory=TextTable, description="Its prompts.")
     tied: bool = Field(default=False, description="Whether the output matrix is the embedding table.")
@@ -82,12 +80,12 @@ class Architecture(Frozen):
 
     @property
     def output_name(self) -> str:
-        """The tensor the logits are made with."""
+        """The tensor that computes the logits."""
         return "tok_embeddings.weight" if self.tied else "output.weight"
 
     @property
     def cache_values_a_token(self) -> int:
-        """Numbers the cache holds for each token: keys and values of every block."""
+        """Numbers per token in the cache: keys and values of every block."""
         return 2 * self.layers * self.kv_dim
 
 
@@ -96,21 +94,22 @@ class GraphChoices(Frozen):
 
     residual: Literal["fp16", "fp32"] = Field(
         default="fp32",
-        description="What a graph of 16-bit precision adds its blocks up in, `fp16` standing for that precision. "
+        description="The dtype of a 16-bit graph's residual stream; `fp16` means the graph's own precision. "
         "An fp32 graph always uses fp32.",
     )
     body: Literal["fp32", "fp16"] = Field(
         default="fp32",
-        description="What a graph with int8 or int4 weights multiplies in: fp32 for CPUs, fp16 for GPUs.",
+        description="The arithmetic of a graph with int8 or int4 weights: fp32 for CPUs, fp16 for GPUs.",
     )
     block: int = Field(default=32, ge=16, le=65536, description="Rows of a weight in int8 or int4 that share a scale.")
     zero_points: bool = Field(
-        default=True, description="Whether blocks in int4 have zero points: more exact, but TensorRT takes none."
+        default=True,
+        description="Whether blocks in int4 have zero points: more accurate, but TensorRT does not support them.",
     )
     int8: tuple[str, ...] = Field(
         default=("v", "down"),
         description="Products of an int4 graph whose weights stay in int8: q, k, v, out, gate, up, down, output. "
-        "Values and what leaves the feed-forward lose most in four bits.",
+        "`v` and `down` lose the most accuracy in four bits.",
     )
 
     @model_validator(mode="after")

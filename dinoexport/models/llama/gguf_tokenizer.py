@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file's metadata, as the file that sentencepiece or tokenizers read.
+"""Convert the tokenizer in a GGUF file's metadata to a file that sentencepiece or tokenizers read.
 
-Kinds that a GGUF names `llama` are SentencePiece models of pieces with scores; `gpt2` are byte-level BPE with merges,
-whose way of splitting a text into words is a name of llama.cpp's and has to be known here.
+GGUF's kind `llama` is a SentencePiece model of pieces with scores; `gpt2` is byte-level BPE with merges. For the
+latter, llama.cpp's name of the rule that splits a text into words must be known here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dinoexport.errors import UsageError, WeightsError, require
 from dinoexport.text.tokenizer import JSON, SENTENCEPIECE
 from dinoexport.weights import gguf_file
 
-# How words are split, by llama.cpp's name: whether digits stand alone.
+# llama.cpp's name of the rule that splits words -> whether digits are split one by one.
 _WORDS = {"gpt-2": False, "default": False, "smollm": True}
-# llama.cpp's kinds of pieces are SentencePiece's.
+# llama.cpp uses SentencePiece's kinds of pieces.
 _CONTROL = 3
 _PREFIX = "tokenizer.ggml."
 
@@ -37,7 +37,9 @@ def read(path: Path) -> dict[str, bytes]:
         if found["model"] == "gpt2":
             return {JSON: _byte_level(found)}
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} holds half a tokenizer ({error!r}).", next_step="Get the file again.") from None
+        raise WeightsError(
+            f"{path} holds an incomplete tokenizer ({error!r}).", next_step="Get the file again."
+        ) from None
     raise UsageError(
         f"{path} has a tokenizer of the kind {found['model']!r}, which is not supported.",
         next_step="Kinds are llama and gpt2.",

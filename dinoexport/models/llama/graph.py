@@ -1,22 +1,27 @@
-"""A Llama-type decoder with a cache as it is traced: one graph for reading a prompt and for adding a token.
+"""The traced form of a Llama-type decoder with a cache: one graph reads a prompt and adds a token.
 
 Three pieces make every variant: the stem (tokens to the residual stream, the rotation and the mask), a block and the
 head. Rotation, attention and norm stay single ONNX operators of opset 23: all three compilers have fast kernels for
-them. New keys and values are appended outside the attention operator, because TensorRT takes none with a past of its
-own.
+them. New keys and values are appended outside the attention operator, because TensorRT supports none with its own
+past.
 
 Suffixes name axes: B sequences, T new tokens, P past ones, S = P + T, D width, H query heads, G key-value heads, K head
-size, V vocabulary, I and O in and out. The plain formulation that judges this one is in `reference.py`; they share no
-code on purpose.
+size, V vocabulary, I and O in and out. The plain formulation, which this one is validated against, is in
+`reference.py`; they share no code on purpose.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoexport.models.llama.config import Architecture
+
+def _dtype_of(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -25,27 +30,29 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Stem(nn.Module):
-    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and who sees whom."""
+    """Token ids (B, T) and mask (B, S) to the stream, the rotation's cosines and sines, and the attention mask."""
 
     frequencies: Tensor
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype, residual: torch.dtype) -> None:
+    def __init__(
+        self, *, vocabulary: int, dim: int, head_dim: int, rope_theta: float, body: str, residual: str
+    ) -> None:
         super().__init__()
-        self.residual = residual
-        self.table_VD = _parameter(arch.vocabulary, arch.dim, dtype=body)
-        exponents = torch.arange(0, arch.head_dim, 2).float() / arch.head_dim
-        self.register_buffer("frequencies", 1.0 / arch.rope_theta**exponents)
+        self.residual = _dtype_of(residual)
+        self.table_VD = _parameter(vocabulary, dim, dtype=_dtype_of(body))
+        exponents = torch.arange(0, head_dim, 2).float() / head_dim
+        self.register_buffer("frequencies", 1.0 / rope_theta**exponents)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stream (B, T, D), cosines and sines (B, T, K/2) in float32, mask (B, 1, T, S), true where a token is seen.
 
-        A sequence's first token that is not padding stands at `first_position`. Positions are counted in float32, which
-        holds every whole number that a context has, and angles are products rounded to float32, as the published code
-        makes them; a table would also limit the context.
-        A token of padding sees itself, so that no row of the mask is empty and no softmax is NaN. The mask has an axis
-        for sequences even where all are alike: OpenVINO in bf16 takes a shared one for the first sequence only.
+        A sequence's first token that is not padding is at `first_position`. Positions are counted in float32, which
+        holds every integer of a context exactly, and angles are products rounded to float32, as in the published code;
+        a table would also limit the context.
+        A padding token attends to itself, so that no row of the mask is empty and no softmax is NaN. The mask has an
+        axis for sequences even if all are equal: OpenVINO in bf16 applies a shared one only to the first sequence.
         """
         stream = F.embedding(input_ids, self.table_VD).to(self.residual)
         seen, new = attention_mask.shape[1], input_ids.shape[1]
@@ -66,18 +73,16 @@ class Block(nn.Module):
     Norms and the rotation are computed in float32 whatever the body's precision.
     """
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+    def __init__(self, *, dim: int, kv_dim: int, head_dim: int, hidden_dim: int, norm_eps: float, body: str) -> None:
         super().__init__()
-        self.dim, self.eps, self.body, self.head_dim = arch.dim, arch.norm_eps, body, arch.head_dim
-        self.attention_norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.q_IO = _parameter(arch.dim, arch.dim, dtype=body)
-        self.k_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
-        self.v_IO = _parameter(arch.dim, arch.kv_dim, dtype=body)
-        self.out_IO = _parameter(arch.dim, arch.dim, dtype=body)
-        self.ffn_norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.gate_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
-        self.up_IO = _parameter(arch.dim, arch.hidden_dim, dtype=body)
-        self.down_IO = _parameter(arch.hidden_dim, arch.dim, dtype=body)
+        self.dim, self.eps, self.body, self.head_dim = dim, norm_eps, _dtype_of(body), head_dim
+        of_body = partial(_parameter, dtype=self.body)
+        self.attention_norm_D = _parameter(dim, dtype=torch.float32)
+        self.q_IO, self.k_IO, self.v_IO = of_body(dim, dim), of_body(dim, kv_dim), of_body(dim, kv_dim)
+        self.out_IO = of_body(dim, dim)
+        self.ffn_norm_D = _parameter(dim, dtype=torch.float32)
+        self.gate_IO, self.up_IO = of_body(dim, hidden_dim), of_body(dim, hidden_dim)
+        self.down_IO = of_body(hidden_dim, dim)
 
     def forward(
         self, stream: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
@@ -102,7 +107,7 @@ class Block(nn.Module):
         return heads
 
     def _rotated(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Halves (0, K/2), (1, K/2 + 1), ... rotated: `layouts` has put Meta's neighbours there."""
+        """Rotates the pairs (0, K/2), (1, K/2 + 1), ...: `layouts` has moved Meta's neighbours there."""
         turned: Tensor = torch.onnx.ops.rotary_embedding(heads.float(), cosines, sines)
         return turned.to(self.body)
 
@@ -110,11 +115,11 @@ class Block(nn.Module):
 class Head(nn.Module):
     """The stream (B, T, D) through the last norm to logits of its last tokens, float32. logits_to_keep: 0 for all."""
 
-    def __init__(self, arch: Architecture, *, body: torch.dtype) -> None:
+    def __init__(self, *, dim: int, vocabulary: int, norm_eps: float, body: str) -> None:
         super().__init__()
-        self.dim, self.eps, self.body = arch.dim, arch.norm_eps, body
-        self.norm_D = _parameter(arch.dim, dtype=torch.float32)
-        self.output_IO = _parameter(arch.dim, arch.vocabulary, dtype=body)
+        self.dim, self.eps, self.body = dim, norm_eps, _dtype_of(body)
+        self.norm_D = _parameter(dim, dtype=torch.float32)
+        self.output_IO = _parameter(dim, vocabulary, dtype=self.body)
 
     def forward(self, stream: Tensor, logits_to_keep: Tensor) -> Tensor:
         """Logits (B, kept, V)."""
@@ -124,7 +129,7 @@ class Head(nn.Module):
 
 
 def _last_tokens(stream: Tensor, count: Tensor) -> Tensor:
-    """The last tokens (B, kept, D); all for a count of 0, which the slice from -0 on is too.
+    """The last tokens (B, kept, D); all tokens for a count of 0, because a slice from -0 is the whole.
 
     One operator when traced: PyTorch's tracer has no slice by the value of a tensor.
     """

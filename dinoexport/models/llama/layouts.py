@@ -1,6 +1,6 @@
-"""Layouts a Llama-type checkpoint comes in, each seen as Meta publishes it: Meta's own, Hugging Face's and GGUF's.
+"""Convert Llama-type checkpoints from Meta's, Hugging Face's and GGUF's layouts to Meta's.
 
-Hugging Face rotates the halves of a head, Meta its neighbours, so the rows of q_proj and k_proj lie in another order
+Hugging Face rotates the halves of a head, Meta its neighbours, so the rows of q_proj and k_proj have another order
 there. `rope.freqs` and `inv_freq` are rotary frequencies, rounded as the file is: they are computed from `rope_theta`,
 and ignored here.
 """
@@ -15,7 +15,7 @@ from dinoexport.family import Read, Shapes
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array
 
-# Hugging Face's and GGUF's names of what a block holds, by Meta's.
+# Hugging Face's and GGUF's names of a block's tensors, by Meta's names.
 _HF = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
@@ -48,16 +48,16 @@ _GGUF_OUTER = {
     "norm.weight": "output_norm.weight",
     "output.weight": "output.weight",
 }
-# What a block holds, by Meta's names.
+# A block's tensors, by Meta's names.
 PARTS = tuple(name.removesuffix(".weight") for name in _HF)
-# Along which axis Meta's files split a tensor; norms are whole in each.
+# The axis along which Meta's files split a tensor; norms are whole in each file.
 _SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
 _PUBLISHED = re.compile(r"(layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])|tok_embeddings|output)\.weight")
 _FREQUENCIES = re.compile(r"rope\.freqs|rope_freqs\.weight|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def adapt(arch: Architecture, found: Shapes, read: Read) -> tuple[Shapes, Read]:
-    """The checkpoint under Meta's names and in Meta's order of rows; what is not recognised keeps its name."""
+    """The checkpoint under Meta's names and in Meta's order of rows; unrecognised tensors keep their names."""
     theirs = {name: source for name in _wanted(arch) if (source := _source(name, found)) is not None}
     # Some files of tied models hold the table twice; the model has no tensor for the copy.
     copies = {s for n, s in (("output.weight", _HF_OUTER["output.weight"]),) if arch.tied and s in found and n}
@@ -79,12 +79,12 @@ def adapt(arch: Architecture, found: Shapes, read: Read) -> tuple[Shapes, Read]:
 
 
 def split_axis(name: str) -> int | None:
-    """Along which axis the parts of a tensor of Meta's are joined; None for any other name."""
+    """The axis along which the parts of Meta's tensor are joined; None for any other name."""
     return _SPLIT[name.split(".")[-2]] if _PUBLISHED.fullmatch(name) else None
 
 
 def by_published_names(found: Shapes) -> Shapes:
-    """The shapes of the tensors that are recognised, under Meta's names."""
+    """The shapes of recognised tensors, under Meta's names."""
     theirs = {name: ours for table in (_HF_OUTER, _GGUF_OUTER) for ours, name in table.items()}
     inner = {name: ours for table in (_HF, _GGUF) for ours, name in table.items()}
     named: dict[str, tuple[int, ...]] = {}
@@ -104,7 +104,7 @@ def _wanted(arch: Architecture) -> tuple[str, ...]:
 
 
 def _source(name: str, found: Shapes) -> str | None:
-    """What a file calls Meta's `name`, of the names it may have."""
+    """The file's name of Meta's tensor `name`."""
     block = re.match(r"layers\.(\d+)\.(.*)", name)
     if block:
         candidates = (name, f"model.layers.{block[1]}.{_HF[block[2]]}", f"blk.{block[1]}.{_GGUF[block[2]]}")
@@ -120,6 +120,6 @@ def neighbours(rows_OI: Array, heads: int) -> Array:
 
 
 def halves(rows_OI: Array, heads: int) -> Array:
-    """The reverse of `neighbours`: what the graph's rotation takes."""
+    """The reverse of `neighbours`: the order for the graph's rotation."""
     shape = (heads, rows_OI.shape[0] // heads // 2, 2, *rows_OI.shape[1:])
     return np.ascontiguousarray(rows_OI.reshape(shape).swapaxes(1, 2)).reshape(rows_OI.shape)

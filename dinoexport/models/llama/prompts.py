@@ -1,7 +1,7 @@
 """The prompts of Llama models: completion, Code Llama's infilling, two formats of conversations.
 
 Source: meta-llama/codellama at e81b597, `infilling_prompt_tokens`, `chat_completion` and the tokenizer; each part below
-is what is encoded on its own there. ChatML: the chat template in SmolLM2's files.
+is encoded separately there too. ChatML: the chat template in SmolLM2's files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dinoexport.text.prompts import Continuing, Control, Message, Part, Prompt, 
 
 BOS, EOS = "<s>", "</s>"
 PREFIX, SUFFIX, MIDDLE, END_OF_INFILL = "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"
-# Ordinary pieces of the vocabulary of 32016, which plain text could spell; ids 32007 to 32015.
+# Ordinary pieces of the vocabulary of 32016, which plain text could contain; ids 32007 to 32015.
 MARKERS = (PREFIX, SUFFIX, MIDDLE, *("▁" + n * "<EOT>" for n in range(1, 7)))
 _INST, _END_INST = "[INST]", "[/INST]"
 _SYS, _END_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
@@ -28,10 +28,9 @@ Chat = Literal["none", "instruct", "chatml"]
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaPrompts:
-    """What one variant understands. bos: begins every prompt, empty for none; eos: ends an answer.
+    """The prompts of one variant. bos: begins every prompt, empty for none; eos: ends an answer.
 
-    chat: the format of its conversations. system: what a conversation without a system text begins with, empty for
-    nothing.
+    chat: the format of its conversations. system: the default system text of a conversation, empty for none.
     """
 
     bos: str = BOS
@@ -41,7 +40,7 @@ class LlamaPrompts:
     system: str = ""
 
     def completion(self, text: str) -> Prompt:
-        """A text to go on with. The answer keeps the space it begins with, so that both are one text."""
+        """A text to continue. The answer keeps its leading space, so that both join to one text."""
         return self._prompt([*self._begin(), Text(text)], ends=(self.eos,), continuing=True)
 
     def infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> Prompt:
@@ -60,7 +59,7 @@ class LlamaPrompts:
         return self._prompt([*self._begin(), *parts], ends=(END_OF_INFILL,), continuing=True)
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
-        """A conversation: (system,) user, assistant, user, … whose next answer is wanted."""
+        """A conversation, (system,) user, assistant, user, …, whose next answer is requested."""
         if self.chat_format == "none":
             raise UsageError("This model was not trained to chat.", next_step="Use an Instruct model, or a completion.")
         _check_roles(messages)
@@ -77,7 +76,7 @@ class LlamaPrompts:
         return Prompt(parts=tuple(parts), ends=ends, continuing=continuing, controls=controls)
 
     def _instruct(self, messages: Sequence[Message]) -> Prompt:
-        """Each finished exchange, and the open question, is one text; only a whole question is stripped."""
+        """Each finished exchange is one text, and so is the open question; only a whole question is stripped."""
         turns = list(messages)
         if turns[0].role == "system":
             system = turns.pop(0).content

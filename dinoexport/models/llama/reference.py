@@ -1,9 +1,9 @@
-"""The plain published formulation of Llama 2 and Code Llama in PyTorch: what judges.
+"""The plain published formulation of Llama 2 and Code Llama in PyTorch: the reference.
 
 Written from the architecture as Meta publishes it (Touvron et al. 2023, arXiv:2307.09288; Rozière et al. 2023,
 arXiv:2308.12950), with Meta's tensor names and Meta's order of rotated pairs: neighbours (0, 1), (2, 3), ... as complex
-numbers. No cache, no padding, no mask of its own: each prompt is answered alone and whole, so a graph's cache, its
-padding and its chunks cannot agree with a mistake here. It shares no code with `graph.py`.
+numbers. It has no cache, no padding and no mask of its own: each prompt runs alone and whole, so this code cannot
+repeat a mistake in a graph's cache, padding or chunks. It shares no code with `graph.py`.
 
 Blocks are the outer loop and prompts the inner one: a block's weights are read once and dropped, so that a model in
 fp32 needs the memory of one block and of the prompts' activations.
@@ -20,7 +20,7 @@ from torch import Tensor
 from dinoexport.models.llama.config import Architecture
 
 Load = Callable[[str], Tensor]
-# Attention is computed for so many queries at a time: their scores are what a long prompt's memory goes to.
+# The number of queries for which attention is computed at a time: their scores take most of a long prompt's memory.
 _QUERIES = 1024
 
 
@@ -66,8 +66,8 @@ def logits_of(
 def rotation(arch: Architecture, first: int, length: int) -> Tensor:
     """Unit complex numbers (T, K/2) that rotate each pair at positions `first`, ...
 
-    Frequencies and angles are rounded to float32, as the published code has them: far out that shows, and a more exact
-    table gives other logits than the model was trained and published with.
+    Frequencies and angles are rounded to float32, as in the published code. At large positions the rounding matters,
+    and a more exact table gives other logits than those the model was trained and published with.
     """
     exponents = torch.arange(0, arch.head_dim, 2)[: arch.head_dim // 2].float() / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
@@ -81,7 +81,7 @@ def _rotated(heads_THK: Tensor, rotation_TP: Tensor) -> Tensor:
 
 
 def _norm(stream_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """In float32, cast back, and only then times the weight."""
+    """RMS norm in float32, cast back, and only then multiplied by the weight."""
     wide = stream_TD.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.type_as(stream_TD) * weight_D
@@ -111,7 +111,7 @@ def _parts(q_HTK: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def _attended(q_HQK: Tensor, k_HTK: Tensor, v_HTK: Tensor, first: int) -> Tensor:
-    """Each query, of which the first is token `first`, over the tokens up to its own."""
+    """Attention of each query over the tokens up to its own; the first query is token `first`."""
     seen = first + q_HQK.shape[1]
     scores = q_HQK @ k_HTK[:, :seen].transpose(1, 2) / q_HQK.shape[-1] ** 0.5
     future = torch.full(scores.shape[1:], float("-inf"), dtype=scores.dtype).triu(1 + first)

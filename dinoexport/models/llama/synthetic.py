@@ -1,11 +1,12 @@
 """Synthetic weights of a Llama-type decoder, the same on every machine.
 
-Each value follows from (seed, tensor name) alone through NumPy's frozen `RandomState`, and is exact in bfloat16 and
-float16. Magnitudes are those at which every part matters: norms away from 1, attention neither uniform nor one-hot,
-blocks that add as much to the residual stream as it holds, and a stream small enough for norm_eps to show.
+Only (seed, tensor name) determine each value, through NumPy's frozen `RandomState`; all are exact in bfloat16 and
+float16. Magnitudes are chosen so that every part has an effect: norms away from 1, attention neither uniform nor
+one-hot, blocks that add as much to the residual stream as it holds, and a stream small enough for norm_eps to show.
 
-Trained decoders also have what no noise has: in a few channels of the first tokens, activations hundreds of times the
-median, made by one block's feed-forward (Sun et al. 2024, arXiv:2402.17762). `stressed` puts them in.
+Trained decoders also have massive activations, which noise does not have: in a few channels of the first tokens,
+hundreds of times the median, made by one block's feed-forward (Sun et al. 2024, arXiv:2402.17762). `stressed` adds
+them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import numpy as np
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array
 
-# Standard deviation of an embedding and of what a block adds.
+# Standard deviation of an embedding and of a block's contribution.
 _STREAM = 0.05
 # The marked token has this many times the others' deviation in one channel; the unit that finds it multiplies by it.
 _MARK, _SLOPE = 60.0, 2.0
-# Which share of the peak each massive channel gets; published ones differ in sign and size.
+# The share of the peak in each massive channel; published ones differ in sign and size.
 _SHARES = (1.0, -0.6, 0.3)
 BOS = 1
 

@@ -1,6 +1,6 @@
-"""How a Llama-type model writes text: its prompts, and its tokenizer as it lies beside the weights.
+"""Text of a Llama-type model: its prompts, and the tokenizer beside its weights.
 
-A GGUF file holds the tokenizer itself, as metadata; it becomes the file its authors would have published.
+A GGUF file holds the tokenizer as metadata, which is converted to the file that its authors would have published.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class TextTable(Frozen):
     bos: str = Field(default=BOS, description="The piece a prompt begins with; empty for none.")
     eos: str = Field(default=EOS, description="The piece that ends a completion.")
     infill: bool = Field(default=False, description="Whether it was trained to fill in text, as Code Llama was.")
-    chat: Chat = Field(default="none", description="How its conversations are written: Llama 2's way, or ChatML.")
-    system: str = Field(default="", description="What a conversation in ChatML without a system text begins with.")
+    chat: Chat = Field(default="none", description="The format of its conversations: Llama 2's, or ChatML.")
+    system: str = Field(default="", description="The default system text of a conversation in ChatML.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaText:
-    """What `dinoexport.family.TextRole` asks for."""
+    """Implements `dinoexport.family.TextRole`."""
 
     table: TextTable
 
@@ -45,7 +45,7 @@ class LlamaText:
         )
 
     def tokenizer(self, weights: Path) -> Mapping[str, bytes]:
-        """tokenizer.model or tokenizer.json in the folder, or beside the file; of a GGUF file what it holds."""
+        """tokenizer.model or tokenizer.json in the folder or beside the file; for a GGUF file, the one it holds."""
         if weights.suffix == ".gguf":
             return gguf_tokenizer.read(weights)
         found = tokenizer.find(weights if weights.is_dir() else weights.parent)

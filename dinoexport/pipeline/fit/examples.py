@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dinoexport.errors import UsageError
 from dinoexport.family import CaseSource
-from dinoexport.spec import Arrays, Progress, silent
+from dinoexport.spec import Progress, silent
 from dinoexport.system import files
 
 HELD_OUT = 0.2  # of each class, and of every class at least one image
@@ -24,12 +24,11 @@ _NAMED_MAX = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One image. name: its path below the folder. digest: the SHA-256 of its file. inputs: a case of one item."""
+    """One image. name: its path below the folder. digest: the SHA-256 of its file."""
 
     name: str
     label: str
     digest: str
-    inputs: Arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
             skipped.append(case)
             continue
         digest = files.sha256(folder / case.name)
-        found.append(Example(name=case.name, label=case.label, digest=digest, inputs=case.inputs))
+        found.append(Example(name=case.name, label=case.label, digest=digest))
     if outside := [example.name for example in found if not example.label]:
         raise UsageError(
             f"{_listed(outside)} of {folder} are in no subfolder, so they have no class.",

@@ -30,7 +30,7 @@ from dinoexport.pipeline.versions import versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Arrays, Candidate, Expectation, Precision, Progress, silent
+from dinoexport.spec import Array, Arrays, Candidate, Expectation, Picture, Precision, Progress, silent
 from dinoexport.system import files
 from dinoexport.system.cache import cache_folder
 from dinoexport.validation import evaluate
@@ -41,6 +41,7 @@ LABELS_FILE = "labels.json"
 PACKAGES = ("onnx", "safetensors", "sklearn", *html_report.PACKAGES, *sbom.PACKAGES)
 SEED = 0
 _LARGE_BYTES = 50_000_000
+_SHOWN_MAX = 24  # wrongly classified images on the page
 # The largest difference of a probability, as in validate/dinov2_heads.toml.
 _PROBABILITY_MAX = {Precision.FP32: 1e-4, Precision.FP16: 0.02, Precision.BF16: 0.03, Precision.INT8: 0.1}
 
@@ -96,7 +97,7 @@ def _fitted(
     reads = model.fits[kind]
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     candidate = runners.open_candidate(model, graphs, runners.way_of(manifest))
-    features = _features(candidate, manifest, (*found.fitted, *found.held_out), progress)
+    features = _features(model, images, candidate, manifest, (*found.fitted, *found.held_out), progress)
     order = {label: k for k, label in enumerate(found.classes)}
 
     def joined(of: Sequence[Example]) -> Array:
@@ -119,7 +120,8 @@ def _fitted(
     )
     head = {"kind": model.fitted_head(kind), "classes": list(found.classes), **fitted.table}
     changed = recipe.changed(head=head)
-    return _publish(folder, target, manifest, changed, found, fitted, held, reads, kind, force, progress)
+    confused = _confused(model, images, held)
+    return _publish(folder, target, manifest, changed, found, fitted, held, confused, reads, kind, force, progress)
 
 
 def _refuse(folder: Path, manifest: Manifest, model: Model, kind: str) -> None:
@@ -140,32 +142,69 @@ def _key(read: tuple[str, str]) -> str:
 
 
 def _features(
-    candidate: Candidate, manifest: Manifest, wanted: Sequence[Example], progress: Progress
+    model: Model,
+    images: Path,
+    candidate: Candidate,
+    manifest: Manifest,
+    wanted: Sequence[Example],
+    progress: Progress,
 ) -> dict[str, dict[str, Array]]:
-    """Image's digest -> the features of all kinds, float32; cached, so that another head takes only seconds."""
-    import numpy as np
+    """Image's digest -> the features of all kinds, float32; cached, so that another head takes only seconds.
 
+    Images are decoded one at a time, and only those whose features are not there.
+    """
     key = key_of(graphs=[f.sha256 for f in manifest.files if ".onnx" in f.name], way=str(runners.way_of(manifest)))
     place = cache_folder() / "features" / key[:32]
     found: dict[str, dict[str, Array]] = {}
-    for done, example in enumerate(wanted, start=1):
-        progress("computing features", done, len(wanted))
-        if example.digest in found:
-            continue
-        path = place / f"{example.digest}.npz"
-        try:
-            found[example.digest] = archive.read(path)
-            continue
-        except Exception:  # absent, or damaged in any way: it is computed again
-            found[example.digest] = _of_image(candidate(example.inputs))
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with files.disk_errors(place):
-            place.mkdir(parents=True, exist_ok=True)
-            stored_arrays: Any = found[example.digest]
-            with partial.open("wb") as out_file:
-                np.savez(out_file, **stored_arrays)
-            os.replace(partial, path)
+    missing: dict[str, str] = {}
+    for example in wanted:
+        if example.digest not in found and (stored := _stored(place, example.digest)) is not None:
+            found[example.digest] = stored
+    for example in wanted:
+        if example.digest not in found and example.digest not in missing.values():
+            missing[example.name] = example.digest
+    cases = model.cases_from(images, progress=silent, only=missing) if missing else ()
+    for done, case in enumerate(cases, start=1):
+        progress("computing features", done, len(missing))
+        if not isinstance(case, str):
+            found[missing[case.name]] = _of_image(candidate(case.inputs))
+            _store(place, missing[case.name], found[missing[case.name]])
+    if gone := sorted(name for name, digest in missing.items() if digest not in found):
+        raise UsageError(f"{gone[0]} changed while it was read.", next_step="Run fit again.")
     return found
+
+
+def _stored(place: Path, digest: str) -> dict[str, Array] | None:
+    try:
+        return archive.read(place / f"{digest}.npz")
+    except Exception:  # absent, or damaged in any way: it is computed again
+        return None
+
+
+def _store(place: Path, digest: str, features: Mapping[str, Array]) -> None:
+    import numpy as np
+
+    partial = place / f"{digest}.npz.{os.getpid()}.partial"
+    arrays: Any = features
+    with files.disk_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, place / f"{digest}.npz")
+
+
+def _confused(model: Model, images: Path, held: Held) -> tuple[Picture, ...]:
+    """The held-out images that were given another class, worst first, as pictures that say so."""
+    worst = {name: (true, given, share) for name, true, given, share in held.confusions[:_SHOWN_MAX]}
+    uses, drawn = model.uses, {}
+    if uses is None or not worst:
+        return ()
+    for case in model.cases_from(images, progress=silent, only=worst):
+        if not isinstance(case, str):
+            true, given, share = worst[case.name]
+            caption = f"{true}, taken for {given} with {share:.0%}"
+            drawn[case.name] = replace(uses.thumbnail(case.inputs), title=case.name, caption=caption)
+    return tuple(drawn[name] for name in worst if name in drawn)
 
 
 def _of_image(outputs: Arrays) -> dict[str, Array]:
@@ -189,6 +228,7 @@ def _publish(
     found: Examples,
     fitted: Fitted,
     held: Held,
+    confused: Sequence[Picture],
     reads: Sequence[tuple[str, str]],
     kind: HeadKind,
     force: bool,
@@ -250,7 +290,10 @@ def _publish(
                 next_step="Report it, with the bundle's manifest.",
             )
         new = _manifest(manifest, recipe, model, graph, old.file, made, report, facts)
-        page = _page(work, new, model, report, reference, {name: kept})
+        shown = html_report.HeldOut(
+            images=held.images, right=held.right, interval=held.interval, recall=held.recall, confusions=tuple(confused)
+        )
+        page = _page(work, new, model, report, reference, {name: kept}, shown)
         made["page"] = page
         new = new.with_stage(page.name, page.key, page.files)
         bill = list_materials(work, new)
@@ -361,14 +404,16 @@ def _page(
     report: Report,
     reference: Reference,
     kept: Mapping[str, html_report.Kept],
+    held_out: html_report.HeldOut,
 ) -> Stage:
     def make(folder: Path) -> None:
-        html = html_report.render(manifest, model, report, None, reference, kept)
+        html = html_report.render(manifest, model, report, None, reference, kept, held_out)
         (folder / bundle.REPORT_HTML).write_text(html, encoding="utf-8")
 
     key = key_of(
         code=family.code_of(model),
         template=files.sha256(html_report.TEMPLATE),
         manifest=manifest.model_dump(mode="json", exclude={"created"}),
+        held_out=hashlib.sha256(repr(held_out).encode()).hexdigest(),
     )
     return work.stage("page", key, make)

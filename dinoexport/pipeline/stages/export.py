@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinoexport import family
-from dinoexport.graph import onnx_writer
+from dinoexport.graph import onnx_writer, traces
 from dinoexport.graph.onnx_writer import Traces
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.stages.weights import head_metadata
@@ -20,19 +21,26 @@ from dinoexport.weights.checkpoint import Checkpoint
 
 # Waits for the traced graphs and returns them.
 Traced = Callable[[], Traces]
-# What changes neither the graph nor PyTorch's outputs: settings of the engine, where heads and weights are had, and
-# what people are told.
-_NOT_THE_GRAPHS = {"engine", "profiles", "heads", "card", "obtain"}
+# What changes neither the graph nor PyTorch's outputs: settings of engines and runtimes, where heads and weights are
+# had, and what people are told.
+_NOT_THE_GRAPHS = {"engine", "profiles", "sizes", "heads", "card", "obtain"}
 
 
-def tracing(request: BuildRequest) -> AbstractContextManager[Traced]:
-    """Starts tracing in a thread before the checkpoint is read."""
+def tracing(request: BuildRequest, *, fresh: bool, ahead: Sequence[str] = ()) -> AbstractContextManager[Traced]:
+    """Begins tracing in a thread before the checkpoint is there. fresh: no kept trace is used. ahead: see the writer's.
+
+    Pieces whose traces are kept need no torch.
+    """
 
     def unread(name: str) -> Array:
         raise AssertionError(f"tracing read the weight {name}")
 
     model = request.model
-    return onnx_writer.tracing(lambda: [call for graph in model.graphs for call in model.calls(graph, unread)])
+    return onnx_writer.tracing(
+        lambda: [call for graph in model.graphs for call in model.calls(graph, unread)],
+        trace=partial(onnx_writer.traced, trace=partial(traces.of, fresh=fresh)),
+        ahead=ahead,
+    )
 
 
 def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint, traced: Traced) -> Stage:
@@ -50,7 +58,15 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
     def make(folder: Path) -> None:
         for graph in request.model.graphs:
             calls = request.model.calls(graph, checkpoint.read)
-            onnx_writer.export(graph, calls, folder, metadata=metadata, traces=traced(), progress=work.progress)
+            onnx_writer.export(
+                graph,
+                calls,
+                folder,
+                metadata=metadata,
+                traces=traced(),
+                trace=partial(traces.of, fresh=work.force),
+                progress=work.progress,
+            )
         if isinstance(request.model, family.HasCompanionFiles):
             for name, content in request.model.companion_files.items():
                 (folder / name).write_bytes(content)

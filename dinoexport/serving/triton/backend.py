@@ -1,4 +1,4 @@
-"""The models that run in Triton's Python backend: a graph on the CPU, and the decoding of a front end.
+"""The models that run in Triton's Python backend: a graph on the CPU, decoding and finishing of a front end.
 
 This module runs inside the server's own interpreter; each deployed `model.py` names one of these classes. Inputs
 outside the graph's signature are refused with INVALID_ARG and the message of all runtimes, because the dims of a
@@ -17,6 +17,7 @@ from dinoexport import family
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.runtime import check_inputs, cpu
+from dinoexport.runtime.sizes import Specialised
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Runner
 
@@ -31,9 +32,17 @@ class GraphModel:
         served = served_of(args)
         self._graph, file = served.graph.graph(), served.graph.file
         folder = Path(args["model_repository"]) / args["model_version"]
-        # Triton's layout for external data: a folder with the graph's name.
-        (opened,) = cpu.open_graphs({folder / file / file: self._graph}, cpu.way_here(served.way)).values()
+        # Triton's layout for external data: a folder of the graph's name.
+        sizes = tuple(served.recipe.get("sizes", ()))
+        graphs = {folder / file / file: self._graph}
+        (opened,) = cpu.open_for_sizes(graphs, cpu.way_here(served.way), named=sizes).values()
         self._run: Runner = opened
+        self._opened = opened
+
+    def finalize(self) -> None:
+        """Stops compiling forms for sizes that are often asked."""
+        if isinstance(self._opened, Specialised):
+            self._opened.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order; each request is refused or answered separately."""
@@ -84,6 +93,34 @@ class PrepareModel:
             try:
                 arrays = self._model.prepare(self._served.front_end, self._served.settings, list(encoded.reshape(-1)))
                 responses.append(_response(arrays))
+            except UsageError as refused:
+                responses.append(_refusal(refused))
+            except Exception:
+                responses.append(_broken())
+        return responses
+
+
+class FinishModel:
+    """A front end's last part: the graph's outputs in, another form of them out, by the family's own code."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Finds the family that knows how, and what it is given."""
+        self._served = served_of(args)
+        recipe = parse(Recipe, self._served.recipe, where="the deployed recipe")
+        model = family.find(self._served.family).model(recipe)
+        assert isinstance(model, family.FinishesAnswers), "only such a model's answers are finished"
+        self._model = model
+        self._inputs = [entry["name"] for entry in json.loads(args["model_config"])["input"]]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, in their order."""
+        import triton_python_backend_utils as backend
+
+        responses = []
+        for request in requests:
+            arrays = {name: backend.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
+            try:
+                responses.append(_response(self._model.finish(self._served.settings, arrays)))
             except UsageError as refused:
                 responses.append(_refusal(refused))
             except Exception:

@@ -27,6 +27,7 @@ from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.family import FrontEnd, Model
 from dinoexport.serving.triton import model_files, releases, served_models, text_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
@@ -73,6 +74,7 @@ def deploy(
     backend: Backend | None = None,
     triton: str | None = None,
     samples: Path | None = None,
+    answers: Sequence[str] = (),
     verify: Path | None = None,
     progress: Progress = silent,
 ) -> Deployed:
@@ -83,6 +85,7 @@ def deploy(
     triton: the tag of the image that will serve, or TAG=TENSORRT_VERSION; plans for another TensorRT are refused, and
     queues have no limits if limits would stall that image's batcher.
     samples: a folder of the user's own files, from which a front end derives sizes.
+    answers: forms in which a front end gives a head's answers, each as a model of its own beside the plain one.
     verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
@@ -105,6 +108,7 @@ def deploy(
         backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
         _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
         ends = model.front_ends(samples, progress=progress)
+        ends = (*ends, *_with_answers(model, ends, answers))
         with (
             files.disk_errors(repository),
             changes.changing(repository, doing=f"deploying to {repository}", progress=progress) as change,
@@ -335,6 +339,22 @@ def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
     return backend
 
 
+def _with_answers(model: Model, ends: Sequence[FrontEnd], forms: Sequence[str]) -> list[FrontEnd]:
+    """Each front end once more for each form; a UsageError for a form that the model does not have."""
+    known = model.answer_forms if isinstance(model, family.FinishesAnswers) else ()
+    for form in forms:
+        if form not in known:
+            raise UsageError(
+                f"This model's answers have no form {form!r}.{closest(form, known)}",
+                next_step=f"It has: {', '.join(known)}." if known else "Leave --answers out.",
+            )
+    found = []
+    for form in dict.fromkeys(forms):
+        assert isinstance(model, family.FinishesAnswers)
+        found += [model.with_answers(end, form) for end in ends]
+    return found
+
+
 def _chosen_for_text(backend: Backend | None) -> Backend:
     if backend not in (None, "python"):
         raise UsageError(
@@ -390,7 +410,7 @@ def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequenc
     if left := sorted(ours - set(models)):
         raise UsageError(
             f"{', '.join(left)} would stay behind in the previous version.",
-            next_step="Deploy with the same options as before (--samples), or remove it first.",
+            next_step="Deploy with the same options as before (--samples, --answers), or remove it first.",
         )
     for name in models:  # a version's folder is new, and what else is written to must be no link to somewhere else
         home = _home(repository, name, known)

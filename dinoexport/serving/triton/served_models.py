@@ -309,61 +309,54 @@ def _graph_model(
     )
 
 
-def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: int) -> tuple[TritonModel, TritonModel]:
-    """The model that turns encoded files into the graph's inputs, and the ensemble of that model and the graph."""
+def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: int) -> tuple[TritonModel, ...]:
+    """The models that turn encoded files into the graph's inputs and finish its outputs, and the ensemble of all."""
     graph, name = served.graph.graph(), f"{graph_model}_{end.name}"
     largest = max_batch(graph)
-    served = served.changed(front_end=end.name, settings=dict(end.settings))
+    answering = dataclasses.replace(graph, outputs=end.answers or graph.outputs)
+    served = served.changed(
+        front_end=end.name,
+        settings=dict(end.settings),
+        answers=GraphFacts.of(answering, served.graph.file) if end.answers else None,
+    )
     encoded = Tensor(name=ENCODED, dtype="bytes", shape=(graph.inputs[0].shape[0], 1), meaning=end.meaning)
 
-    def model(name: str, role: str, content: Sequence[Entry], code: str) -> TritonModel:
+    def model(
+        name: str, role: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], last: Entry, code: str
+    ) -> TritonModel:
         facts = served.changed(role=role)
         entries = [
             *identity(name, version),
-            *content,
+            Entry("platform", "ensemble") if not code else Entry("backend", "python"),
+            *(_tensor("output", tensor, graph) for tensor in outputs),
+            last,
             Entry("max_batch_size", largest, "the graph's"),
-            _tensor("input", encoded, graph),
+            *(_tensor("input", tensor, graph) for tensor in inputs),
             parameter(PARAMETER, facts.model_dump_json(), "what clients check their inputs by"),
         ]
         return TritonModel(name=name, config=config_text(served, entries), code=code)
 
-    prepare = model(
-        f"{name}_prepare",
-        "prepare",
-        [
-            Entry("backend", "python"),
-            *(_tensor("output", tensor, graph) for tensor in graph.inputs),
-            Entry("instance_group", (Entry("count", 2), Entry("kind", Word("KIND_CPU")))),
-        ],
-        backend_code("PrepareModel"),
-    )
-    steps = (
-        _step(prepare.name, version, {ENCODED: ENCODED}, {tensor.name: tensor.name for tensor in graph.inputs}),
-        _step(
-            graph_model,
-            version,
-            {tensor.name: tensor.name for tensor in graph.inputs},
-            {tensor.name: tensor.name for tensor in graph.outputs},
-        ),
-    )
-    ensemble = model(
-        name,
-        "front_end",
-        [
-            Entry("platform", "ensemble"),
-            *(_tensor("output", tensor, graph) for tensor in graph.outputs),
-            Entry("ensemble_scheduling", steps),
-        ],
-        "",
-    )
-    return prepare, ensemble
+    on_cpu = Entry("instance_group", (Entry("count", 2), Entry("kind", Word("KIND_CPU"))))
+    prepared = (*graph.inputs, *end.carried)
+    parts = [model(f"{name}_prepare", "prepare", [encoded], prepared, on_cpu, backend_code("PrepareModel"))]
+    steps = [
+        _step(parts[0].name, version, [encoded], prepared),
+        _step(graph_model, version, graph.inputs, graph.outputs),
+    ]
+    if end.answers:
+        given = (*graph.outputs, *end.carried)
+        parts.append(model(f"{name}_finish", "finish", given, end.answers, on_cpu, backend_code("FinishModel")))
+        steps.append(_step(parts[1].name, version, given, end.answers))
+    scheduling = Entry("ensemble_scheduling", tuple(steps))
+    return (*parts, model(name, "front_end", [encoded], answering.outputs, scheduling, ""))
 
 
-def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Entry:
+def _step(model: str, version: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Entry:
+    """A step of an ensemble, in which a value has the name that the model has for it."""
     maps = [
-        Entry(f"{side}_map", (Entry("key", ours), Entry("value", theirs)))
-        for side, names in (("input", inputs), ("output", outputs))
-        for ours, theirs in names.items()
+        Entry(f"{side}_map", (Entry("key", tensor.name), Entry("value", tensor.name)))
+        for side, tensors in (("input", inputs), ("output", outputs))
+        for tensor in tensors
     ]
     # By its number, so that an answer comes from one release, whatever else is loaded.
     return Entry("step", (Entry("model_name", model), Entry("model_version", version), *maps))

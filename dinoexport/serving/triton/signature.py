@@ -25,13 +25,14 @@ class Served(Frozen):
     """The facts of one Triton model.
 
     name: its deployed name; several Triton models share one. role: `graph` runs the graph, `prepare` turns
-    encoded files into its inputs, `front_end` is the ensemble of both, `text` writes with a decoder. settings: see
-    `family.FrontEnd`. way: how the Python backend runs the graph. tokenizer: its file, of a text model.
+    encoded files into its inputs, `finish` its outputs into other forms, `front_end` is the ensemble of them, `text`
+    writes with a decoder. settings: see `family.FrontEnd`. answers: what a front end gives, where that is not what the
+    graph gives. way: how the Python backend runs the graph. tokenizer: its file, of a text model.
     """
 
     name: Name
     version: int
-    role: Literal["graph", "prepare", "front_end", "text"]
+    role: Literal["graph", "prepare", "finish", "front_end", "text"]
     variant: str
     family: Name
     precision: Precision
@@ -40,6 +41,7 @@ class Served(Frozen):
     way: Way = cpu.PLAIN  # for models deployed before this field existed
     front_end: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
+    answers: GraphFacts | None = None
     tokenizer: str = ""
 
     @classmethod

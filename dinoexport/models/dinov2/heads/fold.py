@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoexport.family import Read
-from dinoexport.models.dinov2.heads.kinds import BINS, DPT_CHANNELS, RESIZES, Head
+from dinoexport.models.dinov2.heads.kinds import Head
+from dinoexport.models.dinov2.published import BINS, DPT_CHANNELS, RESIZES
 from dinoexport.spec import Array, Weight
 
 _BATCH_NORM_EPSILON = 1e-5

@@ -1,17 +1,19 @@
 """DINOv2's heads as they are traced: weights folded, upsampling after the products it commutes with.
 
 The plain formulations that judge these are in `reference.py`; they share no code on purpose. Suffixes as in
-`models/dinov2/graph.py`; h and w count patches of the padded image, C channels, K classes or bins.
+`models/dinov2/graph.py`; h and w count patches of the padded image, C channels, K classes or bins. As there, a trace
+depends on this file, the published constants and plain arguments alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoexport.models.dinov2.config import NORM_EPSILON, PATCH
-from dinoexport.models.dinov2.heads.kinds import BINS, DPT_CHANNELS, RESIZES, Head, dpt_widths
+from dinoexport.models.dinov2.published import BINS, DPT_CHANNELS, NORM_EPSILON, PATCH, RESIZES, dpt_widths
 
 _UPSAMPLED = 4  # the linear depth heads' own factor before their bins are weighed
 
@@ -51,12 +53,12 @@ class Pad(nn.Module):
     byte_scale: Tensor
     byte_shift: Tensor
 
-    def __init__(self, *, byte_scale: Tensor | None = None, byte_shift: Tensor | None = None) -> None:
+    def __init__(self, *, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> None:
         super().__init__()
-        self.from_bytes = byte_scale is not None
-        if byte_scale is not None and byte_shift is not None:
-            self.register_buffer("byte_scale", byte_scale.view(-1, 1, 1))
-            self.register_buffer("byte_shift", byte_shift.view(-1, 1, 1))
+        self.from_bytes = mean is not None
+        if mean is not None and std is not None:
+            self.register_buffer("byte_scale", (1 / (255 * torch.tensor(std))).view(-1, 1, 1))
+            self.register_buffer("byte_shift", (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Padding comes after normalising: what is added is the mean colour."""
@@ -67,14 +69,19 @@ class Pad(nn.Module):
 
 
 class _Traced(nn.Module):
-    """What all heads share: sizes of the image, and tokens of the blocks they read, in float32."""
+    """What all heads share: sizes of the image, and tokens of the blocks they read, in float32.
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
+    layers: how many blocks are read. pads: whether the image was padded to whole patches.
+    """
+
+    def __init__(
+        self, *, dim: int, prefix_count: int, layers: int, after_norm: bool, pads: bool, from_bytes: bool
+    ) -> None:
         super().__init__()
-        self.dim, self.prefix_count = head.arch.embed_dim, 1 + head.arch.register_count
+        self.dim, self.prefix_count, self.layers = dim, prefix_count, layers
         self.rows_axis = 1 if from_bytes else 2
-        self.after_norm, self.pads = head.after_norm, head.pads
-        if head.after_norm:
+        self.after_norm, self.pads = after_norm, pads
+        if after_norm:
             self.norm_weight_D, self.norm_bias_D = _parameter(self.dim), _parameter(self.dim)
 
     def sizes(self, image: Tensor) -> tuple[int, int, int, int]:
@@ -97,9 +104,9 @@ class _Traced(nn.Module):
 class Classifier(_Traced):
     """Class tokens and the mean patch token through one linear layer."""
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
-        super().__init__(head, from_bytes=from_bytes)
-        self.weight_KC, self.bias_K = _parameter(head.class_count, head.width), _parameter(head.class_count)
+    def __init__(self, *, class_count: int, width: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.weight_KC, self.bias_K = _parameter(class_count, width), _parameter(class_count)
 
     def forward(self, *streams_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities (B, K)."""
@@ -113,10 +120,10 @@ class Classifier(_Traced):
 class FittedLinear(_Traced):
     """A user's classifier on the class token, or on it and the mean patch token."""
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
-        super().__init__(head, from_bytes=from_bytes)
-        self.with_mean = head.width == 2 * self.dim
-        self.weight_KC, self.bias_K = _parameter(head.class_count, head.width), _parameter(head.class_count)
+    def __init__(self, *, class_count: int, width: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.with_mean = width == 2 * self.dim
+        self.weight_KC, self.bias_K = _parameter(class_count, width), _parameter(class_count)
 
     def forward(self, stream_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (B, K) and the best class (B,)."""
@@ -131,12 +138,11 @@ class FittedLinear(_Traced):
 class FittedNeighbours(_Traced):
     """The nearest of a bank of normalised class tokens vote, weighted by softmax(cosine / T)."""
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
-        super().__init__(head, from_bytes=from_bytes)
-        assert head.table.bank and head.table.neighbours and head.table.temperature
-        self.neighbours, self.temperature = head.table.neighbours, head.table.temperature
-        self.bank_ND = _parameter(head.table.bank, self.dim, dtype=torch.float16)
-        self.votes_NK = _parameter(head.table.bank, head.class_count, dtype=torch.float16)
+    def __init__(self, *, bank: int, neighbours: int, temperature: float, class_count: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.neighbours, self.temperature = neighbours, temperature
+        self.bank_ND = _parameter(bank, self.dim, dtype=torch.float16)
+        self.votes_NK = _parameter(bank, class_count, dtype=torch.float16)
 
     def forward(self, stream_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (B, K) and the best class (B,)."""
@@ -157,10 +163,10 @@ class LinearDepth(_Traced):
     everywhere, a bias of each image. Numerator and denominator are one product.
     """
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
-        super().__init__(head, from_bytes=from_bytes)
-        self.range = head.depth_range
-        width = len(head.blocks) * self.dim
+    def __init__(self, *, depth_range: tuple[float, float], **shared: Any) -> None:
+        super().__init__(**shared)
+        self.range = depth_range
+        width = self.layers * self.dim
         self.patch_KC11, self.class_KC = _parameter(BINS, width, 1, 1), _parameter(BINS, width)
         self.bias_K, self.weigh_2K11 = _parameter(BINS), _parameter(2, BINS, 1, 1)
 
@@ -181,9 +187,9 @@ class LinearDepth(_Traced):
 class Segmentation(_Traced):
     """Labels by one linear layer over patch tokens, with BatchNorm folded into it."""
 
-    def __init__(self, head: Head, *, from_bytes: bool) -> None:
-        super().__init__(head, from_bytes=from_bytes)
-        self.weight_KC11, self.bias_K = _parameter(head.class_count, head.width, 1, 1), _parameter(head.class_count)
+    def __init__(self, *, class_count: int, width: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.weight_KC11, self.bias_K = _parameter(class_count, width, 1, 1), _parameter(class_count)
 
     def forward(self, image: Tensor, *streams_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (B, H, W) int32 and logits per patch (B, K, h, w)."""
@@ -233,10 +239,8 @@ class _Pyramid(_Traced):
     body: the dtype of its convolutions. What reads tokens, and the last layer, stay float32.
     """
 
-    def __init__(
-        self, head: Head, widths: tuple[int, ...], channels: int, *, bias: bool, from_bytes: bool, body: torch.dtype
-    ) -> None:
-        super().__init__(head, from_bytes=from_bytes)
+    def __init__(self, widths: tuple[int, ...], channels: int, *, bias: bool, body: torch.dtype, **shared: Any) -> None:
+        super().__init__(**shared)
         self.body = body
         self.projects = nn.ModuleList(_Convolution(self.dim, width, 1, dtype=torch.float32) for width in widths)
         self.resizes = nn.ModuleDict({
@@ -263,21 +267,20 @@ class _Pyramid(_Traced):
 class DptDepth(_Pyramid):
     """The released DPT heads: class token read into every patch, no BatchNorm."""
 
-    def __init__(self, head: Head, *, from_bytes: bool, body: torch.dtype) -> None:
-        super().__init__(
-            head, dpt_widths(head.arch.embed_dim), DPT_CHANNELS, bias=False, from_bytes=from_bytes, body=body
-        )
-        self.range = head.depth_range
+    def __init__(self, *, depth_range: tuple[float, float], body: str, **shared: Any) -> None:
+        dtype: torch.dtype = getattr(torch, body)
+        super().__init__(dpt_widths(shared["dim"]), DPT_CHANNELS, bias=False, body=dtype, **shared)
+        self.range = depth_range
         self.readouts = nn.ModuleList(
             _Convolution(self.dim, self.dim, 1, bias=False, dtype=torch.float32) for _ in range(4)
         )
         for i in range(4):
             self.register_parameter(f"class_weight_{i}", _parameter(self.dim, self.dim))
             self.register_parameter(f"class_bias_{i}", _parameter(self.dim))
-        self.project = _Convolution(DPT_CHANNELS, DPT_CHANNELS, 3, dtype=body)
+        self.project = _Convolution(DPT_CHANNELS, DPT_CHANNELS, 3, dtype=dtype)
         self.last = nn.ModuleList([
-            _Convolution(DPT_CHANNELS, DPT_CHANNELS // 2, 3, dtype=body),
-            _Convolution(DPT_CHANNELS // 2, 32, 3, dtype=body),
+            _Convolution(DPT_CHANNELS, DPT_CHANNELS // 2, 3, dtype=dtype),
+            _Convolution(DPT_CHANNELS // 2, 32, 3, dtype=dtype),
             _Convolution(32, 1, 1, dtype=torch.float32),
         ])  # fmt: skip
 
@@ -310,14 +313,15 @@ class DptDepth(_Pyramid):
 class DepthAnything(_Pyramid):
     """Depth Anything V2's head: patch tokens after the final norm, no class token."""
 
-    def __init__(self, head: Head, *, from_bytes: bool, body: torch.dtype) -> None:
-        features, channels = head.table.features, head.table.channels
-        assert features and channels
-        super().__init__(head, channels, features, bias=True, from_bytes=from_bytes, body=body)
-        self.max_depth = head.table.max_depth
+    def __init__(
+        self, *, features: int, channels: tuple[int, ...], max_depth: float | None, body: str, **shared: Any
+    ) -> None:
+        dtype: torch.dtype = getattr(torch, body)
+        super().__init__(channels, features, bias=True, body=dtype, **shared)
+        self.max_depth = max_depth
         self.last = nn.ModuleList([
-            _Convolution(features, features // 2, 3, dtype=body),
-            _Convolution(features // 2, 32, 3, dtype=body),
+            _Convolution(features, features // 2, 3, dtype=dtype),
+            _Convolution(features // 2, 32, 3, dtype=dtype),
             _Convolution(32, 1, 1, dtype=torch.float32),
         ])  # fmt: skip
 

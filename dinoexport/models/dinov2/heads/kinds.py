@@ -15,13 +15,12 @@ from pydantic import Field, model_validator
 from dinoexport.config import resources
 from dinoexport.config.recipe import Frozen
 from dinoexport.models.dinov2.config import Architecture
+from dinoexport.models.dinov2.published import BINS, DPT_CHANNELS, RESIZES, dpt_widths
 from dinoexport.spec import closest
 
 Form = Literal[
     "classifier", "linear_depth", "dpt_depth", "segmentation", "depth_anything", "fitted_linear", "fitted_knn"
 ]
-BINS = 256  # of the linear depth heads
-DPT_CHANNELS = 256  # of the released DPT heads, for every backbone
 _LAYERS = 4
 # Upstream's choice for ViT-L is not an even spread; the others' are (dinov2/hub/depthers.py, out_index).
 _SPREAD = {24: (4, 11, 17, 23)}
@@ -284,16 +283,6 @@ def _dpt_tensors(dim: int) -> dict[str, tuple[int, ...]]:
         layer(f"reassemble_blocks.resize_layers.{i}", widths[i], widths[i], size, size, bias=widths[i])
     layer("project.conv", channels, channels, 3, 3, bias=channels)
     return shapes
-
-
-# The level's own resize layer and its kernel: 4 and 2 are transposed convolutions of that stride, 3 is a convolution of
-# stride 2. The third level has none.
-RESIZES: Mapping[int, int] = {0: 4, 1: 2, 3: 3}
-
-
-def dpt_widths(dim: int) -> tuple[int, int, int, int]:
-    """Channels of the four reassembled maps of a released DPT head (dinov2/hub/depthers.py, post_process_channels)."""
-    return (dim // 8, dim // 4, dim // 2, dim)
 
 
 def _depth_anything_tensors(dim: int, features: int, channels: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:

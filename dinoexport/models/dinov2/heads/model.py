@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
-from dinoexport.family import Call, FrontEnd, HeadWeights, Piece, Read, Shapes
-from dinoexport.models.dinov2.config import PATCH
-from dinoexport.models.dinov2.heads import layouts, pictures, serving, synthetic
+from dinoexport.family import Call, FrontEnd, HeadWeights, Read, Shapes
+from dinoexport.models.dinov2.heads import finishing, layouts, pictures, serving, signature, synthetic
 from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
+from dinoexport.models.dinov2.published import PATCH
 from dinoexport.spec import (
     Array,
     Arrays,
@@ -54,7 +54,7 @@ class HeadedModel:
         dims = graph.dims
         if self.head.pads and self.backbone.choices.sizes != "strict":
             dims = tuple(replace(dim, step=1) for dim in dims)  # every pixel has an answer of its own
-        return (replace(graph, outputs=(*_outputs(self.head), *tokens), dims=dims),)
+        return (replace(graph, outputs=(*signature.outputs(self.head), *tokens), dims=dims),)
 
     @property
     def tensors(self) -> Shapes:
@@ -76,17 +76,7 @@ class HeadedModel:
     @property
     def head_facts(self) -> HeadFacts:
         """Dataset, its terms, range and classes."""
-        head = self.head
-        ranges = {"linear_depth": head.table.depth_range or head.kind.dataset.depth_range}
-        ranges |= {"dpt_depth": ranges["linear_depth"]}
-        greatest = head.table.max_depth
-        return HeadFacts(
-            kind=head.table.kind,
-            dataset=head.kind.dataset.name,
-            terms=head.kind.dataset.terms,
-            value_range=ranges.get(head.form) or (None if greatest is None else (0.0, greatest)),
-            classes=head.class_names,
-        )
+        return signature.facts(self.head)
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """The backbone's layouts; of Depth Anything's file both parts."""
@@ -102,10 +92,7 @@ class HeadedModel:
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
         """Padding where the head pads, the backbone's stem and blocks, the head, and tokens if they are asked for."""
-        import torch
-
-        from dinoexport.models.dinov2.heads import fold
-        from dinoexport.models.dinov2.heads import graph as traced
+        from dinoexport.models.dinov2.heads import fold, pieces
 
         head, image = self.head, graph.inputs[0]
         from_bytes = image.name == "images"
@@ -118,71 +105,48 @@ class HeadedModel:
             for call in backbone.calls(own, read)
             if call.outputs[0] in inside or any(output in _names(graph.outputs) for output in call.outputs)
         ]
-        example = _example(head, from_bytes)
-        dynamic = {axis: size for axis, size in enumerate(image.shape) if isinstance(size, str)}
+        example = pieces.example(head, from_bytes)
         calls: list[Call] = []
         if head.pads:
-            pad = Piece(
-                name=f"pad, from {image.name}",
-                module=traced.Pad(**self._byte_scaling(from_bytes)),
-                example_inputs={image.name: example},
-                dynamic={image.name: dynamic},
-            )
+            pad = pieces.padding(image, example, self._normalising(from_bytes))
             calls.append(Call(piece=pad, scope="pad", inputs=(image.name,), outputs=(_PADDED,), weights={}))
             body[0] = replace(body[0], inputs=(_PADDED,))
         residual = next(
             call.piece.example_inputs["tokens"].dtype for call in body if "tokens" in call.piece.example_inputs
         )
         dtype = self._body()
-        taps = tuple(f"blocks.{i}_tokens" for i in head.blocks)
-        grid = (17, 19)
-        tokens = torch.zeros(2, 1 + head.arch.register_count + grid[0] * grid[1], head.arch.embed_dim, dtype=residual)
-        needs_image = head.form not in ("classifier", "fitted_linear", "fitted_knn")
-        inputs: dict[str, torch.Tensor] = {image.name: example} if needs_image else {}
-        # One tensor given twice would be taken for one input.
-        inputs |= {f"tokens_{i}": tokens.clone() for i in range(len(taps))}
-        piece = Piece(
-            name=f"{head.table.kind}, {dtype} of {residual} and {image.name}",
-            module=_module(head, from_bytes, dtype),
-            example_inputs=inputs,
-            dynamic={name: dynamic if name == image.name else {0: "batch", 1: "tokens"} for name in inputs},
-            least_sizes={} if head.pads else {"height": PATCH, "width": PATCH},
-        )
+        piece = pieces.of_head(head, image, example, residual=residual, body=dtype)
         calls += body
         calls.append(
             Call(
                 piece=piece,
                 scope="head",
-                inputs=((image.name,) if needs_image else ()) + taps,
-                outputs=tuple(tensor.name for tensor in _outputs(head)),
+                inputs=(
+                    *((image.name,) if image.name in piece.example_inputs else ()),
+                    *(f"blocks.{i}_tokens" for i in head.blocks),
+                ),
+                outputs=tuple(tensor.name for tensor in signature.outputs(head)),
                 weights=fold.FoldedHead(head=head, read=read).weights(),
             )
         )
         return tuple(calls)
 
-    def _byte_scaling(self, from_bytes: bool) -> dict[str, torch.Tensor]:
+    def _normalising(self, from_bytes: bool) -> dict[str, Any]:
         """What normalises bytes inside the graph, for each channel."""
-        import torch
-
         if not from_bytes:
             return {}
-        mean, std = (
-            torch.tensor(values) for values in (self.backbone.preprocessing.mean, self.backbone.preprocessing.std)
-        )
-        return {"byte_scale": 1 / (255 * std), "byte_shift": -mean / std}
+        return {"mean": self.backbone.preprocessing.mean, "std": self.backbone.preprocessing.std}
 
     @property
     def text(self) -> None:
         """None: it writes no text."""
         return None
 
-    def _body(self) -> torch.dtype:
+    def _body(self) -> str:
         """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
-        import torch
-
         halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
         dpt = self.head.form in ("dpt_depth", "depth_anything")
-        return torch.float16 if halved and dpt else torch.float32
+        return "float16" if halved and dpt else "float32"
 
     @property
     def promotable(self) -> tuple[str, ...]:
@@ -306,7 +270,20 @@ class HeadedModel:
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """Decoded, resized, normalised where the graph does not do that itself; see `serving`."""
-        return serving.prepare(self.backbone, front_end, settings, encoded)
+        return serving.prepare(self.head, self.backbone, front_end, settings, encoded)
+
+    @property
+    def answer_forms(self) -> tuple[str, ...]:
+        """Class names; of depth and labels PNG files, or arrays as large as the photograph."""
+        return finishing.forms(self.head)
+
+    def with_answers(self, end: FrontEnd, form: str) -> FrontEnd:
+        """See `serving`."""
+        return serving.with_answers(self.head, end, form)
+
+    def finish(self, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
+        """See `finishing`."""
+        return serving.finish(self.head, settings, arrays)
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -321,7 +298,7 @@ class HeadedModel:
     @property
     def card(self) -> Mapping[str, str]:
         """The backbone's, and what the head was trained on, its range and its classes."""
-        return {**self.backbone.card, **_card(self.head)}
+        return {**self.backbone.card, **signature.card(self.head)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,105 +369,6 @@ def backbone_graph(recipe: Recipe) -> dict[str, Any]:
 
 def _names(tensors: Sequence[Tensor]) -> set[str]:
     return {tensor.name for tensor in tensors}
-
-
-def _example(head: Head, from_bytes: bool) -> torch.Tensor:
-    """An image of 17 x 19 patches: neither native nor square, and short of that where the head pads."""
-    import torch
-
-    short = (4, 6) if head.pads else (0, 0)
-    height, width = 17 * PATCH - short[0], 19 * PATCH - short[1]
-    return torch.zeros(2, height, width, 3, dtype=torch.uint8) if from_bytes else torch.zeros(2, 3, height, width)
-
-
-def _module(head: Head, from_bytes: bool, body: torch.dtype) -> torch.nn.Module:
-    from dinoexport.models.dinov2.heads import graph as traced
-
-    match head.form:
-        case "classifier":
-            return traced.Classifier(head, from_bytes=from_bytes)
-        case "fitted_linear":
-            return traced.FittedLinear(head, from_bytes=from_bytes)
-        case "fitted_knn":
-            return traced.FittedNeighbours(head, from_bytes=from_bytes)
-        case "linear_depth":
-            return traced.LinearDepth(head, from_bytes=from_bytes)
-        case "segmentation":
-            return traced.Segmentation(head, from_bytes=from_bytes)
-        case "dpt_depth":
-            return traced.DptDepth(head, from_bytes=from_bytes, body=body)
-        case "depth_anything":
-            return traced.DepthAnything(head, from_bytes=from_bytes, body=body)
-
-
-def _outputs(head: Head) -> tuple[Tensor, ...]:
-    """What the head gives, with units."""
-    count, names = head.class_count, head.kind.dataset.name
-    probabilities = Tensor(
-        name="probabilities",
-        dtype="float32",
-        shape=("batch", count),
-        meaning=f"probability of each class of {names}; they sum to one",
-        kind="probabilities",
-    )
-    match head.form:
-        case "classifier":
-            logits = Tensor(
-                name="logits", dtype="float32", shape=("batch", count), meaning=f"logits of the classes of {names}"
-            )
-            return logits, probabilities
-        case "fitted_linear" | "fitted_knn":
-            index = Tensor(
-                name="class_index",
-                dtype="int32",
-                shape=("batch",),
-                meaning="index of the most probable class",
-                kind="labels",
-                decided_by="probabilities",
-            )
-            return probabilities, index
-        case "segmentation":
-            labels = Tensor(
-                name="labels",
-                dtype="int32",
-                shape=("batch", "height", "width"),
-                meaning=f"class of each pixel, of {names}",
-                kind="labels",
-                decided_by="patch_logits",
-            )
-            logits = Tensor(
-                name="patch_logits",
-                dtype="float32",
-                shape=("batch", count, "patch_rows", "patch_columns"),
-                meaning="logits of each class for each patch of the padded image, before they are resized to pixels",
-                kind="maps",
-            )
-            return labels, logits
-        case "linear_depth" | "dpt_depth":
-            low, high = head.depth_range
-            meaning = f"depth of each pixel, metres, {low:g} to {high:g}"
-        case "depth_anything":
-            greatest = head.table.max_depth
-            meaning = (
-                "relative inverse depth of each pixel, no unit: larger is nearer"
-                if greatest is None
-                else f"depth of each pixel, metres, 0 to {greatest:g}"
-            )
-    return (Tensor(name="depth", dtype="float32", shape=("batch", "height", "width"), meaning=meaning, kind="depth"),)
-
-
-def _card(head: Head) -> dict[str, str]:
-    said = {
-        "head": f"{head.table.kind}, trained on {head.kind.dataset.name}",
-        "head_terms": head.kind.dataset.terms,
-    }
-    if head.form in ("linear_depth", "dpt_depth"):
-        low, high = head.depth_range
-        chosen = "the recipe's" if head.table.depth_range else "the dataset's; no weight file states it"
-        said["depth_range"] = f"{low:g} to {high:g} m ({chosen})"
-    if head.table.max_depth is not None:
-        said["depth_range"] = f"0 to {head.table.max_depth:g} m"
-    return said
 
 
 def _plain(value: torch.Tensor) -> Array:

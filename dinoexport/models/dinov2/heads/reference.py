@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoexport.models.dinov2.config import NORM_EPSILON, PATCH
-from dinoexport.models.dinov2.heads.kinds import BINS, Head
+from dinoexport.models.dinov2.heads.kinds import Head
+from dinoexport.models.dinov2.published import BINS, NORM_EPSILON, PATCH
 
 Load = Callable[[str], Tensor]
 _BATCH_NORM_EPSILON = 1e-5  # nn.BatchNorm2d's default, which the official head keeps

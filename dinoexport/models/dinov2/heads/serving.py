@@ -3,11 +3,13 @@
 Classifiers have upstream's evaluation, 224x224. Depth and labels are answered for every pixel, so there a photograph
 keeps its own size, brought to the graph's largest only where it is larger; Depth Anything V2 has its own preparation.
 Triton merges only requests of equal shape: photographs of one size come in one batch, others in their own requests.
+What an application takes instead of arrays, class names or PNG files, is made behind the graph; see `finishing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +21,18 @@ from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
 from dinoexport.models.dinov2 import serving as of_backbone
 from dinoexport.models.dinov2.cases import ImageInput
-from dinoexport.models.dinov2.config import PATCH
+from dinoexport.models.dinov2.heads import finishing
 from dinoexport.models.dinov2.heads.kinds import Head
-from dinoexport.spec import Array, Graph, Progress
+from dinoexport.models.dinov2.published import PATCH
+from dinoexport.spec import Array, Arrays, Graph, Progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from dinoexport.models.dinov2 import Dinov2Model
 
-_PHOTOGRAPHS = "photographs"
+_IMAGES = "images"
+_ANSWERS = "answers"  # the setting that says what the answers are made into
 # Depth Anything V2's own preparation (depth_anything_v2/dpt.py, image2tensor, input_size).
 _DEPTH_ANYTHING_SIDE = 518
 _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
@@ -37,22 +41,39 @@ _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
 def front_ends(
     head: Head, graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress
 ) -> tuple[FrontEnd, ...]:
-    """The backbone's for classifiers; `photographs` for depth and labels."""
-    if head.form in ("classifier", "fitted_linear", "fitted_knn"):
+    """The backbone's for classifiers; of depth and labels `images`, which keeps a photograph's own size."""
+    if _classifies(head):
         return of_backbone.front_ends(graph, taken, samples, progress=progress)
     largest = {dim.name: dim.max for dim in graph.dims}
     settings: dict[str, Any] = {"height_max": largest["height"], "width_max": largest["width"]}
     settings["multiple"] = PATCH if head.form == "depth_anything" else 1
     settings["shorter_side"] = _DEPTH_ANYTHING_SIDE if head.form == "depth_anything" else None
-    return (FrontEnd(name=_PHOTOGRAPHS, graph=graph.name, meaning=_ENCODED, settings=settings),)
+    return (FrontEnd(name=_IMAGES, graph=graph.name, meaning=_ENCODED, settings=settings),)
+
+
+def with_answers(head: Head, end: FrontEnd, form: str) -> FrontEnd:
+    """The front end `end` whose answers are in `form` of `finishing.forms`."""
+    return replace(
+        end,
+        name=f"{end.name}_{form}",
+        settings={**end.settings, _ANSWERS: form},
+        carried=finishing.carried(form),
+        answers=finishing.answers(head, form),
+    )
+
+
+def finish(head: Head, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
+    """The graph's outputs in the form that the front end's settings name."""
+    return finishing.finished(head, settings[_ANSWERS], arrays)
 
 
 def prepare(
-    backbone: Dinov2Model, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]
+    head: Head, backbone: Dinov2Model, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]
 ) -> dict[str, Array]:
     """The graph's input of encoded images; an ImageError or InputRefused names the one that is no good."""
-    if front_end != _PHOTOGRAPHS:
-        return backbone.prepare(front_end, settings, encoded)
+    form = settings.get(_ANSWERS)
+    if _classifies(head):
+        return backbone.prepare(front_end.removesuffix(f"_{form}"), settings, encoded)
     decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
     pictures = [resized(image, settings) for image in decoded]
     if len(shapes := {picture.shape for picture in pictures}) > 1:
@@ -60,7 +81,15 @@ def prepare(
         raise InputRefused(
             f"The images of one request go to different sizes: {listed}.", next_step="Send each in its own request."
         )
-    return backbone.taken.of(np.stack(pictures))
+    inputs = backbone.taken.of(np.stack(pictures))
+    if form is None:
+        return inputs
+    sizes = np.array([(image.height, image.width) for image in decoded], np.int32)
+    return {**inputs, finishing.PHOTOGRAPH_SIZE: sizes}
+
+
+def _classifies(head: Head) -> bool:
+    return head.form in ("classifier", "fitted_linear", "fitted_knn")
 
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:

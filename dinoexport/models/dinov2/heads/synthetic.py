@@ -10,8 +10,9 @@ import zlib
 
 import numpy as np
 
-from dinoexport.models.dinov2.heads.kinds import BINS, Head
+from dinoexport.models.dinov2.heads.kinds import Head
 from dinoexport.models.dinov2.heads.layouts import published_name
+from dinoexport.models.dinov2.published import BINS
 from dinoexport.spec import Array
 
 _BINS_ALIKE = 16  # neighbouring bins with like weights: else the mean over 256 of them would be one depth everywhere
@@ -26,7 +27,7 @@ def tensor(head: Head, name: str, seed: int) -> Array:
     if head.form == "depth_anything":
         values = _depth_anything(name, shape, noise)
     elif head.form == "fitted_knn":
-        values = _fitted_neighbours(name, shape, noise)
+        values = _fitted_neighbours(name, shape, noise, seed)
     else:
         values = _released(head, name, shape, noise, key)
     return values.astype(np.float32)
@@ -80,9 +81,9 @@ def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
     return values
 
 
-def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array) -> Array:
+def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array, seed: int) -> Array:
     if name.endswith("votes"):
-        of_class: Array = np.eye(shape[1])[np.arange(shape[0]) % shape[1]]
+        of_class: Array = np.eye(shape[1])[(np.arange(shape[0]) + seed) % shape[1]]
         return of_class
     unit: Array = noise / np.linalg.norm(noise, axis=1, keepdims=True)
     return unit.astype(np.float16)

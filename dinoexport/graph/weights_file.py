@@ -1,0 +1,130 @@
+"""The initializers of an ONNX file, and the file of external data that holds all but the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from threading import Condition
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from dinoexport.spec import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnx import GraphProto
+
+# Shapes and axes stay in the file itself: shape inference does not read external data.
+INLINE_BYTES = 256
+# One tensor is read and folded while another is being written, unless both are as large as ViT-g's widest in fp32.
+WRITERS = 2
+IN_FLIGHT_BYTES = 64 * 2**20
+
+
+class Held(Protocol):
+    """A tensor of a graph, whose bytes may be made when they are asked for. dtype: ONNX's number of it."""
+
+    @property
+    def name(self) -> str | None:
+        """Its name in the graph."""
+
+    @property
+    def dtype(self) -> Any:
+        """What its numbers are."""
+
+    @property
+    def shape(self) -> Iterable[Any]:
+        """Its sizes, outermost first."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in a file."""
+
+    def tobytes(self) -> bytes:
+        """All of them."""
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes them where `file` stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A tensor that is there already."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    content: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in a file."""
+        return len(self.content)
+
+    def tobytes(self) -> bytes:
+        """All of them."""
+        return self.content
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes them where `file` stands."""
+        file.write(self.content)
+
+
+def write(graph: GraphProto, held: Sequence[Held], path: Path, *, progress: Progress) -> None:
+    """Adds `held` to the graph's initializers, and writes to `path` those of more than INLINE_BYTES, in that order."""
+    places: list[tuple[Held, int]] = []
+    offset = 0
+    for tensor in held:
+        made = graph.initializer.add(name=tensor.name, data_type=int(tensor.dtype), dims=list(tensor.shape))
+        if tensor.nbytes <= INLINE_BYTES:
+            made.raw_data = tensor.tobytes()
+            continue
+        made.data_location = made.EXTERNAL
+        for key, value in (("location", path.name), ("offset", str(offset)), ("length", str(tensor.nbytes))):
+            made.external_data.add(key=key, value=value)
+        places.append((tensor, offset))
+        offset += tensor.nbytes
+    with path.open("wb") as file:
+        file.truncate(offset)
+    budget, written = _Budget(IN_FLIGHT_BYTES), count(1)
+
+    def put(place: tuple[Held, int]) -> None:
+        tensor, at = place
+        with budget.of(tensor.nbytes), path.open("r+b") as file:
+            file.seek(at)
+            tensor.tofile(file)
+            assert file.tell() == at + tensor.nbytes, tensor.name
+        # In whatever order they are done.
+        progress(f"writing {path.name}", next(written), len(places))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        begun = [pool.submit(put, place) for place in places]
+        try:
+            for each in begun:
+                each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Budget:
+    """How many bytes may be held at once; one tensor of more goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._changed = most, 0, Condition()
+
+    @contextmanager
+    def of(self, nbytes: int) -> Iterator[None]:
+        taken = min(nbytes, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._held + taken <= self._most)
+            self._held += taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= taken
+                self._changed.notify_all()

@@ -1,0 +1,149 @@
+"""Which of several ways is the fastest, from samples that other processes may have disturbed.
+
+Three figures of each way, which agree on a quiet machine. The median is what a user feels, and grows with whatever else
+runs. The best of many visits is the time of an undisturbed run, if there was one. The CPU time, shared out to the
+threads, hardly grows with others, but counts threads that wait for each other as working. A way is chosen when all
+three put it first; while they disagree, there are more visits. Ways that no figure can tell apart are not left to
+chance: what was faster on this CPU, with these versions, on an earlier quiet occasion is chosen, and before there was
+one, what usually is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Literal
+
+from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.system import untrusted
+from dinoexport.system.cache import cache_folder
+from dinoexport.system.timing import Latencies
+
+# What is this near to the first cannot be told from it.
+_ALIKE = 1.04
+# By how much a way must be behind in every figure not to be visited again.
+_BEHIND = 1.1
+# Where runtimes could not be told apart: in every comparison of ours on a quiet CPU the first was the faster one.
+_USUALLY = (Runtime.OPENVINO, Runtime.ONNXRUNTIME)
+_RECORD_MAX_BYTES = 4096
+
+Basis = Literal["measured", "known", "usual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The way, and on what it was chosen: figures that agree, an earlier choice, or what is usually the faster one."""
+
+    way: Way
+    basis: Basis
+
+
+def figures(way: Way, taken: Latencies) -> tuple[float, ...]:
+    """What the way is ranked by, in milliseconds: median, best, and CPU time for each of its threads if that is known.
+
+    CPU time says nothing of how well threads share the work, so it is compared with the best where there are several.
+    """
+    cpu = () if taken.cpu_ms is None else (taken.cpu_ms / max(1, way.threads),)
+    return (taken.median_ms, taken.best_ms, *cpu)
+
+
+def settled(samples: Mapping[Way, Latencies]) -> bool:
+    """Whether every figure puts the same way first, or cannot tell the same ways apart: more visits show no more."""
+    near = _near(samples)
+    return all(ways == near[0] for ways in near)
+
+
+def agreed(samples: Mapping[Way, Latencies]) -> Way | None:
+    """The way that every figure puts first, and clearly; None where they disagree or others are too near."""
+    near = _near(samples)
+    if len(near[0]) != 1 or not settled(samples):
+        return None
+    (way,) = near[0]
+    return way
+
+
+def hopeful(samples: Mapping[Way, Latencies], *, behind: float = _BEHIND) -> tuple[Way, ...]:
+    """The ways that are not behind by so much in every figure."""
+    firsts = _firsts(samples)
+    return tuple(
+        way
+        for way, taken in samples.items()
+        if any(figure <= behind * first for figure, first in zip(figures(way, taken), firsts, strict=True))
+    )
+
+
+def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None) -> Chosen:
+    """The best way after the last visit. known: what was the fastest on an earlier, quiet occasion."""
+    way = agreed(samples)
+    if way is not None:
+        return Chosen(way=way, basis="measured")
+    # Without the median, which others disturb most.
+    scores = {way: geometric_mean(figures(way, taken)[1:]) for way, taken in samples.items()}
+    first = min(scores.values())
+    alike = [way for way, score in scores.items() if score <= _ALIKE * first]
+    if len(alike) == 1:
+        return Chosen(way=alike[0], basis="measured")
+    if known in alike:
+        assert known is not None
+        return Chosen(way=known, basis="known")
+    return Chosen(way=min(alike, key=_unusual), basis="usual")
+
+
+def _unusual(way: Way) -> tuple[int, int]:
+    """Small for what usually is the fastest."""
+    return (_USUALLY.index(way.runtime) if way.runtime in _USUALLY else len(_USUALLY), -way.threads)
+
+
+def _firsts(samples: Mapping[Way, Latencies]) -> tuple[float, ...]:
+    return tuple(map(min, zip(*(figures(way, taken) for way, taken in samples.items()), strict=True)))
+
+
+def _near(samples: Mapping[Way, Latencies]) -> list[set[Way]]:
+    """For each figure the ways that are first or cannot be told from it."""
+    firsts = _firsts(samples)
+    return [
+        {way for way, taken in samples.items() if figures(way, taken)[i] <= _ALIKE * first}
+        for i, first in enumerate(firsts)
+    ]
+
+
+def occasion(
+    *, machine: str, cpus: int, versions: Mapping[str, str], precision: Precision, load: str, graphs: Collection[Path]
+) -> str:
+    """What an earlier choice must have in common with this one: CPU, versions, precision, load, the graphs' size."""
+    sizes = sorted(path.stat().st_size for path in graphs)
+    described = [machine, cpus, sorted(versions.items()), precision, load, sizes]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def remembered(on: str, among: Sequence[Way]) -> Way | None:
+    """What was chosen on an earlier such occasion, if it is one of these ways."""
+    try:
+        kept = json.loads(untrusted.read_text(_record(on), max_bytes=_RECORD_MAX_BYTES, links=False))
+    except (ValueError, RecursionError, untrusted.Unreadable):
+        return None
+    return next((way for way in among if _content(on, way) == kept), None)
+
+
+def remember(on: str, way: Way) -> None:
+    """Keeps a choice in the cache; where nothing can be kept there, nothing is."""
+    path = _record(on)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(_content(on, way)))
+        os.replace(partial, path)
+
+
+def _record(on: str) -> Path:
+    return cache_folder() / "choices" / f"{on}.json"
+
+
+def _content(on: str, way: Way) -> dict[str, str | int]:
+    return {"on": on, "runtime": way.runtime.value, "precision": way.precision.value, "threads": way.threads}

@@ -1,0 +1,107 @@
+"""Photographs in front of a head and its answers behind it: sizes, class names, PNG files."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoexport.errors import InputRefused
+from dinoexport.models.dinov2.heads import finishing, pictures
+from dinoexport.models.dinov2.heads.finishing import PHOTOGRAPH_SIZE
+from dinoexport.models.dinov2.heads.serving import size_of
+from dinoexport.spec import silent
+from tests.models.test_heads import model_of
+
+CLASSES = {"classes": ("cat", "dog", "owl")}
+
+
+def encoded(height: int, width: int) -> bytes:
+    noise = np.random.RandomState(height).randint(0, 256, (height, width, 3)).astype(np.uint8)
+    stored = BytesIO()
+    Image.fromarray(noise).save(stored, "PNG")
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize(("size", "to"), [((5, 7), (23, 16)), ((41, 31), (13, 28)), ((1, 6), (4, 6)), ((9, 9), (1, 1))])
+@pytest.mark.parametrize("corners", [False, True])
+def test_maps_are_resized_as_torch_does(size: tuple[int, int], to: tuple[int, int], corners: bool) -> None:
+    depth = np.random.RandomState(0).rand(*size).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(depth)[None, None].double(), size=to, mode="bilinear", align_corners=corners
+    )[0, 0].numpy()  # fmt: skip
+    np.testing.assert_allclose(finishing.bilinear(depth, *to, corners=corners), theirs, rtol=0, atol=1e-6)
+    labels = np.random.RandomState(1).randint(0, 150, size).astype(np.int32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(labels)[None, None].double(), size=to, mode="nearest-exact"
+    )[0, 0].numpy()  # fmt: skip
+    np.testing.assert_array_equal(finishing.nearest(labels, *to), theirs)
+
+
+@pytest.mark.parametrize(
+    ("photograph", "asked"),
+    # By depth_anything_v2/util/transform.py's Resize of 518, lower_bound, multiples of 14.
+    [((480, 640), (518, 686)), ((1080, 1920), (518, 924)), ((300, 451), (518, 784)), ((100, 100), (518, 518))],
+)
+def test_depth_anythings_own_sizes(photograph: tuple[int, int], asked: tuple[int, int]) -> None:
+    (end,) = model_of("depth-anything-v2-vits").front_ends(None, progress=silent)
+    assert end.name == "images" and size_of(*photograph, end.settings) == asked
+
+
+def test_depth_as_png_and_at_the_photographs_size() -> None:
+    """The graph's depth of a photograph that was resized for it comes back as large as the photograph."""
+    model = model_of("depth-anything-v2-metric-hypersim-vits")
+    (plain,) = model.front_ends(None, progress=silent)
+    ends = {form: model.with_answers(plain, form) for form in model.answer_forms}
+    assert [end.name for end in ends.values()] == ["images_png", "images_resized"]
+    inputs = model.prepare("images_png", ends["png"].settings, [encoded(60, 90)])
+    assert inputs["pixels"].shape == (1, 3, 518, 784)  # 777 is 55.5 patches, and half goes to the even number
+    depth = np.random.RandomState(2).uniform(0.2, 19, (1, 518, 784)).astype(np.float32)
+    arrays = {"depth": depth, PHOTOGRAPH_SIZE: inputs[PHOTOGRAPH_SIZE]}
+    resized = model.finish(ends["resized"].settings, arrays)["photograph_depth"]
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(depth)[None].double(), size=(60, 90), mode="bilinear", align_corners=True
+    )[0].numpy()  # fmt: skip
+    np.testing.assert_allclose(resized, theirs, rtol=0, atol=1e-5)
+    answer = model.finish(ends["png"].settings, arrays)
+    stored = np.asarray(Image.open(BytesIO(answer["depth_png"][0, 0]))).astype(np.float64)
+    assert stored.shape == (60, 90) and answer["depth_scale"].dtype == np.float32
+    np.testing.assert_allclose(stored * answer["depth_scale"][0, 0], theirs[0], rtol=0, atol=20 / 65535)
+
+
+def test_labels_as_png() -> None:
+    model = model_of("vits14", "voc2012_linear")
+    end = model.with_answers(model.front_ends(None, progress=silent)[0], "png")
+    inputs = model.prepare(end.name, end.settings, [encoded(45, 60)])
+    assert inputs["pixels"].shape == (1, 3, 45, 60)
+    labels = np.random.RandomState(3).randint(0, 21, (1, 45, 60)).astype(np.int32)
+    answer = model.finish(end.settings, {"labels": labels, PHOTOGRAPH_SIZE: inputs[PHOTOGRAPH_SIZE]})
+    image = Image.open(BytesIO(answer["labels_png"][0, 0]))
+    np.testing.assert_array_equal(np.asarray(image), labels[0])
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pictures.label_image(labels[0], 21))
+
+
+def test_class_names() -> None:
+    model = model_of("tiny_heads", head={"kind": "logreg", **CLASSES})
+    end = model.with_answers(model.front_ends(None, progress=silent)[0], "names")
+    assert end.name == "images_names" and not end.carried
+    assert model.prepare(end.name, end.settings, [encoded(60, 60)])["pixels"].shape == (1, 3, 224, 224)
+    shares = np.array([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6]], np.float32)
+    answer = model.finish(end.settings, {"probabilities": shares, "class_index": shares.argmax(axis=1)})
+    assert answer["class_names"].tolist() == [[b"dog", b"cat", b"owl"], [b"owl", b"dog", b"cat"]]
+    np.testing.assert_allclose(answer["class_probabilities"], [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]], rtol=1e-6)
+
+
+def test_photographs_of_different_sizes_are_no_one_array() -> None:
+    model = model_of("depth-anything-v2-vits")
+    end = model.with_answers(model.front_ends(None, progress=silent)[0], "resized")
+    arrays: dict[str, Any] = {
+        "depth": np.ones((2, 28, 28), np.float32),
+        PHOTOGRAPH_SIZE: np.array([[30, 30], [40, 40]], np.int32),
+    }
+    with pytest.raises(InputRefused, match="different sizes"):
+        model.finish(end.settings, arrays)

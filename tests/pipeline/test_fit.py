@@ -1,0 +1,208 @@
+"""`fit`: the graph's probabilities are scikit-learn's own, nothing held out is fitted on, bad folders are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoexport import bundle
+from dinoexport.config import resources
+from dinoexport.errors import UsageError
+from dinoexport.models.dinov2.heads import layouts
+from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.fit import classifiers, examples, flow
+from dinoexport.runtime import ort
+from dinoexport.spec import Case, Runtime, silent
+from dinoexport.validation import validate_bundle
+from tests.conftest import DATA
+
+CLASSES = ("chelsea.png", "china.jpg", "coffee.png", "rocket.jpg")
+
+
+def crops(folder: Path, each: int) -> Path:
+    """Crops of the four photographs; each photograph is a class."""
+    random = np.random.RandomState(0)
+    for name in CLASSES:
+        image = Image.open(resources.folder("validate") / "images" / name).convert("RGB")
+        (folder / Path(name).stem).mkdir(parents=True)
+        for i in range(each):
+            side = random.randint(120, 220)
+            left, top = random.randint(image.width - side), random.randint(image.height - side)
+            image.crop((left, top, left + side, top + side)).save(folder / Path(name).stem / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "tokens"
+    recipe = str(DATA / "tiny_heads.toml")
+    request = pipeline.build_request(recipe, weights="synthetic:3", target="cpu", runtime=Runtime.ONNXRUNTIME, out=out)
+    pipeline.build(request)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return crops(tmp_path_factory.mktemp("images") / "all", each=10)
+
+
+def inputs_of(model: Any, images: Path) -> dict[str, Any]:
+    return {case.name: case.inputs for case in model.cases_from(images, progress=silent) if isinstance(case, Case)}
+
+
+def tokens(folder: Path, found: tuple[examples.Example, ...], inputs: dict[str, Any], *, mean: bool) -> Any:
+    """The bundle's own features of images, one image at a time."""
+    graph = bundle.read_manifest(folder).graphs[0]
+    run = ort.open_graph(folder / graph.file, graph.graph())
+    answers = [run(inputs[example.name]) for example in found]
+    parts = [
+        [a["class_token"][0], a["patch_tokens"][0].mean(axis=0, dtype=np.float64).astype(np.float32)] for a in answers
+    ]
+    return np.stack([np.concatenate(p[: 1 + mean]) for p in parts]).astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", classifiers.HEAD_KINDS)
+def test_the_graphs_probabilities_are_scikit_learns(
+    kind: classifiers.HeadKind, features: Path, images: Path, tmp_path: Path
+) -> None:
+    made = flow.fit(features, images, kind=kind, out=tmp_path / "fitted")
+    manifest = bundle.verify(made.folder)
+    assert manifest.verdict == "passed" and manifest.head is not None
+    assert manifest.head.classes == tuple(sorted(Path(name).stem for name in CLASSES))
+    assert json.loads((made.folder / flow.LABELS_FILE).read_text()) == list(manifest.head.classes)
+    # The backbone's weights are the very bytes.
+    of_backbone = {f.name: f.sha256 for f in bundle.read_manifest(features).files}
+    assert {f.name: f.sha256 for f in manifest.files}["model.onnx.data"] == of_backbone["model.onnx.data"]
+    model = _model(features)
+    found = examples.read(model, images, seed=flow.SEED)
+    run = ort.open_graph(made.folder / "model.onnx", manifest.graphs[0].graph())
+    inputs = inputs_of(model, images)
+    ours = np.concatenate([run(inputs[example.name])["probabilities"] for example in found.held_out])
+    theirs = _oracle(kind, features, found, inputs, made.manifest.report["fit"])
+    assert np.abs(ours - theirs).max() <= 1e-6
+    assert made.held.images == len(found.held_out) == 8 and sum(made.held.recall.values()) / 4 == made.held.accuracy
+    assert validate_bundle.validate(made.folder).report.passed
+    page = (made.folder / bundle.REPORT_HTML).read_text()
+    assert f"{made.held.right} of {made.held.images} images that the head was not fitted on" in page
+    assert all(f"{true}, taken for {given}" in page for _, true, given, _ in made.held.confusions)
+
+
+def _model(folder: Path) -> Any:
+    from dinoexport import family
+    from dinoexport.config.recipe import Recipe, parse
+
+    manifest = bundle.read_manifest(folder)
+    return family.find(manifest.family).model(parse(Recipe, manifest.recipe, where="test"))
+
+
+def _oracle(kind: str, folder: Path, found: examples.Examples, inputs: dict[str, Any], facts: Any) -> Any:
+    """scikit-learn's own answer, and of k-NN the official rule written out (dinov2/eval/knn.py) with k normalised."""
+    labels = [example.label for example in found.fitted]
+    fitted, held = (tokens(folder, part, inputs, mean=kind == "linear") for part in (found.fitted, found.held_out))
+    if kind == "knn":
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (fitted, held)]
+        cosines = unit[1] @ unit[0].astype(np.float16).astype(np.float64).T
+        shares = np.zeros((len(held), len(found.classes)))
+        for row, cosine in enumerate(cosines):
+            nearest = np.argsort(-cosine)[: facts["neighbours"]]
+            votes = np.exp((cosine[nearest] - cosine.max()) / 0.07)
+            for vote, of in zip(votes / votes.sum(), nearest, strict=True):
+                shares[row, found.classes.index(labels[of])] += vote
+        return shares
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    scaler = StandardScaler() if kind == "linear" else FunctionTransformer()
+    model = make_pipeline(scaler, LogisticRegression(C=facts["C"], max_iter=1000)).fit(fitted, labels)
+    assert list(model.classes_) == list(found.classes)
+    return model.predict_proba(held)
+
+
+def test_two_fits_give_the_same_bytes(features: Path, images: Path, tmp_path: Path) -> None:
+    first, second = (flow.fit(features, images, kind="logreg", out=tmp_path / name) for name in ("a", "b"))
+    hashes = [{f.name: f.sha256 for f in made.manifest.files} for made in (first, second)]
+    assert hashes[0] == hashes[1] and first.manifest.report["fit"] == second.manifest.report["fit"]
+
+
+def example(name: str, label: str, digest: str) -> examples.Example:
+    return examples.Example(name=name, label=label, digest=digest)
+
+
+def test_a_planted_leak_is_caught() -> None:
+    fitted = [example("a/1.png", "a", "11"), example("b/1.png", "b", "22")]
+    examples.refuse_leak(fitted, [example("a/2.png", "a", "33")])
+    with pytest.raises(UsageError, match=r"a/copy\.png are both held out and fitted"):
+        examples.refuse_leak(fitted, [example("a/copy.png", "a", "11")])
+
+
+def test_copies_stay_on_one_side() -> None:
+    found = [example(f"{label}/{i}.png", label, f"{label}{i // 3}") for label in "ab" for i in range(30)]
+    fitted, held_out = examples.split(found, seed=0)
+    assert not {e.digest for e in fitted} & {e.digest for e in held_out}
+    assert len(fitted) + len(held_out) == 60 and len({e.digest for e in held_out if e.label == "a"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("one class", "has one class, 'chelsea'"),
+        ("one image", "rocket: a class with one image"),
+        ("no class", "stray.png of .* are in no subfolder"),
+        ("two classes", "One image in two classes: chelsea/00.png and china/copy.png"),
+    ],
+)
+def test_bad_folders_are_refused(change: str, words: str, features: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    if change == "one class":
+        for name in ("china", "coffee", "rocket"):
+            shutil.rmtree(folder / name)
+    elif change == "one image":
+        for path in sorted((folder / "rocket").iterdir())[1:]:
+            path.unlink()
+    elif change == "no class":
+        shutil.copy(folder / "china" / "00.png", folder / "stray.png")
+    else:
+        shutil.copy(folder / "chelsea" / "00.png", folder / "china" / "copy.png")
+    with pytest.raises(UsageError, match=words):
+        flow.fit(features, folder, kind="logreg", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:
+    class Source:
+        def cases_from(self, folder: Path, *, progress: Any, only: Any = None) -> Any:
+            yield "broken.png: not a readable image"
+            for path in sorted(folder.rglob("*.txt")):
+                name = path.relative_to(folder)
+                yield Case(name=name.as_posix(), why="test", inputs={}, label=name.parts[0])
+
+        uses = None
+
+    for label, count in (("a", 2), ("b", 50)):
+        (tmp_path / label).mkdir()
+        for i in range(count):
+            (tmp_path / label / f"{i}.txt").write_text(f"{label}{i % 40}")
+    source: Any = Source()
+    said = " ".join(examples.read(source, tmp_path, seed=0).said)
+    assert "broken.png" in said and "b has 50 images, a has 2" in said and "10 files are copies" in said
+
+
+def test_wilsons_interval() -> None:
+    """Against values of statsmodels' proportion_confint(method='wilson')."""
+    assert classifiers.wilson(8, 8) == pytest.approx((0.675592, 1.0), abs=1e-6)
+    assert classifiers.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+
+
+def test_a_headed_bundle_gives_no_features(features: Path, images: Path, tmp_path: Path) -> None:
+    made = flow.fit(features, images, kind="logreg", out=tmp_path / "fitted")
+    with pytest.raises(UsageError, match="gives no features"):
+        flow.fit(made.folder, images, kind="knn", out=tmp_path / "twice")
+    assert layouts.published_name("fitted.weight") == "fitted.weight"

@@ -1,0 +1,233 @@
+"""Forms of one size: when they are made, that nobody waits, what they may take, that wrong ones are left out.
+
+The runtimes' own forms are held against the general ones in `test_forms_of_both_runtimes`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dinoexport
+from dinoexport import bundle
+from dinoexport.errors import BuildError, InputRefused, UsageError
+from dinoexport.models.dinov2 import synthetic
+from dinoexport.pipeline import build as pipeline
+from dinoexport.runtime import Opened, cpu, sizes
+from dinoexport.runtime.sizes import Budget, Specialised
+from dinoexport.spec import Dim, Graph, Precision, Runtime, Tensor, Way
+from tests.conftest import DATA
+
+DIMS = tuple(Dim(name=name, min=1, opt=8, max=64) for name in ("batch", "height", "width"))
+PIXELS = Tensor(name="pixels", dtype="float32", shape=("batch", 3, "height", "width"), meaning="pixels")
+GRAPH = Graph(name="model", inputs=(PIXELS,), outputs=(), dims=DIMS)
+
+
+class Runtimes:
+    """A general form that doubles, and forms of one size that do `as_one`; `held` keeps a compilation waiting."""
+
+    def __init__(self, as_one: float = 2.0) -> None:
+        self.as_one, self.answered, self.compiled = as_one, [], []
+        self.held = threading.Event()
+        self.held.set()
+
+    def _opened(self, name: str, times: float) -> Opened:
+        def run(arrays: Any) -> Any:
+            self.answered.append(name)
+            return {"out": times * arrays["pixels"]}
+
+        return Opened(run=run, arithmetic=lambda _: {})
+
+    def specialise(self, shapes: Mapping[str, tuple[int, ...]]) -> Opened:
+        assert self.held.wait(20)
+        self.compiled.append(shapes["pixels"])
+        return self._opened("one", self.as_one)
+
+    def open(self, spend: Budget, **options: Any) -> Specialised:
+        precision = options.pop("precision", Precision.FP32)
+        general = self._opened("general", 2.0)
+        return Specialised(GRAPH, general, self.specialise, precision=precision, spend=spend, **options)
+
+
+SPEND = Budget(most=2, memory_bytes=1 << 40, often=3)
+
+
+def of(*shape: int) -> dict[str, Any]:
+    return {"pixels": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+
+
+def test_a_size_that_is_asked_often_gets_its_form_and_nobody_waits() -> None:
+    runtimes = Runtimes()
+    runtimes.held.clear()
+    run, inputs = runtimes.open(SPEND), of(1, 3, 8, 8)
+    for _ in range(6):
+        assert np.array_equal(run(inputs)["out"], 2 * inputs["pixels"])
+    assert runtimes.answered == ["general"] * 6 and [form.state for form in run.forms] == ["compiling"]
+    runtimes.held.set()
+    run.settle()
+    (form,) = run.forms
+    assert (form.state, form.shapes) == ("ready", {"pixels": (1, 3, 8, 8)})
+    del runtimes.answered[:]
+    assert np.array_equal(run(inputs)["out"], 2 * inputs["pixels"])
+    run(of(2, 3, 8, 8))
+    assert runtimes.answered == ["one", "general"]
+    run.close()
+
+
+def test_what_the_caller_changes_meanwhile_does_not_matter() -> None:
+    runtimes = Runtimes()
+    runtimes.held.clear()
+    run, inputs = runtimes.open(SPEND), of(1, 3, 8, 8)
+    for _ in range(3):
+        answers = run(inputs)
+    inputs["pixels"][:], answers["out"][:] = 0, 7
+    runtimes.held.set()
+    run.settle()
+    assert [form.state for form in run.forms] == ["ready"]
+
+
+@pytest.mark.parametrize(
+    ("as_one", "precision", "state"),
+    [
+        (2.0, Precision.FP32, "ready"),
+        (2.0 * (1 + 5e-6), Precision.FP32, "ready"),
+        (2.0 * (1 + 5e-5), Precision.FP32, "differs"),
+        (2.01, Precision.BF16, "ready"),
+        (2.1, Precision.BF16, "differs"),
+        (float("nan"), Precision.FP32, "differs"),
+        (float("inf"), Precision.BF16, "differs"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "asked"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_form_that_answers_otherwise_never_answers(
+    as_one: float, precision: Precision, state: str, named: bool
+) -> None:
+    runtimes, shapes = Runtimes(as_one), {"pixels": (1, 3, 8, 8)}
+    run = runtimes.open(SPEND, precision=precision, named=[shapes] if named else [])
+    for _ in range(0 if named else 3):
+        run(of(1, 3, 8, 8))
+    run.settle()
+    assert [form.state for form in run.forms] == [state]
+    del runtimes.answered[:]
+    for _ in range(5):
+        run(of(1, 3, 8, 8))
+    run.settle()
+    assert set(runtimes.answered) == {"one" if state == "ready" else "general"}
+    assert len(runtimes.compiled) == 1, "it is not tried again"
+
+
+def test_a_runtime_that_refuses_one_size_goes_on_with_all() -> None:
+    runtimes = Runtimes()
+
+    def refuse(_shapes: Any) -> Opened:
+        raise BuildError("no such size", next_step="")
+
+    runtimes.specialise = refuse  # type: ignore[method-assign]
+    run = runtimes.open(SPEND, named=[{"pixels": (1, 3, 8, 8)}])
+    run.settle()
+    assert [(form.state, form.why) for form in run.forms] == [("refused", "no such size")]
+    assert "out" in run(of(1, 3, 8, 8))
+
+
+def test_no_more_forms_than_the_budget_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Runtimes().open(SPEND, named=[{"pixels": (1, 3, 8, n)} for n in (8, 9, 10)])
+    run.settle()
+    assert [form.state for form in run.forms] == ["ready", "ready", "no room"]
+    # Measured: a form that makes the process larger than it may be is given back.
+    grown = iter(range(0, 10_000, 1000))
+    monkeypatch.setattr(sizes, "_resident_bytes", lambda: next(grown))
+    run = Runtimes().open(Budget(most=9, memory_bytes=1500), named=[{"pixels": (1, 3, 8, n)} for n in (8, 9)])
+    run.settle()
+    assert [(form.state, form.memory_bytes) for form in run.forms] == [("ready", 1000), ("no room", 1000)]
+    assert run.forms[1].why
+
+
+def test_closed_while_one_is_compiled() -> None:
+    runtimes = Runtimes()
+    runtimes.held.clear()
+    run = runtimes.open(SPEND, named=[{"pixels": (1, 3, 8, n)} for n in (8, 9)])
+    threading.Timer(0.1, runtimes.held.set).start()
+    run.close()
+    assert len(runtimes.compiled) <= 1 and threading.active_count() < 20
+    run(of(1, 3, 8, 8))
+    assert runtimes.answered[-1] == "general"
+
+
+def test_several_threads_ask_at_once() -> None:
+    run, inputs = Runtimes().open(SPEND), of(1, 3, 8, 8)
+    wrong: list[int] = []
+
+    def ask() -> None:
+        wrong.extend(i for i in range(20) if not np.array_equal(run(inputs)["out"], 2 * inputs["pixels"]))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run.settle()
+    assert not wrong and [form.state for form in run.forms] == ["ready"]
+
+
+def test_a_size_as_people_write_it() -> None:
+    assert sizes.shapes_of("14x28", GRAPH) == {"pixels": (1, 3, 14, 28)}
+    assert sizes.shapes_of("2x14X28", GRAPH) == {"pixels": (2, 3, 14, 28)}
+    for wrong in ("", "x", "14", "1x2x3x4", "-1x2", "1.5x2", "²x2", "14x", "1e2x3"):
+        with pytest.raises(UsageError, match="is no size of batch, height, width"):
+            sizes.shapes_of(wrong, GRAPH)
+    with pytest.raises(InputRefused, match="height 65 is outside"):
+        sizes.shapes_of("65x8", GRAPH)
+
+
+# The runtimes' own forms
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    request = pipeline.build_request(
+        str(DATA / "tiny_swiglu.toml"), weights="synthetic:0", out=tmp_path_factory.mktemp("sizes") / "bundle"
+    )
+    pipeline.export_only(request)
+    yield request.out
+
+
+@pytest.mark.parametrize("runtime", [Runtime.ONNXRUNTIME, Runtime.OPENVINO])
+def test_forms_of_both_runtimes(runtime: Runtime, exported: Path) -> None:
+    """Three sizes, one of them no multiple of a patch: ready, so as near to the general form as two forms may be."""
+    facts = bundle.read_manifest(exported).graphs[0]
+    graphs = {exported / facts.file: facts.graph()}
+    named = ("98x126", "2x30x69", "518x518")
+    way = Way(runtime=runtime, precision=Precision.FP32)
+    opened = cpu.open_for_sizes(graphs, way, named=named, spend=Budget(most=3, memory_bytes=1 << 40))["model"]
+    assert isinstance(opened, Specialised)
+    opened.settle()
+    assert [(form.state, form.why) for form in opened.forms] == [("ready", "")] * 3
+    general = cpu.open_graphs(graphs, way)["model"]
+    for batch, height, width in ((1, 98, 126), (2, 30, 69)):
+        pixels = synthetic.pixels(batch, height, width, seed=5)
+        for name, expected in general({"pixels": pixels}).items():
+            np.testing.assert_allclose(opened({"pixels": pixels})[name], expected, atol=2e-5)
+    with pytest.raises(InputRefused):
+        opened({"pixels": synthetic.pixels(1, 98, 126, seed=5).astype(np.float64)})
+    opened.close()
+
+
+def test_a_loaded_bundle_has_the_forms_it_was_asked_for(exported: Path) -> None:
+    with dinoexport.load(exported, sizes=["98x126"]) as loaded:
+        assert loaded.forms == ()
+        answers = loaded({"pixels": synthetic.pixels(1, 98, 126, seed=5)})
+        (graph,) = loaded._specialised
+        graph.settle()
+        (form,) = loaded.forms
+        assert form.state == "ready" and form.memory_bytes >= 0
+        again = loaded({"pixels": synthetic.pixels(1, 98, 126, seed=5)})
+    for name in answers:
+        np.testing.assert_allclose(again[name], answers[name], atol=2e-5)
+    with dinoexport.load(exported, sizes=["98"]) as loaded, pytest.raises(UsageError):
+        loaded({"pixels": synthetic.pixels(1, 98, 126, seed=5)})
