@@ -60,7 +60,7 @@ class StreamedTensor:
                 if not all(math.isfinite(end) for end in ends.astype(dtype)):
                     raise ValidationFailed(
                         f"The weight {self.name} reaches {np.abs(values).max():,.0f}, more than {dtype} can hold.",
-                        next_step="--precision auto finds what must stay fp32.",
+                        next_step="--precision auto finds the parts that must stay fp32.",
                     )
             yield _cast(block, dtype).reshape(-1)
 
