@@ -140,6 +140,44 @@ def test_front_end_answers_as_the_validator_does(server: Server, bundles: dict[s
             np.testing.assert_allclose(answer[name], array, rtol=0, atol=1e-5)
 
 
+def test_a_heads_answers_as_files_and_at_the_photographs_size(server: Server, tmp_path: Path) -> None:
+    """Depth of a photograph in PNG and as an array: both are the graph's, which `check` compares with PyTorch's."""
+    from PIL import Image
+
+    request = pipeline.build_request(
+        str(DATA / "tiny_heads.toml"), weights="synthetic:0", head="nyu_linear", head_weights="synthetic:0",
+        target="cpu", runtime=Runtime.ONNXRUNTIME, out=tmp_path / "depth",
+    )  # fmt: skip
+    pipeline.build(request)
+    graph = bundle.read_manifest(tmp_path / "depth").graphs[0].graph()
+    (encoded,) = photographs("chelsea.png")
+    pixels = Preprocessing().normalised(np.asarray(images.decode(encoded, named="chelsea"))[np.newaxis])
+    expected = ort.open_graph(tmp_path / "depth" / "model.onnx", graph)({"pixels": pixels})["depth"]
+    deployed = model_repository.deploy(
+        tmp_path / "depth", server.repository, name="depth", backend="python", answers=("png", "resized")
+    )
+    assert {"depth_images", "depth_images_png", "depth_images_resized"} < set(deployed.models)
+    try:
+        for model in deployed.models:
+            assert server.load(model)[0] == 200, model
+        for url in (server.http, server.grpc):
+            client = DinoClient(url, model="depth")
+            np.testing.assert_allclose(client.encoded([encoded])["depth"], expected, rtol=1e-5)
+            resized = client.encoded([encoded], front_end="images_resized")
+            np.testing.assert_allclose(resized["photograph_depth"], expected, rtol=1e-5)
+            answer = client.encoded([encoded], front_end="images_png")
+            steps = np.asarray(Image.open(io.BytesIO(answer["depth_png"][0, 0]))).astype(np.float64)
+            scale = answer["depth_scale"][0, 0]
+            np.testing.assert_allclose(steps * scale, expected[0], rtol=0, atol=0.51 * scale)
+            with pytest.raises(InputRefused, match="image 1"):
+                client.encoded([b"no image"], front_end="images_png")
+        assert evaluate.judged(client, reference_file.read(tmp_path / "depth" / bundle.REFERENCE), "served").passed
+    finally:
+        for model in reversed(deployed.models):
+            server.unload(model)
+            shutil.rmtree(server.repository / model)
+
+
 def test_front_end_turns_images_upright(server: Server) -> None:
     """A photograph stored lying on its side, with the EXIF note of it, gives the same as the upright one."""
     from PIL import Image
