@@ -163,7 +163,7 @@ def _timed(
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
-        notes.append(f"the peak is NumPy's under {', '.join(told)}: the machine may do better without")
+        notes.append(f"the peak was measured with {', '.join(told)} set: without it the machine may be faster")
     loads, forms = model.workloads, dict[str, Mapping[str, Runner]]()
     if sizes:
         loads, forms = _own_forms(model, graphs, way, sizes, notes)

@@ -186,7 +186,11 @@ def _file(path: Path) -> Iterator[BinaryIO]:
     try:
         with untrusted.opened(path, max_bytes=MAX_BYTES) as file:
             raw: Any = file  # an unbuffered file is a raw stream
-            yield io.BufferedReader(raw)
+            buffered = io.BufferedReader(raw)
+            try:
+                yield buffered
+            finally:
+                buffered.detach()
     except Unreadable as error:
         raise ImageError(path, "no such file" if error.absent else error.problem) from None
 

@@ -101,8 +101,8 @@ def main() -> None:
     own = saved("photograph", np.asarray(Image.open(BytesIO(photograph)).convert("RGB")))
     made = "the published weights" if given.weights is None else f"synthetic weights (`{given.weights}`)"
     said = "" if given.weights is None else (
-        "Synthetic weights know nothing of photographs: the pictures show that each graph answers for every pixel, and "
-        "not what the head has learnt.\n"
+        " Synthetic weights know nothing of photographs: the pictures show that each graph answers for every pixel, "
+        "and not what the head has learnt."
     )  # fmt: skip
     page = (
         f"""# Gallery: one photograph through every head

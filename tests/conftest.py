@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from dinoexport import bundle
+from dinoexport.graph import traces
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Runtime, Way
@@ -112,6 +113,16 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """A test sees a GPU only if it says so: the same tests on every machine."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(hardware, "gpus", lambda: ())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module's fixtures build fills no user's cache; traces, which are found by their content, are shared."""
+    folder = tmp_path_factory.mktemp("session_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DINOEXPORT_CACHE", str(folder))
+        patch.setattr(traces, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

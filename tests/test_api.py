@@ -161,13 +161,13 @@ def test_front_end_is_known(loaded: dinoexport.Bundle) -> None:
 
 def test_threads_reach_the_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    opened = api.runners.open_candidate
+    opened = api.cpu.open_for_sizes
 
-    def watched(model: Any, graphs: Any, way: Any) -> Any:
+    def watched(graphs: Any, way: Any, **options: Any) -> Any:
         asked.append(way.threads)
-        return opened(model, graphs, way)
+        return opened(graphs, way, **options)
 
-    monkeypatch.setattr(api.runners, "open_candidate", watched)
+    monkeypatch.setattr(api.cpu, "open_for_sizes", watched)
     for threads in (0, 1):
         dinoexport.load(folder, threads=threads)(PHOTOGRAPH)
     assert asked == [0, 1]

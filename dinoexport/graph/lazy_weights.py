@@ -15,14 +15,14 @@ from dinoexport.spec import Array, Weight
 # A block and its cast copy fit a core's cache, and their pages are reused for the next block. Writing ViT-g in fp16
 # took 6.4 s with this size, 9.7 s with whole tensors, and 10 s or more with a quarter of it or sixteen times as many.
 _BLOCK_NUMBERS = 1 << 18
-# Columns that are transposed at a time. A whole block at once takes 2.6 times as long: its rows leave the cache.
+# Columns that are transposed at a time. A whole block at once takes 2.6 times as long because its rows leave the cache.
 _TILE = 64
 
 
 class StreamedTensor:
-    """`weight` cast to `dtype`, ONNX's number of it; read anew each time.
+    """`weight` cast to `dtype`, an ONNX dtype number; read again each time.
 
-    Raises ValidationFailed where `dtype` cannot hold it.
+    Raises ValidationFailed if `dtype` cannot hold it.
     """
 
     def __init__(self, weight: Weight, dtype: int, name: str) -> None:
@@ -60,7 +60,7 @@ class StreamedTensor:
                 if not all(math.isfinite(end) for end in ends.astype(dtype)):
                     raise ValidationFailed(
                         f"The weight {self.name} reaches {np.abs(values).max():,.0f}, more than {dtype} can hold.",
-                        next_step="--precision auto finds what must stay fp32.",
+                        next_step="--precision auto finds the parts that must stay fp32.",
                     )
             yield _cast(block, dtype).reshape(-1)
 

@@ -57,7 +57,7 @@ def decoded(body: bytes, header_length: str | None, names: Sequence[str]) -> dic
     for name, dtype, shape, size in _listed(parsed_json(body[:length], "its header")):
         if dtype == "object":
             if offset + size > len(body):
-                raise Malformed(f"{name!r} is said to have {size} bytes")
+                raise Malformed(f"{name!r} declares {size} bytes")
             found[name] = _texts(name, body[offset : offset + size], math.prod(shape)).reshape(shape)
             offset += size
             continue

@@ -147,7 +147,7 @@ def reading(place: Path, *, progress: Progress = silent) -> Iterator[Path]:
         while True:
             settle(place, progress=progress)
             # A place that is absent or unreadable is not locked: opening it gives the better error.
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            with suppress(OSError):
                 wait = f"changing {place}"
                 stack.enter_context(locks.folder(place, write=False, wait_s=WAIT_S, doing=wait, progress=progress))
             if not _begun(place):

@@ -310,12 +310,11 @@ def _widened(array: Array) -> Array:
 
 
 def _reader(path: Path, mapped: Callable[[], Callable[[str], Any]], as_float: Callable[[Any], Array | None]) -> Read:
-    """Reads a tensor of `path` as float32; a WeightsError for one that is none: quantised, sparse, without values.
+    """Reads a tensor of `path` as float32; raises WeightsError for one that is quantised, sparse or without values.
 
-    mapped: maps the file and returns what gets a tensor of it. as_float: its float32 numbers; None where it has others.
-    The file is mapped anew now and then, for a page that was once
-    read counts as memory of this process until its mapping goes: 4.5 GB for 1.1 billion weights. Two threads may read
-    at once: at worst it is mapped anew twice.
+    mapped: maps the file and returns a function that gets a tensor of it. as_float: its float32 numbers; None if it has
+    others. The file is mapped again from time to time, because a page that was read counts as memory of this process
+    while it is mapped: 4.5 GB for 1.1 billion weights. Two threads may read at once; at worst it is mapped again twice.
     """
     get, read_bytes = mapped(), 0
 

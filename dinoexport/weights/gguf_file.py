@@ -48,6 +48,10 @@ class _Header:
                 raise ValueError(f"a tensor has {dims} dimensions")
             self._take(8 * dims + 12)
 
+    def release(self) -> None:
+        """Leaves the file to whoever opened it."""
+        self._source.detach()
+
     def _skip_value(self, kind: int, depth: int) -> None:
         if kind in _SIZES:
             self._take(_SIZES[kind])
@@ -85,7 +89,11 @@ def reader(path: Path) -> Any:
     import gguf
 
     with untrusted.opened(path) as file:
-        _Header(file).check()
+        header = _Header(file)
+        try:
+            header.check()
+        finally:
+            header.release()
     return gguf.GGUFReader(path, "r")
 
 

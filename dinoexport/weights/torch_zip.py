@@ -1,8 +1,8 @@
-"""A plain state dict as `torch.save` writes it, read without torch.
+"""Read a plain state dict of `torch.save` without torch.
 
-Its pickle names an ordered dict, the function that makes a tensor of a part of a storage, and kinds of storages; the
-numbers lie in the zip beside it, uncompressed, and are mapped. Nothing else a pickle can name is looked up: whatever is
-not as plain as that is left to torch, with its own checks and words.
+Its pickle names an ordered dict, the function that makes a tensor from a part of a storage, and kinds of storages. The
+numbers are stored uncompressed in the same zip and are mapped. No other name in a pickle is looked up: torch reads all
+other files, with its own checks and messages.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def content_of(path: Path) -> Any | None:
 
 
 def mapped(path: Path) -> Callable[[Stored], Array]:
-    """The file mapped anew; gives a tensor's numbers as they lie there."""
+    """Maps the file again; returns a function that gives a tensor's numbers as stored."""
     import numpy as np
 
     with path.open("rb") as file:

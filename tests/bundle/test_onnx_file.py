@@ -83,6 +83,32 @@ def test_what_is_refused(tmp_path: Path, kind: str) -> None:
         checked(tmp_path, raw)
 
 
+@pytest.mark.parametrize("through", ["itself", "Relu", "Slice"])
+def test_joins_that_fill_memory_are_refused(tmp_path: Path, through: str) -> None:
+    """Forty doublings of a value, directly or through other operators."""
+    nodes, value = [], "x"
+    for i in range(40):
+        other = value
+        if through != "itself":
+            other = f"r{i}"
+            nodes.append(helper.make_node(through, [value], [other]))
+        nodes.append(helper.make_node("Concat", [value, other], [f"c{i}"], axis=0))
+        value = f"c{i}"
+    nodes.append(helper.make_node("Relu", [value], ["y"]))
+    with pytest.raises(ValueError, match="times their size"):
+        checked(tmp_path, model(*nodes))
+
+
+def test_halves_that_are_joined_again_are_taken(tmp_path: Path) -> None:
+    """As rotary positions do in every block."""
+    nodes, value = [], "x"
+    for i in range(40):
+        nodes.append(helper.make_node("Split", [value], [f"a{i}", f"b{i}"], axis=0))
+        nodes.append(helper.make_node("Concat", [f"b{i}", f"a{i}"], [f"c{i}"], axis=0))
+        value = f"c{i}"
+    checked(tmp_path, model(*nodes, helper.make_node("Relu", [value], ["y"])))
+
+
 def test_what_is_taken(tmp_path: Path) -> None:
     checked(tmp_path, model(initializers=[external("m.onnx.data")]))
     checked(tmp_path, model(initializers=[numpy_helper.from_array(np.ones((2, 3), np.float16), "c")]), None)

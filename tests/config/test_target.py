@@ -264,3 +264,13 @@ def test_headers(tmp_path: Any) -> None:
         path.write_bytes(content)
         with pytest.raises(BuildError, match="not a TensorRT engine"):
             engine_header.read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("tag", "reads"),
+    [("23.08", (19, 9)), ("23.12", (19, 9)), ("24.04", (20, 9)), ("25.02", (21, 10)), ("23.03", None)],
+)
+def test_what_an_images_onnx_runtime_reads(tag: str, reads: tuple[int, int] | None) -> None:
+    """ONNX Runtime 1.15.1, 1.16.3, 1.17, 1.20.1, as Triton's build.py names them."""
+    found = target.triton_reads(tag)
+    assert (found and (found.opset, found.ir)) == reads

@@ -16,7 +16,7 @@ import pytest
 
 from dinoexport.family import Example, Piece
 from dinoexport.graph import tracer, traces
-from dinoexport.system import files, hardware
+from dinoexport.system import cache, files, hardware
 from scripts.traces import VARIANTS, pieces
 from tests.conftest import DATA
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 class Module:
     '''{comment}'''
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests share no traces with others."""
+    monkeypatch.setattr(traces, "cache_folder", cache.cache_folder)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def our_positions(h: int, w: int, registers: int) -> torch.Tensor:
     """The traced stem's resized table (h*w, 8)."""
     arch = small(registers)
     folded = fold.Folded(arch=arch, read=lambda name: synthetic.tensor(name, arch.tensors[name], SEED))
-    stem = graph.Stem(arch, residual=torch.float32)
+    stem = graph.Stem(**arch.stem_facts, residual="float32")
     for name, weight in folded.stem().items():
         getattr(stem, name).copy_(torch.from_numpy(np.ascontiguousarray(weight.read())))
     return stem._positions(h, w)[0, 1 + registers :]

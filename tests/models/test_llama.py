@@ -7,6 +7,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,8 @@ from dinoexport.validation.metrics import distance
 from tests import conformance, llama_files
 from tests.conftest import DATA
 
+# What `make .interop/.ready` installs.
+OPTIMUM = Path(__file__).parents[2] / ".interop" / "optimum"
 SEED = 7
 LIMIT = 1e-5
 CONFIGS = {
@@ -183,6 +189,31 @@ def test_transformers_agrees(changes: dict[str, Any], tmp_path: Path) -> None:
             )
         assert distance(answers["logits"][row], logits).relative_l2 <= LIMIT
         assert answers["rollout"][row].tolist() == generated[0, ids.shape[1] :].tolist()
+
+
+def test_optimum_writes_the_same_tokens(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their ORTModelForCausalLM on our file and the config.json beside it: prompts of unequal length, padded."""
+    if not OPTIMUM.is_dir():
+        pytest.skip("no optimum here: make .interop/.ready installs it")
+    model, path = model_of("tiny_gqa"), exported("tiny_gqa")
+    for name, content in model.companion_files.items():
+        (path.parent / name).write_bytes(content)
+    prompts = [cases.synthetic.prompt(320, n, 3, n) for n in (9, 4)]
+    ids, mask = decoding.padded(prompts)
+    (tmp_path / "in.json").write_text(json.dumps({"ids": ids.tolist(), "mask": mask.tolist(), "steps": 7}))
+    ran = subprocess.run(
+        [sys.executable, str(DATA.parent / "interop" / "ort_decoder.py"), str(path.parent), str(tmp_path / "in.json")],
+        env={**os.environ, "PYTHONPATH": str(OPTIMUM), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    wanted = model.drive(
+        cpu.open_graphs({path: model.graphs[0]}, ORT),
+        cases.inputs_of(cases.batch_of([prompt.tolist() for prompt in prompts]), steps=7),
+    )
+    assert json.loads(ran.stdout.splitlines()[-1]) == wanted["rollout"].tolist()
 
 
 @pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)

@@ -127,7 +127,7 @@ def table_of(arch: Architecture) -> Any:
 def stem_of(arch: Architecture) -> graph.Stem:
     """The traced stem with its table."""
     folded = fold.Folded(arch=arch, read=lambda name: synthetic.tensor(name, arch.tensors[name], SEED))
-    stem = graph.Stem(arch, residual=torch.float32)
+    stem = graph.Stem(**arch.stem_facts, residual="float32")
     for name, weight in folded.stem().items():
         getattr(stem, name).copy_(torch.from_numpy(np.ascontiguousarray(weight.read())))
     return stem

@@ -236,7 +236,7 @@ class Dinov2Model:
         stem = Piece(
             name=f"stem, {form}",
             code=f"{_TRACED}:Stem",
-            arguments=self._stem_facts | {"residual": residual, **normalising},
+            arguments=self.arch.stem_facts | {"residual": residual, **normalising},
             example_inputs={image_name: example},
             dynamic={image_name: {axis: dim for axis, dim in enumerate(graph.inputs[0].shape) if isinstance(dim, str)}},
             least_sizes={"height": patch, "width": patch},
@@ -276,20 +276,6 @@ class Dinov2Model:
                         )
 
         return tuple(sequence())
-
-    @property
-    def _stem_facts(self) -> dict[str, Any]:
-        arch = self.arch
-        return {
-            "dim": arch.embed_dim,
-            "channels": arch.in_chans,
-            "patch": arch.patch_size,
-            "prefix_count": 1 + arch.register_count,
-            "side": arch.position_side,
-            "border": arch.table_border,
-            "antialias": arch.antialias,
-            "offset": (arch.offset.numerator, arch.offset.denominator),
-        }
 
     @property
     def _block_facts(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -90,6 +90,20 @@ class Architecture(Frozen):
     def table_border(self) -> int:
         """How many rows and columns replicate the position table's edge on each side: where PyTorch clamps indices."""
         return 0 if self.antialias else _REACH
+
+    @property
+    def stem_facts(self) -> dict[str, Any]:
+        """What the traced stem is made with, besides its dtype."""
+        return {
+            "dim": self.embed_dim,
+            "channels": self.in_chans,
+            "patch": self.patch_size,
+            "prefix_count": 1 + self.register_count,
+            "side": self.position_side,
+            "border": self.table_border,
+            "antialias": self.antialias,
+            "offset": (self.offset.numerator, self.offset.denominator),
+        }
 
     @property
     def native_size(self) -> int:

@@ -46,8 +46,8 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 class Stem(nn.Module):
     """Pixels (B, 3, H, W) to tokens (B, 1 + R + h*w, D), in float32 throughout.
 
-    The patch convolution floors, so a size that is no multiple of its stride loses its right and lower rest, as the
-    model card asks. mean, std: per channel; with them the input is uint8 (B, H, W, 3) instead, normalised here.
+    The patch convolution floors, so a size that is not a multiple of its stride is cropped at the right and bottom, as
+    the model card requires. mean, std: per channel; with them the input is uint8 (B, H, W, 3) instead, normalised here.
     prefix_count: class token and registers. side: of the position table, in patches; border: how many of its rows and
     columns replicate its edge on each side. offset: upstream's `interpolate_offset`, as (parts, of how many).
     """

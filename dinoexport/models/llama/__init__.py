@@ -17,7 +17,7 @@ import numpy as np
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
-from dinoexport.models.llama import cases, described, layouts, synthetic
+from dinoexport.models.llama import cases, companions, described, layouts, synthetic
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture, GraphChoices
 from dinoexport.models.llama.text import LlamaText
@@ -373,6 +373,11 @@ class LlamaModel:
             return Weight(shape=shape, read=values)
         zero_points = bits == 4 and self.choices.zero_points
         return Weight(shape=shape, read=values, bits=bits, block=self.choices.block, zero_points=zero_points)
+
+    @property
+    def companion_files(self) -> Mapping[str, bytes]:
+        """See `companions`."""
+        return companions.files(self.arch)
 
     def engine_form(self) -> Mapping[str, Any]:
         """Weights of few bits are multiplied in fp16 there, and have no zero points: TensorRT takes none."""

@@ -1,0 +1,65 @@
+"""A bundle that is held: what is used is what was checked, or a failure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dinoexport import bundle
+from dinoexport.errors import BuildError, ValidationFailed
+from dinoexport.system import changes
+from tests.bundle.test_bundle import listed, manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    contents = {"model.onnx": b"graph", "model.onnx.data": b"weights", bundle.REFERENCE: b"answers"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    files = tuple(listed(name, content) for name, content in contents.items())
+    (folder / bundle.MANIFEST).write_bytes(manifest(verdict="passed", files=files).to_bytes())
+    return folder
+
+
+def rewritten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(b"other")
+    path.write_bytes(content)
+
+
+def there_and_back(path: Path) -> None:
+    away = path.with_name("away")
+    path.rename(away)
+    path.write_bytes(b"other")
+    path.unlink()
+    away.rename(path)
+
+
+def replaced(path: Path) -> None:
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.replace(copy, path)
+
+
+@pytest.mark.parametrize("change", [rewritten, there_and_back, replaced, Path.unlink])
+def test_a_file_changed_while_it_is_used_is_noticed(folder: Path, change: Callable[[Path], object]) -> None:
+    """Also one that is what it was again: in between a runtime may have read another."""
+    with pytest.raises(ValidationFailed, match="changed or exchanged"), bundle.checked(folder, graphs=False):
+        change(folder / "model.onnx.data")
+
+
+def test_what_is_left_alone_passes(folder: Path) -> None:
+    with bundle.checked(folder, graphs=False) as held:
+        assert held.verdict == "passed"
+        (folder / "model.onnx.data").read_bytes()
+
+
+def test_nobody_changes_it_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "WAIT_S", 0.1)
+    with bundle.checked(folder, graphs=False) as held, pytest.raises(BuildError, match="reading"):
+        bundle.rewrite(folder, before=held, after=held.changed(target="other"))
