@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import tempfile
 from base64 import b64decode
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import bundle
 from dinoexport.bundle import Manifest
-from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.errors import DinoexportError, UsageError, ValidationFailed, require
 from dinoexport.system import changes, files, untrusted
 from dinoexport.system.untrusted import Unreadable
 
@@ -37,6 +39,8 @@ _MAKE_A_KEY = (
 # A statement of a bundle's dozen files takes 3 kB; a larger file is not a signature and is not read.
 _SIGNATURE_MAX_BYTES = 1 << 20
 _KEY_MAX_BYTES = 1 << 16
+# Stands for the hash of a file that is not read.
+_OTHER = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +190,25 @@ def verify(folder: Path, public_key: Path) -> Verified:
 
 
 def _hashes_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in the folder except the signature; raises ValidationFailed for anything but a file."""
+    """The SHA-256 of every file in the folder but the signature; a ValidationFailed for anything that is not a file.
+
+    A file that is not as large as the manifest says cannot be what was signed, so it is not read, whatever its size.
+    """
+    sizes: dict[str, int] = {}
+    with suppress(DinoexportError):
+        sizes = {file.name: file.size_bytes for file in bundle.read_manifest(folder).files}
+    found = {}
     try:
-        names = sorted(path.name for path in folder.iterdir())
-        return {name: files.sha256(folder / name, links=False) for name in names if name != bundle.SIGNATURE}
+        for name in sorted(path.name for path in folder.iterdir()):
+            if name == bundle.SIGNATURE:
+                continue
+            with untrusted.opened(folder / name, links=False) as file:
+                size = os.fstat(file.fileno()).st_size
+                right = size <= bundle.MANIFEST_MAX_BYTES if name == bundle.MANIFEST else size == sizes.get(name)
+                found[name] = files.sha256_of(file, doing=f"hashing {name}") if right else _OTHER
     except Unreadable as error:
         raise _not_theirs(folder, error.message) from None
+    return found
 
 
 def _differences(raw: bytes, found: Mapping[str, str]) -> str:

@@ -166,18 +166,27 @@ def _files_at(
     if source is None:
         pinned = [pins.with_hash(file, progress=progress) for file in published]
         paths = tuple(download.fetch(file, progress=progress) for file in pinned)
-        digests = [str(file.sha256) for file in pinned]
         shown = ", ".join(file.url for file in published)
+        digests = [str(file.sha256) for file in pinned]
+        _refuse_twice(digests, shown)
+        found, read = formats.opened(paths, prefix=prefix, wanted=needed)
     else:
         shown = source
         with formats.readable(source):
             paths = formats.local(Path(source))
+            # Each is opened before it is hashed: a file that is not a checkpoint may be of any size.
+            for path in paths:
+                formats.shapes_of(path)
             digests = [_sha256(path, progress) for path in paths]
-    if len(set(digests)) < len(digests):
-        raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
-    found, read = formats.opened(paths, prefix=prefix, wanted=needed)
+            _refuse_twice(digests, shown)
+            found, read = formats.opened(paths, prefix=prefix, wanted=needed)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return shown, digest, found, read
+
+
+def _refuse_twice(digests: Sequence[str], shown: str) -> None:
+    if len(set(digests)) < len(digests):
+        raise WeightsError(f"{shown} holds the same file twice.", next_step="Give each file of the checkpoint once.")
 
 
 def _named(source: str | None, shown: str) -> str:
