@@ -91,7 +91,7 @@ def export_to(folder: Path, model: Model, read: Read, traces: dict[str, Any] | N
 
 
 def exported(
-    model: Model, read: Read, inputs: Sequence[Arrays], folder: Path, traces: dict[str, Any] | None
+    model: Model, read: Read, inputs: Sequence[Arrays], folder: Path, traces: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Each case driven through the exported files."""
     export_to(folder, model, read, traces)

@@ -129,7 +129,7 @@ def test_more_images_than_a_batch_are_run_in_several(folder: Path, loaded: dinoe
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("no/such/file.jpg", "no/such/file.jpg is not a file"),
+        ("no/such/file.jpg", "no/such/file.jpg cannot be read"),
         ([], "no image in an empty sequence"),
         (b"GIF89a", "not a readable image"),
         (3, "A int is not an image"),
@@ -149,7 +149,7 @@ def test_a_directory_or_a_pipe_is_not_opened(loaded: dinoexport.Bundle, tmp_path
 
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path, tmp_path / "pipe.jpg"):
-        with pytest.raises(InputRefused, match="is not a file"):
+        with pytest.raises(InputRefused, match="not a regular file"):
             loaded(path)
 
 

@@ -270,7 +270,7 @@ def test_the_tables_side_is_read_off(tmp_path: Path) -> None:
     assert settled(path).recipe.model["position_side"] == 16
     assert opened(path).read("pos_embed").shape == (1, 257, 48)
     stated = TINY.changed(model=TINY.model | {"position_side": 37})
-    with pytest.raises(UsageError, match=r"position_side = 37.*says 16"):
+    with pytest.raises(UsageError, match=r"position_side = 37.*say 16"):
         settled(path, stated)
 
 
@@ -280,7 +280,7 @@ def test_absent_biases_and_layer_scale_are_read_off(tmp_path: Path) -> None:
     found = settled(path).recipe.model
     assert (found["qkv_bias"], found["layer_scale"]) == (False, False)
     assert opened(path).read("norm.bias").shape == (48,)
-    with pytest.raises(UsageError, match=r"qkv_bias = True.*says False"):
+    with pytest.raises(UsageError, match=r"qkv_bias = True.*say False"):
         settled(path, TINY.changed(model=TINY.model | {"qkv_bias": True}))
     some = {n: t for n, t in tiny_state().items() if n != "blocks.1.attn.qkv.bias"}
     assert "missing: blocks.1.attn.qkv.bias" in refused(save_pth(tmp_path / "s.pth", some)).message

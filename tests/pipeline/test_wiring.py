@@ -59,13 +59,13 @@ class Recorded:
             yield work
 
         @contextmanager
-        def tracing(request: Any) -> Iterator[Any]:
+        def tracing(request: Any, **_: Any) -> Iterator[Any]:
             yield "traces"
 
         self.work = work
         patch.setattr(pipeline, "workspace", workspace)
         patch.setattr(pipeline, "tracing", tracing)
-        for check in ("packages", "disk", "memory"):
+        for check in ("packages", "weights_fit", "disk", "memory"):
             patch.setattr(pipeline.preflight, check, lambda *args, name=check: self.calls.update({name: args}))
         answering("open_weights", "checkpoint")
         answering("text_stage", dict)
@@ -74,6 +74,7 @@ class Recorded:
         answering("search_precision", (self.search, self.promoted))
         answering("forms_of", {Runtime.ONNXRUNTIME: self.plain, Runtime.OPENVINO: self.integer})
         answering("choose_runtime", self.facts)
+        answering("choose_another", None)
         answering("judge_graph", self.judged)
         answering("follow_error", "growth")
         answering("record_verdict", self.verdict)
@@ -114,6 +115,23 @@ def test_a_cpu_build_judges_and_publishes_the_form_that_was_chosen(monkeypatch: 
     assert seen.calls["check_graphs"] == (chosen.folder, seen.manifest)
     assert list(seen.published.values()) == [chosen, seen.reference.stage, seen.verdict, seen.page, seen.bill]
     assert built.report is seen.report and "compile_engines" not in seen.calls and "memory" not in seen.calls
+
+
+def test_a_form_that_misses_the_limits_is_followed_by_the_next_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is judged, followed and published is then that one."""
+    seen = Recorded(monkeypatch, **on_cpu())
+    second = SimpleNamespace(chosen=SimpleNamespace(runtime=Runtime.ONNXRUNTIME), times_fp32=None)
+    missed = SimpleNamespace(report=SimpleNamespace(passed=False), kept={})
+    answers = {id(seen.integer.folder): missed, id(seen.plain.folder): seen.judged}
+    monkeypatch.setattr(pipeline, "judge_graph", lambda _, folder, *__: answers[id(folder)])
+    asked: list[Any] = []
+    monkeypatch.setattr(pipeline, "choose_another", lambda *args: asked.append(args) or second)
+    pipeline.build(seen.request)
+    assert asked == [
+        (seen.request, {Runtime.ONNXRUNTIME: seen.plain, Runtime.OPENVINO: seen.integer}, seen.facts, missed.report)
+    ]
+    assert seen.calls["follow_error"][1] is seen.plain.folder and seen.calls["record_verdict"][3] is second
+    assert seen.plain in seen.published.values() and seen.integer not in seen.published.values()
 
 
 def test_weights_reference_and_graph_come_from_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
