@@ -234,7 +234,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
     for name in ("folder.png", "pipe.png", "nowhere.png", "circle.png", "missing.png"):
-        assert re.search("(?i)not a regular file|no such file|Too many levels of symbolic links", refused(tmp_path / name))
+        assert re.search("(?i)not a regular file|no such file|too many levels", refused(tmp_path / name))
     (tmp_path / "link.png").symlink_to(saved(tmp_path / "real.png", noise(5, 5)))
     assert load(tmp_path / "link.png").size == (5, 5)
 
