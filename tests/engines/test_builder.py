@@ -54,12 +54,14 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)
 
 
-@pytest.mark.slow("exports three ViT-S and compiles each with the real TensorRT-RTX compiler")
+@pytest.mark.slow("exports five ViT-S and compiles each with the real TensorRT-RTX compiler")
 @pytest.mark.parametrize(
     ("variant", "precision", "targets"),
     [
         ("vits14", Precision.FP16, ("8.0",)),
+        ("vits14_reg", Precision.FP16, ("8.0",)),
         ("vits14_reg", Precision.FP16, ("8.6", "8.9", "12.0")),
+        ("vits14", Precision.FP32, ("8.0",)),
         ("vits14_reg", Precision.FP32, ("8.0",)),
     ],
 )

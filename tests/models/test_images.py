@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -233,8 +232,11 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
-    for name in ("folder.png", "pipe.png", "nowhere.png", "circle.png", "missing.png"):
-        assert re.search("(?i)not a regular file|no such file|too many levels", refused(tmp_path / name))
+    for name in ("nowhere.png", "missing.png"):
+        assert "no such file" in refused(tmp_path / name).lower()
+    for name in ("folder.png", "pipe.png"):
+        assert "not a regular file" in refused(tmp_path / name)
+    assert "circle.png" in refused(tmp_path / "circle.png")
     (tmp_path / "link.png").symlink_to(saved(tmp_path / "real.png", noise(5, 5)))
     assert load(tmp_path / "link.png").size == (5, 5)
 

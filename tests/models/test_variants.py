@@ -210,8 +210,9 @@ def test_each_fact_reaches_graph_and_reference(kind: str) -> None:
         assert distance(ours[name], expected[name]).relative_l2 <= LIMIT, name
     if model.tensors == plain.tensors:
         (other,) = conformance.reference(plain, read_of(plain), inputs)
-        # The two forms of GELU differ by 5e-4 at most, and reach the tokens as 2e-4.
-        assert distance(other["class_token"], expected["class_token"]).relative_l2 > 10 * LIMIT
+        # The two forms of GELU differ by 5e-4 at most, and reach the tokens as 2e-4: twenty times the limit.
+        floor = 10 * LIMIT if kind == "tanh" else 100 * LIMIT
+        assert distance(other["class_token"], expected["class_token"]).relative_l2 > floor
 
 
 def test_absent_parts_are_neutral_ones() -> None:
