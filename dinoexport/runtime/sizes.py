@@ -30,6 +30,8 @@ State = Literal["compiling", "ready", "differs", "refused", "no room"]
 # Asked so often for one size, a form of its own will be worth its compilation.
 _OFTEN = 32
 _MOST = 4
+# Sizes that are counted; with more than these in use, none is often asked, and counting starts again.
+_COUNTED_MAX = 4096
 # Of the memory that is free when the graph is opened.
 _MEMORY_SHARE = 0.25
 # How far two forms of one graph may be apart, relative L2, each within its own precision's rounding.
@@ -132,6 +134,8 @@ class Specialised:
         with self._general_turn:
             answers = self._general(arrays)  # refuses what the graph does not take
         with self._lock:
+            if len(self._asked) >= _COUNTED_MAX:
+                self._asked.clear()
             self._asked[key] += 1
             wanted = key not in self._forms and self._asked[key] >= self._spend.often
         if wanted:
@@ -189,8 +193,9 @@ class Specialised:
                 with self._general_turn:
                     asked = arrays, self._general(arrays)
             apart = _apart(opened(asked[0]), asked[1])
-        except DinoexportError as error:
-            form.state, form.why = "refused", error.message
+        except Exception as error:  # nothing that goes wrong here may cost an answer, which the general form gives
+            form.state = "refused"
+            form.why = error.message if isinstance(error, DinoexportError) else f"{type(error).__name__}: {error}"
             return
         form.memory_bytes = max(0, _resident_bytes() - before)
         if not apart <= self._apart_max:

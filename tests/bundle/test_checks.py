@@ -11,19 +11,6 @@ import pytest
 from dinoexport import bundle
 from dinoexport.errors import BuildError, ValidationFailed
 from dinoexport.system import changes
-from tests.bundle.test_bundle import listed, manifest
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    contents = {"model.onnx": b"graph", "model.onnx.data": b"weights", bundle.REFERENCE: b"answers"}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    files = tuple(listed(name, content) for name, content in contents.items())
-    (folder / bundle.MANIFEST).write_bytes(manifest(verdict="passed", files=files).to_bytes())
-    return folder
 
 
 def rewritten(path: Path) -> None:
@@ -47,19 +34,19 @@ def replaced(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [rewritten, there_and_back, replaced, Path.unlink])
-def test_a_file_changed_while_it_is_used_is_noticed(folder: Path, change: Callable[[Path], object]) -> None:
+def test_a_file_changed_while_it_is_used_is_noticed(small: Path, change: Callable[[Path], object]) -> None:
     """Also one that is what it was again: in between a runtime may have read another."""
-    with pytest.raises(ValidationFailed, match="changed or exchanged"), bundle.checked(folder, graphs=False):
-        change(folder / "model.onnx.data")
+    with pytest.raises(ValidationFailed, match="changed or exchanged"), bundle.checked(small, graphs=False):
+        change(small / "model.onnx.data")
 
 
-def test_what_is_left_alone_passes(folder: Path) -> None:
-    with bundle.checked(folder, graphs=False) as held:
+def test_what_is_left_alone_passes(small: Path) -> None:
+    with bundle.checked(small, graphs=False) as held:
         assert held.verdict == "passed"
-        (folder / "model.onnx.data").read_bytes()
+        (small / "model.onnx.data").read_bytes()
 
 
-def test_nobody_changes_it_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_changes_it_meanwhile(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "WAIT_S", 0.1)
-    with bundle.checked(folder, graphs=False) as held, pytest.raises(BuildError, match="reading"):
-        bundle.rewrite(folder, before=held, after=held.changed(target="other"))
+    with bundle.checked(small, graphs=False) as held, pytest.raises(BuildError, match="reading"):
+        bundle.rewrite(small, before=held, after=held.changed(target="other"))

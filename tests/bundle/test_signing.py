@@ -18,7 +18,7 @@ from dinoexport.bundle import signing
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
 from dinoexport.validation import evaluate
-from tests.bundle.test_bundle import listed, manifest
+from tests.bundle.test_bundle import manifest
 from tests.conftest import DATA
 from tests.runtime.test_engine_bundles import A100, with_engine
 
@@ -51,19 +51,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def never() -> str:
     raise AssertionError("nobody was to be asked")
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A bundle that passed, with three small files."""
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    contents = {"model.onnx": b"graph", "model.onnx.data": b"weights", bundle.REFERENCE: b"answers"}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    files = tuple(listed(name, content) for name, content in contents.items())
-    (folder / bundle.MANIFEST).write_bytes(manifest(verdict="passed", files=files).to_bytes())
-    return folder
 
 
 @pytest.fixture
