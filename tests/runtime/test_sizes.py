@@ -79,6 +79,36 @@ def test_a_size_that_is_asked_often_gets_its_form_and_nobody_waits() -> None:
     run.close()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), BuildError("no such form", next_step="None.")])
+def test_a_form_that_cannot_be_compiled_costs_no_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a runtime raises: the size stays with the general form, and the next size gets its own."""
+    runtimes, inputs = Runtimes(), of(1, 3, 8, 8)
+    right = runtimes.specialise
+
+    def specialise(shapes: Mapping[str, tuple[int, ...]]) -> Opened:
+        if shapes["pixels"] == (1, 3, 8, 8):
+            raise error
+        return right(shapes)
+
+    monkeypatch.setattr(runtimes, "specialise", specialise)
+    run = runtimes.open(SPEND)
+    for asked in (inputs, of(1, 3, 8, 16)):
+        for _ in range(4):
+            assert np.array_equal(run(asked)["out"], 2 * asked["pixels"])
+        run.settle()
+    assert [form.state for form in run.forms] == ["refused", "ready"]
+    assert str(error).partition(",")[0][:12] in run.forms[0].why
+
+
+def test_a_client_of_ever_new_sizes_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "_COUNTED_MAX", 5)
+    run = Runtimes().open(SPEND)
+    for width in range(1, 40):
+        run(of(1, 3, 8, width))
+        assert len(run._asked) <= 5
+    assert not run.forms
+
+
 def test_what_the_caller_changes_meanwhile_does_not_matter() -> None:
     runtimes = Runtimes()
     runtimes.held.clear()
