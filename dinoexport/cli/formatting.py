@@ -1,4 +1,4 @@
-"""Format results of commands as lines and rows; what can be built is in `catalogue`, what a bundle holds in `contents`."""
+"""Format results as lines and rows; what can be built is in `catalogue`, what a bundle holds in `contents`."""
 
 from __future__ import annotations
 
