@@ -18,7 +18,7 @@ from typing import Any
 from dinoexport import bundle, family
 from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, archive, reference_file, sbom
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limit, Recipe, parse
+from dinoexport.config.recipe import Recipe, load_validation, parse
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, examples, fitted_graph
@@ -30,7 +30,7 @@ from dinoexport.pipeline.versions import versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Arrays, Candidate, Expectation, Picture, Precision, Progress, silent
+from dinoexport.spec import Array, Arrays, Candidate, Expectation, Picture, Progress, silent
 from dinoexport.system import files
 from dinoexport.system.cache import cache_folder
 from dinoexport.validation import evaluate
@@ -42,8 +42,6 @@ PACKAGES = ("onnx", "safetensors", "sklearn", *html_report.PACKAGES, *sbom.PACKA
 SEED = 0
 _LARGE_BYTES = 50_000_000
 _SHOWN_MAX = 24  # wrongly classified images on the page
-# The largest difference of a probability, as in validate/dinov2_heads.toml.
-_PROBABILITY_MAX = {Precision.FP32: 1e-4, Precision.FP16: 0.02, Precision.BF16: 0.03, Precision.INT8: 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,10 +355,8 @@ def _expected(
                 leads={"class_index": (best[:, -1] - best[:, -2]).astype(np.float32)},
             )
         )
-    limit = Limit(
-        value=_PROBABILITY_MAX[manifest.precision],
-        reason="a softmax changes by at most half of the change of its logits; the features' error in this precision",
-    )
+    validation, _ = load_validation(model.fitted_validation, beside=None)
+    limit = evaluate.limits_for(validation, manifest.precision).probability_difference_max
     limits = of_backbone.limits.changed(probability_difference_max=limit)
     return Reference(
         name=f"{of_backbone.name}; the fitted head in float64",
