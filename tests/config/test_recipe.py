@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoexport import family
-from dinoexport.cli.formatting import recipe_schema
+from dinoexport.cli.catalogue import recipe_schema
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, Target, Validation, load, load_target, load_validation, parse, read_toml
 from dinoexport.errors import UsageError
