@@ -18,7 +18,7 @@ from dinoexport.config.recipe import load_validation
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
-from dinoexport.pipeline.fit import classifiers, examples, flow
+from dinoexport.pipeline.fit import classifiers, examples, flow, publishing
 from dinoexport.runtime import ort
 from dinoexport.spec import Case, Runtime, silent
 from dinoexport.validation import validate_bundle
@@ -77,12 +77,12 @@ def test_the_graphs_probabilities_are_scikit_learns(
     manifest = bundle.verify(made.folder)
     assert manifest.verdict == "passed" and manifest.head is not None
     assert manifest.head.classes == tuple(sorted(Path(name).stem for name in CLASSES))
-    assert json.loads((made.folder / flow.LABELS_FILE).read_text()) == list(manifest.head.classes)
+    assert json.loads((made.folder / publishing.LABELS_FILE).read_text()) == list(manifest.head.classes)
     # The backbone's weights are the very bytes.
     of_backbone = {f.name: f.sha256 for f in bundle.read_manifest(features).files}
     assert {f.name: f.sha256 for f in manifest.files}["model.onnx.data"] == of_backbone["model.onnx.data"]
     model = _model(features)
-    found = examples.read(model, images, seed=flow.SEED)
+    found = examples.read(model, images, seed=publishing.SEED)
     run = ort.open_graph(made.folder / "model.onnx", manifest.graphs[0].graph())
     inputs = inputs_of(model, images)
     ours = np.concatenate([run(inputs[example.name])["probabilities"] for example in found.held_out])
