@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from dinoexport import bundle
+from dinoexport.bundle import reference_file
 from dinoexport.config import resources
+from dinoexport.config.limits import load_validation
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
@@ -86,6 +88,9 @@ def test_the_graphs_probabilities_are_scikit_learns(
     ours = np.concatenate([run(inputs[example.name])["probabilities"] for example in found.held_out])
     theirs = _oracle(kind, features, found, inputs, made.manifest.report["fit"])
     assert np.abs(ours - theirs).max() <= 1e-6
+    validation, _ = load_validation("dinov2_heads", beside=None)
+    of_heads = validation.limits[manifest.precision].probability_difference_max
+    assert reference_file.read(made.folder / bundle.REFERENCE).limits.probability_difference_max == of_heads
     assert made.held.images == len(found.held_out) == 8 and sum(made.held.recall.values()) / 4 == made.held.accuracy
     assert validate_bundle.validate(made.folder).report.passed
     page = (made.folder / bundle.REPORT_HTML).read_text()
@@ -174,6 +179,11 @@ def test_bad_folders_are_refused(change: str, words: str, features: Path, images
     with pytest.raises(UsageError, match=words):
         flow.fit(features, folder, kind="logreg", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_k_nn_cannot_do_is_refused(features: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="knn has no weights of classes to balance"):
+        flow.fit(features, images, kind="knn", balanced=True, out=tmp_path / "out")
 
 
 def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def fit(
     those computed from PyTorch's tokens.
     """
     require("export", *PACKAGES)
+    if balanced and kind == "knn":
+        raise UsageError("knn has no weights of classes to balance.", next_step="Leave --balanced out, or use logreg.")
     target = out or folder.with_name(f"{folder.name}-{kind}")
     if target.resolve() == folder.resolve():
         raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")

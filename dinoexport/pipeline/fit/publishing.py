@@ -13,7 +13,7 @@ from typing import Any
 from dinoexport import bundle, family
 from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, reference_file
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.limits import Limit
+from dinoexport.config.limits import load_validation
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
@@ -26,7 +26,7 @@ from dinoexport.pipeline.versions import versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
-from dinoexport.spec import Expectation, Picture, Precision, Progress
+from dinoexport.spec import Expectation, Picture, Progress
 from dinoexport.system import files
 from dinoexport.validation import evaluate
 from dinoexport.validation.judge import Report
@@ -35,8 +35,6 @@ HEAD_FILE = "head.safetensors"
 LABELS_FILE = "labels.json"
 SEED = 0
 _LARGE_BYTES = 50_000_000
-# The largest difference of a probability, as in validate/dinov2_heads.toml.
-_PROBABILITY_MAX = {Precision.FP32: 1e-4, Precision.FP16: 0.02, Precision.BF16: 0.03, Precision.INT8: 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +185,8 @@ def _expected(
                 leads={"class_index": (best[:, -1] - best[:, -2]).astype(np.float32)},
             )
         )
-    limit = Limit(
-        value=_PROBABILITY_MAX[manifest.precision],
-        reason="a softmax changes by at most half of the change of its logits; the features' error in this precision",
-    )
+    validation, _ = load_validation(model.fitted_validation, beside=None)
+    limit = evaluate.limits_for(validation, manifest.precision).probability_difference_max
     limits = of_backbone.limits.changed(probability_difference_max=limit)
     return Reference(
         name=f"{of_backbone.name}; the fitted head in float64",
