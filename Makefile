@@ -34,7 +34,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: traces demo demo-text check quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
+.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -52,10 +52,15 @@ check: $(READY)
 	$(BIN)/hadolint --failure-threshold info Dockerfile
 
 quick: check
-	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --quick -r fE
 
-test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
-	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
+test: environments
+	$(MAKE) check
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(REQUIRE:%=--require %)
+
+# They are downloaded and unpacked at the same time, which takes as long as the largest of them.
+environments:
+	$(MAKE) --jobs $(READY) $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 
 MUTANTS ?= 40
 SEED ?= 0

@@ -49,6 +49,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, then those with most tests: no worker is left with a long file at the end."""
+    weights: dict[Path, tuple[bool, int]] = {}
+    for item in items:
+        slow, count = weights.get(item.path, (False, 0))
+        weights[item.path] = (slow or item.get_closest_marker("slow") is not None, count + 1)
+    items.sort(key=lambda item: weights[item.path], reverse=True)
+
+
 def chromium() -> str | None:
     """The machine's own Chromium, where it has one."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
