@@ -233,6 +233,10 @@ class Fittable(Protocol):
     def fitted_head(self, kind: str) -> str:
         """The name in the recipe's `[head]` of a fitted classifier of `kind`."""
 
+    @property
+    def fitted_validation(self) -> str:
+        """The shipped validation file that limits how far a fitted classifier's probabilities may differ."""
+
 
 class Servable(Protocol):
     """Preparation of users' files and texts for a served model."""
