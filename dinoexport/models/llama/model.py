@@ -190,7 +190,7 @@ class LlamaModel:
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Prompts in chunks, then tokens chosen greedily; see `driving`."""
-        return driving.drive(runners["model"], self.graphs[0], self.arch, inputs)
+        return driving.drive(runners, self.graphs[0], self.arch, inputs)
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """None: a decoder has no front end."""
