@@ -19,7 +19,7 @@ from dinoexport.errors import DinoexportError, InputRefused, MissingRequirement,
 from dinoexport.serving import answers
 from dinoexport.serving.address import Address, parse
 from dinoexport.serving.answers import Malformed
-from dinoexport.serving.deadline import Deadline, watched
+from dinoexport.serving.deadline import Deadline, StreamBounds, watched
 from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
 
@@ -126,34 +126,32 @@ class _Http:
 
     def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         path, body = f"/v2/models/{quote(model, safe='')}/generate_stream", json.dumps(values).encode()
-        deadline = Deadline(self._timeout_s)
+        deadline, bounds = Deadline(self._timeout_s), StreamBounds(values, self._timeout_s)
         with ExitStack() as whole:
             with deadline:
                 json_form = {"Content-Type": "application/json"}
                 response = whole.enter_context(self._begun("POST", path, body, json_form, deadline))
-            for line in self._lines(response):
-                if not line.startswith(b"data:"):
-                    continue
-                event = answers.parsed_json(line.removeprefix(b"data:"), "an event")
-                if not isinstance(event, dict):
-                    raise Malformed("an event is not an object")
-                if "error" in event:  # the status was sent with the first response
-                    raise _refused("broken", str(event["error"])[:_WORDS_MAX])
-                yield event
+            for line in self._events(response, bounds):
+                yield event_of(line)
 
-    def _lines(self, response: Any) -> Iterator[bytes]:
-        """The lines of a response that is still being sent; each line has a deadline."""
+    def _events(self, response: Any, bounds: StreamBounds) -> Iterator[bytes]:
+        """The lines of events in a response that is still being sent. Other lines do not move an event's deadline."""
         rest = b""
         while True:
-            with Deadline(self._timeout_s, response.shutdown) as deadline, self._errors(deadline):
-                while b"\n" not in rest:
+            line = b""
+            with Deadline(bounds.next_s, response.shutdown) as deadline, self._errors(deadline):
+                while not line.startswith(b"data:"):
+                    line, end, after = rest.partition(b"\n")
+                    if end:
+                        rest = after
+                        continue
+                    line = b""
                     piece = response.read1(1 << 16)
                     if not piece:
                         return
+                    bounds.count(size_bytes=len(piece))
                     rest += piece
-                    if len(rest) > _METADATA_MAX_BYTES:
-                        raise Malformed("a line of it does not end")
-            line, _, rest = rest.partition(b"\n")
+            bounds.count(events=1)
             yield line
 
     def register(self, region: str, key: str, size_bytes: int) -> None:
@@ -295,25 +293,38 @@ class _Grpc:
         import tritonclient.grpc as triton
 
         arrays = {name: _array(name, value) for name, value in values.items()}
-        inputs = _inputs(triton, arrays, {})
+        inputs, bounds = _inputs(triton, arrays, {}), StreamBounds(values, self._timeout_s)
         events: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        broken = threading.Event()
+
+        def arrived(result: Any, error: Any) -> None:
+            if broken.is_set():  # nobody reads what comes after it
+                return
+            try:
+                bounds.count(events=1, size_bytes=0 if result is None else result.get_response().ByteSize())
+            except Malformed as found:
+                result, error = None, found
+            if error is not None:
+                broken.set()
+            events.put((result, error))
+
         # A client has one stream; several answers at once need one each.
         with self._opened(_METADATA_MAX_BYTES) as client:
-            client.start_stream(callback=lambda result, error: events.put((result, error)), headers=self._headers)
+            client.start_stream(callback=arrived, headers=self._headers)
             try:
                 client.async_stream_infer(model, inputs, enable_empty_final_response=True)
                 while True:
-                    event, last = self._next(events)
+                    event, last = self._next(events, bounds)
                     yield event
                     if last:
                         return
             finally:
                 client.stop_stream(cancel_requests=True)
 
-    def _next(self, events: queue.Queue[tuple[Any, Any]]) -> tuple[dict[str, Any], bool]:
+    def _next(self, events: queue.Queue[tuple[Any, Any]], bounds: StreamBounds) -> tuple[dict[str, Any], bool]:
         """The next response of a stream, and whether it is the last."""
         try:
-            result, error = events.get(timeout=self._timeout_s)
+            result, error = events.get(timeout=bounds.next_s)
         except queue.Empty:
             raise _no_answer(self._address) from None
         with self._errors():
@@ -386,15 +397,28 @@ def refusal(status: int, body: bytes) -> DinoexportError:
     return _refused(_KINDS.get(status, "broken"), message)
 
 
+def event_of(line: bytes) -> dict[str, Any]:
+    """The content of a streamed answer's line `data: {...}`. An error in it is raised: its status was sent before."""
+    event = answers.parsed_json(line.removeprefix(b"data:"), "an event")
+    if not isinstance(event, dict):
+        raise Malformed("an event is not an object")
+    if "error" in event:
+        raise _refused("broken", str(event["error"])[:_WORDS_MAX])
+    return event
+
+
 def _array(name: str, value: Any) -> Array:
     """A value of a text request as an array for its input."""
     import numpy as np
 
     values = value if isinstance(value, list | tuple) else [value]
     dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
-    if text_signature.INPUTS[name].data_type == "TYPE_STRING":
-        return np.array([text.encode() for text in values], dtype=object)
-    return np.array(values, dtype[text_signature.INPUTS[name].data_type])
+    try:
+        if text_signature.INPUTS[name].data_type == "TYPE_STRING":
+            return np.array([text.encode() for text in values], dtype=object)
+        return np.array(values, dtype[text_signature.INPUTS[name].data_type])
+    except (OverflowError, UnicodeError):
+        raise InputRefused(f"{name} cannot be sent: it is too large a number, or half a character.") from None
 
 
 def _inputs(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[Any]:
