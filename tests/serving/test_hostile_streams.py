@@ -115,7 +115,7 @@ ENDLESS = {
 def test_a_stream_that_drips_for_ever_ends(endpoint: Endpoint, asks: Asks, kind: str) -> None:
     endpoint.answers[GENERATE] = drips(HEAD, ENDLESS[kind])
     began = time.monotonic()
-    with pytest.raises(DinoexportError, match="in time|more events"):
+    with pytest.raises(DinoexportError, match=r"in time|more events"):
         asks(endpoint, timeout_s=0.4, prompt="x", max_tokens=2)
     assert time.monotonic() - began < 6  # 0.4 s and twice 0.4 s, and what a loaded machine adds
 
@@ -132,7 +132,7 @@ def test_a_flood_is_cut_off(endpoint: Endpoint, asks: Asks, piece: bytes) -> Non
             sent[0] += len(piece)
 
     endpoint.answers[GENERATE] = flood
-    with pytest.raises(DinoexportError, match="more bytes|more events"):
+    with pytest.raises(DinoexportError, match=r"more bytes|more events"):
         asks(endpoint, timeout_s=30.0, prompt="x", max_tokens=20)
     assert sent[0] < 1 << 25
 
@@ -144,8 +144,10 @@ WRONG: dict[str, bytes] = {
     "no counts": line({"text": "", "finish_reason": "stop"}), "counts of words": line({**LAST, "prompt_tokens": "one"}),
     "a count that is true": line({**LAST, "completion_tokens": True}), "negative": line({**LAST, "prompt_tokens": -1}),
     "ids of words": line({**LAST, "token_ids": ["a"]}), "huge ids": line({**LAST, "token_ids": [10**40]}),
-    "ids that are none": line({**LAST, "token_ids": {"a": 1}}), "nested": line(b"[" * 100_000), "no UTF-8": line(b"\xff"),
-    "nothing": b"", "it breaks off": line({"text": "a"}), "half an event": b'data: {"text"', "NaN": line({"text": float("nan")}),
+    "ids that are none": line({**LAST, "token_ids": {"a": 1}}), "nested": line(b"[" * 100_000),
+    "no UTF-8": line(b"\xff"),
+    "nothing": b"", "it breaks off": line({"text": "a"}), "half an event": b'data: {"text"',
+    "NaN": line({"text": float("nan")}),
 }  # fmt: skip
 
 
@@ -179,8 +181,10 @@ def test_any_json_is_one_error_or_an_answer(started: Endpoint, events: list[Any]
 @pytest.mark.parametrize(
     "values",
     [
-        {"prompt": "half \ud800"}, {"messages": [{"role": "user", "content": "\udfff"}]}, {"prompt": "x", "stop": ["\ud8ff"]},
-        {"prompt": "x", "seed": 2**63}, {"prompt": "x", "temperature": float("nan")}, {"prompt": "x", "top_p": float("inf")},
+        {"prompt": "half \ud800"}, {"messages": [{"role": "user", "content": "\udfff"}]}, {"prompt": "x",
+        "stop": ["\ud8ff"]},
+        {"prompt": "x", "seed": 2**63}, {"prompt": "x", "temperature": float("nan")}, {"prompt": "x",
+        "top_p": float("inf")},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("asks", CLIENTS)
@@ -230,9 +234,7 @@ def grpc_event(text: str) -> bytes:
 
 
 @pytest.mark.parametrize(("text", "pause_s"), [("a", 0.05), ("", 0.05), ("y" * 60_000, 0.0)])
-def test_a_grpc_stream_without_end_ends(
-    grpc_server: tuple[int, dict[str, Any]], text: str, pause_s: float
-) -> None:
+def test_a_grpc_stream_without_end_ends(grpc_server: tuple[int, dict[str, Any]], text: str, pause_s: float) -> None:
     port, told = grpc_server
 
     def events(context: Any) -> Iterator[bytes]:
@@ -241,7 +243,7 @@ def test_a_grpc_stream_without_end_ends(
             yield grpc_event(text)
 
     told["events"] = events
-    with pytest.raises(DinoexportError, match="in time|more events|more bytes"):
+    with pytest.raises(DinoexportError, match=r"in time|more events|more bytes"):
         TextClient(f"grpc://127.0.0.1:{port}", timeout_s=2.0).answer(prompt="x", max_tokens=8)
 
 

@@ -27,7 +27,7 @@ from dinoexport.pipeline.fit.examples import Example, Examples
 from dinoexport.pipeline.stages.judge import record_verdict
 from dinoexport.pipeline.stages.report import list_materials
 from dinoexport.pipeline.versions import versions_of
-from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
+from dinoexport.pipeline.workspace import Stage, Workspace, check_place, key_of, workspace
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Candidate, Expectation, Picture, Precision, Progress, silent
@@ -76,6 +76,7 @@ def fit(
     target = out or folder.with_name(f"{folder.name}-{kind}")
     if target.resolve() == folder.resolve():
         raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
+    check_place(target)  # before the work, not only after it
     with bundle.checked(folder, progress=progress) as manifest:
         return _fitted(folder, manifest, images, kind, balanced, target, force, progress)
 
