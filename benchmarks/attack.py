@@ -88,7 +88,7 @@ def kills(count: int, things: hostile.Kit, found: Found, stride: int) -> None:
         ):
             wanted += [(scenario, by, range(1 << 20)) for by in _SIGNALS]
         if turn == 0:
-            for scenario in scenarios.of_building(things.recipe):
+            for scenario in scenarios.of_building(things.recipe) if stride else ():
                 wanted += [(scenario, by, range(rng.randrange(stride), 1 << 20, stride)) for by in _SIGNALS]
         for number, (scenario, by, numbers) in enumerate(wanted):
             key, started = f"{turn}.{number} {scenario.verb}/{by.name}", time.monotonic()
@@ -188,7 +188,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument(
-        "--stride", type=int, default=8, help="a whole build takes seconds: killed at every so many of its operations"
+        "--stride",
+        type=int,
+        default=8,
+        help="a whole build takes seconds: killed at every so many of its operations; 0: none",
     )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("build/attack"))

@@ -14,6 +14,7 @@ from dinoexport.cli.terminal import Json, progress_lines, reporting, say, say_js
 # Several times the longest context, in the widest characters.
 _PROMPT_MAX_BYTES = 1 << 23
 
+
 @app.command(epilog=EXIT_CODES)
 def generate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],

@@ -45,7 +45,10 @@ def test_a_reader_that_leaves_is_told_nothing() -> None:
 
 def test_a_closed_output_is_never_taken_by_a_file(tmp_path: Path) -> None:
     """A file that is opened first would get the number 1 or 2, and what a library prints would be written into it."""
-    code = "from dinoexport.cli.streams import three_descriptors as d; d(); import os; print(os.open(os.devnull, 0), file=open('n', 'w'))"
+    code = (
+        "from dinoexport.cli.streams import three_descriptors as d; d(); import os; "
+        "print(os.open(os.devnull, 0), file=open('n', 'w'))"
+    )
     subprocess.run(["bash", "-c", f'exec "$0" -c "{code}" <&- >&- 2>&-', sys.executable], cwd=tmp_path, check=True)
     assert int((tmp_path / "n").read_text()) > 2
 
