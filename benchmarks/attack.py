@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dinoexport import family
+from dinoexport.family import registry
 from dinoexport.serving.triton import batching, served_models
 from tests.attack import commands, hostile, kit, scenarios
 
@@ -201,12 +201,12 @@ def main() -> int:
     print(f"seed {found.seed}", flush=True)
     things = kit.make(found.path.parent / "kit")
     # Nothing is timed for a deployment that is killed: no runtime is opened in a process that is forked.
-    measured, entry_points = served_models._measured, family.entry_points
-    family.entry_points = cache(entry_points)  # a third of a deployment's time
+    measured, entry_points = served_models._measured, registry.entry_points
+    registry.entry_points = cache(entry_points)  # a third of a deployment's time
     served_models._measured = lambda *_: batching.unmeasured((), "", 4)
     if given.kills:
         kills(given.kills, things, found, given.stride)
-    served_models._measured, family.entry_points = measured, entry_points
+    served_models._measured, registry.entry_points = measured, entry_points
     commands.load()  # only now: a process that is small is forked faster
     if given.inputs:
         inputs(given.inputs, things, found)
@@ -214,7 +214,7 @@ def main() -> int:
     asked: list[dict[str, Any]] = [{"kind": kind, **row} for kind, row in found.inputs.items()]
     head = (
         f"{sum(found.kills.values()):,} kills and {sum(row['inputs'] for row in asked):,} hostile inputs, seed "
-        f" {found.seed}, {datetime.now(UTC):%Y-%m-%d}, {found.minutes + _minutes():.0f} minutes, "
+        f"{found.seed}, {datetime.now(UTC):%Y-%m-%d}, {found.minutes + _minutes():.0f} minutes, "
         f"Python {platform.python_version()}. Faults: {len(faults)}. Made by `make attack`."
     )
     text = "\n".join(
