@@ -66,7 +66,7 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
 
 
 def output_lost(lost: OutputLost) -> NoReturn:
-    """Exits with its code. A reader that left, as in `| head`, has seen what it wanted, so nothing is said."""
+    """Exits with its code. A reader that left, as in `| head`, has seen what it wanted, and no line is printed."""
     if not lost.reader_left:
         changes = sys.modules.get("dinoexport.system.changes")
         done = " This was done: " + " ".join(changes.done()) if changes is not None and changes.done() else ""
