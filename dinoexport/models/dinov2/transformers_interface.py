@@ -17,7 +17,7 @@ import numpy as np
 
 from dinoexport.family import Call, Piece, Read
 from dinoexport.images import Preprocessing
-from dinoexport.models.dinov2 import Dinov2Model
+from dinoexport.models.dinov2.model import Dinov2Model
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.spec import Array, Arrays, Case, Graph, Picture, Progress, Tensor, Workload
 

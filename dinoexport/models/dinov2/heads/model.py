@@ -31,7 +31,7 @@ from dinoexport.spec import (
 if TYPE_CHECKING:
     import torch
 
-    from dinoexport.models.dinov2 import Dinov2Model
+    from dinoexport.models.dinov2.model import Dinov2Model
 
 # The part of a reduced-precision graph that may go back to fp32 on its own.
 _PART = "head"
