@@ -188,6 +188,11 @@ class Dinov2Model:
         """`linear` is the name of a released head, so a fitted one is a `probe`."""
         return "probe" if kind == "linear" else kind
 
+    @property
+    def fitted_validation(self) -> str:
+        """The validation of the released heads."""
+        return "dinov2_heads"
+
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:

@@ -99,6 +99,11 @@ class LlamaModel:
         """Never called: see `fits`."""
         return kind
 
+    @property
+    def fitted_validation(self) -> str:
+        """Never used: see `fits`."""
+        return self.recipe.validation
+
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
         """See `layouts`."""
         return layouts.adapt(self.arch, found, read)

@@ -249,8 +249,13 @@ class HeadedModel:
         return {}
 
     def fitted_head(self, kind: str) -> str:
-        """The backbone's word."""
+        """The backbone's name for it."""
         return self.backbone.fitted_head(kind)
+
+    @property
+    def fitted_validation(self) -> str:
+        """The backbone's."""
+        return self.backbone.fitted_validation
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
