@@ -107,7 +107,7 @@ def _content(path: Path) -> _Content:
     return _parsed(path, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
-# The package takes seconds for a vocabulary of 50,000 pieces, and a build reads recipe, tokenizer and weights of a file.
+# The package takes seconds for a vocabulary of 50,000 pieces, and a build reads recipe, tokenizer and weights of it.
 @lru_cache(maxsize=1)
 def _parsed(path: Path, _identity: tuple[int, ...]) -> _Content:
     import gguf
