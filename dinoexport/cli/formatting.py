@@ -16,11 +16,8 @@ from dinoexport.bundle import signing
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load, load_target
 from dinoexport.errors import UsageError, require
-from dinoexport.runtime import carried_memory, runners
-from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
 from dinoexport.system import changes, memory, timing, untrusted
-from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
     from dinoexport.serving.triton.model_repository import Deployed
@@ -164,6 +161,8 @@ def of_path(path: Path) -> dict[str, Any]:
 
 def _memory(manifest: bundle.Manifest) -> dict[str, dict[str, str]]:
     """What a graph that carries state needs of this machine's memory."""
+    from dinoexport.runtime import carried_memory
+
     sizes = {file.name: file.size_bytes for file in manifest.files}
     found: dict[str, str] = {}
     for facts in manifest.graphs:
@@ -439,6 +438,10 @@ def growth_rows(growth: Growth) -> Rows:
 
 def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
     """The explanation as text; without `growth`, the reason why inner values were not compared."""
+    from dinoexport.runtime import runners
+    from dinoexport.runtime.table import TABLE
+    from dinoexport.validation import error_analysis
+
     if growth is None:
         way = runners.way_of(manifest)
         if way.runtime is not Runtime.ONNXRUNTIME:

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
 from dinoexport.embed import plan as plans
-from dinoexport.embed import run, sources, verify
+from dinoexport.embed import local, run, sources, verify
 from dinoexport.embed.embedder import Prepared, model_of
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline.request import build_request
 from dinoexport.system import store
 from tests.conftest import DATA
@@ -277,6 +277,26 @@ def test_an_image_that_kills_the_decoder_is_one_failed_row(
     (row,) = [row for row in rows_of(tmp_path / "out") if row["path"] == "d1/022.jpg"]
     assert row["error"] == "the decoder died of SIGSEGV on it"
     assert (seen[-1].rows, seen[-1].failed) == (COUNT, BROKEN + 1)  # what died was not counted twice
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_worker_that_is_killed_while_it_opens_the_bundle_is_replaced(
+    times: int, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shard's killer is: some times, not for ever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, signal\n"
+        f"starts = pathlib.Path({str(tmp_path / 'starts')!r})\n"
+        "with starts.open('a') as file: file.write('x')\n"
+        f"if starts.stat().st_size <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    if times < local.DEATHS_MAX:
+        assert run.embed(tiny, str(photos), str(tmp_path / "out"), shards=2, **LENIENT).complete
+        return
+    with pytest.raises(BuildError, match="died of SIGKILL before its first shard") as raised:
+        run.embed(tiny, str(photos), str(tmp_path / "out"), shards=2, **LENIENT)
+    assert "--workers" in raised.value.next_step
 
 
 def test_finished_run_of_1000_shards_restarts_at_once(tiny: Path, photos: Path, tmp_path: Path) -> None:

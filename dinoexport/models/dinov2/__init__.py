@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinoexport import images
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
@@ -357,6 +355,8 @@ class Dinov2Model:
 
     def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """Normalised tokens by block, under the graph's output names."""
+        import numpy as np
+
         prefix_count = 1 + self.arch.register_count
         outputs: dict[str, Array] = {}
         for block, prefix in self.token_outputs:

@@ -12,8 +12,6 @@ from math import ceil, log
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
@@ -49,6 +47,8 @@ def prepare(
     front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], taken: ImageInput
 ) -> dict[str, Array]:
     """The images as one batch of the graph's input; raises ImageError or InputRefused that names an unusable image."""
+    import numpy as np
+
     decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
     if front_end == "images":
         pictures = [taken.preprocessing.prepared(image) for image in decoded]

@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import Call, Description, Example, Fact, FrontEnd, Piece, Read, Shapes
@@ -455,6 +453,8 @@ class LlamaModel:
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Reads the prompts in chunks, padded on the left, and continues greedily for the requested number of steps."""
+        import numpy as np
+
         self._check(inputs)
         tokens, keep, steps = inputs["tokens"], setting(inputs, "keep"), setting(inputs, "steps")
         batch, width = tokens.shape

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import BytesIO
 
-import numpy as np
-
 from dinoexport.errors import InputRefused
 from dinoexport.models.dinov2.heads import pictures
 from dinoexport.models.dinov2.heads.kinds import Head
@@ -68,6 +66,8 @@ def answers(head: Head, form: str) -> tuple[Tensor, ...]:
 
 def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
     """The graph's outputs and what was carried past it, in `form`."""
+    import numpy as np
+
     if form == "names":
         return _named(head, arrays["probabilities"])
     output = "labels" if head.form == "segmentation" else "depth"
@@ -89,6 +89,8 @@ def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
 
 def nearest(labels_HW: Array, height: int, width: int) -> Array:
     """Labels at another size, each pixel's the nearest one."""
+    import numpy as np
+
     rows, columns = (
         np.minimum(((np.arange(to) + 0.5) * size / to).astype(np.int64), size - 1)
         for size, to in zip(labels_HW.shape, (height, width), strict=True)
@@ -99,6 +101,8 @@ def nearest(labels_HW: Array, height: int, width: int) -> Array:
 
 def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
     """A map at another size, as torch's interpolate has it. corners: its align_corners."""
+    import numpy as np
+
     if map_HW.shape == (height, width):
         return map_HW
     found = map_HW.astype(np.float32)
@@ -117,6 +121,7 @@ def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
 
 def depth_png(depth_HW: Array, largest: float | None) -> tuple[bytes, float]:
     """A 16-bit grey PNG, and the depth of one step of it. largest: the depth of the last step; None: the map's own."""
+    import numpy as np
     from PIL import Image
 
     finite = np.nan_to_num(depth_HW.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -129,6 +134,7 @@ def depth_png(depth_HW: Array, largest: float | None) -> tuple[bytes, float]:
 
 def labels_png(labels_HW: Array, count: int) -> bytes:
     """A PNG whose palette indices are the labels; each class has a colour of its own."""
+    import numpy as np
     from PIL import Image
 
     image = Image.fromarray(np.clip(labels_HW, 0, 255).astype(np.uint8))
@@ -158,6 +164,8 @@ def _largest(head: Head) -> float | None:
 
 
 def _named(head: Head, probabilities_BK: Array) -> dict[str, Array]:
+    import numpy as np
+
     count = min(_NAMED, head.class_count)
     best_BC = np.argsort(-probabilities_BK, axis=1, kind="stable")[:, :count]
     names = [name.encode() for name in head.class_names]
@@ -168,6 +176,8 @@ def _named(head: Head, probabilities_BK: Array) -> dict[str, Array]:
 
 
 def _column(items: list[bytes]) -> Array:
+    import numpy as np
+
     found = np.empty((len(items), 1), dtype=object)
     found[:, 0] = items
     return found

@@ -14,8 +14,6 @@ from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
@@ -71,6 +69,8 @@ def prepare(
     head: Head, backbone: Dinov2Model, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]
 ) -> dict[str, Array]:
     """The graph's input of encoded images; an ImageError or InputRefused names the one that is no good."""
+    import numpy as np
+
     form = settings.get(_ANSWERS)
     if _classifies(head):
         return backbone.prepare(front_end.removesuffix(f"_{form}"), settings, encoded)
@@ -94,6 +94,7 @@ def _classifies(head: Head) -> bool:
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
     """The image at the size the graph is asked at, cubic, RGB bytes (H, W, 3)."""
+    import numpy as np
     from PIL import Image
 
     height, width = size_of(image.height, image.width, settings)
