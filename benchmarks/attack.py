@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from dinoexport import family
+from dinoexport.family import registry
 from dinoexport.serving.triton import batching, served_models
 from tests.attack import commands, hostile, kit, scenarios
 
@@ -158,11 +158,11 @@ def main() -> int:
     shutil.rmtree(scratch, ignore_errors=True)
     things = kit.make(scratch / "kit")
     # Nothing is timed for a deployment that is killed: no runtime is opened in a process that is forked.
-    measured, entry_points = served_models._measured, family.entry_points
-    family.entry_points = cache(entry_points)  # a third of a deployment's time
+    measured, entry_points = served_models._measured, registry.entry_points
+    registry.entry_points = cache(entry_points)  # a third of a deployment's time
     served_models._measured = lambda *_: batching.unmeasured((), "", 4)
     killed, kill_faults = kills(given.kills, scratch, things, rng, given.stride) if given.kills else ([], [])
-    served_models._measured, family.entry_points = measured, entry_points
+    served_models._measured, registry.entry_points = measured, entry_points
     commands.load()  # only now: a process that is small is forked faster
     asked, input_faults = inputs(given.inputs, scratch, things, rng) if given.inputs else ([], [])
     faults = kill_faults + input_faults

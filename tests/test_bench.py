@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dinoexport import bench, cli
 from dinoexport.bundle import Manifest
 from dinoexport.config import recipe
-from dinoexport.models.dinov2 import Dinov2Model
+from dinoexport.models.dinov2.model import Dinov2Model
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import cpu
 from dinoexport.spec import Precision, Workload, silent

@@ -31,6 +31,8 @@ _OF_OTHER_SIZE = frozenset(
     MatMulInteger MaxPool ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Shape TopK
     """.split()  # noqa: SIM905
 )
+# What may stand between a softmax and the product that it weighs.
+_SAME_VALUES = frozenset({"Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _UNFOLDING = frozenset({"Expand", "ConstantOfShape", "Reshape", "Tile", "Pad"})
 OPERATORS = frozenset(
     """
@@ -80,6 +82,30 @@ def versions(path: Path) -> tuple[int, int]:
     opsets = [_grouped(_message(entry)) for entry in model.get(_MODEL_OPSETS, ())]
     own = [int(opset[2][-1]) for opset in opsets if _last_text(opset, 1) in ("", "ai.onnx") and 2 in opset]
     return int(model.get(_MODEL_IR, [0])[-1]), max(own, default=0)
+
+
+def attention_count(path: Path) -> int:
+    """How many attentions the ONNX file at `path` computes: Attention nodes, and softmaxes that weigh a product.
+
+    The softmax that ends a classifier is none: nothing is multiplied by its result.
+    """
+    model = _grouped(memoryview(untrusted.read_bytes(path, max_bytes=GRAPH_MAX_BYTES)))
+    nodes = [_grouped(_message(node)) for node in _grouped(_message(model[_MODEL_GRAPH][0]))[_GRAPH_NODES]]
+    softmax_of: dict[str, str] = {}  # a value -> the softmax that it holds
+    weighing: set[str] = set()
+    found = 0
+    # Nodes are stored in the order in which they run, so a softmax comes before what reads it.
+    for node in nodes:
+        kind, inputs, outputs = _last_text(node, 4), [*map(_text, node.get(1, ()))], [*map(_text, node.get(2, ()))]
+        if kind == "Attention":
+            found += 1
+        elif kind == "Softmax":
+            softmax_of[outputs[0]] = outputs[0]
+        elif kind in _SAME_VALUES and inputs[0] in softmax_of:
+            softmax_of[outputs[0]] = softmax_of[inputs[0]]
+        elif kind in ("MatMul", "Einsum"):
+            weighing.update(softmax_of[name] for name in inputs if name in softmax_of)
+    return found + len(weighing)
 
 
 def _check_model(raw: memoryview, data_name: str, data_bytes: int | None) -> None:

@@ -88,13 +88,13 @@ ReferenceOption = Annotated[
 def list_(as_json: Json = False) -> None:
     """Show all variants and targets."""
     with reporting(as_json):
-        from dinoexport.cli import formatting
+        from dinoexport.cli import catalogue
 
-        found = formatting.everything()
+        found = catalogue.everything()
         if as_json:
             say_json(found)
             return
-        for title, rows in formatting.variant_tables(found["variants"]).items():
+        for title, rows in catalogue.variant_tables(found["variants"]).items():
             say(table(title, rows))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
@@ -230,9 +230,9 @@ def export(
 def schema(as_json: Json = False) -> None:
     """Print the JSON schema of a recipe."""
     with reporting(as_json):
-        from dinoexport.cli import formatting
+        from dinoexport.cli import catalogue
 
-        say_json(formatting.recipe_schema())
+        say_json(catalogue.recipe_schema())
 
 
 @app.command(epilog=EXIT_CODES)

@@ -157,9 +157,9 @@ def inspect(
 ) -> None:
     """Show what a bundle or an ONNX file contains. Nothing is run."""
     with reporting(as_json):
-        from dinoexport.cli import formatting
+        from dinoexport.cli import contents
 
-        found = formatting.of_path(folder_of(path))
+        found = contents.of_path(folder_of(path))
         if as_json:
             say_json(found)
             return
@@ -175,9 +175,9 @@ def report(
 ) -> None:
     """Check a bundle's report, print where it is, and open it."""
     with reporting(as_json):
-        from dinoexport.cli import formatting
+        from dinoexport.cli import contents
 
-        path = formatting.page_of(bundle)
+        path = contents.page_of(bundle)
         if show:
             import webbrowser
 

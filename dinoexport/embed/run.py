@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import deque
@@ -19,33 +18,23 @@ from dinoexport.embed import columns as tables
 from dinoexport.embed import local
 from dinoexport.embed import plan as plans
 from dinoexport.embed.embedder import Job, fingerprint, front_end_graph, model_of
+from dinoexport.embed.layout import Layout, layout_of
 from dinoexport.embed.local import Task
 from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
-from dinoexport.runtime import cpu, engine_header
-from dinoexport.spec import Progress, silent
-from dinoexport.system import hardware, store
+from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.family import FrontEnd, Model, PreparesSizes
+from dinoexport.runtime.sizes import dims_of, shapes_of
+from dinoexport.spec import Graph, Progress, silent
+from dinoexport.system import store
 from dinoexport.system.store import Place
 
-Size = Literal["default", "nearest"]
+# "default", "nearest", or sizes that the user names: "224x224,518x518".
+Size = str
 Engine = Literal["local", "ray"]
 # Larger batches gain nothing on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU needs larger ones.
 _BATCH_CPU, _BATCH_GPU = 16, 64
-# Memory of a session: weights, buffers, the interpreter and its packages.
-_WORKER_BYTES = 500 << 20
 _RATE_OVER_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How workers share this machine's processors. environments: one per worker, which names its GPU, if any."""
-
-    workers: int
-    threads: int
-    decoders: int
-    environments: tuple[dict[str, str], ...]
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,39 +263,6 @@ class _Counter:
         )
 
 
-def layout_of(manifest: Manifest, workers: int | None) -> Layout:
-    """The number of workers on this machine, and the threads of each.
-
-    With engines that run here: a worker for each GPU, whose decoders share the processors. Without:
-    processes of four threads at most: threads of one session wait for each other, processes do not.
-    """
-    cpus = cpu.usable_cpus()
-    gpus = hardware.gpus() if manifest.engines else ()
-    if gpus and _runs(manifest):
-        count = workers or len(gpus)
-        environments = tuple({"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in gpus)
-        decoders = max(1, cpus // count)
-        return Layout(
-            workers=count, threads=1, decoders=decoders, environments=environments,
-            why=f"{len(gpus)} GPUs, {cpus} CPUs that decode for them",
-        )  # fmt: skip
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith((".onnx", ".data")))
-    by_memory = max(1, free // (2 * weights + _WORKER_BYTES))
-    count = workers or max(1, min(cpus, max(2, cpus // 4), by_memory))
-    threads = max(1, cpus // count)
-    why = f"{cpus} CPUs" + (f", memory for {by_memory}" if by_memory < max(2, cpus // 4) else "")
-    return Layout(workers=count, threads=threads, decoders=threads, environments=({},), why=why)
-
-
-def _runs(manifest: Manifest) -> bool:
-    try:
-        engine_header.for_this_machine(manifest.engines, hardware.gpus())
-    except MissingRequirement:
-        return False
-    return True
-
-
 def _settings(
     manifest: Manifest,
     images: str,
@@ -329,6 +285,9 @@ def _settings(
             )
     if size == "nearest" and samples is None:
         front_end, preparation = known[0].settings.front_end, known[0].settings.preparation
+    elif size not in ("default", "nearest"):
+        end = _named_sizes(model, graph, size)
+        front_end, preparation = end.name, json.loads(json.dumps(dict(end.settings)))
     else:
         end = model.front_ends(samples, progress=progress)[-1 if samples else 0]
         front_end, preparation = end.name, json.loads(json.dumps(dict(end.settings)))
@@ -348,7 +307,24 @@ def _settings(
         dtype=dtype,
         normalised=normalised,
         batch=min(batch, largest),
+        forms=() if size in ("default", "nearest") else _forms(manifest, size, min(batch, largest)),
     )
+
+
+def _named_sizes(model: Model, graph: Graph, size: str) -> FrontEnd:
+    """The preparation at sizes that the user names; UsageError for one that the graph does not take."""
+    if not isinstance(model, PreparesSizes):
+        raise UsageError("This bundle's model prepares images at its own size only.", next_step="Leave --size out.")
+    for word in size.split(","):
+        shapes_of(word, graph)
+        if word.count("x") != 1:
+            raise UsageError(f"--size {word!r} is not HxW.", next_step="Write default, nearest, or sizes as 224x224.")
+    return model.of_sizes([dims_of(word, graph) for word in size.split(",")])
+
+
+def _forms(manifest: Manifest, size: str, batch: int) -> tuple[str, ...]:
+    """The sizes of full batches; an engine has profiles instead."""
+    return () if manifest.engines else tuple(f"{batch}x{word}" for word in sorted(set(size.split(","))))
 
 
 def _absolute(images: str) -> str:

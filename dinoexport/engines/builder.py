@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dinoexport.bundle import onnx_file
 from dinoexport.config.recipe import EngineChoices
 from dinoexport.engines import profiles
 from dinoexport.errors import BuildError, MissingRequirement, require
@@ -37,8 +38,9 @@ _WEIGHTS_TOLERANCE = 0.02
 class Engine:
     """A built engine and the facts found in it.
 
-    weight_bytes: None if TensorRT does not report it. attentions: softmaxes in the graph. fused_attentions: how many of
-    them the engine computes in fused kernels. scratch_bytes: device memory in addition to weights, inputs and outputs.
+    weight_bytes: None if TensorRT does not report it. attentions: how many the graph has. fused_attentions: how many
+    of them the engine computes in fused kernels. scratch_bytes: device memory in addition to weights, inputs and
+    outputs.
     not_looked_at: why a classic plan could not be opened after it was built. Such a plan is kept, and the facts that
     need an opened plan (fused_attentions, perhaps scratch_bytes) are None.
     """
@@ -129,7 +131,7 @@ def build(
         size_bytes=path.stat().st_size,
         weight_bytes=weight_bytes,
         scratch_bytes=said["scratch_bytes"] if "scratch_bytes" in said else _scratch_in(log),
-        attentions=_softmaxes(onnx),
+        attentions=onnx_file.attention_count(onnx),
         fused_attentions=None if not_looked_at else len(_fused_layers(path, header, said.get("layers", ()))),
         build_s=time.monotonic() - started,
         peak_memory_bytes=finished.peak_memory_bytes,
@@ -207,12 +209,6 @@ def _scratch_in(log: Path) -> int | None:
     """The largest profile's device memory as the compiler logged it; None if it logged none."""
     found = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(errors="replace"))
     return max(map(int, found), default=None)
-
-
-def _softmaxes(onnx: Path) -> int:
-    """The number of nodes of type Softmax or Attention (field 4 of a NodeProto), read without onnx."""
-    content = onnx.read_bytes()
-    return content.count(b"\x22\x07Softmax") + content.count(b"\x22\x09Attention")
 
 
 def _fused_layers(path: Path, header: engine_header.Header, layers: Sequence[Any]) -> set[str]:

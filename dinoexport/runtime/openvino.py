@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinoexport.errors import BuildError, MissingRequirement, require
-from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
+from dinoexport.runtime import Arithmetic, Opened, check_inputs, openvino_products, telemetry
 from dinoexport.runtime.openvino_decoder import OpenVinoDecoder, make_stateful
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner
 
@@ -122,6 +122,7 @@ def _read(core: Any, path: Path, graph: Graph, shapes: Mapping[str, tuple[int, .
     model = core.read_model(path)
     if shapes is not None:
         model.reshape({name: list(shape) for name, shape in shapes.items()})
+        openvino_products.separate(model)
     if graph.carried:
         make_stateful(model, graph)
     return model

@@ -17,7 +17,7 @@ from dinoexport.errors import UsageError
 from dinoexport.serving import address, text_check
 from dinoexport.serving.client import open_graphs, text_served
 from dinoexport.serving.text_client import TextClient
-from dinoexport.serving.triton.model_repository import deployed_as
+from dinoexport.serving.triton.repository_state import deployed_as
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import Array, Arrays, Progress, silent
 from dinoexport.system import changes, untrusted

@@ -18,8 +18,8 @@ from typing import Any, Self, TypeVar
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError
 from dinoexport.runtime import check_inputs
-from dinoexport.serving import address, answers, transport
-from dinoexport.serving.transport import Place, ServerBusy
+from dinoexport.serving import address, answers, connection
+from dinoexport.serving.transport import Place, ServerBusy, Transport
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Graph, closest
 
@@ -49,7 +49,7 @@ class DinoClient:
         ca: Path | None = None,
     ) -> None:
         where = address.parse(url, headers=headers, ca=ca)
-        self._transport = transport.connect(where, timeout_s=timeout_s)
+        self._transport = connection.connect(where, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._region: _SharedRegion | None = None
         found = self._patiently(lambda: discover(self._transport))
@@ -150,7 +150,7 @@ def open_graphs(
 ) -> dict[str, DinoClient]:
     """A client for each graph of one deployed model, by the graph's name; its family drives them."""
     where = address.parse(url, headers=headers, ca=ca)
-    found = discover(transport.connect(where, timeout_s=timeout_s))
+    found = discover(connection.connect(where, timeout_s=timeout_s))
     names = sorted({served.name for served in found.values()})
     if model is None and len(names) == 1:
         model = names[0]
@@ -168,14 +168,14 @@ def text_served(
 ) -> bool:
     """Whether the model of this name, or the only one, generates text."""
     where = address.parse(url, headers=headers, ca=ca)
-    found = discover(transport.connect(where, timeout_s=timeout_s))
+    found = discover(connection.connect(where, timeout_s=timeout_s))
     wanted = {served.role for served in found.values() if model in (None, served.name)}
     return wanted == {"text"}
 
 
-def discover(connection: transport.Transport) -> dict[str, Served]:
+def discover(transport: Transport) -> dict[str, Served]:
     """Every Triton model at the server that dinoexport deployed, by Triton's name for it."""
-    facts = {name: Served.of_config(connection.config(name)) for name in connection.models()}
+    facts = {name: Served.of_config(transport.config(name)) for name in transport.models()}
     return {name: served for name, served in facts.items() if served is not None}
 
 
@@ -199,8 +199,8 @@ class _SharedRegion:
     allowed: whether the server maps it. Since 2026 servers do only if started with --allow-client-shm=true.
     """
 
-    def __init__(self, connection: transport.Transport) -> None:
-        self._transport, self._lock = connection, threading.Lock()
+    def __init__(self, transport: Transport) -> None:
+        self._transport, self._lock = transport, threading.Lock()
         self._name, self._size_bytes = "", 0
         self._handle: Any = None
         try:

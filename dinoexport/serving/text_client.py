@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import UsageError
-from dinoexport.serving import address, client, transport
+from dinoexport.serving import address, client, connection, transport
 from dinoexport.serving.triton import text_signature as signature
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import closest
@@ -55,7 +55,7 @@ class TextClient:
         ca: Path | None = None,
     ) -> None:
         self.address = address.parse(url, headers=headers, ca=ca)
-        self._transport = transport.connect(self.address, timeout_s=timeout_s)
+        self._transport = connection.connect(self.address, timeout_s=timeout_s)
         found = {name: s for name, s in client.discover(self._transport).items() if s.role == "text"}
         self.name, self.served = _chosen(found, str(self.address), model)
 

@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dinoexport.config import recipe
 from dinoexport.config.recipe import Recipe, WeightFile
@@ -134,7 +134,30 @@ def _open_head(head: HeadWeights, wanted: Recipe, source: str | None, *, progres
             f"{shown} does not fit the head {head.name} of {wanted.name}:\n  {listed}\n",
             next_step="Give the published file of this head, or one trained with the same code.",
         )
+    if source is not None:
+        _refuse_other_name(head.name, wanted, Path(source).name)
     return Checkpoint(source=_named(source, shown), sha256=digest, read=adapted)
+
+
+def _refuse_other_name(head: str, wanted: Recipe, file: str) -> None:
+    """Refuses a file that fits `head` and has the name under which another head is published.
+
+    Heads of one form fit one another: only their files' names tell what they were trained on.
+    """
+
+    def published(recipe: Recipe) -> dict[str, str]:
+        return {PurePosixPath(weights.url).name: kind for kind, weights in recipe.heads.items()}
+
+    if published(wanted).get(file) == head:
+        return
+    for variant in recipe.variants():
+        other = recipe.load(variant)
+        if other.family == wanted.family and (kind := published(other).get(file)) is not None:
+            raise WeightsError(
+                f"{file} is the name of the {kind} head published for {variant}; "
+                f"this build has {head} of {wanted.name}.",
+                next_step=f"dinoexport build {variant} --head {kind}, or another name for the file if it is {head}'s.",
+            )
 
 
 def _open_checkpoint(

@@ -248,7 +248,7 @@ def test_validate_and_deploy_verify(built: Path, keys: Path, tmp_path: Path) -> 
 
 
 def test_what_was_rejected_is_published_unsigned(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoexport.models.dinov2 import Dinov2Model
+    from dinoexport.models.dinov2.model import Dinov2Model
 
     right = Dinov2Model.drive
     wrong = lambda self, runners, inputs: {n: 1.001 * a for n, a in right(self, runners, inputs).items()}  # noqa: E731

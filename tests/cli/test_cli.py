@@ -194,7 +194,7 @@ def test_the_keys_of_every_json_are_these(bundle_folder: Path, tmp_path: Path) -
 
 
 def test_failed_validation_exits_1(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoexport.models.dinov2 import Dinov2Model
+    from dinoexport.models.dinov2.model import Dinov2Model
 
     right = Dinov2Model.drive
     wrong = lambda self, runners, inputs: {n: 1.001 * a for n, a in right(self, runners, inputs).items()}  # noqa: E731

@@ -22,11 +22,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
+from dinoexport.embed import local, opening, run, sources, verify
 from dinoexport.embed import plan as plans
-from dinoexport.embed import local, run, sources, verify
 from dinoexport.embed.embedder import Prepared, model_of
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline.request import build_request
+from dinoexport.runtime import sizes
+from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import store
 from tests.conftest import DATA
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
@@ -359,6 +361,35 @@ def test_nearest_sizes(tiny: Path, photos: Path, tmp_path: Path) -> None:
     assert verify.verify(tiny, str(photos), str(tmp_path), seed=1).passed
 
 
+def test_named_sizes_run_in_forms_of_their_own(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image at the nearest of them; the plan says which batches take which form, so all workers write the same."""
+    for name, workers in (("one", 1), ("two", 2)):
+        options = {**LENIENT, "workers": workers, "outputs": ["class_token", "patch_tokens"], "shards": 2}
+        run.embed(tiny, str(photos), str(tmp_path / name), size="56x42,28x84", **options)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    rows = [row for row in rows_of(tmp_path / "one") if row["error"] is None]
+    assert {(row["grid_height"], row["grid_width"]) for row in rows} == {(4, 3), (2, 6)}
+    (plan,) = plans.read_all(store.open_place(str(tmp_path / "one")))
+    assert plan.settings.forms == ("4x28x84", "4x56x42")
+    model, settings = model_of(bundle.read_manifest(tiny)), {"sizes": [[28, 84], [56, 42]]}
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tiny / "model.onnx", providers=["CPUExecutionProvider"])
+    for row in rows:
+        inputs = model.prepare("sized_images", settings, [(photos / row["path"]).read_bytes()])
+        (right,) = session.run(["class_token"], inputs)
+        np.testing.assert_allclose(row["class_token"], right[0], rtol=5e-5, atol=5e-5)
+    for size, said in (("30x30", "multiple of 14"), ("nearst", "is no size"), ("4x28x28", "is not HxW")):
+        with pytest.raises(UsageError, match=said):
+            run.embed(tiny, str(photos), str(tmp_path / "x"), size=size, **LENIENT)
+    graphs = {tiny / graph.file: graph.graph() for graph in bundle.read_manifest(tiny).graphs}
+    monkeypatch.setattr(sizes, "_APART_MAX", {Precision.FP32: -1.0})  # no form is near enough
+    with pytest.raises(ValidationFailed, match="cannot be used: its answers are off"):
+        opening._with_forms(graphs, Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32), ("4x28x84",))
+
+
 def test_parquet_column(tiny: Path, photos: Path, tmp_path: Path, embedded: Path) -> None:
     """Bytes, and a struct as Hugging Face stores images; a null is a failed row."""
     names = [row["path"] for row in rows_of(embedded) if row["error"] is None][:10]
@@ -481,7 +512,7 @@ def test_a_machine_that_computes_wrongly_embeds_nothing(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import dinoexport.embed.embedder as e\n"
+        "import dinoexport.embed.opening as e\n"
         "real = e.runners.driven\n"
         "def driven(model, opened):\n"
         "    run = real(model, opened)\n"

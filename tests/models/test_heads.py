@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dinoexport import family
+from dinoexport.bundle import onnx_file
 from dinoexport.config import recipe
+from dinoexport.engines import builder, profiles
 from dinoexport.errors import UsageError
 from dinoexport.family import Call
 from dinoexport.graph import onnx_writer
@@ -30,7 +33,7 @@ from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.heads import reference
 from dinoexport.models.dinov2.heads.kinds import KINDS
 from dinoexport.runtime import cpu
-from dinoexport.spec import Dim, Graph, Precision, Tensor, Way
+from dinoexport.spec import Dim, Graph, Precision, Runtime, Tensor, Way
 from dinoexport.validation.metrics import distance
 from tests import conformance
 from tests.conftest import DATA
@@ -64,6 +67,12 @@ def reading(model: Any) -> Callable[[str], Any]:
         return _READ[key]
 
     return read
+
+
+def calls_of(model: Any) -> Sequence[Call]:
+    (graph,) = model.graphs
+    calls: Sequence[Call] = model.calls(graph, lambda name: pytest.fail(f"tracing read the weight {name}"))
+    return calls
 
 
 @functools.cache
@@ -163,7 +172,7 @@ def test_official_numbers_of_depth_anything(variant: str) -> None:
         assert worst(plain(variant, model, size), golden) <= LIMIT, size
 
 
-def several(variant: str, kinds: Sequence[str]) -> tuple[Graph, list[Call]]:
+def several(models: Mapping[str, Any]) -> tuple[Graph, list[Call]]:
     """One graph of one backbone with several heads, each as it is behind a backbone of its own.
 
     What all share is traced, written and run once instead of once a head. Outputs are called KIND.OUTPUT.
@@ -171,8 +180,7 @@ def several(variant: str, kinds: Sequence[str]) -> tuple[Graph, list[Call]]:
     calls: list[Call] = []
     outputs: list[Tensor] = []
     dims: tuple[Dim, ...] = ()
-    for kind in kinds:
-        model = model_of(kind) if kind in DEPTH_ANYTHING else model_of(variant, kind)
+    for kind, model in models.items():
         (graph,) = model.graphs
         *body, head = model.calls(graph, reading(model))
         calls += body if not calls else ()
@@ -180,6 +188,11 @@ def several(variant: str, kinds: Sequence[str]) -> tuple[Graph, list[Call]]:
         outputs += [replace(tensor, name=f"{kind}.{tensor.name}") for tensor in graph.outputs]
         dims = dims or graph.dims  # Depth Anything's are stricter than the classifiers' before it
     return replace(graph, outputs=tuple(outputs), dims=dims), calls
+
+
+def only_our_operators(path: Path) -> None:
+    """A bundle with an operator that is not in the list would be refused by every verb."""
+    onnx_file.check(path, data_bytes=path.with_name(f"{path.name}.data").stat().st_size)
 
 
 PADDED = tuple(kind for kind in RELEASED if KINDS[kind].form != "classifier")
@@ -196,8 +209,9 @@ PADDED = tuple(kind for kind in RELEASED if KINDS[kind].form != "classifier")
 )  # fmt: skip
 def test_exported_heads_give_the_official_numbers(variant: str, kinds: Sequence[str], tmp_path: Path) -> None:
     """Every head at every size, its file run by both of a CPU's runtimes."""
-    graph, calls = several(variant, kinds)
+    graph, calls = several({k: model_of(k) if k in DEPTH_ANYTHING else model_of(variant, k) for k in kinds})
     export(graph, calls, tmp_path, metadata={}, trace=functools.partial(onnx_writer.traced, trace=kept.of))
+    only_our_operators(tmp_path / "model.onnx")
     answering = {}
     for runtime in ("onnxruntime", "openvino"):
         way = Way(runtime=runtime, precision=Precision.FP32)
@@ -245,6 +259,43 @@ def test_conformance(kind: str, tmp_path: Path, traces: dict[str, Any]) -> None:
     ]
     whole = kind == "linear4"
     conformance.check(model, cases, tmp_path, traces=traces, changing=None if whole else model.head.tensors)
+
+
+def test_every_form_of_head_compiles(tmp_path: Path, traces: dict[str, Any]) -> None:
+    """All behind one backbone, so that NVIDIA's compiler starts once: it takes every resize, and fuses every block.
+
+    The graph's body is fp16; its heads, as `--precision auto` may keep them, are the pieces that were traced above.
+    """
+    reduced = {"precision": Precision.FP16, "graph": {"residual": "fp32", "fp32": ["head"]}}
+    graph, calls = several(
+        {kind: model_of("tiny_heads", head={"kind": kind, **TINY[kind]}, **reduced) for kind in TINY}
+    )
+    path, _ = export(graph, calls, tmp_path, metadata={}, traces=traces)
+    only_our_operators(path)
+    made = builder.build(
+        path, graph, tmp_path, runtime=Runtime.TENSORRT_RTX, profiles=[profiles.profile("whole", graph, {})],
+        compute_capabilities=("8.0",),
+    )  # fmt: skip
+    # Classifiers end in a softmax and k-NN weighs votes by one; neither is a block's attention.
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert sum(node.op_type == "Softmax" for node in nodes) > 4
+    assert (made.fused_attentions, made.attentions) == (4, 4)
+
+
+def test_no_head_of_any_variant_has_other_pieces() -> None:
+    """What the two tests above check holds for all variants: their graphs are made of the same traced modules."""
+    checked = {
+        call.piece.code for kind in TINY for call in calls_of(model_of("tiny_heads", head={"kind": kind, **TINY[kind]}))
+    }
+    checked |= {call.piece.code for name in DEPTH_ANYTHING for call in calls_of(model_of(name))}
+    found: set[str] = set()
+    for name in recipe.variants():
+        loaded = recipe.load(name)
+        if loaded.family == "dinov2":
+            for kind in loaded.heads or [None]:
+                for precision in (Precision.FP32, Precision.FP16, Precision.BF16):
+                    found |= {call.piece.code for call in calls_of(model_of(name, kind, precision=precision))}
+    assert found <= checked and len(found) > 6
 
 
 def mistaken(  # noqa: C901 (a table of mistakes)

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
-from dinoexport.bundle import signing
+from dinoexport.bundle import onnx_file, signing
 from dinoexport.engines import builder
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
@@ -95,11 +95,11 @@ def test_compiles_without_torch(built: Path, for_l4: Path) -> None:
     assert json.loads((for_l4 / bundle.ENGINES).read_text())[0]["file"] == "model.rtx"
 
 
-def test_softmaxes_are_counted_as_onnx_counts_them(built: Path) -> None:
+def test_attentions_are_counted_as_onnx_shows_them(built: Path) -> None:
     import onnx
 
     nodes = onnx.load(built / "model.onnx", load_external_data=False).graph.node
-    assert builder._softmaxes(built / "model.onnx") == sum(node.op_type == "Softmax" for node in nodes) == 3
+    assert onnx_file.attention_count(built / "model.onnx") == sum(node.op_type == "Softmax" for node in nodes) == 3
 
 
 def fake_plan(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.Engine:

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from dinoexport import bundle
+from dinoexport.bundle import reference_file
 from dinoexport.config import resources
+from dinoexport.config.limits import load_validation
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
-from dinoexport.pipeline.fit import classifiers, examples, flow
+from dinoexport.pipeline.fit import classifiers, examples, flow, publishing
 from dinoexport.runtime import ort
 from dinoexport.spec import Case, Runtime, silent
 from dinoexport.validation import validate_bundle
@@ -75,17 +77,20 @@ def test_the_graphs_probabilities_are_scikit_learns(
     manifest = bundle.verify(made.folder)
     assert manifest.verdict == "passed" and manifest.head is not None
     assert manifest.head.classes == tuple(sorted(Path(name).stem for name in CLASSES))
-    assert json.loads((made.folder / flow.LABELS_FILE).read_text()) == list(manifest.head.classes)
+    assert json.loads((made.folder / publishing.LABELS_FILE).read_text()) == list(manifest.head.classes)
     # The backbone's weights are the very bytes.
     of_backbone = {f.name: f.sha256 for f in bundle.read_manifest(features).files}
     assert {f.name: f.sha256 for f in manifest.files}["model.onnx.data"] == of_backbone["model.onnx.data"]
     model = _model(features)
-    found = examples.read(model, images, seed=flow.SEED)
+    found = examples.read(model, images, seed=publishing.SEED)
     run = ort.open_graph(made.folder / "model.onnx", manifest.graphs[0].graph())
     inputs = inputs_of(model, images)
     ours = np.concatenate([run(inputs[example.name])["probabilities"] for example in found.held_out])
     theirs = _oracle(kind, features, found, inputs, made.manifest.report["fit"])
     assert np.abs(ours - theirs).max() <= 1e-6
+    validation, _ = load_validation("dinov2_heads", beside=None)
+    of_heads = validation.limits[manifest.precision].probability_difference_max
+    assert reference_file.read(made.folder / bundle.REFERENCE).limits.probability_difference_max == of_heads
     assert made.held.images == len(found.held_out) == 8 and sum(made.held.recall.values()) / 4 == made.held.accuracy
     assert validate_bundle.validate(made.folder).report.passed
     page = (made.folder / bundle.REPORT_HTML).read_text()
@@ -174,6 +179,11 @@ def test_bad_folders_are_refused(change: str, words: str, features: Path, images
     with pytest.raises(UsageError, match=words):
         flow.fit(features, folder, kind="logreg", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_k_nn_cannot_do_is_refused(features: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="knn has no weights of classes to balance"):
+        flow.fit(features, images, kind="knn", balanced=True, out=tmp_path / "out")
 
 
 def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:

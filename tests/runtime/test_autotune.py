@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
 from dinoexport.bundle import CpuFacts, Timed
-from dinoexport.cli import formatting
+from dinoexport.cli import contents, formatting
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune, cpu, openvino, table
@@ -120,7 +120,7 @@ def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     lines = "\n".join(formatting.cpu_lines(built.manifest))
     assert f"openvino {facts.runtime_version}, 2 threads, fp32 (" in lines
     assert "7.0 ms for 1 x 224 x 224: openvino, 2 threads, fp32, chosen" in lines and "1 thread, fp32" in lines
-    (shown,) = [rows for title, rows in formatting.of_path(built.folder).items() if title.startswith("Measured")]
+    (shown,) = [rows for title, rows in contents.of_path(built.folder).items() if title.startswith("Measured")]
     assert [row[""] for row in shown] == ["chosen", "", "", ""]
     assert validate_bundle.validate(built.folder).report.candidate.startswith("OpenVINO")
     # A server without OpenVINO takes the same file.

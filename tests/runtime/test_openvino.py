@@ -234,3 +234,25 @@ def test_both_runtimes_behind_one_function(exported: Exported, runtime: Any) -> 
     assert exported.error(opened["model"], (1, 98, 126)) < 1e-5
     seen = cpu.arithmetic(exported.model, opened, exported.model.workloads[0].inputs)
     assert set(seen) == {"f32"} and sum(seen.values()) > 10
+
+
+def layers(path: Path, graph: Any, shapes: dict[str, tuple[int, ...]] | None, monkeypatch: Any) -> Counter[str]:
+    """The types of the layers that OpenVINO executes for the file, opened as a runner opens it."""
+    import openvino as real
+
+    kept: list[Any] = []
+    compile_model = real.Core.compile_model
+    monkeypatch.setattr(real.Core, "compile_model", lambda *a, **k: kept.append(compile_model(*a, **k)) or kept[-1])
+    openvino.open_graph(path, graph, shapes=shapes)
+    found = (op.get_rt_info()["layerType"].astype(str) for op in kept[-1].get_runtime_model().get_ops())
+    return Counter(found)
+
+
+@pytest.mark.parametrize("size", [(3, 28, 42), (2, 30, 69)])
+def test_one_size_has_no_split_of_products(exported: Exported, size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys, values and the gate come from products of their own, and the tokens are PyTorch's."""
+    batch, height, width = size
+    shapes = {"pixels": (batch, 3, height, width)}
+    assert layers(exported.path, exported.graph, None, monkeypatch)["Split"]
+    assert not layers(exported.path, exported.graph, shapes, monkeypatch)["Split"]
+    assert exported.error(openvino.open_graph(exported.path, exported.graph, shapes=shapes).run, size) < 1e-5

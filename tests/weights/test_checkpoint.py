@@ -189,7 +189,7 @@ def cheaply(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
 
 
 # A file with a head of its own also holds a whole backbone, which a bare variant takes.
-BACKBONES = [v for v in recipe.variants() if recipe.load(v).family == "dinov2" and recipe.load(v).head is None]
+BACKBONES = [v for v in recipe.variants() if recipe.load(v).family == "dinov2" and not recipe.load(v).head]
 
 
 @pytest.mark.parametrize("variant", BACKBONES)

@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dinoexport.config.recipe import Frozen
+from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.published import NORM_EPSILON, PATCH
-from dinoexport.spec import closest
+from dinoexport.spec import Precision, closest
 
 GRID = 37  # patches a side of the published position tables: trained at 518 = 37 * 14 pixels
 # Upstream's `interpolate_offset` of the published models: without registers, with registers (dinov2/hub/backbones.py).
@@ -207,3 +208,14 @@ class GraphChoices(Frozen):
         if wrong or self.last_blocks > depth:
             raise ValueError(f"the model has blocks 0 to {depth - 1}; there is no {wrong or self.last_blocks}")
         return tuple(sorted(set(self.blocks))) or tuple(range(depth - self.last_blocks, depth))
+
+
+def dtype_name(precision: Precision) -> str:
+    """PyTorch's name of it."""
+    names = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+    if precision not in names:
+        raise UsageError(
+            f"PyTorch has no {precision} of its own to compare with.",
+            next_step=f"Leave times_own_error_max out of [limits.{precision}].",
+        )
+    return names[precision]

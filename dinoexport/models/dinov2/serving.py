@@ -43,6 +43,12 @@ def front_ends(graph: Graph, taken: ImageInput, samples: Path | None, *, progres
     return tuple(ends)
 
 
+def of_sizes(graph: Graph, sizes: Sequence[Mapping[str, int]]) -> FrontEnd:
+    """`sized_images` with sizes that the user names instead of those that occur."""
+    named = sorted({(size["height"], size["width"]) for size in sizes})
+    return FrontEnd(name="sized_images", graph=graph.name, meaning=_ENCODED, settings={"sizes": named})
+
+
 def prepare(
     front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], taken: ImageInput
 ) -> dict[str, Array]:

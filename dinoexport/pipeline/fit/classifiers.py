@@ -1,9 +1,10 @@
-"""Classifiers on features: logistic regression and k-NN as in DINOv2's evaluation, fitted by scikit-learn.
+"""Classifiers on frozen features: logistic regression, fitted by scikit-learn, and weighted k-NN.
 
-dinov2/eval/log_regression.py: class token, not normalised, float64, L2, C chosen on a share of the data and refitted
-on all. dinov2/eval/knn.py: class token, normalised, softmax(cosine / 0.07) over the nearest; here over the k
-alone, so that the weights sum to one, which changes no decision. `linear` is the convex form of dinov2/eval/linear.py:
-the same solver on standardised class and mean patch token, with the scale folded back.
+`logreg`: features as they are, float64, L2 penalty; C is chosen by cross-validation, then all are fitted. `linear`: the
+same on standardised features, with the scale folded back into the weights. `knn`: normalised features, the nearest
+vote with weights softmax(cosine / 0.07), the rule and temperature of Wu et al. 2018 (arXiv:1805.01978). The softmax is
+over the k nearest alone, so that the weights sum to one; no decision depends on that. Which outputs are the features is
+the family's choice, `Model.fits`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dinoexport.spec import Array
 HeadKind = Literal["logreg", "linear", "knn"]
 HEAD_KINDS: tuple[HeadKind, ...] = ("logreg", "linear", "knn")
 PACKAGES = ("sklearn",)
-# Upstream tries 45 values over 1e-6 to 1e5; these took a quarter of the time and chose the same on Gaussian classes.
+# The usual 45 values over 1e-6 to 1e5 take four times as long; on Gaussian classes these chose the same.
 C_VALUES = tuple(10.0**exponent for exponent in (-5, -4.25, -3.5, -2.75, -2, -1.25, -0.5, 0.25, 1, 1.75, 2.5, 3))
 _FOLDS_MAX = 5
 _ITERATIONS = 1000
@@ -172,7 +173,7 @@ def _neighbours(features_ND: Array, labels_N: Array, classes: int) -> Fitted:
     features = features_ND.astype(np.float64)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     if not (lengths > 0).all():
-        raise UsageError("An image's class token is zero.", next_step="Look at the bundle: dinoexport validate.")
+        raise UsageError("An image's features are all zero.", next_step="Look at the bundle: dinoexport validate.")
     count = min(_NEIGHBOURS, int(np.bincount(labels_N, minlength=classes).min()))
     # The graph stores these in fp16, so the values compared with it are rounded in the same way.
     bank = (features / lengths).astype(np.float16).astype(np.float32)

@@ -28,24 +28,20 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
-from dinoexport.serving.triton import model_files, releases, served_models, text_models
+from dinoexport.runtime.sizes import shapes_of
+from dinoexport.serving.triton import model_files, releases, repository_state, served_models, text_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
-from dinoexport.system import changes, files, untrusted
-from dinoexport.system.changes import Change, Step
-from dinoexport.system.untrusted import Unreadable
+from dinoexport.system import change_steps, changes, files
+from dinoexport.system.change_steps import Step
+from dinoexport.system.changes import Change
 
 # Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
 # work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
 # 2.51, which is 24.10: two clients waited 649 ms at most with limits and 124 ms without.
 _QUEUE_LIMITS_SINCE = "26.08"
-_RETIRED = "retired"
-# A configuration takes 20 kB, most of it the recipe.
-_CONFIG_MAX_BYTES = 1 << 20
-_VERSIONS = re.compile(r"^    versions: \[(\d{1,9})\]", re.MULTILINE)
-_VERSION_FOLDER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +71,7 @@ def deploy(
     triton: str | None = None,
     samples: Path | None = None,
     answers: Sequence[str] = (),
+    sizes: Sequence[str] = (),
     verify: Path | None = None,
     progress: Progress = silent,
 ) -> Deployed:
@@ -86,6 +83,7 @@ def deploy(
     queues have no limits if limits would stall that image's batcher.
     samples: a folder of the user's own files, from which a front end derives sizes.
     answers: forms in which a front end gives a head's answers, each as a model of its own beside the plain one.
+    sizes: sizes that are asked often, as `224x224`: the Python backend gives each a form of its own.
     verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
@@ -107,6 +105,7 @@ def deploy(
         tokenizer = text_models.tokenizer_of(manifest, model)
         backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
         _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
+        asked_often = _with_sizes(manifest, model, backend, sizes)
         ends = model.front_ends(samples, progress=progress)
         ends = (*ends, *_with_answers(model, ends, answers))
         with (
@@ -117,16 +116,16 @@ def deploy(
             copied = model_files.copied(folder, change.new, manifest, wanted, progress=progress)
             model_files.check_readable(copied, manifest, triton if backend == "onnxruntime" else None)
             reference = reference_file.read(copied / bundle.REFERENCE)
-            known = read_releases(change.place, name)
-            standing = deployed_as(change.place, name)
-            version = known.next_version([v for path in standing for v in _versions(path)])
+            known = repository_state.read_releases(change.place, name)
+            standing = repository_state.deployed_as(change.place, name)
+            version = known.next_version([v for path in standing for v in repository_state.versions_of(path)])
             served: tuple[TritonModel, ...]
             if tokenizer is not None:
                 served = (text_models.of_bundle(manifest, tokenizer, name=name, version=version),)
             else:
                 served = served_models.of_bundle(
                     copied,
-                    manifest,
+                    asked_often,
                     reference,
                     name=name,
                     version=version,
@@ -159,6 +158,27 @@ def deploy(
     )
 
 
+def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Sequence[str]) -> Manifest:
+    """The manifest as it is served, with these sizes beside the recipe's own; UsageError if they cannot have forms."""
+    if not sizes:
+        return manifest
+    if backend != "python":
+        raise UsageError(
+            f"Triton's {backend} backend compiles no forms for sizes.",
+            next_step="Use --backend python, or for an engine build with the sizes in the recipe's `sizes`: each is "
+            "then a profile.",
+        )
+    graphs = [graph for graph in model.graphs if not graph.carried]
+    if not graphs:
+        raise UsageError("A text model's sizes change with every token.", next_step="Leave --size out.")
+    for size in sizes:
+        for graph in graphs:
+            shapes_of(size, graph)
+    return manifest.model_copy(
+        update={"recipe": {**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]}}
+    )
+
+
 def _note(manifest: Manifest) -> str:
     """A note if a CPU bundle has a precision only in OpenVINO, and Triton's ONNX Runtime will run it."""
     chosen = manifest.cpu.chosen if manifest.cpu else None
@@ -183,24 +203,24 @@ def rollback(repository: Path, name: str) -> Deployed:
         files.disk_errors(repository),
         changes.changing(repository, doing=f"deploying to {repository}") as change,
     ):
-        known = read_releases(change.place, name)
+        known = repository_state.read_releases(change.place, name)
         if known.current is None and known.releases:
             raise UsageError(
                 f"{repository} serves several versions of {name} at once: an older dinoexport was interrupted.",
                 next_step="Deploy the bundle that is to be served again.",
             )
         if known.current is None:
-            raise releases.unknown(name, _names(change.place), str(repository))
-        after = known.rolled_back(lambda release: _is_whole(change.place, release, known))
+            raise releases.unknown(name, repository_state.names_in(change.place), str(repository))
+        after = known.rolled_back(lambda release: repository_state.is_whole(change.place, release, known))
         release = after.current
         assert release is not None
         steps = []
         for model in release.models:
-            config = _config_of(change.place, model, release.version, known)
+            config = repository_state.config_of(change.place, model, release.version, known)
             assert config is not None
             (change.new / f"{model}.{CONFIG}").write_text(config, encoding="utf-8")
             steps += _return(change, model, known)
-            steps.append(changes.move(change.new / f"{model}.{CONFIG}", change.place / model / CONFIG))
+            steps.append(change_steps.move(change.new / f"{model}.{CONFIG}", change.place / model / CONFIG))
         retired = _serve(change, after, steps, known)
     return Deployed(
         repository=repository,
@@ -212,34 +232,6 @@ def rollback(repository: Path, name: str) -> Deployed:
     )
 
 
-def read_releases(repository: Path, name: str) -> Releases:
-    """The releases of `name` in the repository; those of an older dinoexport are found from the folders."""
-    try:
-        raw = untrusted.read_bytes(
-            repository / releases.record_name(name), max_bytes=releases.RECORD_MAX_BYTES, links=False
-        )
-    except Unreadable as error:
-        if not error.absent:
-            raise
-        return _unrecorded(repository, name)
-    return Releases.from_bytes(raw, name=name)
-
-
-def _unrecorded(repository: Path, name: str) -> Releases:
-    """Releases found from folders: any version may have been one, and was served if not newer than the served one.
-
-    If several are served at once, it is unknown which was last, so none counts as served.
-    """
-    standing = deployed_as(repository, name)
-    served = {_served_version(path) for path in standing} - {None}
-    found = sorted({version for path in standing for version in _versions(path)})
-    made = tuple(
-        Release(version=v, models=tuple(path.name for path in standing if v in _versions(path))) for v in found
-    )
-    now = max(filter(None, served), default=0) if len(served) == 1 else 0
-    return Releases(name=name, releases=made, served=tuple(v for v in found if v <= now))
-
-
 def _serve(change: Change, after: Releases, steps: Sequence[Step], before: Releases) -> tuple[str, ...]:
     """Commits a change after which `after.current` is served; the names of the models that are set aside by it."""
     now = after.current
@@ -248,10 +240,12 @@ def _serve(change: Change, after: Releases, steps: Sequence[Step], before: Relea
     retired = tuple(model for model in there if model not in now.models)
     steps = list(steps)
     for model in retired:
-        steps.append(changes.move(change.place / model, change.place / now.models[0] / _RETIRED / model))
+        steps.append(
+            change_steps.move(change.place / model, change.place / now.models[0] / repository_state.RETIRED / model)
+        )
     record = releases.record_name(after.name)
     (change.new / record).write_bytes(after.to_bytes())
-    steps.append(changes.move(change.new / record, change.place / record))
+    steps.append(change_steps.move(change.new / record, change.place / record))
     change.commit(steps, done=f"{change.place} serves {after.name} version {now.version}.")
     return retired
 
@@ -261,57 +255,16 @@ def _arrival(change: Change, model: str, version: int, known: Releases) -> list[
     new, folder = change.new / model, change.place / model
     back = _return(change, model, known)
     if not folder.exists() and not back:
-        return [changes.move(new, folder)]
-    warmup = [changes.move(file, folder / "warmup" / file.name) for file in sorted((new / "warmup").glob("*"))]
-    version_folder = changes.move(new / str(version), folder / str(version))
-    return [*back, *warmup, version_folder, changes.move(new / CONFIG, folder / CONFIG)]
+        return [change_steps.move(new, folder)]
+    warmup = [change_steps.move(file, folder / "warmup" / file.name) for file in sorted((new / "warmup").glob("*"))]
+    version_folder = change_steps.move(new / str(version), folder / str(version))
+    return [*back, *warmup, version_folder, change_steps.move(new / CONFIG, folder / CONFIG)]
 
 
 def _return(change: Change, model: str, known: Releases) -> list[Step]:
     """The step that brings back a model that is not in the served release."""
-    home = _home(change.place, model, known)
-    return [] if home == change.place / model else [changes.move(home, change.place / model)]
-
-
-def _home(repository: Path, model: str, known: Releases) -> Path:
-    """The path of a model's folder: in the repository, or set aside in another model's folder."""
-    places = [repository / model, *(repository / m / _RETIRED / model for r in known.releases for m in r.models)]
-    return next((place for place in places if _is_folder(place)), places[0])
-
-
-def _is_whole(repository: Path, release: Release, known: Releases) -> bool:
-    """Whether every model of the release still has its version."""
-    return all(_config_of(repository, model, release.version, known) is not None for model in release.models)
-
-
-def _config_of(repository: Path, model: str, version: int, known: Releases) -> str | None:
-    """A version's own configuration; None if it is missing or not written by dinoexport."""
-    config = _config(_home(repository, model, known) / str(version))
-    return config if config is not None and served_models.deployed_name(config) == known.name else None
-
-
-def _config(folder: Path) -> str | None:
-    """The configuration in a folder of the repository; None if there is none, or if it must not be opened."""
-    if not _is_folder(folder):
-        return None
-    try:
-        return untrusted.read_text(folder / CONFIG, max_bytes=_CONFIG_MAX_BYTES, links=False)
-    except Unreadable:
-        return None
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _folders(repository: Path) -> list[Path]:
-    return [path for path in sorted(repository.iterdir()) if _is_folder(path)] if repository.is_dir() else []
-
-
-def _names(repository: Path) -> set[str]:
-    """The names under which models were deployed."""
-    configs = filter(None, map(_config, _folders(repository)))
-    return {found for config in configs if (found := served_models.deployed_name(config))}
+    home = repository_state.home_of(change.place, model, known)
+    return [] if home == change.place / model else [change_steps.move(home, change.place / model)]
 
 
 def _checked_name(name: str) -> str:
@@ -392,12 +345,6 @@ def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
             )
 
 
-def deployed_as(repository: Path, name: str) -> list[Path]:
-    """The folders of the Triton models that were deployed as `name`, those of its graphs first."""
-    found = ((path, _config(path)) for path in _folders(repository) if path.name.startswith(name))
-    return [path for path, config in found if config and served_models.deployed_name(config) == name]
-
-
 def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequence[Path], known: Releases) -> None:
     """Refuses to change a model that was not deployed under this name, and to leave an old one behind."""
     ours = {path.name for path in standing}
@@ -413,16 +360,7 @@ def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequenc
             next_step="Deploy with the same options as before (--samples, --answers), or remove it first.",
         )
     for name in models:  # a version's folder is new, and what else is written to must be no link to somewhere else
-        home = _home(repository, name, known)
-        for path in (home / "warmup", home / _RETIRED):
-            if os.path.lexists(path) and not _is_folder(path):
+        home = repository_state.home_of(repository, name, known)
+        for path in (home / "warmup", home / repository_state.RETIRED):
+            if os.path.lexists(path) and not repository_state.is_folder(path):
                 raise UsageError(f"{path} is a link or no folder.", next_step="Move it away.")
-
-
-def _versions(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in _folders(folder) if _VERSION_FOLDER.fullmatch(path.name))
-
-
-def _served_version(folder: Path) -> int | None:
-    found = _VERSIONS.search(_config(folder) or "")
-    return int(found[1]) if found else None

@@ -31,7 +31,7 @@ from dinoexport.spec import (
 if TYPE_CHECKING:
     import torch
 
-    from dinoexport.models.dinov2 import Dinov2Model
+    from dinoexport.models.dinov2.model import Dinov2Model
 
 # The part of a reduced-precision graph that may go back to fp32 on its own.
 _PART = "head"
@@ -249,8 +249,13 @@ class HeadedModel:
         return {}
 
     def fitted_head(self, kind: str) -> str:
-        """The backbone's word."""
+        """The backbone's name for it."""
         return self.backbone.fitted_head(kind)
+
+    @property
+    def fitted_validation(self) -> str:
+        """The backbone's."""
+        return self.backbone.fitted_validation
 
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]

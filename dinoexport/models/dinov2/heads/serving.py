@@ -27,7 +27,7 @@ from dinoexport.spec import Array, Arrays, Graph, Progress
 if TYPE_CHECKING:
     from PIL import Image
 
-    from dinoexport.models.dinov2 import Dinov2Model
+    from dinoexport.models.dinov2.model import Dinov2Model
 
 _IMAGES = "images"
 _ANSWERS = "answers"  # the setting that says what the answers are made into

@@ -1,26 +1,13 @@
-"""The interface of a model family, and the registry that finds one.
-
-A family is a package that registers a `Family` under the entry-point group `dinoexport.families`. The rest of
-dinoexport knows families only through the protocols below, so a decoder with a cache is added as files, without an edit
-here.
-Nothing but `reference`, `upstream` and a piece's module may import torch: a bundle is validated on machines without it.
-"""
+"""The roles of a model: one protocol for each, so that a function asks for the role it needs."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import dinoexport
-from dinoexport.config.recipe import Recipe
-from dinoexport.errors import UsageError
+from dinoexport.family.pieces import Call, Read, Shapes
 from dinoexport.spec import (
     Array,
     Arrays,
@@ -32,92 +19,9 @@ from dinoexport.spec import (
     Progress,
     Runner,
     Tensor,
-    Weight,
     Workload,
-    closest,
 )
-from dinoexport.system import files
 from dinoexport.text.prompts import Prompts
-
-if TYPE_CHECKING:
-    import torch
-
-GROUP = "dinoexport.families"
-# LayerNormalization is one operator since 17, Gelu since 20; every runtime we target takes 20.
-OPSET = 20
-# Tensor name in the family's own layout -> its shape.
-Shapes = Mapping[str, tuple[int, ...]]
-# Reads one tensor of a checkpoint as float32; several threads may read at once.
-Read = Callable[[str], "Array"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A tensor that a piece is traced with; its numbers do not matter. dtype: PyTorch's name, as `float16`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A part of a graph that is traced once, however often it is used. Pieces with the same name are identical.
-
-    Nothing but data, so that a trace of the same code and data can take the place of a new one, without torch.
-
-    code: the class of the traced module, as `package.module:Class`. arguments: what it is made with: numbers, text,
-    booleans, None, and tuples and mappings of them. Its parameters are the tensors of the exported graph, in their
-    final layout and dtype; their values are not used. example_inputs: in the order of the module's `forward`.
-    dynamic: input name -> {axis: dimension name}. least_sizes: dimension name -> the smallest size that the module
-    takes, if that is not 1; the tracer checks it by tracing twice. opset: the ONNX operator set it is traced to; all
-    pieces of a graph share one.
-    """
-
-    name: str
-    code: str
-    arguments: Mapping[str, Any]
-    example_inputs: Mapping[str, Example]
-    dynamic: Mapping[str, Mapping[int, str]]
-    least_sizes: Mapping[str, int] = field(default_factory=dict)
-    opset: int = OPSET
-
-    @cached_property
-    def module(self) -> torch.nn.Module:
-        """The module itself. Imports torch."""
-        place, _, name = self.code.partition(":")
-        made: torch.nn.Module = getattr(import_module(place), name)(**self.arguments)
-        return made
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One use of a piece: its input and output values, and the weights of its parameters in this use."""
-
-    piece: Piece
-    scope: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    weights: Mapping[str, Weight]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fact:
-    """One fact about a model from a file of the user.
-
-    key: the recipe's, dotted, as `model.num_heads`. source: the file and key, as `config.json: num_heads`.
-    """
-
-    key: str
-    value: Any
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """Facts about a model from its weights and the files beside them. notes: what was chosen and left out."""
-
-    facts: tuple[Fact, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +233,10 @@ class Fittable(Protocol):
     def fitted_head(self, kind: str) -> str:
         """The name in the recipe's `[head]` of a fitted classifier of `kind`."""
 
+    @property
+    def fitted_validation(self) -> str:
+        """The shipped validation file that limits how far a fitted classifier's probabilities may differ."""
+
 
 class Servable(Protocol):
     """Preparation of users' files and texts for a served model."""
@@ -388,6 +296,14 @@ class SizedWeights(Protocol):
 
 
 @runtime_checkable
+class PreparesSizes(Protocol):
+    """A model that prepares users' files at sizes that they name."""
+
+    def of_sizes(self, sizes: Sequence[Mapping[str, int]]) -> FrontEnd:
+        """The front end that makes each file as large as the nearest of `sizes`, each a value for every dimension."""
+
+
+@runtime_checkable
 class FinishesAnswers(Protocol):
     """A model whose answers can be served in forms other than the graph's arrays: as names, as files."""
 
@@ -408,84 +324,3 @@ class HasEngineForm(Protocol):
 
     def engine_form(self) -> Mapping[str, Any]:
         """The recipe's table `[graph]` with what engines need."""
-
-
-class Family(Protocol):
-    """A kind of model."""
-
-    def model(self, recipe: Recipe) -> Model:
-        """The variant a recipe describes; a UsageError that names what is wrong in `[model]` or `[graph]`."""
-
-    def table_schemas(self) -> Mapping[str, Any]:
-        """JSON schemas of the recipe tables that are the family's own: `model` and `graph`, `preprocess` if any."""
-
-
-@runtime_checkable
-class DescribesWeights(Protocol):
-    """A family that recognises a model by a user's weights and the files beside them."""
-
-    def recipe_from(self, weights: Path, found: Shapes) -> Recipe | None:
-        """The recipe for the weights at `weights`, a file or a folder, from their tensors and the files beside them.
-
-        found: their tensors. None if they are not this family's; raises UsageError if they are and a value that the
-        recipe needs is nowhere to be found.
-        """
-
-    def described(self, recipe: Recipe, weights: Path, found: Shapes) -> Description:
-        """The facts in the weights and the files beside them about what `recipe` describes.
-
-        The caller refuses facts that contradict the recipe or one another, and adds the rest to it.
-        """
-
-    def assumed(self, recipe: Recipe) -> tuple[Fact, ...]:
-        """Values that weights cannot show: each with its default, which recipe or file can replace, and the reason."""
-
-
-@runtime_checkable
-class SplitsTensors(Protocol):
-    """A family whose published checkpoints hold parts of one tensor in several files."""
-
-    def split_axis(self, name: str) -> int | None:
-        """Along which axis the parts of the tensor `name` are joined; None for one that is whole in each file."""
-
-
-def split_axis(name: str) -> int | None:
-    """What the installed families say of a tensor in several files, before it is known whose it is."""
-    axes = (known.split_axis(name) for known in map(find, installed()) if isinstance(known, SplitsTensors))
-    return next((axis for axis in axes if axis is not None), None)
-
-
-def installed() -> tuple[str, ...]:
-    """The names of the families that are installed."""
-    return tuple(sorted({entry.name for entry in _entries(tuple(sys.path))}))
-
-
-def find(name: str) -> Family:
-    """The installed family called `name`."""
-    for entry in _entries(tuple(sys.path)):
-        if entry.name == name:
-            family: Family = entry.load()
-            return family
-    raise UsageError(
-        f"No model family {name!r} is installed.{closest(name, installed())}",
-        next_step=f"Installed families: {', '.join(installed()) or 'none; reinstall dinoexport'}.",
-    )
-
-
-@cache
-def _entries(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """The families' entry points on this search path; looking through all packages takes longer than a recipe."""
-    return tuple(entry_points(group=GROUP))
-
-
-def code_of(model: object) -> str:
-    """The hash of dinoexport's code and the family's: results of other code are not reused."""
-    own = Path(dinoexport.__file__)
-    brought = Path(sys.modules[type(model).__module__].__file__ or own)
-    sources = sorted({path for module in (own, brought) for path in _sources(module)})
-    return hashlib.sha256("".join(files.sha256(path) for path in sources).encode()).hexdigest()
-
-
-def _sources(module: Path) -> tuple[Path, ...]:
-    """A package's source files, or the one file of a module that is not a package."""
-    return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)

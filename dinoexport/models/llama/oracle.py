@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dinoexport.errors import UsageError
 from dinoexport.family import Read
-from dinoexport.models.llama import reference
+from dinoexport.models.llama import driving, reference
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture
 from dinoexport.runtime.decoding import LOGITS
-from dinoexport.spec import Array, Arrays, Progress
+from dinoexport.spec import Array, Arrays, Precision, Progress
 
 # A model of so few weights is kept in memory while it is asked again and again: half a gigabyte in fp32.
 _KEPT_NUMBERS_MAX = 1 << 28
@@ -23,15 +24,14 @@ def of(
     read: Read,
     inputs: Sequence[Arrays],
     *,
-    dtype: torch.dtype,
+    precision: Precision,
     progress: Progress,
-    label: str,
     inside: bool,
 ) -> list[dict[str, Array]]:
     """The outputs `drive` gives, by their names. inside: the residual stream of each prompt too, padded on the left."""
     import numpy as np
 
-    prompts = [[row[row >= 0] for row in arrays["tokens"]] for arrays in inputs]
+    prompts = [_prompts(arch, arrays) for arrays in inputs]
     streams: list[dict[str, list[Array]]] = [{} for _ in inputs]
     places = [(j, row) for j, rows in enumerate(prompts) for row in range(len(rows))]
 
@@ -39,7 +39,7 @@ def of(
         name = "embedded" if not blocks_done else f"layers.{blocks_done - 1}_stream"
         streams[places[at][0]].setdefault(name, []).append(stream.float().numpy())
 
-    load = _loader(arch, read, dtype)
+    load = _loader(arch, read, _dtype(precision))
 
     def ask(cases: Sequence[int], keep: Sequence[int], *, watch: bool) -> list[list[Array]]:
         """Logits (keep, V) of each prompt of each of `cases`."""
@@ -50,7 +50,7 @@ def of(
             [torch.from_numpy(prompt) for _, prompt in rows],
             first_positions=[setting(inputs[j], "first_position") for j, _ in rows],
             keep=[n for j, n in zip(cases, keep, strict=True) for _ in prompts[j]],
-            block_done=lambda done: progress(f"PyTorch {label}", done, arch.layers),
+            block_done=lambda done: progress(f"PyTorch {precision}", done, arch.layers),
             keep_stream=keep_stream if watch else None,
         )
         found = iter(answers)
@@ -78,6 +78,12 @@ def of(
     return results
 
 
+def _prompts(arch: Architecture, arrays: Arrays) -> list[Array]:
+    """The ids of each sequence of a case."""
+    driving.check(arch, arrays)
+    return [row[row >= 0] for row in arrays["tokens"]]
+
+
 def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     """What loads a tensor in `dtype`; all of a small model's stay in memory."""
     import numpy as np
@@ -94,3 +100,14 @@ def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str
         return tensor
 
     return load
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    """PyTorch's dtype; it has none for weights of fewer bits."""
+    dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+    if precision not in dtypes:
+        raise UsageError(
+            f"PyTorch has no {precision} of its own to compare with.",
+            next_step=f"Leave times_own_error_max out of [limits.{precision}].",
+        )
+    return dtypes[precision]
