@@ -1,4 +1,4 @@
-"""`python -m benchmarks.busy_choice`: a build's choice of a runtime, twenty times, beside four processes that never rest.
+"""`python -m benchmarks.busy_choice`: a build's choice of a runtime, twenty times, with four busy processes beside it.
 
 Each choice is made in a new process with an empty cache, as the first build on a machine makes it, from the graph of
 ViT-S with four of its blocks. One choice before, without the load, is what the others are compared with.
