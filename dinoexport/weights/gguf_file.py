@@ -49,7 +49,7 @@ class _Header:
             self._take(8 * dims + 12)
 
     def release(self) -> None:
-        """Leaves the file to whoever opened it."""
+        """Leaves the file open; its opener closes it."""
         self._source.detach()
 
     def _skip_value(self, kind: int, depth: int) -> None:

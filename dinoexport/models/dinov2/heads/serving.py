@@ -93,7 +93,7 @@ def _classifies(head: Head) -> bool:
 
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
-    """The image at the size the graph is asked at, cubic, RGB bytes (H, W, 3)."""
+    """The image at the graph's input size, cubic, RGB bytes (H, W, 3)."""
     import numpy as np
     from PIL import Image
 
