@@ -83,7 +83,7 @@ def deploy(
     queues have no limits if limits would stall that image's batcher.
     samples: a folder of the user's own files, from which a front end derives sizes.
     answers: forms in which a front end gives a head's answers, each as a model of its own beside the plain one.
-    sizes: sizes that are asked often, as `224x224`: the Python backend gives each a form of its own.
+    sizes: sizes that are often requested, as `224x224`: the Python backend gives each a form of its own.
     verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
