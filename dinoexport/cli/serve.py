@@ -48,7 +48,8 @@ def deploy(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HxW|BxHxW", help="A size that is often requested: --backend python compiles a form for it; repeatable."
+            metavar="HxW|BxHxW",
+            help="A size that is often requested: --backend python compiles a form for it; repeatable.",
         ),
     ] = None,
     verify: Verify = None,
