@@ -26,8 +26,8 @@ from dinoexport.weights.checkpoint import open_checkpoint
 
 MODELS = ("vits14:linear4", "vits14:nyu_linear4", "vits14:ade20k_ms", "vits14:nyu_dpt", "depth-anything-v2-vits")
 STRESSED = ("vits14:nyu_dpt", "depth-anything-v2-vits")
-# fp16 graphs run in ONNX Runtime; int8 has a form for each runtime. Few CPUs have bf16, but PyTorch computes in it on all
-# of them: the plain formulation with every value of the backbone, and of a DPT head, in bf16.
+# fp16 graphs run in ONNX Runtime; int8 has a form for each runtime. Few CPUs have bf16, but PyTorch computes in it on
+# all: the plain formulation with every value of the backbone, and of a DPT head, in bf16.
 WAYS: tuple[tuple[Precision, Runtime | None], ...] = (
     (Precision.FP16, Runtime.ONNXRUNTIME),
     (Precision.INT8, Runtime.ONNXRUNTIME),
