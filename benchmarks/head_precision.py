@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,11 +39,13 @@ HEADER = ("model", "weights", "precision", "in", "output", "worst figures", "ver
 LARGEST = ("relative_l2", "worst_l2", "largest_difference")
 
 
-def reports(model: str, weights: str, *, without: tuple[str, ...]) -> Iterator[tuple[Precision, str, Report]]:
+def reports(
+    model: str, weights: str, precisions: Collection[Precision], *, without: Collection[str]
+) -> Iterator[tuple[Precision, str, Report]]:
     """(precision, what ran, its report) for each way to run the model; the reference is computed once."""
     variant, _, head = model.partition(":")
     reference = None
-    for precision, runtime in WAYS:
+    for precision, runtime in ((p, r) for p, r in WAYS if p in precisions):
         request = pipeline.build_request(
             variant,
             weights=weights,
@@ -112,13 +114,16 @@ def main() -> None:
     """Prints a Markdown table, line by line as it grows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--weights", action="append", help="synthetic:SEED or synthetic-stress:SEED")
+    parser.add_argument("--precision", action="append", type=Precision)
     parser.add_argument("--quick", action="store_true", help=f"leave out the large cases: {', '.join(LARGE)}")
     given = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER))
     for model in given.model or MODELS:
-        for weights in ("synthetic:0", "synthetic-stress:0")[: 1 + (model in STRESSED)]:
-            for precision, ran, report in reports(model, weights, without=LARGE if given.quick else ()):
+        for weights in given.weights or ("synthetic:0", "synthetic-stress:0")[: 1 + (model in STRESSED)]:
+            precisions = given.precision or list(Precision)
+            for precision, ran, report in reports(model, weights, precisions, without=LARGE if given.quick else ()):
                 for row in rows(report):
                     cells = (model, weights, precision, ran, *row)
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
