@@ -75,7 +75,7 @@ gallery: $(READY)
 	$(BIN)/python -m scripts.gallery $(GALLERY)
 
 bench: $(READY) $(PEERS)/.ready
-	$(PEERS)/bin/python benchmarks/run.py $(if $(QUICK),--quick)
+	$(PEERS)/bin/python -m benchmarks.run $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(BIN)/python benchmarks/build_cost.py)
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.heads)
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers
 
+from benchmarks import peers
 from dinoexport import family
 from dinoexport.bench import BLAS_SETTINGS, GEMM_GFLOP, gemm
 from dinoexport.config import recipe

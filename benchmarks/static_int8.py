@@ -1,7 +1,8 @@
 """Whether static int8, calibrated on photographs, beats the dynamic one: `python benchmarks/static_int8.py [VARIANT]`.
 
-It did not: see `dinoexport/quantise.py`. Weights are made up; run it with `--weights FILE` on trained ones before
-trusting that for them. Prints, per size, the worst relative L2 over photographs and outputs, and the ratio to fp32.
+It did not: see `dinoexport/graph/quantise.py`. Weights are synthetic; run it with `--weights FILE` on trained ones
+before trusting that for them. Prints, per size, the worst relative L2 over photographs and outputs, and the ratio to
+fp32.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from PIL import Image
 
-from dinoexport import family
+from dinoexport import family, images
 from dinoexport.config import recipe
 from dinoexport.graph import quantise
-from dinoexport.models.dinov2.cases import normalised
 from dinoexport.runtime import cpu
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import timing
@@ -37,7 +37,7 @@ RUNTIMES = (Runtime.ONNXRUNTIME, Runtime.OPENVINO)
 def pixels(image: Image.Image, side: int) -> np.ndarray:
     """The whole image as (1, 3, side, side) float32."""
     resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return normalised(np.asarray(resized)[None])
+    return images.Preprocessing().normalised(np.asarray(resized)[None])
 
 
 class Crops(CalibrationDataReader):  # type: ignore[misc]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,8 +22,8 @@ from dinoexport.family import FrontEnd, Model
 from dinoexport.runtime import cpu, runners
 from dinoexport.runtime.sizes import Form, Specialised
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
-from dinoexport.system import changes, untrusted
-from dinoexport.system.untrusted import Identity, Unreadable
+from dinoexport.system import changes
+from dinoexport.system.untrusted import Identity
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "gpu"]
 _DEVICES: tuple[Device, ...] = ("cpu", "gpu")
-# Pillow's modes that a PNG holds without loss, besides 16-bit grey.
-_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
 class OutputsDiffer(ValidationFailed):
@@ -241,7 +238,7 @@ class Bundle:
         first = graph.inputs[0].shape[0]
         most = next((dim.max for dim in graph.dims if dim.name == first), 1)
         for start in range(0, len(items), most):
-            encoded = [_encoded(item) for item in items[start : start + most]]
+            encoded = [images.encoded(item) for item in items[start : start + most]]
             yield self._model.prepare(front_end.name, front_end.settings, encoded)
 
     def _front_end(self, wanted: str | None) -> FrontEnd:
@@ -384,24 +381,3 @@ def _is_array(inputs: Any) -> TypeGuard[Array]:
 
 def _items(inputs: Any) -> Sequence[Item]:
     return list(inputs) if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
-
-
-def _encoded(item: Any) -> bytes:
-    """The bytes of an image file."""
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, str | PathLike):
-        try:
-            return untrusted.read_bytes(Path(item), max_bytes=images.MAX_BYTES)
-        except Unreadable as error:
-            raise InputRefused(error.message, next_step=error.next_step) from None
-    if hasattr(item, "save") and hasattr(item, "mode"):
-        stored = BytesIO()
-        if item.mode in ("I", "F"):
-            raise InputRefused("An image in 32-bit grey has no standard range.", next_step="Scale it to 8 or 16 bits.")
-        kept = item if item.mode in _PNG_MODES or item.mode.startswith("I;16") else item.convert("RGB")
-        kept.save(stored, "PNG", compress_level=0, exif=item.getexif())
-        return stored.getvalue()
-    raise InputRefused(
-        f"A {type(item).__name__} is not an image.", next_step="Give paths, encoded bytes, Pillow images or arrays."
-    )

@@ -13,8 +13,8 @@ from typing import Literal
 
 import dinoexport
 from dinoexport.config import resources
-from dinoexport.config.recipe import EngineChoices, Target, load_target
-from dinoexport.config.target import can_build
+from dinoexport.config.recipe import EngineChoices
+from dinoexport.config.target import Target, can_build, load_target
 from dinoexport.errors import DinoexportError
 from dinoexport.runtime import telemetry
 from dinoexport.runtime.table import TABLE

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import isfinite, prod
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dinoexport.config.recipe import Frozen
-from dinoexport.errors import UsageError
+from dinoexport.errors import InputRefused, UsageError
 from dinoexport.spec import Array
 from dinoexport.system import untrusted
 from dinoexport.system.untrusted import Unreadable
@@ -258,3 +259,28 @@ def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
         rows = wide[top : top + _ROWS_AT_ONCE].astype(np.float64)
         narrow[top : top + _ROWS_AT_ONCE] = np.clip(rows / 257, 0, 255).round()
     return Image.fromarray(narrow)
+
+
+# Pillow's modes that a PNG holds without loss, besides 16-bit grey.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+
+
+def encoded(item: Any) -> bytes:
+    """The bytes of an image file."""
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str | PathLike):
+        try:
+            return untrusted.read_bytes(Path(item), max_bytes=MAX_BYTES)
+        except Unreadable as error:
+            raise InputRefused(error.message, next_step=error.next_step) from None
+    if hasattr(item, "save") and hasattr(item, "mode"):
+        stored = io.BytesIO()
+        if item.mode in ("I", "F"):
+            raise InputRefused("An image in 32-bit grey has no standard range.", next_step="Scale it to 8 or 16 bits.")
+        kept = item if item.mode in _PNG_MODES or item.mode.startswith("I;16") else item.convert("RGB")
+        kept.save(stored, "PNG", compress_level=0, exif=item.getexif())
+        return stored.getvalue()
+    raise InputRefused(
+        f"A {type(item).__name__} is not an image.", next_step="Give paths, encoded bytes, Pillow images or arrays."
+    )

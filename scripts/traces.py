@@ -15,8 +15,8 @@ from dinoexport.family import Piece, find
 from dinoexport.graph import tracer, traces
 from dinoexport.spec import Precision
 
-# Whose traces the package brings; an export of another one traces once and keeps that in the cache.
-VARIANTS = ("vits14", "vits14_reg", "vitb14", "vitb14_reg", "smollm2-135m")
+# Whose traces the package brings; an export of anybody's own recipe traces once and keeps that in the cache.
+VARIANTS = recipe.variants()
 # What graphs are traced in: int8 and int4 are made of these, and so is bf16 on a CPU.
 PRECISIONS = (Precision.FP32, Precision.FP16)
 

@@ -24,7 +24,7 @@ from pydantic import (
 from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
-from dinoexport.system import changes, files, untrusted
+from dinoexport.system import change_steps, changes, files, untrusted
 from dinoexport.system.untrusted import Unreadable
 
 SCHEMA: Final = 1
@@ -355,7 +355,7 @@ def rewrite(
         steps = []
         if after != before:
             (change.new / MANIFEST).write_bytes(after.to_bytes())
-            steps.append(changes.move(change.new / MANIFEST, change.place / MANIFEST))
+            steps.append(change_steps.move(change.new / MANIFEST, change.place / MANIFEST))
         if sign is not None:
             known = {file.name for file in after.files} | {MANIFEST, SIGNATURE}
             if added := sorted({path.name for path in folder.iterdir()} - known):
@@ -364,9 +364,9 @@ def rewrite(
                     next_step="Move them away first: a signature covers everything in the folder.",
                 )
             (change.new / SIGNATURE).write_bytes(sign(after, change.place.name))
-            steps.append(changes.move(change.new / SIGNATURE, change.place / SIGNATURE))
+            steps.append(change_steps.move(change.new / SIGNATURE, change.place / SIGNATURE))
         elif after != before:
-            steps.append(changes.remove(change.place / SIGNATURE))
+            steps.append(change_steps.remove(change.place / SIGNATURE))
         what = "signed" if after == before else "recorded in its manifest, which is signed" if sign else "recorded"
         change.commit(steps, done=f"{folder}: the verdict is {what}.")
 

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from dinoexport.bundle import archive, damaged
-from dinoexport.config.recipe import Frozen, Limits
+from dinoexport.config.limits import Limits
+from dinoexport.config.recipe import Frozen
 from dinoexport.errors import UsageError
 from dinoexport.spec import Array, Case, Expectation, OutputKind
 from dinoexport.system.untrusted import Unreadable

@@ -8,7 +8,8 @@ from typing import Any
 from dinoexport import family
 from dinoexport.cli.formatting import Rows
 from dinoexport.config import recipe, resources
-from dinoexport.config.recipe import Recipe, load, load_target
+from dinoexport.config.recipe import Recipe, load
+from dinoexport.config.target import load_target
 
 # What is known of every variant; the rest are its family's facts.
 _COMMON = ("variant", "parameters", "published_bytes", "licence")

@@ -26,8 +26,9 @@ from dinoexport.cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from dinoexport.embed.layout import Layout
     from dinoexport.embed.plan import Plan
-    from dinoexport.embed.run import Embedded, Layout, State
+    from dinoexport.embed.run import Embedded, State
 
 # How often a log gets a line; on a terminal the line is redrawn.
 _LINE_EVERY_S, _DRAWN_EVERY_S = 10.0, 0.2

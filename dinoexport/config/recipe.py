@@ -1,7 +1,7 @@
-"""Recipes, targets and validations, as frozen data parsed from TOML.
+"""Recipes, as frozen data parsed from TOML, and what parses every TOML file.
 
-Three kinds of file: recipes (`recipes/*.toml` or a user's own path), targets (`recipes/targets/*.toml`) and validations
-(`validate/*.toml`). An unknown key in any of them is an error that names it.
+Three kinds of file: recipes (`recipes/*.toml` or a user's own path), targets (`recipes/targets/*.toml`, see `target`)
+and validations (`validate/*.toml`, see `limits`). An unknown key in any of them is an error that names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dinoexport.config import resources
 from dinoexport.errors import UsageError
-from dinoexport.spec import Dim, Precision, Runtime, closest
+from dinoexport.spec import Dim, Precision, closest
 from dinoexport.system import untrusted
 
 # A hundred times the longest recipe; it also bounds what a hostile recipe can repeat.
@@ -183,85 +183,6 @@ class Recipe(Frozen):
         return self
 
 
-class Target(Frozen):
-    """A kind of machine that a bundle is built for.
-
-    runtimes: the runtimes for this machine, the preferred first, with the use of each. cautions: what a user must know
-    before relying on one. precisions: what the machine has, the recommended one first, with its reason; lacks:
-    what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
-    known_bad: versions of TensorRT, by their beginning, that are refused there, and why. unified_memory: CPU and GPU
-    share one memory, so an engine cannot have all of it.
-    """
-
-    name: Name
-    description: str
-    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
-    gpus: tuple[str, ...] = ()
-    memory_gb: int | None = Field(default=None, gt=0)
-    unified_memory: bool = False
-    known_bad: dict[Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")], str] = Field(default_factory=dict)
-    runtimes: dict[Runtime, str] = Field(min_length=1)
-    cautions: dict[Runtime, str] = Field(default_factory=dict)
-    precisions: dict[Precision, str] = Field(min_length=1)
-    lacks: dict[Precision, str] = Field(default_factory=dict)
-
-    def why_bad(self, tensorrt: str) -> str:
-        """Why this version of TensorRT is refused here; empty when it is not."""
-        parts = tensorrt.split(".")
-        return next((why for bad, why in self.known_bad.items() if parts[: bad.count(".") + 1] == bad.split(".")), "")
-
-    def memory_for_engine(self, memory_bytes: int) -> int:
-        """How much of a device's memory an engine may take: of a shared one three quarters, an assumption."""
-        return memory_bytes * 3 // 4 if self.unified_memory else memory_bytes
-
-
-class Limit(Frozen):
-    """A limit, and the reason for its value."""
-
-    # An infinite limit would limit nothing.
-    value: float = Field(allow_inf_nan=False)
-    reason: str = Field(min_length=20)
-
-
-class Limits(Frozen):
-    """The limits for a candidate of one precision, per output and per case.
-
-    kl_mean_max to top1_gap_max: for outputs that are distributions, see `metrics.divergence`; their relative errors are
-    those of centred logits, and cosines say nothing of them.
-    neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
-    knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
-    probability_difference_max: of any one probability, instead of the figures of vectors. depth_within_min: the share
-    of depths within 1.25 times PyTorch's. label_agreement_min: the share of all pixels that have PyTorch's label; where
-    it is decided they all must.
-    """
-
-    relative_l2_max: Limit
-    worst_l2_max: Limit
-    cosine_mean_min: Limit | None = None
-    cosine_p01_min: Limit | None = None
-    cosine_worst_min: Limit | None = None
-    kl_mean_max: Limit | None = None
-    kl_worst_max: Limit | None = None
-    top1_kept_min: Limit | None = None
-    top1_gap_max: Limit | None = None
-    times_own_error_max: Limit | None = None
-    neighbour_agreement_min: Limit | None = None
-    knn_agreement_min: Limit | None = None
-    recall_min: Limit | None = None
-    probe_agreement_min: Limit | None = None
-    correspondence_min: Limit | None = None
-    probability_difference_max: Limit | None = None
-    depth_within_min: Limit | None = None
-    label_agreement_min: Limit | None = None
-
-
-class Validation(Frozen):
-    """Limits per precision, and cases in the family's own terms."""
-
-    limits: dict[Precision, Limits]
-    cases: tuple[dict[str, Any], ...] = Field(min_length=1)
-
-
 FrozenT = TypeVar("FrozenT", bound=Frozen)
 
 
@@ -377,28 +298,3 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         old = merged.get(key)
         merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def load_validation(name: str, *, beside: Path | None) -> tuple[Validation, Path]:
-    """The validation file `name` and its folder: the folder of the user's recipe, else the shipped one."""
-    folders = [folder for folder in (beside, resources.folder("validate")) if folder is not None]
-    for folder in folders:
-        path = folder / f"{name}.toml"
-        if path.is_file():
-            return parse(Validation, read_toml(path), where=str(path)), folder
-    near = closest(name, [path.stem for folder in folders for path in sorted(folder.glob("*.toml"))])
-    raise UsageError(
-        f"There is no validation {name!r}: looked for {name}.toml in {', '.join(map(str, folders))}.{near}",
-        next_step="Put the file beside your recipe, or name a shipped one.",
-    )
-
-
-def load_target(name: str) -> Target:
-    """The shipped target of that name."""
-    known = resources.names("recipes/targets")
-    if name not in known:
-        raise UsageError(
-            f"There is no target {name!r}.{closest(name, known)}", next_step="dinoexport list shows all targets."
-        )
-    path = resources.folder("recipes/targets") / f"{name}.toml"
-    return parse(Target, read_toml(path), where=path.name)

@@ -9,16 +9,50 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dinoexport.config import resources
-from dinoexport.config.recipe import EngineChoices, Frozen, Recipe, Target, load_target, parse, read_toml
+from dinoexport.config.recipe import EngineChoices, Frozen, Name, Recipe, parse, read_toml
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.spec import Precision, Runtime, closest
 from dinoexport.system import hardware
 from dinoexport.system.hardware import Gpu
 
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
+
+
+class Target(Frozen):
+    """A kind of machine that a bundle is built for.
+
+    runtimes: the runtimes for this machine, the preferred first, with the use of each. cautions: what a user must know
+    before relying on one. precisions: what the machine has, the recommended one first, with its reason; lacks:
+    what it does not have, and why. gpus: parts of the names its driver gives. memory_gb: of the smallest such card.
+    known_bad: versions of TensorRT, by their beginning, that are refused there, and why. unified_memory: CPU and GPU
+    share one memory, so an engine cannot have all of it.
+    """
+
+    name: Name
+    description: str
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d+$")], ...] = ()
+    gpus: tuple[str, ...] = ()
+    memory_gb: int | None = Field(default=None, gt=0)
+    unified_memory: bool = False
+    known_bad: dict[Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")], str] = Field(default_factory=dict)
+    runtimes: dict[Runtime, str] = Field(min_length=1)
+    cautions: dict[Runtime, str] = Field(default_factory=dict)
+    precisions: dict[Precision, str] = Field(min_length=1)
+    lacks: dict[Precision, str] = Field(default_factory=dict)
+
+    def why_bad(self, tensorrt: str) -> str:
+        """Why this version of TensorRT is refused here; empty when it is not."""
+        parts = tensorrt.split(".")
+        return next((why for bad, why in self.known_bad.items() if parts[: bad.count(".") + 1] == bad.split(".")), "")
+
+    def memory_for_engine(self, memory_bytes: int) -> int:
+        """How much of a device's memory an engine may take: of a shared one three quarters, an assumption."""
+        return memory_bytes * 3 // 4 if self.unified_memory else memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +93,17 @@ class Triton:
 
     tag: str
     tensorrt: str
+
+
+def load_target(name: str) -> Target:
+    """The shipped target of that name."""
+    known = resources.names("recipes/targets")
+    if name not in known:
+        raise UsageError(
+            f"There is no target {name!r}.{closest(name, known)}", next_step="dinoexport list shows all targets."
+        )
+    path = resources.folder("recipes/targets") / f"{name}.toml"
+    return parse(Target, read_toml(path), where=path.name)
 
 
 def choose(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import deque
@@ -19,33 +18,20 @@ from dinoexport.embed import columns as tables
 from dinoexport.embed import local
 from dinoexport.embed import plan as plans
 from dinoexport.embed.embedder import Job, fingerprint, front_end_graph, model_of
+from dinoexport.embed.layout import Layout, layout_of
 from dinoexport.embed.local import Task
 from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
-from dinoexport.runtime import cpu, engine_header
+from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.spec import Progress, silent
-from dinoexport.system import hardware, store
+from dinoexport.system import store
 from dinoexport.system.store import Place
 
 Size = Literal["default", "nearest"]
 Engine = Literal["local", "ray"]
 # Larger batches gain nothing on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU needs larger ones.
 _BATCH_CPU, _BATCH_GPU = 16, 64
-# Memory of a session: weights, buffers, the interpreter and its packages.
-_WORKER_BYTES = 500 << 20
 _RATE_OVER_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How workers share this machine's processors. environments: one per worker, which names its GPU, if any."""
-
-    workers: int
-    threads: int
-    decoders: int
-    environments: tuple[dict[str, str], ...]
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,39 +258,6 @@ class _Counter:
                 left_s=left / rate if rate > 0 else None,
             )
         )
-
-
-def layout_of(manifest: Manifest, workers: int | None) -> Layout:
-    """The number of workers on this machine, and the threads of each.
-
-    With engines that run here: a worker for each GPU, whose decoders share the processors. Without:
-    processes of four threads at most: threads of one session wait for each other, processes do not.
-    """
-    cpus = cpu.usable_cpus()
-    gpus = hardware.gpus() if manifest.engines else ()
-    if gpus and _runs(manifest):
-        count = workers or len(gpus)
-        environments = tuple({"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in gpus)
-        decoders = max(1, cpus // count)
-        return Layout(
-            workers=count, threads=1, decoders=decoders, environments=environments,
-            why=f"{len(gpus)} GPUs, {cpus} CPUs that decode for them",
-        )  # fmt: skip
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith((".onnx", ".data")))
-    by_memory = max(1, free // (2 * weights + _WORKER_BYTES))
-    count = workers or max(1, min(cpus, max(2, cpus // 4), by_memory))
-    threads = max(1, cpus // count)
-    why = f"{cpus} CPUs" + (f", memory for {by_memory}" if by_memory < max(2, cpus // 4) else "")
-    return Layout(workers=count, threads=threads, decoders=threads, environments=({},), why=why)
-
-
-def _runs(manifest: Manifest) -> bool:
-    try:
-        engine_header.for_this_machine(manifest.engines, hardware.gpus())
-    except MissingRequirement:
-        return False
-    return True
 
 
 def _settings(

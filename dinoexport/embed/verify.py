@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoexport import bundle
 from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.embed import plan as plans
 from dinoexport.embed.columns import Row, stored
 from dinoexport.embed.embedder import Embedder, Job

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from dinoexport import family
 from dinoexport.config import target as targets
-from dinoexport.config.recipe import EngineChoices, Limits, Recipe, Target, load, load_validation, parse
-from dinoexport.config.target import Chosen
+from dinoexport.config.limits import Limits, load_validation
+from dinoexport.config.recipe import EngineChoices, Recipe, load, parse
+from dinoexport.config.target import Chosen, Target
 from dinoexport.engines import profiles
 from dinoexport.errors import UsageError
 from dinoexport.family import HasEngineForm, Model

@@ -23,7 +23,7 @@ from dinoexport.bundle import BundleFile, Manifest
 from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.pipeline.shared_cache import INDEX, Index, SharedCache, shared_cache
 from dinoexport.spec import Progress
-from dinoexport.system import changes, files, untrusted
+from dinoexport.system import change_steps, changes, files, untrusted
 from dinoexport.system.changes import Change
 
 
@@ -101,10 +101,10 @@ class Workspace:
         steps = []
         for stage in stages.values():
             # Files of the replaced bundle are linked, not moved: it stays complete until the new one replaces it.
-            put = changes.link if stage.folder == self.out else changes.move
+            put = change_steps.link if stage.folder == self.out else change_steps.move
             steps += [put(stage.folder / file.name, ready / file.name) for file in stage.files]
-        steps.append(changes.move(ready, self.out))
-        steps += [changes.remove(path) for path in self._stage_folders()]
+        steps.append(change_steps.move(ready, self.out))
+        steps += [change_steps.remove(path) for path in self._stage_folders()]
         self.change.commit(steps, done=f"The bundle {self.out} is published.")
 
     def _stage_folders(self) -> list[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.errors import InputRefused
 from dinoexport.family import TextRole
 from dinoexport.serving.text_client import Ended, TextClient

@@ -13,27 +13,24 @@ record. Ctrl-C and SIGTERM wait for the end of the change.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
 import shutil
 import signal
 import stat
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.spec import Progress, silent
 from dinoexport.system import locks
+from dinoexport.system.change_steps import STEPS, Kind, Step, discard
 
 _LOCK, _NEW, _OLD, _RECORD = "lock", "new", "old", "change.json"
 # Other folders that a build keeps beside its bundle: a finished stage, named by the beginning of its key, or a new one.
@@ -42,39 +39,8 @@ _OURS = re.compile(r"lock|new|old|change\.json(\.partial)?|[a-z0-9_]+-[0-9a-f]{1
 _RECORD_BYTES_MAX = 1 << 24
 # How long a change waits for readers of the place, and readers for a change that is being carried out.
 WAIT_S = 600.0
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV})
 
-Kind = Literal["move", "link", "remove"]
 _done: list[str] = []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of a change. Every path is in the place or in its work folder.
-
-    move: the file or folder `source` appears at `target`; what was there goes, a folder by exchange. link: the file
-    `source` is `target` too. remove: `target` goes.
-    """
-
-    kind: Kind
-    target: Path
-    source: Path | None = None
-
-
-def move(source: Path, target: Path) -> Step:
-    """The step that puts the file or folder `source` at `target`."""
-    return Step(kind="move", source=source, target=target)
-
-
-def link(source: Path, target: Path) -> Step:
-    """The step that makes the file `source` be `target` too, until one of them goes in the same change."""
-    return Step(kind="link", source=source, target=target)
-
-
-def remove(target: Path) -> Step:
-    """The step that removes the file or folder `target`."""
-    return Step(kind="remove", target=target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +91,13 @@ def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterato
         try:
             _check_ours(folder)
             _finish(change)
-            _discard(change.new)
+            discard(change.new)
             change.new.mkdir()
             yield change
         finally:
             if not _begun(place):  # if begun, the next process needs all of it
-                _discard(change.new)
-                _discard(folder / _OLD)
+                discard(change.new)
+                discard(folder / _OLD)
                 if not any(path.name != _LOCK for path in folder.iterdir()):
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -215,17 +181,6 @@ def _check_ours(folder: Path) -> None:
             f"{folder} holds files that dinoexport did not write: {', '.join(strange[:5])}.",
             next_step="Move that folder away: changes are made there, and it would be removed.",
         )
-
-
-def _discard(path: Path) -> None:
-    """Removes a file or folder of dinoexport; never the target of a link."""
-    try:
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except FileNotFoundError:
-        return
 
 
 @contextmanager
@@ -322,7 +277,7 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
     number = 0
     try:
         for number, (step, inode) in enumerate(steps):
-            _STEPS[step.kind](step, inode, change.folder / _OLD / str(number))
+            STEPS[step.kind](step, inode, change.folder / _OLD / str(number))
     except OSError as error:
         if begins_here and number == 0:
             record.unlink()  # nothing was done yet, so nothing has to be finished
@@ -331,74 +286,6 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
             f"The change of {change.place} was begun and could not be finished: {error}.",
             next_step="The next dinoexport command there finishes it first. Fix the cause and run it again.",
         ) from error
-    _discard(change.folder / _OLD)
-    _discard(change.new)
+    discard(change.folder / _OLD)
+    discard(change.new)
     record.unlink()
-
-
-def _move(step: Step, inode: int | None, old: Path) -> None:
-    """Puts `source` at `target`; what was there goes to `old`. Once `source` is gone it is done."""
-    source, target = step.source, step.target
-    assert source is not None
-    if not os.path.lexists(source):
-        return
-    target.parent.mkdir(exist_ok=True)
-    if not os.path.lexists(target):
-        os.rename(source, target)
-        return
-    if not target.is_dir() or target.is_symlink():
-        os.replace(source, target)
-        return
-    if os.lstat(target).st_ino != inode and not _exchange(source, target):
-        os.rename(target, old)
-        try:
-            os.rename(source, target)
-        except OSError:
-            os.rename(old, target)  # the old one is better than none
-            raise
-        return
-    os.rename(source, old)  # what was exchanged
-
-
-def _link(step: Step, _inode: int | None, _old: Path) -> None:
-    source, target = step.source, step.target
-    assert source is not None
-    if os.path.lexists(target) or not target.parent.is_dir():  # its folder has already been moved into place
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.copyfile(source, partial)
-        os.rename(partial, target)
-
-
-def _remove(step: Step, _inode: int | None, _old: Path) -> None:
-    _discard(step.target)
-
-
-_STEPS: dict[Kind, Callable[[Step, int | None, Path], None]] = {"move": _move, "link": _link, "remove": _remove}
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one system call, so that each path always has one; False if it is not available."""
-    rename = _renameat2()
-    if rename is None:
-        return False
-    sys.audit("dinoexport.exchange", str(one), str(other))  # reported like os.rename to audit hooks
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-@cache
-def _renameat2() -> Any:
-    """The C library's renameat2; None if it has none: Linux only, in glibc since 2.28."""
-    with suppress(OSError, AttributeError):
-        function = ctypes.CDLL(None, use_errno=True).renameat2
-        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-        return function
-    return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.spec import Array, OutputKind
 from dinoexport.validation.metrics import Distance, distance
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.errors import require
 from dinoexport.family import Uses
 from dinoexport.spec import Array, Arrays, Progress, silent

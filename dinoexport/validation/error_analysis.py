@@ -13,7 +13,7 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
-from dinoexport.config.recipe import Limits
+from dinoexport.config.limits import Limits
 from dinoexport.errors import DinoexportError, require
 from dinoexport.family import Model, Runnable
 from dinoexport.runtime import ort

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limits, Recipe, Validation
+from dinoexport.config.limits import Limits, Validation
+from dinoexport.config.recipe import Recipe
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, require
 from dinoexport.family import CaseSource, Model, Oracle, Runnable, WeightLayout
 from dinoexport.runtime import runners

@@ -14,20 +14,13 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.errors import DinoexportError, InputRefused, OutsideProfile
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, OutputKind, Progress, silent
 from dinoexport.validation import answers as comparison
 from dinoexport.validation.answers import Bound, at_least, at_most, of_vectors
 from dinoexport.validation.determinism import Determinism
-from dinoexport.validation.metrics import (
-    Distance,
-    Divergence,
-    centred,
-    distance,
-    divergence,
-    neighbour_agreement,
-)
+from dinoexport.validation.metrics import Distance, Divergence, centred, distance, divergence, neighbour_agreement
 
 # Output name -> the kind of its numbers, and for labels the output that holds their scores.
 Kinds = Mapping[str, tuple[OutputKind, str]]

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from dinoexport.bundle import archive
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limits
+from dinoexport.config.limits import Limits
 from dinoexport.errors import DinoexportError, OutsideProfile, UsageError, require
 from dinoexport.family import CaseSource, Uses
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent

@@ -15,7 +15,8 @@ from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, reference_file
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.bundle.signing import Signer
-from dinoexport.config.recipe import Limits, Recipe, load_validation, parse
+from dinoexport.config.limits import Limits, load_validation
+from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import cpu, runners

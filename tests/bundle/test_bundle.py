@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from dinoexport import bundle
 from dinoexport.bundle import BundleFile, CheckpointFacts, GraphFacts, Manifest, reference_file
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Limits, load, load_validation
+from dinoexport.config.limits import Limits, load_validation
+from dinoexport.config.recipe import load
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
 from dinoexport.spec import Case, Dim, Expectation, Graph, Precision, Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dinoexport.config.recipe import load_target
+from dinoexport.config.target import load_target
 from dinoexport.errors import MissingRequirement
 from dinoexport.pipeline import preflight
 from dinoexport.runtime.table import RuntimeFacts

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from dinoexport import family
 from dinoexport.cli.catalogue import recipe_schema
 from dinoexport.config import recipe, resources
-from dinoexport.config.recipe import Recipe, Target, Validation, load, load_target, load_validation, parse, read_toml
+from dinoexport.config.limits import Validation, load_validation
+from dinoexport.config.recipe import Recipe, load, parse, read_toml
+from dinoexport.config.target import Target, load_target
 from dinoexport.errors import UsageError
 from dinoexport.spec import Precision
 from tests.conftest import DATA

@@ -8,7 +8,8 @@ import pytest
 
 from dinoexport.bundle import EngineFacts
 from dinoexport.config import resources, target
-from dinoexport.config.recipe import EngineChoices, Recipe, load, load_target
+from dinoexport.config.recipe import EngineChoices, Recipe, load
+from dinoexport.config.target import load_target
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.runtime import engine_header
 from dinoexport.runtime.table import TABLE, RuntimeFacts

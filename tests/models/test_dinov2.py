@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from dinoexport import family
 from dinoexport.config import recipe
+from dinoexport.config.limits import Limits, load_validation
 from dinoexport.errors import InputRefused
 from dinoexport.models.dinov2 import fold, graph, reference, synthetic
 from dinoexport.models.dinov2.config import Architecture
@@ -197,10 +198,10 @@ def _hugging_face_names(arch: Architecture) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=["tiny_swiglu", "tiny_swiglu_reg"])
-def judged_model(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[Expectation], recipe.Limits]]:
+def judged_model(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[Expectation], Limits]]:
     """A tiny model, PyTorch's answers to some of the shipped cases, and the shipped limits."""
     model = model_of(request.param)
-    validation, folder = recipe.load_validation("dinov2", beside=None)
+    validation, folder = load_validation("dinov2", beside=None)
     wanted = ("small_batch", "native", "half_native", "photographs", "cropped")
     cases = [case for case in evaluate.cases_of(model, validation, folder) if case.name in wanted]
     answers = conformance.reference(model, lambda t: model.synthetic(t, SEED), [case.inputs for case in cases])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoexport.config.recipe import load_validation
+from dinoexport.config.limits import load_validation
 from dinoexport.models.llama import layouts
 from dinoexport.spec import Expectation, Precision, silent
 from dinoexport.validation import judge

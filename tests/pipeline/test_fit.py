@@ -14,7 +14,7 @@ from PIL import Image
 from dinoexport import bundle
 from dinoexport.bundle import reference_file
 from dinoexport.config import resources
-from dinoexport.config.recipe import load_validation
+from dinoexport.config.limits import load_validation
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline

@@ -21,7 +21,7 @@ from dinoexport.bundle import CheckpointFacts, Manifest
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, UsageError
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of, workspace
 from dinoexport.spec import Precision, silent
-from dinoexport.system import changes, locks
+from dinoexport.system import change_steps, changes, locks
 from tests.kills import every_moment
 
 KEY = key_of(weights="a")
@@ -278,7 +278,7 @@ def test_killed_at_every_file_operation(place: Path) -> None:
 @pytest.fixture(params=["one system call", "two renames"])
 def _exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "two renames":
-        monkeypatch.setattr(changes, "_renameat2", lambda: None)
+        monkeypatch.setattr(change_steps, "_renameat2", lambda: None)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -296,7 +296,7 @@ def test_a_second_rename_that_fails_brings_the_old_bundle_back(place: Path, monk
         rename(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(changes, "_renameat2", lambda: None)
+        patch.setattr(change_steps, "_renameat2", lambda: None)
         patch.setattr(os, "rename", failing)
         with pytest.raises(BuildError, match="Input/output error"):
             build(out, Maker(content=b"new"), key=key_of(weights="b"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dinoexport.errors import BuildError, DinoexportError, UsageError
-from dinoexport.system import changes, locks
+from dinoexport.system import change_steps, changes, locks
 from tests.kills import ENDED, INTERRUPTED, dies_at, every_moment
 
 OLD = {"a": "old a", "b": "old b", "gone": "old", "sub/c": "old c"}
@@ -38,8 +38,8 @@ def several_files(place: Path) -> None:
     """Two files replaced, one removed, one and a folder added."""
     with changes.changing(place, doing="changing it") as change:
         written(change.new, {"a": "new a", "b": "new b", "d": "new d", "folder/e": "new e"})
-        steps = [changes.move(change.new / name, place / name) for name in ("a", "b", "folder")]
-        steps += [changes.move(change.new / "d", place / "deep" / "d"), changes.remove(place / "gone")]
+        steps = [change_steps.move(change.new / name, place / name) for name in ("a", "b", "folder")]
+        steps += [change_steps.move(change.new / "d", place / "deep" / "d"), change_steps.remove(place / "gone")]
         change.commit(steps, done="changed")
 
 
@@ -48,14 +48,14 @@ def whole_folder(place: Path) -> None:
     with changes.changing(place, doing="changing it") as change:
         ready = written(change.new / "ready", {"a": "new a", "b": "new b", "deep/d": "new d", "folder/e": "new e"})
         (ready / "sub").mkdir()
-        steps = [changes.link(place / "sub" / "c", ready / "sub" / "c"), changes.move(ready, place)]
+        steps = [change_steps.link(place / "sub" / "c", ready / "sub" / "c"), change_steps.move(ready, place)]
         change.commit(steps, done="changed")
 
 
 @pytest.fixture(params=["one system call", "two renames"])
 def _exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "two renames":
-        monkeypatch.setattr(changes, "_renameat2", lambda: None)
+        monkeypatch.setattr(change_steps, "_renameat2", lambda: None)
 
 
 @pytest.mark.usefixtures("_exchanging")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinoexport.config.recipe import Limit, Limits, load_validation
+from dinoexport.config.limits import Limit, Limits, load_validation
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.validation import downstream, judge

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
-from dinoexport.config.recipe import Limit, Limits
+from dinoexport.config.limits import Limit, Limits
 from dinoexport.errors import ValidationFailed
 from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoexport.config.recipe import Limit, Limits, load_validation
+from dinoexport.config.limits import Limit, Limits, load_validation
 from dinoexport.errors import BuildError, InputRefused
 from dinoexport.spec import Array, Arrays, Case, Expectation, Precision
 from dinoexport.validation.judge import Report, judge

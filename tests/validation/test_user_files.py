@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from dinoexport import cli, images
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.cli import formatting
-from dinoexport.config.recipe import Limits, load_validation
+from dinoexport.config.limits import Limits, load_validation
 from dinoexport.errors import BuildError, OutsideProfile, UsageError
 from dinoexport.models.dinov2 import cases
 from dinoexport.pipeline import build as pipeline

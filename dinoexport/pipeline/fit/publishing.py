@@ -13,7 +13,8 @@ from typing import Any
 from dinoexport import bundle, family
 from dinoexport.bundle import BundleFile, GraphFacts, HeadManifest, Manifest, reference_file
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.config.recipe import Recipe, load_validation
+from dinoexport.config.limits import load_validation
+from dinoexport.config.recipe import Recipe
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, fitted_graph

@@ -33,8 +33,9 @@ from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
 from dinoexport.spec import Precision, Progress, closest, silent
-from dinoexport.system import changes, files
-from dinoexport.system.changes import Change, Step
+from dinoexport.system import change_steps, changes, files
+from dinoexport.system.change_steps import Step
+from dinoexport.system.changes import Change
 
 # Before this tag (a year and a month) a batcher whose queue has any limit loses count of the instances that wait for
 # work, and sleeps up to half a second while requests wait (triton-inference-server/server#8870, core#509). Seen in
@@ -194,7 +195,7 @@ def rollback(repository: Path, name: str) -> Deployed:
             assert config is not None
             (change.new / f"{model}.{CONFIG}").write_text(config, encoding="utf-8")
             steps += _return(change, model, known)
-            steps.append(changes.move(change.new / f"{model}.{CONFIG}", change.place / model / CONFIG))
+            steps.append(change_steps.move(change.new / f"{model}.{CONFIG}", change.place / model / CONFIG))
         retired = _serve(change, after, steps, known)
     return Deployed(
         repository=repository,
@@ -215,11 +216,11 @@ def _serve(change: Change, after: Releases, steps: Sequence[Step], before: Relea
     steps = list(steps)
     for model in retired:
         steps.append(
-            changes.move(change.place / model, change.place / now.models[0] / repository_state.RETIRED / model)
+            change_steps.move(change.place / model, change.place / now.models[0] / repository_state.RETIRED / model)
         )
     record = releases.record_name(after.name)
     (change.new / record).write_bytes(after.to_bytes())
-    steps.append(changes.move(change.new / record, change.place / record))
+    steps.append(change_steps.move(change.new / record, change.place / record))
     change.commit(steps, done=f"{change.place} serves {after.name} version {now.version}.")
     return retired
 
@@ -229,16 +230,16 @@ def _arrival(change: Change, model: str, version: int, known: Releases) -> list[
     new, folder = change.new / model, change.place / model
     back = _return(change, model, known)
     if not folder.exists() and not back:
-        return [changes.move(new, folder)]
-    warmup = [changes.move(file, folder / "warmup" / file.name) for file in sorted((new / "warmup").glob("*"))]
-    version_folder = changes.move(new / str(version), folder / str(version))
-    return [*back, *warmup, version_folder, changes.move(new / CONFIG, folder / CONFIG)]
+        return [change_steps.move(new, folder)]
+    warmup = [change_steps.move(file, folder / "warmup" / file.name) for file in sorted((new / "warmup").glob("*"))]
+    version_folder = change_steps.move(new / str(version), folder / str(version))
+    return [*back, *warmup, version_folder, change_steps.move(new / CONFIG, folder / CONFIG)]
 
 
 def _return(change: Change, model: str, known: Releases) -> list[Step]:
     """The step that brings back a model that is not in the served release."""
     home = repository_state.home_of(change.place, model, known)
-    return [] if home == change.place / model else [changes.move(home, change.place / model)]
+    return [] if home == change.place / model else [change_steps.move(home, change.place / model)]
 
 
 def _checked_name(name: str) -> str:
