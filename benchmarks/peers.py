@@ -209,7 +209,7 @@ def openvino(path: Path, precision: str, *, shape: tuple[int, ...] = ()) -> Run:
 
 
 def of_one_size(path: Path, make: Callable[..., Run]) -> Run:
-    """The file made for one size, anew whenever another is asked for."""
+    """The file made for one size; made again for another size."""
     runs: dict[tuple[int, ...], Run] = {}
 
     def run(pixels: np.ndarray) -> np.ndarray:

@@ -275,7 +275,7 @@ def load(
         check: Compare the size and SHA-256 of every file with the manifest first.
         verify: A public key; a bundle that its owner did not sign is refused.
         trust_plan: Run a version-compatible plan, which holds code, without `verify`.
-        sizes: Sizes that are asked often, as "224x224" or "8x518x518": on a CPU each gets a form of its own, compiled
+        sizes: Sizes that are often requested, as "224x224" or "8x518x518": on a CPU each gets its own form, compiled
             in the background, beside the general one. Others get one after 32 calls.
         progress: Called with (what is done, units done, units in all).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import settings
 from dinoexport import bundle
 from dinoexport.graph import traces
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import autotune
+from dinoexport.runtime import autotune, telemetry
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import hardware
 from tests import triton_server
@@ -26,13 +26,15 @@ from tests.text import vocabulary
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
+# As on the command line: PyTorch's threads do not spin against those of the test beside. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA = Path(__file__).parent / "data"
 # A shell's background jobs are born deaf to Ctrl-C, and so are their children: what follows these words is not.
 HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
-# What --quick leaves out, besides tests that begin a whole build: servers, browsers, devices, and what is marked slow.
+# What --quick leaves out besides long work: servers, browsers, devices, and what is marked slow.
 NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt"})
 
 
@@ -45,8 +47,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
     )
     parser.addoption(
-        "--quick", action="store_true", help="Leave out the tests marked slow, and those that need a whole build."
+        "--quick", action="store_true", help="Leave out the tests marked slow, and those that run a model or a process."
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, then those with most tests: no worker is left with a long file at the end."""
+    weights: dict[Path, tuple[bool, int]] = {}
+    for item in items:
+        slow, count = weights.get(item.path, (False, 0))
+        weights[item.path] = (slow or item.get_closest_marker("slow") is not None, count + 1)
+    items.sort(key=lambda item: weights[item.path], reverse=True)
 
 
 def chromium() -> str | None:
@@ -96,15 +107,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With --quick, what begins a whole build is skipped there, so no list of such tests is kept."""
+    """With --quick, a test that begins long work is skipped there, so no list of such tests is kept.
 
-    def skip(*_: object, **__: object) -> None:
-        pytest.skip("needs a whole build")
+    Long work is a build, a trace, a model in a runtime or in PyTorch, and any other process.
+    """
+    if not request.config.getoption("--quick"):
+        yield
+        return
+    import torch
 
+    def skipping(reason: str) -> Callable[..., None]:
+        return lambda *_, **__: pytest.skip(reason)
+
+    functional = torch.nn.functional
     with pytest.MonkeyPatch.context() as patch:
-        if request.config.getoption("--quick"):
-            patch.setattr(pipeline, "build", skip)
-            patch.setattr(pipeline, "export_only", skip)
+        for place, name, reason in (
+            (pipeline, "build", "needs a whole build"),
+            (pipeline, "export_only", "needs a whole build"),
+            (torch.export, "export", "traces a model"),
+            (telemetry, "onnxruntime", "opens a runtime"),
+            (telemetry, "openvino", "opens a runtime"),
+            (functional, "linear", "runs a model in PyTorch"),
+            (functional, "scaled_dot_product_attention", "runs a model in PyTorch"),
+            (subprocess.Popen, "__init__", "starts a process"),
+        ):
+            patch.setattr(place, name, skipping(reason))
         yield
 
 

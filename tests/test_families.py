@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -65,3 +66,18 @@ def test_toy_with_a_wrong_cache_is_rejected(toy: Path, tmp_path: Path, monkeypat
 def test_schema_knows_both_families(toy: Path) -> None:
     printed = json.loads(CliRunner().invoke(cli.app, ["schema"]).stdout)
     assert len(printed["properties"]["model"]["anyOf"]) == len(family.installed()) >= 2
+
+
+def test_other_code_of_a_family_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any module of its package, also in one that the model's class is not in."""
+    package = tmp_path / "plugged"
+    (package / "roles").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "roles" / "__init__.py").write_text("class Model: ...\n")
+    helper = package / "helper.py"
+    helper.write_text("ANSWER = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("plugged.roles").Model()
+    before = family.code_of(model)
+    helper.write_text("ANSWER = 2\n")
+    assert family.code_of(model) != before

@@ -23,6 +23,7 @@ def test_hooks_are_the_checks_of_make() -> None:
 def test_slow_tests_give_a_reason_and_are_listed() -> None:
     listed = (ROOT / "CONTRIBUTING.md").read_text()
     for path in (ROOT / "tests").rglob("test_*.py"):
+        assert not re.search(r"mark\.slow\b(?!\()", path.read_text()) or path == Path(__file__), path
         marked = r"^@pytest\.mark\.slow\((.*?)\)\n.*?^def (\w+)"
         for reason, name in re.findall(marked, path.read_text(), flags=re.MULTILINE | re.DOTALL):
             assert len(reason) > 20 and f"`{name}`" in listed, f"{path}: {name}"

@@ -25,6 +25,13 @@ HARD = {
     r"\bmend(?:s|ed|ing)?\b": "old-fashioned: write fix or repair",
     r"\bfor want of\b": "old-fashioned: write because there is no, or missing",
     r"\bafresh\b|\banew\b": "old-fashioned: write again",
+    r"\bwhoever\b": "vague: name the person, the process or the caller",
+    r"\btold apart\b|\btell apart\b": "an idiom: write distinguished, or equal",
+    r"\b(?:not|no)\b[^.;:]{1,40}\bany more\b": "write no longer",
+    r"\bturn(?:s|ed|ing)? over\b": "an idiom: write changed its order",
+    r"\b(?:is|are) asked\b(?! to)": "write is called, gets a request, or is requested",
+    r"\bwas seen\b|\bseen (?:at worst|\d)": "write was measured, or measured",
+    r"\bat worst\b": "write at most, or at least",
     r"(?<!here )\b(?:is|are) no (?:bundle|file|image|multiple|object|list|JSON|address|regular)\b": "write is not a",
 }
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Bundles in an object store: sent file by file with the manifest last, and read into a local copy that is whole.
+"""Bundles in an object store: sent file by file with the manifest last, and read into a complete local copy.
 
 Nothing is renamed in a store, so while a bundle is replaced its files may be of two bundles. A reader notices: it takes
 what the manifest names by its hash, and reads the manifest again where a file has another one. Two writers are kept
@@ -25,15 +25,15 @@ from dinoexport.system import files, store
 from dinoexport.system.cache import cache_folder
 from dinoexport.system.store import RemotePlace
 
-# A writer's own file; whoever finds another's does not write.
+# A writer's own file; a process that finds another's does not write.
 WRITING = ".writing.json"
 _SIGNATURE_MAX_BYTES = 1 << 22
-# How often a bundle that is just being replaced is looked at again.
+# How many times a bundle that is being replaced is read again.
 _LOOKS = 5
 
 
 def local_copy(bundle: str | Path, *, progress: Progress = silent) -> Path:
-    """The folder of `bundle`, or where it is a URL, of a copy in the cache: every file by the manifest's hash.
+    """The folder of `bundle`; for a URL, of a copy in the cache, every file checked by the manifest's hash.
 
     The copy is named after its manifest, so it is taken once, and a bundle that was replaced is another one. Raises
     UsageError when there is no bundle, ValidationFailed for a damaged one, MissingRequirement for a store that refuses.
@@ -55,7 +55,7 @@ def local_copy(bundle: str | Path, *, progress: Progress = silent) -> Path:
 
 
 def send(folder: Path, url: str, *, progress: Progress = silent) -> None:
-    """Makes the bundle at `url` that in `folder`: its files first, then its signature, its manifest last.
+    """Replaces the bundle at `url` by the one in `folder`: its files first, then its signature, its manifest last.
 
     Raises BuildError when another process is writing there, UsageError for a place that holds something else.
     """
@@ -82,7 +82,7 @@ def send(folder: Path, url: str, *, progress: Progress = silent) -> None:
 
 
 def check_reachable(url: str) -> None:
-    """Raises what is wrong with a place to write a bundle to, before hours of work."""
+    """Raises the error of a place that no bundle can be written to, before hours of work."""
     place = store.RemotePlace(url)
     place.check_writable()
     _check_place(place)
@@ -105,9 +105,9 @@ def _manifest(place: RemotePlace) -> bytes:
 
 
 def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
-    """The copy in the cache, made now where it is not there."""
+    """The copy in the cache, made now if it is missing."""
     manifest = Manifest.from_bytes(raw)
-    # A signature is of a folder's name too.
+    # A signature also covers the folder's name.
     name = str(place).rstrip("/").rpartition("/")[2] or "bundle"
     folder = cache_folder() / "bundles" / hashlib.sha256(raw).hexdigest()[:32] / name
     partial = folder.with_name(f".{name}.{os.getpid()}.partial")
@@ -124,11 +124,11 @@ def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
                     progress(f"taking {file.name} from {place}", 0, file.size_bytes)
                     _take(place, file.name, partial / file.name, file.sha256)
                 (partial / MANIFEST).write_bytes(raw)
-                with suppress(OSError):  # another process was faster, and made the same
+                with suppress(OSError):  # another process was faster and made the same copy
                     partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        # What `validate` recorded in an earlier copy is of that call alone.
+        # A verdict that `validate` recorded in an earlier copy belongs to that call only.
         _put(folder / MANIFEST, raw)
         if signature:
             _put(folder / SIGNATURE, signature)
@@ -138,7 +138,7 @@ def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
 
 
 def _is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Whether an earlier copy is still what it was; a disk may have lost a bit since."""
+    """Whether an earlier copy is unchanged; a disk may have damaged it since."""
     try:
         checks.check_files(folder, manifest.files)
     except DinoexportError:
@@ -163,14 +163,15 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _check_place(place: RemotePlace) -> None:
-    """Raises UsageError for a prefix that holds something else than a bundle: all that is no part of one is removed."""
+    """Raises UsageError for a prefix that holds other files than a bundle's, because writing there removes them."""
     try:
         raw = place.read(MANIFEST, max_bytes=MANIFEST_MAX_BYTES)
     except (FileNotFoundError, ValueError):
         raw = b""
     if b'"manifest_sha256"' not in raw and (name := next((name for name, _ in place.files() if name != WRITING), "")):
         raise UsageError(
-            f"{place} holds files of no bundle, such as {name}.", next_step="Choose a separate prefix as --out."
+            f"{place} holds files that belong to no bundle, such as {name}.",
+            next_step="Choose a separate prefix as --out.",
         )
 
 

@@ -193,7 +193,7 @@ class CpuFacts(Frozen):
     arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
     measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
     out of the choice. others_share: of the CPUs' time, what other processes took. basis: `measured` where the figures
-    agreed; of ways that could not be told apart, `known` is what was chosen here when it was quiet, `usual` what mostly
+    agreed; of ways with equal times, `known` is what was chosen here when it was quiet, `usual` what mostly
     is the faster one.
     """
 
@@ -346,7 +346,7 @@ def rewrite(
     """Replaces the manifest `before` by `after`, and the old signature by a new one, in one step.
 
     sign: computes the signature of the files in a manifest, as those of a folder of the given name; without it an
-    existing signature is removed. Raises ValidationFailed if the bundle's manifest is not `before` any more,
+    existing signature is removed. Raises ValidationFailed if the bundle's manifest is no longer `before`,
     UsageError if a bundle to be signed holds files that no build wrote, MissingRequirement if it cannot be written to.
     """
     with files.disk_errors(folder), changes.changing(folder, doing=f"changing {folder}") as change:

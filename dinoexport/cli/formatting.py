@@ -103,8 +103,8 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
 
 
 _BASES = {
-    "known": "ways that could not be told apart: chosen is what was faster here when the machine was quiet",
-    "usual": "ways that could not be told apart: chosen is what is usually the faster one",
+    "known": "ways with equal times: chosen is what was faster here when the machine was quiet",
+    "usual": "ways with equal times: chosen is what is usually the faster one",
 }
 
 

@@ -150,8 +150,8 @@ class Recipe(Frozen):
     sizes: tuple[Annotated[str, Field(pattern=r"^\d{1,9}(x\d{1,9})*$")], ...] = Field(
         default=(),
         max_length=16,
-        description="Sizes that are asked often, as `224x224` or `8x518x518`, batch first: on a CPU each gets a form "
-        "of its own beside the general one.",
+        description="Sizes that are often requested, as `224x224` or `8x518x518`, batch first: on a CPU each gets its "
+        "own form beside the general one.",
     )
     weights: tuple[WeightFile, ...] = Field(default=(), description="Where the published weights are.")
     heads: dict[Name, WeightFile] = Field(

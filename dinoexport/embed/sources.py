@@ -153,7 +153,7 @@ class LocalFiles:
                 _check_suffix(name)
                 return file.read()
         except FileNotFoundError:
-            raise Unusable("a link to nothing" if path.is_symlink() else "not there any more") from None
+            raise Unusable("a link to nothing" if path.is_symlink() else "no longer there") from None
         except IsADirectoryError:
             raise Unusable("a link to a folder") from None
         except _OF_THE_FILE as error:
@@ -194,7 +194,7 @@ class RemoteFolder:
         try:
             content = self._place.read(name)
         except FileNotFoundError:
-            raise Unusable("not there any more") from None
+            raise Unusable("no longer there") from None
         _check_size(len(content))
         return content
 

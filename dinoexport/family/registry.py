@@ -105,7 +105,7 @@ def find(name: str) -> Family:
 def code_of(model: object) -> str:
     """The hash of dinoexport's code and the family's: results of other code are not reused."""
     own = Path(dinoexport.__file__)
-    brought = Path(sys.modules[type(model).__module__].__file__ or own)
+    brought = _outermost(type(model).__module__) or own
     sources = sorted({path for module in (own, brought) for path in _sources(module)})
     return hashlib.sha256("".join(files.sha256(path) for path in sources).encode()).hexdigest()
 
@@ -113,3 +113,11 @@ def code_of(model: object) -> str:
 def _sources(module: Path) -> tuple[Path, ...]:
     """A package's source files, or the one file of a module that is not a package."""
     return tuple(module.parent.rglob("*.py")) if module.name == "__init__.py" else (module,)
+
+
+def _outermost(module: str) -> Path | None:
+    """The file of the outermost package around a module, or of the module itself: a family has modules by role."""
+    parts = module.split(".")
+    around = (sys.modules.get(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    files_of = (getattr(found, "__file__", None) for found in around)  # None for a namespace package
+    return next((Path(file) for file in files_of if file), None)

@@ -96,7 +96,7 @@ def tracing(
 
     No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
     What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
-    ahead: modules that it imports first, for whoever will need them later.
+    ahead: modules that it imports first because later code needs them.
     """
     traces: Traces = {}
     ended = Event()

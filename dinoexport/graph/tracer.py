@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dinoexport.family import Piece
 
-# What the first trace would spend two seconds importing.
+# Imported by the first trace, in two seconds.
 IMPORTS = ("torch", "onnxscript.optimizer", "torch._dynamo")
 
 
@@ -37,7 +37,7 @@ def trace(piece: Piece) -> bytes:
         for name, dims in piece.dynamic.items()
     }
     module = piece.module
-    # One tensor given twice would be taken for one input.
+    # If one tensor were given twice, torch.export would see one input.
     examples = [torch.zeros(e.shape, dtype=getattr(torch, e.dtype)) for e in piece.example_inputs.values()]
     shapes = _as_taken(module, tuple(axes.get(name, {}) for name in piece.example_inputs))
     with _quiet():
@@ -53,7 +53,7 @@ def trace(piece: Piece) -> bytes:
         )
         assert program is not None
         model = program.model
-        # As graph inputs the stand-in weights can be neither folded away nor merged for having equal values.
+        # As graph inputs, the placeholder weights are neither folded nor merged where their values are equal.
         for name, _ in module.named_parameters():
             weight = model.graph.initializers.pop(name)
             weight.const_value = None
@@ -64,7 +64,7 @@ def trace(piece: Piece) -> bytes:
 
 
 def _as_taken(module: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs' dynamic shapes as `torch.export` wants them: those that `*args` takes are one nested tuple."""
+    """The inputs' dynamic shapes in torch.export's form: those passed as `*args` are one nested tuple."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     rest = [i for i, parameter in enumerate(parameters) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
     return shapes if not rest else (*shapes[: rest[0]], shapes[rest[0] :])
@@ -120,7 +120,7 @@ def _content(model: ir.Model) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences notices of the tracer that a user can do nothing about, such as a missing torchvision."""
+    """Hides warnings of the tracer that a user cannot act on, such as a missing torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -40,7 +40,7 @@ _INDEX = "index.json"
 _FORMAT = 1
 _START = b"dinoexport trace\n"
 _MAX_BYTES = 1 << 22
-# PyTorch's builds of one release for other devices trace alike.
+# PyTorch's builds of one release give the same trace on all devices.
 _BUILD = re.compile(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$")
 _VERSIONED = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 # Packages a traced module may import besides its own and Python's: those whose versions are in the key.

@@ -26,7 +26,7 @@ IN_FLIGHT_BYTES = 64 * 2**20
 
 
 class Held(Protocol):
-    """A tensor of a graph, whose bytes may be made when they are asked for. dtype: ONNX's number of it."""
+    """A tensor of a graph, whose bytes may be made when they are needed. dtype: ONNX's number of it."""
 
     @property
     def name(self) -> str | None:

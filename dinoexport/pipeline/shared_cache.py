@@ -27,7 +27,7 @@ _INDEX_MAX_BYTES = 1 << 20
 
 
 class Index(Frozen):
-    """What a finished stage says of itself: its whole key, of which a folder's name may have only the beginning."""
+    """The record in a finished stage: its whole key, of which the folder's name holds only the beginning."""
 
     key: str
     files: tuple[BundleFile, ...]
@@ -44,7 +44,7 @@ class SharedCache:
     def take(self, name: str, key: str, folder: Path, *, progress: Progress) -> tuple[BundleFile, ...] | None:
         """Puts the stage's files into the empty `folder`; None, and an empty folder, where there is no whole one.
 
-        Raises MissingRequirement when the store cannot be reached, or refuses, the first time it is asked.
+        Raises MissingRequirement if the store cannot be reached, or refuses, at the first request.
         """
         try:
             found = None if self._given_up else self._index(name, key)
@@ -100,7 +100,7 @@ class SharedCache:
 
 
 def shared_cache() -> SharedCache | None:
-    """The cache that `DINOEXPORT_CACHE` names, where it is a URL; nothing is asked of it yet."""
+    """The cache that `DINOEXPORT_CACHE` names, if it is a URL; no request is sent yet."""
     chosen = os.environ.get("DINOEXPORT_CACHE") or ""
     if not store.is_url(chosen):
         return None

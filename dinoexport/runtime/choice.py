@@ -3,7 +3,7 @@
 Three figures of each way, which agree on a quiet machine. The median is what a user feels, and grows with whatever else
 runs. The best of many visits is the time of an undisturbed run, if there was one. The CPU time, shared out to the
 threads, hardly grows with others, but counts threads that wait for each other as working. A way is chosen when all
-three put it first; while they disagree, there are more visits. Ways that no figure can tell apart are not left to
+three put it first; while they disagree, there are more visits. Ways with equal figures are not left to
 chance: what was faster on this CPU, with these versions, on an earlier quiet occasion is chosen, and before there was
 one, what usually is.
 """
@@ -29,7 +29,7 @@ from dinoexport.system.timing import Latencies
 _ALIKE = 1.04
 # By how much a way must be behind in every figure not to be visited again.
 _BEHIND = 1.1
-# Where runtimes could not be told apart: in every comparison of ours on a quiet CPU the first was the faster one.
+# For runtimes with equal times: in all our comparisons on a quiet CPU the first was faster.
 _USUALLY = (Runtime.OPENVINO, Runtime.ONNXRUNTIME)
 _RECORD_MAX_BYTES = 4096
 

@@ -156,7 +156,7 @@ def open_graphs(
         model = names[0]
     graphs = sorted(s.graph.name for s in found.values() if s.role == "graph" and s.name == model)
     if not graphs:
-        _chosen(found, str(where), model)  # says what there is
+        _chosen(found, str(where), model)  # raises an error that lists the models
     return {
         graph: DinoClient(url, model=f"{model}/{graph}", timeout_s=timeout_s, headers=headers, ca=ca)
         for graph in graphs

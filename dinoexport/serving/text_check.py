@@ -18,9 +18,9 @@ from dinoexport.spec import Array, Expectation, Progress
 from dinoexport.text import prompts, tokenizer
 from dinoexport.validation.judge import Bound, Report, Row
 
-# The default if the limits name no gap: rounding in fp32 was seen to flip PyTorch's best two at this distance, in nats.
+# The default if the limits name no gap: rounding in fp32 exchanged PyTorch's best two at this distance, in nats.
 _GAP_MAX = 0.01
-_GAP_REASON = "rounding decides between PyTorch's two likeliest tokens this near; damage was seen at 3.8 and more"
+_GAP_REASON = "rounding decides between PyTorch's two likeliest tokens at this distance; defects gave 3.8 and more"
 
 
 def judged(

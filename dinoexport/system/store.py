@@ -23,9 +23,9 @@ from dinoexport.system import files
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _READ_ONLY = ("http", "https")
-# A store that answers 503 is asked again, waiting longer each time, until this much time has passed.
+# A request that a store answers with 503 is repeated, at growing intervals, for this time.
 _RETRY_S = 60
-# How often one object is asked for from its beginning when the store breaks off in its midst.
+# How many times an object is requested again, from its beginning, if the store breaks off.
 _FETCHES = 4
 _PIECE_BYTES = 8 << 20
 _DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.partial$")
@@ -36,34 +36,34 @@ class Place(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """The folder, where it is one on disk."""
+        """The folder, if it is on disk."""
 
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """(name, size in bytes) of every file below `under`, in no order that may be relied on."""
+        """(name, size in bytes) of every file below `under`, in any order."""
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        """A file's content; a FileNotFoundError when there is none, a ValueError when it is larger than `max_bytes`."""
+        """A file's content. Raises FileNotFoundError if it is missing, ValueError if it is larger than `max_bytes`."""
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copies a file to the new local file `target`; a FileNotFoundError when there is none."""
+        """Copies a file to the new local file `target`. Raises FileNotFoundError if it is missing."""
 
     def size(self, name: str) -> int | None:
-        """A file's size in bytes; None when there is none."""
+        """A file's size in bytes; None if it is missing."""
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
-        """Puts a file in place as a whole. new: a FileExistsError when another one is there already."""
+        """Writes a whole file at once. new: raises FileExistsError if it exists already."""
 
     def draft(self, name: str) -> Path:
-        """A local path at which to write what `publish` then puts at `name`."""
+        """A local path to write to; `publish` then puts the file at `name`."""
 
     def publish(self, draft: Path, name: str) -> None:
-        """Puts the finished draft at `name`, over what was there; the draft is gone afterwards."""
+        """Puts the finished draft at `name` and replaces an older file; the draft is removed."""
 
     def upload(self, source: Path, name: str, *, new: bool = False) -> None:
-        """Puts a copy of the local file `source` at `name`. new: a FileExistsError when something is there already."""
+        """Puts a copy of the local file `source` at `name`. new: raises FileExistsError if `name` exists."""
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error when there is none."""
+        """Removes a file; a missing file is no error."""
 
 
 def is_url(place: str) -> bool:
@@ -72,7 +72,7 @@ def is_url(place: str) -> bool:
 
 
 def open_place(place: str) -> Place:
-    """The folder or the object-store prefix called `place`. Nothing is created, and nothing is asked of a store yet."""
+    """The folder or the object-store prefix called `place`. Nothing is created, and no request is sent yet."""
     return RemotePlace(place) if is_url(place) else LocalPlace(Path(place))
 
 
@@ -104,18 +104,18 @@ class LocalPlace:
         return (self._folder / name).read_bytes()
 
     def fetch(self, name: str, target: Path) -> None:
-        """By a copy of its bytes."""
+        """Copies its bytes."""
         with (self._folder / name).open("rb") as found, target.open("xb") as made:
             shutil.copyfileobj(found, made, _PIECE_BYTES)
 
     def size(self, name: str) -> int | None:
-        """As the file system says."""
+        """The file system's."""
         with suppress(FileNotFoundError, NotADirectoryError):
             return (self._folder / name).stat().st_size
         return None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
-        """By rename, or where it must be new by a link, which fails on a name that is taken."""
+        """By rename; a new file by a link, which fails if the name exists."""
         draft = self.draft(name)
         with files.disk_errors(self._folder):
             try:
@@ -128,7 +128,7 @@ class LocalPlace:
                         os.link(draft, self._folder / name)
                     except FileExistsError:
                         raise
-                    except OSError:  # a file system without links; two writers at once are then not told apart
+                    except OSError:  # a file system without links cannot detect two writers at once
                         if (self._folder / name).exists():
                             raise FileExistsError(name) from None
                         os.replace(draft, self._folder / name)
@@ -140,14 +140,14 @@ class LocalPlace:
                 draft.unlink(missing_ok=True)
 
     def draft(self, name: str) -> Path:
-        """A hidden file beside the final one, named after this process so that what a dead one left can be told."""
+        """A hidden file beside the final one, named after the process, so that a dead process's file is recognised."""
         path = self._folder / name
         with files.disk_errors(self._folder):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
 
     def publish(self, draft: Path, name: str) -> None:
-        """By rename, after its bytes are on the disk."""
+        """By rename, after the bytes are written to the disk."""
         with files.disk_errors(self._folder):
             with draft.open("rb") as file:
                 os.fsync(file.fileno())
@@ -170,7 +170,7 @@ class LocalPlace:
         (self._folder / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Removes drafts of processes of this machine that are dead."""
+        """Removes drafts of this machine's dead processes."""
         for path in self._folder.rglob(".*.partial"):
             found = _DRAFT.match(path.name)
             if found and found["host"] == _host() and not _alive(int(found["pid"])):
@@ -178,7 +178,7 @@ class LocalPlace:
 
 
 class _Exists(FileExistsError):
-    """Kept apart from the FileExistsError that a wrong path gives, which `disk_errors` puts into words."""
+    """Distinct from the FileExistsError of a wrong path, which `disk_errors` translates."""
 
 
 class RemotePlace:
@@ -187,13 +187,11 @@ class RemotePlace:
     def __init__(self, url: str) -> None:
         scheme = urlsplit(url).scheme
         if scheme not in SCHEMES:
-            raise UsageError(
-                f"{url}: {scheme}:// is not a kind of place that is known.", next_step=f"Use {', '.join(SCHEMES)}."
-            )
+            raise UsageError(f"{url}: {scheme}:// is not a known scheme.", next_step=f"Use {', '.join(SCHEMES)}.")
         if "@" in urlsplit(url).netloc:
             raise UsageError(
-                f"{scheme}:// with a user name or a password in it is not taken: it would be written into files.",
-                next_step="Give credentials through the environment, as the vendor's tools read them.",
+                f"{scheme}:// must not contain a user name or a password: the address is written into files.",
+                next_step="Give credentials in the environment variables that the vendor's tools read.",
             )
         require("store", "obstore")
         self.local: Path | None = None
@@ -212,7 +210,7 @@ class RemotePlace:
             from obstore.store import from_url
 
             with self._errors():
-                open_url: Any = from_url  # its overloads ask which store it is, and this is where nobody knows
+                open_url: Any = from_url  # its overloads depend on the kind of store, which is not known here
                 self._opened = open_url(
                     self._url,
                     client_options={"allow_http": self._scheme in ("s3", "http")},
@@ -221,7 +219,7 @@ class RemotePlace:
         return self._opened
 
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """Every object below `under`, a thousand a request."""
+        """Every object below `under`, a thousand for each request."""
         import obstore
 
         with self._errors():
@@ -238,7 +236,7 @@ class RemotePlace:
             return bytes(found.bytes())
 
     def fetch(self, name: str, target: Path) -> None:
-        """In pieces; from the beginning again where the store breaks off."""
+        """In pieces; again from the beginning if the store breaks off."""
         import obstore
 
         with self._errors(name), target.open("xb") as file:
@@ -255,7 +253,7 @@ class RemotePlace:
                     break
 
     def size(self, name: str) -> int | None:
-        """As the store says of the object alone: a listing may be late."""
+        """From the object itself, because a listing may be out of date."""
         import obstore
 
         with suppress(FileNotFoundError), self._errors(name):
@@ -263,7 +261,7 @@ class RemotePlace:
         return None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
-        """One PUT; where it must be new, a conditional one."""
+        """One PUT; a conditional one for a new object."""
         import obstore
 
         self.check_writable()
@@ -281,7 +279,7 @@ class RemotePlace:
         draft.unlink()
 
     def upload(self, source: Path, name: str, *, new: bool = False) -> None:
-        """One PUT, or a multipart upload, which is invisible until it is complete; what must be new is one PUT."""
+        """One PUT, or a multipart upload, which is invisible until it is complete; a new object is always one PUT."""
         import obstore
 
         self.check_writable()
@@ -308,7 +306,7 @@ class RemotePlace:
             obstore.copy(self._store, source, target)
 
     def read_tagged(self, name: str, *, max_bytes: int) -> tuple[bytes, str]:
-        """An object's content and the store's tag of that content; (b"", "") when there is none."""
+        """An object's content and the store's tag of that content; (b"", "") if it is missing."""
         import obstore
 
         with suppress(FileNotFoundError), self._errors(name):
@@ -329,25 +327,25 @@ class RemotePlace:
             obstore.put(self._store, name, content, mode={"e_tag": tag}, use_multipart=False)
 
     def check_writable(self) -> None:
-        """Raises UsageError for a place that is only read from."""
+        """Raises UsageError for a place that cannot be written to."""
         if self._scheme in _READ_ONLY:
             raise UsageError(
-                f"{self._url} is a web server, which is only read from.", next_step="Write to s3://, gs:// or az://."
+                f"{self._url} is a web server, which cannot be written to.", next_step="Write to s3://, gs:// or az://."
             )
 
     @contextmanager
     def _no_bucket(self) -> Iterator[None]:
-        """What a store says to a PUT by "not found"."""
+        """The error for a PUT that a store answers with "not found"."""
         try:
             yield
         except FileNotFoundError:
             raise MissingRequirement(
-                f"{self._url}: there is no such bucket.", next_step="Make it, or check its name."
+                f"{self._url}: there is no such bucket.", next_step="Create it, or check its name."
             ) from None
 
     @contextmanager
     def _errors(self, name: str = "") -> Iterator[None]:
-        """Turns what a store answers into one sentence without a word of the answer: it may repeat credentials."""
+        """Turns a store's error into one sentence that does not quote it: it may repeat credentials."""
         from obstore import exceptions
 
         where = f"{self._url}/{name}" if name else self._url

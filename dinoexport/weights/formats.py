@@ -314,7 +314,7 @@ def _reader(path: Path, mapped: Callable[[], Callable[[str], Any]], as_float: Ca
 
     mapped: maps the file and returns a function that gets a tensor of it. as_float: its float32 numbers; None if it has
     others. The file is mapped again from time to time, because a page that was read counts as memory of this process
-    while it is mapped: 4.5 GB for 1.1 billion weights. Two threads may read at once; at worst it is mapped again twice.
+    while it is mapped: 4.5 GB for 1.1 billion weights. Two threads may read at once; it may then be mapped twice.
     """
     get, read_bytes = mapped(), 0
 

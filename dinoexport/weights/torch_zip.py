@@ -42,7 +42,7 @@ class Stored:
 
     @property
     def count(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
 
@@ -54,11 +54,11 @@ class _Storage:
 
 
 class _NotPlain(Exception):
-    """The file holds what only torch can read, or what nobody should."""
+    """The file holds objects that only torch can read, or that nobody should load."""
 
 
 def content_of(path: Path) -> Any | None:
-    """What was saved, with a `Stored` for each tensor; None where only torch can tell.
+    """The saved object, with a `Stored` for each tensor; None if only torch can read it.
 
     The zip and its pickle have been checked before: see `formats` and `pickle_check`.
     """
@@ -82,7 +82,7 @@ def mapped(path: Path) -> Callable[[Stored], Array]:
     import numpy as np
 
     with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # PyTorch warns of arrays it may not write to
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # PyTorch warns about read-only arrays
 
     def numbers(tensor: Stored) -> Array:
         array: Array = np.frombuffer(whole, _numpy_dtype(tensor.dtype), tensor.count, tensor.start)
@@ -96,13 +96,13 @@ def _numpy_dtype(name: str) -> Any:
 
     if name != "bfloat16":
         return np.dtype(name)
-    import ml_dtypes  # onnx's own, for what NumPy lacks
+    import ml_dtypes  # onnx depends on it; it has the dtypes that NumPy lacks
 
     return np.dtype(ml_dtypes.bfloat16)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows four names; everything else ends it."""
+    """Finds four names only; any other name ends the reading."""
 
     def __init__(self, raw: bytes, entries: dict[str, zipfile.ZipInfo], whole: mmap.mmap) -> None:
         super().__init__(io.BytesIO(raw))
@@ -116,7 +116,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _parameter
         if module == "torch" and name in _DTYPES:
-            return name  # no class: it cannot be called
+            return name  # a string, not a class: it cannot be called
         raise _NotPlain
 
     def persistent_load(self, pid: Any, /) -> _Storage:

@@ -408,7 +408,7 @@ def test_image_replaced_after_the_listing(tiny: Path, tmp_path: Path) -> None:
     run.embed(tiny, str(photos), str(out), workers=1, max_failed=1)
     rows = {row["path"]: row for row in rows_of(out)}
     assert rows[left[0]]["sha256"] == hashlib.sha256(picture(99)).hexdigest()
-    assert rows[left[1]]["error"] == "not there any more"
+    assert rows[left[1]]["error"] == "no longer there"
 
 
 def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,9 +417,9 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         ({"images": str(photos / "*.xyz")}, "lists no image"),
         ({"outputs": ["class_tokens"]}, "Did you mean 'class_token'"),
         ({"outputs": ["class_token"] * 2}, "names one twice"),
-        ({"out": "ftp://somewhere/x"}, "ftp:// is not a kind of place"),
+        ({"out": "ftp://somewhere/x"}, "ftp:// is not a known scheme"),
         ({"out": "s3://user:password@bucket/x"}, "is not taken"),
-        ({"out": "https://example.invalid/x"}, "only read from"),
+        ({"out": "https://example.invalid/x"}, "cannot be written to"),
     ):
         given = {"images": str(photos), "out": str(tmp_path / "out"), **words}
         with pytest.raises(UsageError, match=said) as raised:

@@ -37,7 +37,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.slow("converts a published GGUF tokenizer of 49,152 pieces, and loads it in transformers")
 @needs_smollm2
 def test_chatml_is_the_published_template(smollm2: Path) -> None:
     """transformers fills in the template that the GGUF file carries; the ids are ours."""

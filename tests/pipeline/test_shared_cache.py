@@ -185,7 +185,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DINOEXPORT_CACHE", "s3://bucket/cache")
     assert cache_folder() == tmp_path / "dinoexport" and shared_cache.shared_cache() is not None
     monkeypatch.setenv("DINOEXPORT_CACHE", "https://example.org/cache")
-    with pytest.raises(UsageError, match="only read from"):
+    with pytest.raises(UsageError, match="cannot be written to"):
         shared_cache.shared_cache()
     monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own" and shared_cache.shared_cache() is None

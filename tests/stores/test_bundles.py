@@ -128,11 +128,11 @@ def test_what_is_refused(server: S3Server, tiny: Path, request: pytest.FixtureRe
         in_store.local_copy(there)
     store.open_place(there).write("photo.jpg", b"a photo")
     for refuses in (in_store.check_reachable, lambda place: in_store.send(tiny, place)):
-        with pytest.raises(UsageError, match="holds files of no bundle"):
+        with pytest.raises(UsageError, match="holds files that belong to no bundle"):
             refuses(there)
     assert store.open_place(there).read("photo.jpg") == b"a photo"
     shown = run("build", "vits14", "--weights", "synthetic:0", "--out", "https://example.org/x")
-    assert shown.exit_code == 2 and "only read from" in shown.stderr
+    assert shown.exit_code == 2 and "cannot be written to" in shown.stderr
     store.open_place(there).write(bundle.MANIFEST, b"x" * (bundle.MANIFEST_MAX_BYTES + 1))
     with pytest.raises(ValidationFailed, match="not readable"):
         in_store.local_copy(there)

@@ -16,7 +16,7 @@ from dinoexport.models.llama.config import Architecture
 from dinoexport.runtime.decoding import LOGITS
 from dinoexport.spec import Array, Arrays, Precision, Progress
 
-# A model of so few weights is kept in memory while it is asked again and again: half a gigabyte in fp32.
+# A model of at most so many weights is kept in memory between calls: half a gigabyte in fp32.
 _KEPT_NUMBERS_MAX = 1 << 28
 
 

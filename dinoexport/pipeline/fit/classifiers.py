@@ -34,7 +34,7 @@ _WILSON_Z = 1.959963984540054  # 95 %
 class Fitted:
     """A classifier as plain arrays. tensors: under the family's names for a fitted head. facts: what was chosen.
 
-    table: what the recipe's `[head]` says of it besides kind and classes.
+    table: the recipe's `[head]` without kind and classes.
     """
 
     tensors: Mapping[str, Array]

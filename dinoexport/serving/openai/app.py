@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # A prompt of 100,000 tokens in the widest characters, several times over.
 _BODY_MAX_BYTES = 1 << 23
-_LOOK_S = 0.5  # how often a client that waits is looked for
+_LOOK_S = 0.5  # how often to check that a waiting client is still connected
 T = TypeVar("T")
 
 
@@ -63,7 +63,7 @@ def application(source: Source) -> Starlette:
 
 
 def serve(source: Source, *, host: str, port: int) -> None:
-    """Serves until it is interrupted."""
+    """Serves requests until interrupted."""
     require("openai", "starlette", "uvicorn")
     import uvicorn
 
@@ -84,7 +84,7 @@ async def _answered(
         shape = Shape(source.name, chat=chat)
         events = source.stream(values_of(body))
         if body.get("stream"):
-            # The first item is waited for, so that a refusal still has a status of its own.
+            # Waits for the first item, so that a refusal can still have its own status.
             first = await _while_there(request, anext(events))
             options = body.get("stream_options")
             counted = isinstance(options, Mapping) and bool(options.get("include_usage"))
@@ -104,7 +104,7 @@ _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class _ClientLeft(Exception):
-    """Nobody waits for this answer any more."""
+    """The client has closed the connection."""
 
 
 async def _collected(events: Items) -> tuple[str, Ended]:
@@ -117,7 +117,7 @@ async def _collected(events: Items) -> tuple[str, Ended]:
 
 
 async def _while_there(request: Request, wanted: Awaitable[T]) -> T:
-    """What `wanted` gives; when the client leaves before, whoever works on it is told to stop."""
+    """The result of `wanted`; if the client leaves first, the work is cancelled."""
     waiting = asyncio.ensure_future(wanted)
     try:
         while not (await asyncio.wait({waiting}, timeout=_LOOK_S))[0]:
@@ -131,7 +131,7 @@ async def _while_there(request: Request, wanted: Awaitable[T]) -> T:
 
 
 async def _lines(shape: Shape, first: str | Ended, events: Items, *, counted: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first of them is an event itself."""
+    """Server-sent events. An error after the first event is sent as an event."""
     async with aclosing(events):
         try:
             item, begun = first, False

@@ -1,6 +1,6 @@
 """OpenAI's requests as ours, and our answers as OpenAI's.
 
-What we cannot do is refused by name, not passed over, unless the value asks for nothing.
+An unsupported option is refused by name, unless its value is the default.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dinoexport.serving.transport import ServerBusy
 from dinoexport.text.service import QueueFull
 
 _SHARED = ("temperature", "top_p", "seed", "stop")
-# What clients send along that changes no answer of ours.
+# Fields that clients send and that do not change an answer.
 _IGNORED = {"model", "stream", "stream_options", "user", "metadata", "store", "safety_identifier", "service_tier"}
-# Values that ask for nothing; any other is refused.
+# Values that request nothing special; any other is refused.
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none",),
@@ -37,7 +37,9 @@ def completion_values(body: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list) and not any(isinstance(part, str | list) for part in prompt):
         return values | {"prompt_ids": prompt}
     if not isinstance(prompt, str):
-        raise InputRefused("prompt is not one text.", next_step="Send one prompt a request: a string, or token ids.")
+        raise InputRefused(
+            "prompt is not a single text.", next_step="Send one prompt for each request: a string, or token ids."
+        )
     return values | {"prompt": prompt}
 
 
@@ -64,18 +66,12 @@ def _message(message: Any) -> dict[str, Any]:
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
         ]
         if not all(isinstance(text, str) for text in texts):
-            raise InputRefused("A message holds what is not text.", next_step="Send text alone.")
+            raise InputRefused("A message has a part that is not text.", next_step="Send only text.")
         content = "".join(str(text) for text in texts)
     if further := sorted(key for key in set(message) - {"role", "content", "name"} if message[key] not in (None, [])):
         raise InputRefused(f"A message has {further[0]}, which is not supported.", next_step="Leave it out.")
     role = "system" if message.get("role") == "developer" else message.get("role")
     return {"role": role, "content": content}
-
-
-def _text_of(part: Any) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise InputRefused("A message holds what is not text.", next_step="Send text alone.")
 
 
 def _check(body: Mapping[str, Any], known: set[str]) -> None:
@@ -86,7 +82,7 @@ def _check(body: Mapping[str, Any], known: set[str]) -> None:
 
 
 class Shape:
-    """One answer in OpenAI's words. chat: of a conversation, else of a completion."""
+    """One answer in OpenAI's format. chat: of a conversation; if false, of a completion."""
 
     def __init__(self, model: str, *, chat: bool) -> None:
         self._chat, self._model = chat, model
@@ -99,12 +95,12 @@ class Shape:
         return self._answer("chat.completion" if self._chat else "text_completion", said, ended.reason) | usage(ended)
 
     def piece(self, text: str, *, first: bool) -> dict[str, Any]:
-        """More of the answer."""
+        """The next part of the answer."""
         delta = {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
         return self._chunk(delta if self._chat else {"text": text}, None)
 
     def last(self, ended: Ended) -> dict[str, Any]:
-        """How it ended."""
+        """The last chunk, with the reason why the answer ended."""
         return self._chunk({"delta": {}} if self._chat else {"text": ""}, ended.reason)
 
     def counts(self, ended: Ended) -> dict[str, Any]:
@@ -120,7 +116,7 @@ class Shape:
 
 
 def usage(ended: Ended) -> dict[str, Any]:
-    """How many tokens were read and written."""
+    """The number of tokens of prompt and answer."""
     counts = {"prompt_tokens": ended.prompt_tokens, "completion_tokens": ended.completion_tokens}
     return {"usage": counts | {"total_tokens": ended.prompt_tokens + ended.completion_tokens}}
 

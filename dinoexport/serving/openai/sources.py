@@ -1,6 +1,6 @@
-"""What answers behind OpenAI's interface: a text model on a Triton server, or a bundle opened in this process.
+"""The model behind OpenAI's interface: a text model on a Triton server, or a bundle opened in this process.
 
-Both give an answer as an asynchronous iterator; closing it lets whoever writes stop.
+Both give an answer as an asynchronous iterator; closing it stops the generation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import httpx
 
 
-# An answer in pieces, and last how it ended.
+# The pieces of an answer, then how it ended.
 Items = AsyncGenerator[str | Ended, None]
 
 
@@ -41,11 +41,11 @@ class Source(Protocol):
         """The answer to `values`, see `text.requests.parse`."""
 
     async def close(self) -> None:
-        """Lets go of what it holds."""
+        """Releases its resources."""
 
 
 class LocalSource:
-    """A model that is open in this process, and a thread that writes with it."""
+    """A model opened in this process, and the thread that generates with it."""
 
     def __init__(self, name: str, model: TextModel) -> None:
         self.name, self._model = name, model
@@ -73,7 +73,7 @@ class LocalSource:
 
 
 class _Queue:
-    """A `service.Reader` whose items are waited for in an event loop."""
+    """A `service.Reader` that passes items to an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.items: asyncio.Queue[str | Ended | DinoexportError] = asyncio.Queue()
@@ -104,13 +104,13 @@ class _Queue:
 
 
 class TritonSource:
-    """A text model on a Triton server, over HTTP. timeout_s: for the first words, and between any two."""
+    """A text model on a Triton server, over HTTP. timeout_s: until the first piece, and between two pieces."""
 
     def __init__(self, client: TextClient, *, timeout_s: float = 60.0) -> None:
         where = client.address
         if not where.scheme.startswith("http"):
             raise UsageError(
-                f"{where} is gRPC's address.", next_step="Give the server's HTTP address, http://HOST:8000."
+                f"{where} is a gRPC address.", next_step="Give the server's HTTP address, http://HOST:8000."
             )
         self.name = client.served.name
         self._url = f"{where}/v2/models/{quote(client.name, safe='')}/generate_stream"
@@ -143,7 +143,9 @@ class TritonSource:
                         for item in text_client.read(event):
                             yield item
         except httpx.TimeoutException:
-            raise transport.ServerError("The model did not answer in time.", next_step="Look at its load.") from None
+            raise transport.ServerError(
+                "The model did not answer in time.", next_step="Check the server's load."
+            ) from None
         except httpx.HTTPError as error:
             raise transport.ServerBusy(
                 f"The model's server cannot be reached ({type(error).__name__}).", next_step="Check that it runs."

@@ -5,7 +5,7 @@ that changes a repository on disk; what the mirror has then and had not before i
 
     1. the new version's own configuration, as a name that must be free: two deployers never share a version
     2. all its other files, and the warm-up's; Triton serves none of them yet
-    3. the record of releases, over the one that was read: whoever comes second sees the first one's release
+    3. the record of releases, over the one that was read: a second writer sees the first one's release
     4. the configurations that name the version to serve
 
 A deployer that is interrupted before 3 leaves a version that is not served, and after 3 a release that the next deploy

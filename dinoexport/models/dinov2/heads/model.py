@@ -48,7 +48,7 @@ class HeadedModel:
 
     @cached_property
     def graphs(self) -> tuple[Graph, ...]:
-        """One graph, `model`: images in; depth, labels or probabilities out, and tokens if the recipe wants them."""
+        """One graph, `model`: images in; depth, labels or probabilities out, and tokens if requested."""
         (graph,) = self.backbone.graphs
         tokens = graph.outputs if self.head.table.tokens else ()
         dims = graph.dims
@@ -91,7 +91,7 @@ class HeadedModel:
         return self.backbone.synthetic(name, seed, peak=peak)
 
     def calls(self, graph: Graph, read: Read) -> tuple[Call, ...]:
-        """Padding if the head pads, the backbone's stem and blocks, the head, and tokens if the recipe wants them."""
+        """Padding where the head pads, the backbone's stem and blocks, the head, and tokens if requested."""
         from dinoexport.models.dinov2.heads import fold, pieces
 
         head, image = self.head, graph.inputs[0]

@@ -94,7 +94,7 @@ def _classifies(head: Head) -> bool:
 
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
-    """The image at the size that the graph gets, resized with cubic interpolation: RGB bytes (H, W, 3)."""
+    """The image at the graph's input size, cubic, RGB bytes (H, W, 3)."""
     from PIL import Image
 
     height, width = size_of(image.height, image.width, settings)
