@@ -217,9 +217,13 @@ def _report_row(row: Row) -> dict[str, Any]:
 
 
 def _direction(row: Row) -> str:
-    """The worst vector's cosine; of a distribution, which has no direction, its mean divergence."""
+    """The worst vector's cosine; of a distribution its mean divergence, of depths and labels their usual measure."""
     if row.divergence is not None:
         return f"KL {row.divergence.kl_mean:.1e}"
+    if "mean_iou" in row.figures:
+        return f"mIoU {row.figures['mean_iou']:.4f}"
+    if "within_1.25" in row.figures:
+        return f"{row.figures['within_1.25']:.2%} within 1.25"
     return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
 
 

@@ -1,6 +1,6 @@
-"""A served head's answers in the forms that applications take: class names, PNG files, the photograph's own size.
+"""Converts a served head's outputs to what applications need: class names, PNG files, maps of the photograph's size.
 
-NumPy and Pillow alone: this runs in the server's interpreter.
+It imports only NumPy and Pillow, because it runs in the server's interpreter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _PNG_LARGEST = 65535  # of 16 bits
 
 
 def forms(head: Head) -> tuple[str, ...]:
-    """What the head's answers can be served as, besides the graph's own arrays."""
+    """The forms in which the head's outputs can be served, besides the graph's own arrays."""
     return ("png", "resized") if head.class_count == 0 or head.form == "segmentation" else ("names",)
 
 
 def carried(form: str) -> tuple[Tensor, ...]:
-    """What preparation passes on for `form`."""
+    """The tensors that preparation passes on, past the graph, for `form`."""
     if form == "names":
         return ()
     meaning = "height and width of the photograph, upright, pixels"
@@ -65,7 +65,7 @@ def answers(head: Head, form: str) -> tuple[Tensor, ...]:
 
 
 def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
-    """The graph's outputs and what was carried past it, in `form`."""
+    """Converts the graph's outputs, and the tensors carried past it, to `form`."""
     import numpy as np
 
     if form == "names":
@@ -88,7 +88,7 @@ def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
 
 
 def nearest(labels_HW: Array, height: int, width: int) -> Array:
-    """Labels at another size, each pixel's the nearest one."""
+    """Resizes labels; each pixel takes the nearest label."""
     import numpy as np
 
     rows, columns = (
@@ -100,7 +100,7 @@ def nearest(labels_HW: Array, height: int, width: int) -> Array:
 
 
 def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
-    """A map at another size, as torch's interpolate has it. corners: its align_corners."""
+    """Resizes a map as torch's bilinear interpolate does. corners: its align_corners."""
     import numpy as np
 
     if map_HW.shape == (height, width):
@@ -120,7 +120,7 @@ def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
 
 
 def depth_png(depth_HW: Array, largest: float | None) -> tuple[bytes, float]:
-    """A 16-bit grey PNG, and the depth of one step of it. largest: the depth of the last step; None: the map's own."""
+    """A 16-bit grey PNG and the depth of one grey step. largest: the depth of white; None: the map's largest depth."""
     import numpy as np
     from PIL import Image
 
@@ -145,7 +145,7 @@ def labels_png(labels_HW: Array, count: int) -> bytes:
 
 
 def _bilinear_of(head: Head) -> Resize:
-    """Depth Anything's code aligns corners where it brings depth back to a photograph (depth_anything_v2/dpt.py)."""
+    """Depth Anything's code resizes depth to the photograph with aligned corners (depth_anything_v2/dpt.py)."""
     return _corners if head.form == "depth_anything" else _centres
 
 

@@ -1,4 +1,4 @@
-"""What a person looks at of a head's answers: depth in colours, label maps, best classes, and where they differ."""
+"""Pictures of a head's outputs for the report: depth in colours, label maps, best classes, and where they differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEGEND = 6  # classes named under a label map
 def of_case(
     head: Head, pixels_B3HW: Array, reference: Arrays, candidates: Mapping[str, Arrays], preprocessing: Preprocessing
 ) -> tuple[tuple[Picture, ...], ...]:
-    """A row for each image: itself, PyTorch's answer, then each candidate's and where it differs."""
+    """A row for each image: the image, PyTorch's output, then each candidate's output and where it differs."""
     rows = []
     for i, pixels_3HW in enumerate(pixels_B3HW):
         row = [photograph(pixels_3HW, preprocessing)]

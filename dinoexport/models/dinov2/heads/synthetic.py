@@ -1,7 +1,7 @@
 """Synthetic weights of heads, the same on every machine: each value follows from (seed, head, tensor name) alone.
 
-Magnitudes are chosen so that every rule shows in the answer: depths reach both ends of their range, BatchNorm's
-statistics are far from 0 and 1, and the last ReLU of a relative model leaves some depths at zero.
+Magnitudes are chosen so that a mistake in any rule changes the outputs: depths reach both ends of their range,
+BatchNorm's statistics are far from 0 and 1, and the last ReLU of a relative model leaves some depths at zero.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _depth_anything(name: str, shape: tuple[int, ...], noise: Array) -> Array:
 
 
 def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
-    """A layer that keeps the size of what it is given; a transposed convolution sums over its first axis alone."""
+    """Weights that keep the magnitude of the input; a transposed convolution sums over its first axis only."""
     import numpy as np
 
     fan_in = float(np.prod(shape[1:]))
