@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ def main() -> NoReturn:
     # The objects of PyTorch and its tracer live until the end. Garbage collection walked them repeatedly: a quarter
     # of the time of tracing, and 1.2 s at the end of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
+    # PyTorch's threads spin where they wait for each other: beside a dozen other processes a decoder's reference took
+    # ten times the CPU time that one thread needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with streams.guarded():
             try:

@@ -30,7 +30,10 @@ _SHARED_OUT = 200_000
 
 
 class Settings(Frozen):
-    """What determines a row's content. images: as given; a path is made absolute."""
+    """What determines a row's content. images: as given; a path is made absolute.
+
+    forms: sizes, batch first, whose batches run in a form of the graph compiled for that size alone.
+    """
 
     images: str
     model_sha256: Sha256
@@ -42,6 +45,7 @@ class Settings(Frozen):
     dtype: Literal["float32", "float16"]
     normalised: bool
     batch: int = Field(ge=1)
+    forms: tuple[str, ...] = ()
 
 
 class Plan(Frozen):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.system import files, untrusted
@@ -221,6 +221,9 @@ class RemotePlace:
         self.local: Path | None = None
         self._url, self._scheme = url.rstrip("/"), scheme
         self._opened: Any = None
+        # Names that a web server lists begin with the path of the URL; a store's are relative to it.
+        path = unquote(urlsplit(url).path).strip("/")
+        self._base = f"{path}/" if path and scheme in _READ_ONLY else ""
         self._drafts = tempfile.gettempdir()
 
     def __str__(self) -> str:
@@ -237,18 +240,19 @@ class RemotePlace:
                 open_url: Any = from_url  # its overloads depend on the kind of store, which is not known here
                 self._opened = open_url(
                     self._url,
-                    client_options={"allow_http": self._scheme in ("s3", "http")},
+                    # A store's address without TLS is one that the user's environment names.
+                    client_options={"allow_http": self._scheme != "https"},
                     retry_config={"retry_timeout": timedelta(seconds=_RETRY_S), "max_retries": 8},
                 )
         return self._opened
 
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """Every object below `under`, a thousand for each request."""
+        """Every object below `under`, a thousand for each request; a web server lists them only if it speaks WebDAV."""
         import obstore
 
-        with self._errors():
+        with self._errors(), self._no_listing():
             for page in obstore.list(self._store, under or None, chunk_size=1000):
-                yield from ((str(found["path"]), int(found["size"])) for found in page)
+                yield from ((str(found["path"]).removeprefix(self._base), int(found["size"])) for found in page)
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """The object's content."""
@@ -356,6 +360,21 @@ class RemotePlace:
             raise UsageError(
                 f"{self._url} is a web server, which cannot be written to.", next_step="Write to s3://, gs:// or az://."
             )
+
+    @contextmanager
+    def _no_listing(self) -> Iterator[None]:
+        """Turns a web server's refusal of WebDAV's PROPFIND into a UsageError."""
+        from obstore import exceptions
+
+        try:
+            yield
+        except exceptions.BaseError as error:
+            if self._scheme not in _READ_ONLY or not re.search(r"\b(?:400|405|501)\b", str(error)):
+                raise
+            raise UsageError(
+                f"{self._url}: this web server does not list its files.",
+                next_step="Use a server with WebDAV or an object store, or copy the files here.",
+            ) from None
 
     @contextmanager
     def _no_bucket(self) -> Iterator[None]:
