@@ -100,6 +100,8 @@ def embed(
     elif isinstance(place, store.RemotePlace):
         place.check_writable()
     known = plans.read_all(place)
+    if not known and isinstance(place, store.LocalPlace):
+        plans.refuse_foreign(place)
     layout = layout_of(manifest, workers)
     wanted = _settings(manifest, images, size, outputs, dtype, normalised, known, progress)
     if known:

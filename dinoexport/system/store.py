@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from dinoexport.errors import MissingRequirement, UsageError, require
-from dinoexport.system import files
+from dinoexport.system import files, untrusted
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _READ_ONLY = ("http", "https")
@@ -99,14 +99,38 @@ class LocalPlace:
                         yield name, entry.stat(follow_symlinks=False).st_size
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        """The file's content."""
-        _check_size(name, (self._folder / name).stat().st_size, max_bytes)
-        return (self._folder / name).read_bytes()
+        """The file's content. Like `fetch` it opens only regular files: somebody else may write to the folder."""
+        with self._opened(name) as found:
+            _check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
+            return found.read()
 
     def fetch(self, name: str, target: Path) -> None:
         """Copies its bytes."""
-        with (self._folder / name).open("rb") as found, target.open("xb") as made:
+        with self._opened(name) as found, target.open("xb") as made:
             shutil.copyfileobj(found, made, _PIECE_BYTES)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        try:
+            with untrusted.opened(self._folder / name, links=False) as found:
+                yield found
+        except untrusted.Unreadable as error:
+            if error.absent:
+                raise FileNotFoundError(name) from None
+            raise
+
+    def names(self) -> list[str]:
+        """What is in the folder itself; nothing where there is none. Raises UsageError for what is not a folder."""
+        try:
+            return [path.name for path in self._folder.iterdir()]
+        except FileNotFoundError:
+            if self._folder.is_symlink():
+                raise UsageError(
+                    f"{self} is a link to nothing.", next_step="Make the folder that it leads to, or remove it."
+                ) from None
+            return []
+        except OSError as error:
+            raise UsageError(f"{self} is not a folder that can be read: {error.strerror}.") from None
 
     def size(self, name: str) -> int | None:
         """The file system's."""
