@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 from dinoexport import bundle
 from dinoexport.bundle import archive
 from dinoexport.config import recipe
-from dinoexport.errors import DinoexportError
+from dinoexport.errors import DinoexportError, UsageError
+from dinoexport.pipeline.fit import examples
 from dinoexport.serving import address
+from dinoexport.system import store
 from dinoexport.text import tokenizer
 from dinoexport.weights import formats
 
@@ -65,3 +69,50 @@ def test_an_npz_that_grows_when_it_is_read_is_refused(tmp_path: Path) -> None:
         made.writestr("a.npy", header.getvalue() + bytes(16))
     with pytest.raises(ValueError, match="declares 4398046511104 bytes"):
         archive.read(declares)
+
+
+def test_a_photograph_of_16_bit_grey_takes_little_memory(tmp_path: Path) -> None:
+    """63 megapixels, 126 MB as they are stored; a copy of them in 32-bit floats alone takes twice that."""
+    from PIL import Image
+
+    path = tmp_path / "large.png"
+    Image.new("I;16", (7900, 7974), 4000).save(path, compress_level=1)
+    code = (
+        "import sys, resource, pathlib; from dinoexport import images; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; image = images.load(pathlib.Path(sys.argv[1])); "
+        "print(image.mode, image.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    mode, *size, grown_kb = ran.stdout.replace("(", "").replace(")", "").replace(",", "").split()
+    assert (mode, size) == ("RGB", ["7900", "7974"])
+    assert int(grown_kb) < 700_000, "three bytes for each pixel of the result, and strips of what they are made from"
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """A class folder's name becomes a label in the bundle, an image's name a part of its hash."""
+
+    class Source:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def cases_from(self, folder: Path, **_: object) -> list[object]:
+            return [type("Case", (), {"name": self.name, "label": self.name.partition("/")[0]})]
+
+    for name in ("caf\udce9/1.png", "a/1\udce9.png"):
+        with pytest.raises(UsageError, match="is not UTF-8"):
+            examples.read(Source(name), tmp_path, seed=0)  # type: ignore[arg-type]
+
+
+def test_a_place_on_disk_opens_only_regular_files(tmp_path: Path) -> None:
+    """Somebody else may write to the folder of a long run."""
+    import os
+
+    place = store.LocalPlace(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "secret").symlink_to("/etc/passwd")
+    for name in ("pipe", "device", "secret"):
+        with pytest.raises(UsageError, match="not a regular file"):
+            place.read(name)
+    with pytest.raises(FileNotFoundError):
+        place.read("absent")
