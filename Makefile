@@ -16,6 +16,7 @@
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
 # make attack    1,000 kills and 2,000 hostile inputs; the table must be 0 everywhere (KILLS=, INPUTS=, SEED= for others)
+# make stores    the tests of object stores and registries against Azurite, WebDAV and Docker's registry, which it fetches
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -30,11 +31,12 @@ TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
 INTEROP := .interop
 RAY := .venv-ray
+STORES := .stores
 TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
-.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text tensorrt-facts clean
+.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text stores tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -178,6 +180,22 @@ $(RAY)/.ready: pyproject.toml constraints.txt
 		--constraint constraints.txt --editable '.[cpu,ray]' pytest
 	touch $(RAY)/.ready
 
+# Servers that only tests talk to: Microsoft's emulator of Azure's storage (365 MB of npm), a WebDAV server, and Docker's
+# registry from a Debian package. Nothing is installed on the machine; the tests of what cannot be had are skipped.
+$(STORES)/.ready:
+	rm -rf $(STORES)
+	mkdir -p $(STORES)/azure $(STORES)/webdav $(STORES)/registry
+	$(TARGET_PIP) $(STORES)/webdav wsgidav==4.4.0 cheroot==11.1.2 defusedxml jinja2 json5 markupsafe more-itertools \
+		jaraco.functools pyyaml
+	cd $(STORES)/azure && { npm install --ignore-scripts --no-audit --no-fund --silent azurite@3.37.0 \
+		|| echo 'No npm: the tests of Azure are skipped.'; }
+	cd $(STORES)/registry && { { apt-get download docker-registry && dpkg -x docker-registry_*.deb .; } \
+		|| echo 'No Debian packages: the test of a registry is skipped.'; }
+	touch $(STORES)/.ready
+
+stores: $(READY) $(INTEROP)/.ready $(STORES)/.ready
+	$(BIN)/pytest tests/stores tests/embed/test_object_store.py
+
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
 	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
@@ -185,4 +203,4 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(PEERS) $(RAY) $(STORES) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

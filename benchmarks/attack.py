@@ -4,13 +4,15 @@
 
 Kills: a process is killed, or gets SIGINT or SIGTERM, before one of its file operations; what it leaves is looked at,
 then the same verb is run again. Inputs: command lines on files, folders, words and outputs that are wrong on purpose,
-each in a forked process whose time and memory are watched. Every fault is printed with what repeats it.
+each in a forked process whose time and memory are watched. Every fault is printed with what repeats it. What was done
+is kept in --scratch: the same seed goes on where it was ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import platform
 import random
 import shutil
@@ -19,9 +21,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dinoexport.family import registry
 from dinoexport.serving.triton import batching, served_models
@@ -29,19 +34,51 @@ from tests.attack import commands, hostile, kit, scenarios
 
 Rows = list[dict[str, object]]
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+_STARTED = time.monotonic()
 _KILL_COLUMNS = ("half done", "another state when repeated", "cannot be repeated", "left behind", "other ends")
+_MOST = ("longest, s", "most memory, MB")
 _INPUT_COLUMNS = (
     "traceback", "hangs", "memory", "dies", "no error said", "steers the terminal", "accepted",
     "touches what is not ours",
 )  # fmt: skip
 
 
-def kills(count: int, scratch: Path, things: hostile.Kit, rng: random.Random, stride: int) -> tuple[Rows, list[str]]:
-    """At least `count` kills over all verbs: the table's rows, and a line for each fault."""
+@dataclass(kw_only=True)
+class Found:
+    """What was found so far, kept in a file. kills: by the scenario's number, verb and signal; inputs: by kind."""
+
+    path: Path
+    seed: int
+    kills: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, dict[str, int]] = field(default_factory=dict)
+    kill_faults: list[str] = field(default_factory=list)
+    input_faults: list[str] = field(default_factory=list)
+    minutes: float = 0.0
+
+    def keep(self, minutes: float) -> None:
+        """Writes it, by rename."""
+        content = {**asdict(self), "path": str(self.path), "minutes": self.minutes + minutes}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content))
+        partial.replace(self.path)
+
+    @classmethod
+    def of(cls, path: Path, seed: int | None) -> Found:
+        """What an earlier run with this seed left; nothing is left of another one."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(path.read_text())
+            if seed == content["seed"]:
+                return cls(**{**content, "path": path})
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir(parents=True)
+        return cls(path=path, seed=random.SystemRandom().randrange(10**6) if seed is None else seed)
+
+
+def kills(count: int, things: hostile.Kit, found: Found, stride: int) -> None:
+    """At least `count` kills over all verbs."""
+    scratch, rng = found.path.parent, random.Random(found.seed)  # noqa: S311 (repeatable, no secret)
     small = kit.small_bundle(scratch, things.bundle)
     public = things.key.with_name("verify.pem")
-    found: Counter[tuple[str, str]] = Counter()
-    faults: list[str] = []
     for turn in itertools.count():
         wanted: list[tuple[scenarios.Scenario, signal.Signals, Iterator[int] | range]] = []
         for scenario in (
@@ -51,28 +88,41 @@ def kills(count: int, scratch: Path, things: hostile.Kit, rng: random.Random, st
         ):
             wanted += [(scenario, by, range(1 << 20)) for by in _SIGNALS]
         if turn == 0:
-            for scenario in scenarios.of_building(things.recipe):
+            for scenario in scenarios.of_building(things.recipe) if stride else ():
                 wanted += [(scenario, by, range(rng.randrange(stride), 1 << 20, stride)) for by in _SIGNALS]
-        for scenario, by, numbers in wanted:
-            started = time.monotonic()
+        for number, (scenario, by, numbers) in enumerate(wanted):
+            key, started = f"{turn}.{number} {scenario.verb}/{by.name}", time.monotonic()
+            if key in found.kills:
+                continue
+            shutil.rmtree(scratch / "attacked", ignore_errors=True)
             attacked = scenarios.attack(scenario, scratch / "attacked", by=by, numbers=numbers)
-            key = (scenario.verb, by.name)
-            found[key] += attacked.kills
-            faults += attacked.faults
+            found.kills[key] = attacked.kills
+            found.kill_faults += attacked.faults
             print(f"{scenario.verb} {by.name}: {attacked.kills} in {time.monotonic() - started:.0f} s", flush=True)
             for fault in attacked.faults:
                 print(f"  FAULT {fault}", flush=True)
-        if found.total() >= count:
-            break
-    rows = [
+            found.keep(_minutes())
+        if sum(found.kills.values()) >= count:
+            return
+
+
+def _kill_rows(found: Found) -> Rows:
+    total: Counter[tuple[str, str]] = Counter()
+    for key, number in found.kills.items():
+        verb, _, by = key.partition(" ")[2].rpartition("/")
+        total[verb, by] += number
+    return [
         {"verb": verb, "by": by, "kills": number}
         | {
-            column: sum(f.startswith(f"{verb}, {by} ") and _column(f) == column for f in faults)
+            column: sum(f.startswith(f"{verb}, {by} ") and _column(f) == column for f in found.kill_faults)
             for column in _KILL_COLUMNS
         }
-        for (verb, by), number in sorted(found.items())
+        for (verb, by), number in sorted(total.items())
     ]
-    return rows, faults
+
+
+def _minutes() -> float:
+    return (time.monotonic() - _STARTED) / 60
 
 
 def _column(fault: str) -> str:
@@ -83,37 +133,29 @@ def _column(fault: str) -> str:
     return next((column for word, column in words.items() if word in fault), "other ends")
 
 
-def inputs(
-    count: int, scratch: Path, things: hostile.Kit, rng: random.Random
-) -> tuple[list[dict[str, object]], list[str]]:
-    """`count` hostile command lines: the table's rows by kind, and a line for each fault."""
-    found: dict[str, Counter[str]] = {}
-    faults: list[str] = []
+def inputs(count: int, things: hostile.Kit, found: Found) -> None:
+    """`count` hostile command lines."""
+    scratch, rng = found.path.parent, random.Random(found.seed + 1)  # noqa: S311
+    before = sum(row["inputs"] for row in found.inputs.values())
     for number, attempt in zip(range(count), hostile.attempts(things, scratch / "hostile", rng), strict=False):
+        if number < before:
+            continue
         ended, wrong = hostile_run(attempt, scratch / "hostile" / "here")
-        row = found.setdefault(attempt.kind, Counter())
+        row = found.inputs.setdefault(attempt.kind, dict.fromkeys(("inputs", *_MOST, *_INPUT_COLUMNS), 0))
         row["inputs"] += 1
-        row.update(wrong)
-        row["longest, s"] = max(row["longest, s"], round(ended.seconds))
-        row["most memory, MB"] = max(row["most memory, MB"], ended.grown_bytes >> 20)
         for fault in wrong:
-            faults.append(f"{attempt.kind}: {fault}: {attempt.arguments!r}: {ended.words[-600:]!r}")
-            print(f"  FAULT {faults[-1]}", flush=True)
+            row[fault] += 1
+        for column, value in zip(_MOST, (round(ended.seconds), ended.grown_bytes >> 20), strict=True):
+            row[column] = max(row[column], value)
+        for fault in wrong:
+            found.input_faults.append(f"{attempt.kind}: {fault}: {attempt.arguments!r}: {ended.words[-600:]!r}")
+            print(f"  FAULT {number} {found.input_faults[-1]}", flush=True)
             kept = scratch / "faults" / str(number)
-            shutil.copytree(scratch / "hostile" / "here", kept, symlinks=True, ignore=_special)
-        if number % 100 == 99:
-            print(f"{number + 1} inputs, {len(faults)} faults", flush=True)
-    rows = [
-        {
-            "kind": kind,
-            "inputs": row["inputs"],
-            "longest, s": row["longest, s"],
-            "most memory, MB": row["most memory, MB"],
-        }
-        | {column: row[column] for column in _INPUT_COLUMNS}
-        for kind, row in found.items()
-    ]
-    return rows, faults
+            shutil.copytree(scratch / "hostile" / "here", kept, symlinks=True, ignore=_special, dirs_exist_ok=True)
+        if number % 50 == 49:
+            found.keep(_minutes())
+            print(f"{number + 1} inputs, {len(found.input_faults)} faults", flush=True)
+    found.keep(_minutes())
 
 
 def hostile_run(attempt: hostile.Attempt, folder: Path) -> tuple[commands.Ended, list[str]]:
@@ -146,38 +188,41 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument(
-        "--stride", type=int, default=8, help="a whole build takes seconds: killed at every so many of its operations"
+        "--stride",
+        type=int,
+        default=8,
+        help="a whole build takes seconds: killed at every so many of its operations; 0: none",
     )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("build/attack"))
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
-    seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
-    rng, started = random.Random(seed), time.monotonic()  # noqa: S311 (repeatable, no secret)
-    scratch = given.scratch.absolute()
-    shutil.rmtree(scratch, ignore_errors=True)
-    things = kit.make(scratch / "kit")
+    found = Found.of(given.scratch.absolute() / "found.json", given.seed)
+    print(f"seed {found.seed}", flush=True)
+    things = kit.make(found.path.parent / "kit")
     # Nothing is timed for a deployment that is killed: no runtime is opened in a process that is forked.
     measured, entry_points = served_models._measured, registry.entry_points
     registry.entry_points = cache(entry_points)  # a third of a deployment's time
     served_models._measured = lambda *_: batching.unmeasured((), "", 4)
-    killed, kill_faults = kills(given.kills, scratch, things, rng, given.stride) if given.kills else ([], [])
+    if given.kills:
+        kills(given.kills, things, found, given.stride)
     served_models._measured, registry.entry_points = measured, entry_points
     commands.load()  # only now: a process that is small is forked faster
-    asked, input_faults = inputs(given.inputs, scratch, things, rng) if given.inputs else ([], [])
-    faults = kill_faults + input_faults
-    total = sum(int(str(row["kills"])) for row in killed)
+    if given.inputs:
+        inputs(given.inputs, things, found)
+    faults = found.kill_faults + found.input_faults
+    asked: list[dict[str, Any]] = [{"kind": kind, **row} for kind, row in found.inputs.items()]
     head = (
-        f"{total:,} kills and {given.inputs:,} hostile inputs, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, "
-        f"{(time.monotonic() - started) / 60:.0f} minutes, Python {platform.python_version()}. "
-        f"Faults: {len(faults)}. Made by `make attack`."
+        f"{sum(found.kills.values()):,} kills and {sum(row['inputs'] for row in asked):,} hostile inputs, seed "
+        f"{found.seed}, {datetime.now(UTC):%Y-%m-%d}, {found.minutes + _minutes():.0f} minutes, "
+        f"Python {platform.python_version()}. Faults: {len(faults)}. Made by `make attack`."
     )
     text = "\n".join(
         [
             "# Attack",
             "",
             head,
-            *(("", "## Kills", "", _table(killed)) if killed else ()),
+            *(("", "## Kills", "", _table(_kill_rows(found))) if found.kills else ()),
             *(("", "## Hostile inputs", "", _table(asked)) if asked else ()),
             *(("", "## Faults", "", *(f"- {fault!r}" for fault in faults)) if faults else ()),
             "",

@@ -1,9 +1,10 @@
 """`python -m benchmarks.embed BUNDLE --images DIR`: the cost of `embed` beside that of a session and a decoder alone.
 
 CPU seconds are compared, which other load on the machine changes little: those of `embed` with all its processes and
-those of decoding the same images and running the same batches in this process, with one thread each. Starting the
-workers costs the same for any number of images, so `embed` runs twice, on all images and on half: the difference
-is what an image costs. The resident memory of the workers is sampled on the way, for a trend.
+those of decoding the same images and running the same batches with one thread, in as many processes at once as `embed`
+has workers: sessions beside each other slow each other down, which is not the cost of `embed`. Starting the workers
+costs the same for any number of images, so `embed` runs twice, on all images and on half: the difference is what an
+image costs. The resident memory of the workers is sampled on the way, for a trend.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import numpy as np
 from dinoexport import bundle
 from dinoexport.embed import run, sources
 from dinoexport.embed.embedder import model_of
+from dinoexport.embed.layout import layout_of
 from dinoexport.errors import UsageError
 from dinoexport.runtime import cpu, runners
 from dinoexport.spec import Way
@@ -106,7 +110,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256, help="images that are decoded and run alone")
     parser.add_argument("--workers", type=int)
     wanted = parser.parse_args()
-    decoding, session = alone(wanted.bundle, wanted.images, wanted.count)
+    workers = wanted.workers or layout_of(bundle.read_manifest(wanted.bundle), None).workers
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        beside = [pool.submit(alone, wanted.bundle, wanted.images, wanted.count) for _ in range(workers)]
+        decoding, session = (float(np.mean(parts)) for parts in zip(*(one.result() for one in beside), strict=True))
     names = [item.name for item in sources.open_source(str(wanted.images)).items()]
     with tempfile.TemporaryDirectory() as scratch:
         half = Path(scratch) / "half"

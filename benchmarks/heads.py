@@ -1,14 +1,15 @@
-"""Heads in time and memory, and ViT-S with a DPT head beside transformers': `python -m benchmarks.heads`.
+"""Heads in time and memory, and whole models beside transformers': `python -m benchmarks.heads`.
 
 Each graph answers for one 518x518 image in ONNX Runtime, one sample of each in turn; ratios are medians of the
-samples'. A head's memory is what its operators write, counted by ONNX Runtime's profile. transformers' DPT on a DINOv2
-backbone has the widths of the released NYU head and random weights; torch.onnx's TorchScript exporter exports it,
-as optimum does. Writes results/heads.md beside this file.
+samples'. A head's memory is what its operators write, counted by ONNX Runtime's profile. transformers' models have the
+widths of the released ones and random weights; torch.onnx's TorchScript exporter exports them, as optimum does. Writes
+results/heads.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,15 +26,22 @@ from dinoexport.runtime import ort, telemetry
 from dinoexport.system import timing
 
 RESULTS = Path(__file__).parent / "results" / "heads.md"
-SIDE = 518
-HEADS = ("linear4", "nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "ade20k_ms")
-BACKBONE, THEIRS = "vits14, tokens", "transformers' DPT, torch.onnx"
+NATIVE = 518
+HEADS = ("linear", "linear4", "nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "ade20k_ms")
+BACKBONE = "vits14, tokens"
+DEPTH_ANYTHING = "depth-anything-v2-vits"
+# Ours -> the class of transformers that is the same model.
+PEERS = {
+    "vits14, linear": "Dinov2ForImageClassification",
+    "vits14, nyu_dpt": "DPTForDepthEstimation",
+    DEPTH_ANYTHING: "DepthAnythingForDepthEstimation",
+}
 
 
-def ours(head: str | None, folder: Path) -> Path:
-    """ViT-S with the head, or with none, as ONNX with synthetic weights."""
-    loaded = recipe.load("vits14")
-    model = family.find("dinov2").model(loaded if head is None else loaded.with_head(head))
+def ours(variant: str, head: str | None, folder: Path) -> Path:
+    """The variant with the head, or as it is, as ONNX with synthetic weights."""
+    loaded = recipe.load(variant)
+    model = family.find(loaded.family).model(loaded if head is None else loaded.with_head(head))
     (graph,) = model.graphs
     folder.mkdir()
     calls = model.calls(graph, lambda name: model.synthetic(name, 0))
@@ -42,64 +50,64 @@ def ours(head: str | None, folder: Path) -> Path:
     return folder / f"{graph.name}.onnx"
 
 
-def theirs(folder: Path) -> Path:
-    """Transformers' DPTForDepthEstimation on DINOv2, as facebook/dpt-dinov2-small-nyu is configured, for one size."""
+def theirs(of: str, side: int, folder: Path) -> Path:
+    """A model of transformers on ViT-S, for one size, as facebook/dpt-dinov2-small-nyu is configured. of: its class."""
     import torch
     import transformers
 
-    backbone = transformers.Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=SIDE, patch_size=14,
-        out_indices=[3, 6, 9, 12], apply_layernorm=False, reshape_hidden_states=False,
-    )  # fmt: skip
-    config = transformers.DPTConfig(
-        backbone_config=backbone, use_pretrained_backbone=False, is_hybrid=False, hidden_size=384,
-        neck_hidden_sizes=[48, 96, 192, 384], fusion_hidden_size=256, readout_type="project",
-        reassemble_factors=[4, 2, 1, 0.5], use_batch_norm_in_fusion_residual=False, use_bias_in_fusion_residual=False,
-        add_projection=True,
-    )  # fmt: skip
-    model = transformers.DPTForDepthEstimation(config).eval()
+    small = {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": NATIVE,
+        "patch_size": 14,
+    }
+    spread = {"out_indices": [3, 6, 9, 12], "reshape_hidden_states": False}
+    widths = [48, 96, 192, 384]
+    if of == "Dinov2ForImageClassification":
+        config: Any = transformers.Dinov2Config(**small, num_labels=1000)
+    elif of == "DPTForDepthEstimation":
+        config = transformers.DPTConfig(
+            backbone_config=transformers.Dinov2Config(**small, **spread, apply_layernorm=False),
+            use_pretrained_backbone=False, is_hybrid=False, hidden_size=384, neck_hidden_sizes=widths,
+            fusion_hidden_size=256, readout_type="project", reassemble_factors=[4, 2, 1, 0.5],
+            use_batch_norm_in_fusion_residual=False, use_bias_in_fusion_residual=False, add_projection=True,
+        )  # fmt: skip
+    else:
+        config = transformers.DepthAnythingConfig(
+            backbone_config=transformers.Dinov2Config(**small, **spread, apply_layernorm=True),
+            reassemble_hidden_size=384, neck_hidden_sizes=widths, fusion_hidden_size=64, head_hidden_size=32,
+        )  # fmt: skip
+    model = getattr(transformers, of)(config).eval()
     folder.mkdir()
     path = folder / "model.onnx"
     with torch.inference_mode():
         torch.onnx.export(
-            model, (torch.zeros(1, 3, SIDE, SIDE),), path, input_names=["pixels"], dynamo=False, opset_version=17
+            model, (torch.zeros(1, 3, side, side),), path, input_names=["pixels"], dynamo=False, opset_version=17
         )
     return path
 
 
-def session(path: Path) -> Callable[[], object]:
+def session(path: Path, side: int) -> Callable[[], object]:
     """What runs the file once."""
     opened = telemetry.onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
-    pixels = synthetic.pixels(1, SIDE, SIDE, seed=0)
+    pixels = synthetic.pixels(1, side, side, seed=0)
     return lambda: opened.run(None, {opened.get_inputs()[0].name: pixels})
 
 
-def measured(paths: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
-    """A row for each: its time as a ratio to the backbone's, and what is written beside the backbone."""
-    taken = timing.in_turn({name: session(path) for name, path in paths.items()}, rounds=rounds, budget_s=600.0)
-    base = np.array(taken[BACKBONE].samples_ms)
-    arrays = {"pixels": synthetic.pixels(1, SIDE, SIDE, seed=0)}
-    written, gflop = {}, {}
+def measured(paths: dict[str, Path], rounds: int, side: int) -> dict[str, dict[str, Any]]:
+    """For each graph its samples, and what its operators compute and write."""
+    taken = timing.in_turn({name: session(path, side) for name, path in paths.items()}, rounds=rounds, budget_s=240.0)
+    pixels = synthetic.pixels(1, side, side, seed=0)
+    rows = {}
     for name, path in paths.items():
-        named = arrays if name != THEIRS else {ort_input(path): arrays["pixels"]}
-        ran = ort.executed(path, named)
-        written[name] = sum(operator.written_bytes for operator in ran) / 1e6
-        gflop[name] = sum(operator.flops for operator in ran) / 1e9
-    rows = []
-    for name in paths:
-        samples = np.array(taken[name].samples_ms)
-        rows.append(
-            {
-                "graph": name,
-                "median_ms": float(np.median(samples)),
-                "to_backbone": float(np.median(samples / base)),
-                "share": float(np.median(1 - base / samples)),
-                "written_mb": written[name],
-                "head_mb": written[name] - written[BACKBONE],
-                "gflop": gflop[name],
-                "samples": samples,
-            }
-        )
+        ran = ort.executed(path, {ort_input(path): pixels})
+        rows[name] = {
+            "samples": np.array(taken[name].samples_ms),
+            "cpu_ms": float(np.median(taken[name].cpu_samples_ms)),
+            "written_mb": sum(operator.written_bytes for operator in ran) / 1e6,
+            "gflop": sum(operator.flops for operator in ran) / 1e9,
+        }
     return rows
 
 
@@ -110,38 +118,59 @@ def ort_input(path: Path) -> str:
     return str(onnx.load(path, load_external_data=False).graph.input[0].name)
 
 
+def line(name: str, row: dict[str, Any], base: dict[str, Any], peer: dict[str, Any] | None) -> str:
+    """A row of the table: the model against its backbone, and transformers' against the model."""
+    samples = row["samples"]
+    share = 1 - base["cpu_ms"] / row["cpu_ms"]
+    ratio = "" if peer is None else f"{np.median(peer['samples'] / samples):.2f}"
+    cpu = "" if peer is None else f"{peer['cpu_ms'] / row['cpu_ms']:.2f}"
+    written = "" if peer is None else f"{peer['written_mb'] / row['written_mb']:.2f}"
+    return (
+        f"| {name} | {np.median(samples):.0f} | {row['cpu_ms']:.0f} | {np.median(samples / base['samples']):.2f} "
+        f"| {share:.0%} | {row['written_mb'] - base['written_mb']:.0f} | {row['gflop']:.0f} "
+        f"| {ratio} | {cpu} | {written} |"
+    )
+
+
 def main() -> None:
     """Measures and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", type=int, default=NATIVE, help="height and width of the image; 224 is soon done")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    others = timing.Neighbours()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        paths = {BACKBONE: ours(None, work / "tokens")}
-        paths |= {f"vits14, {head}": ours(head, work / head) for head in HEADS}
-        paths[THEIRS] = theirs(work / "theirs")
-        rows = measured(paths, given.rounds)
-    by_name = {row["graph"]: row for row in rows}
-    against = float(np.median(by_name[THEIRS]["samples"] / by_name["vits14, nyu_dpt"]["samples"]))
+        paths = {BACKBONE: ours("vits14", None, work / "tokens")}
+        paths |= {f"vits14, {head}": ours("vits14", head, work / head) for head in HEADS}
+        paths[DEPTH_ANYTHING] = ours(DEPTH_ANYTHING, None, work / "depth_anything")
+        paths |= {of: theirs(of, given.side, work / of) for of in PEERS.values()}
+        rows = measured(paths, given.rounds, given.side)
+    base = rows[BACKBONE]
+    shown = [name for name in rows if name not in PEERS.values()]
     lines = [
         "# Heads: time and memory",
         "",
         (
-            f"`python -m benchmarks.heads`, ViT-S, one {SIDE}x{SIDE} image, fp32, ONNX Runtime, synthetic weights, "
-            f"{given.rounds} samples of each in turn."
+            f"`python -m benchmarks.heads`: ViT-S, one {given.side}x{given.side} image, fp32, ONNX Runtime on "
+            f"{os.cpu_count()} CPUs, synthetic weights, {len(base['samples'])} samples of each graph in turn. Other "
+            f"processes took {others.share():.0%} of the machine meanwhile. Ratios are medians of the samples' ratios."
         ),
         "",
-        f"transformers' DPT takes {against:.2f} times as long as ours (median of the samples' ratios).",
-        "",
-        "| graph | median ms | times the backbone | head's share of time | head writes, MB | GFLOP |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *(
-            f"| {row['graph']} | {row['median_ms']:.0f} | {row['to_backbone']:.2f} | {row['share']:.0%} "
-            f"| {row['head_mb']:.0f} | {row['gflop']:.0f} |"
-            for row in rows
+        (
+            "The last three columns: time, CPU time and bytes written of the same model of transformers, exported "
+            "for this one size, as multiples of ours, whose height and width are dynamic."
         ),
+        "",
+        (
+            "| model | median ms | CPU ms | times the backbone | head's share of CPU time | head writes, MB | GFLOP "
+            "| transformers' time | its CPU time | its bytes |"
+        ),
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(line(name, rows[name], base, rows.get(PEERS.get(name, ""))) for name in shown),
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -11,7 +11,9 @@ def main() -> NoReturn:
     """The console entry point."""
     interrupts.leave_at_once()
     from dinoexport.cli import main as run
+    from dinoexport.cli.streams import three_descriptors
 
+    three_descriptors()
     run()
 
 

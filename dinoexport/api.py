@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,14 +16,14 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeGuard
 
 from dinoexport import bundle, family, images
-from dinoexport.bundle import Manifest
+from dinoexport.bundle import Manifest, in_store
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
 from dinoexport.runtime import cpu, runners
 from dinoexport.runtime.sizes import Form, Specialised
 from dinoexport.spec import Array, Arrays, Graph, Precision, Progress, Runtime, closest, silent
-from dinoexport.system import changes
+from dinoexport.system import changes, store
 from dinoexport.system.untrusted import Identity
 
 if TYPE_CHECKING:
@@ -73,13 +74,17 @@ class Bundle:
         trusted: bool = False,
         sizes: Sequence[str] = (),
         seen: Mapping[str, Identity] = MappingProxyType({}),
+        record: bool = True,
     ) -> None:
-        """Use `load` or `build`. trusted: whether code that an engine holds may run; seen: files that were checked."""
+        """Use `load` or `build`. trusted: whether code that an engine holds may run; seen: files that were checked.
+
+        record: whether `validate` may write its result into the manifest.
+        """
         self.folder = folder
         self.manifest = manifest
         self._threads = threads
         self._device = device
-        self._trusted, self._seen = trusted, seen
+        self._trusted, self._seen, self._record = trusted, seen, record
         self._recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
         self._model: Model = family.find(manifest.family).model(self._recipe)
         self._lock = threading.Lock()
@@ -164,6 +169,7 @@ class Bundle:
             runtime=self._runtime(),
             judge_code=reference,
             trust_plan=self._trusted,
+            record=self._record,
             progress=progress,
         )
         self.manifest = validated.manifest
@@ -268,7 +274,8 @@ def load(
     """Opens the bundle in `folder`.
 
     Args:
-        folder: The bundle's folder.
+        folder: The bundle's folder, or its URL in an object store or on a web server: then a copy in the cache is used,
+            which is taken once.
         threads: CPU threads of the runtime; 0 leaves their number to the runtime.
         device: "cpu" runs the ONNX, "gpu" the engine. None: the engine if the bundle has one that runs here, else the
             ONNX on the CPU.
@@ -282,12 +289,14 @@ def load(
     Raises:
         UsageError: The folder is not a bundle.
         ValidationFailed: The bundle is damaged, or not signed by the owner of `verify`.
+        MissingRequirement: The store cannot be reached or refuses.
     """
     if device is not None and device not in _DEVICES:
         raise UsageError(f"device {device!r} is unknown.{closest(device, _DEVICES)}", next_step="Use 'cpu' or 'gpu'.")
     if threads < 0:
         raise UsageError(f"threads is {threads}.", next_step="Use a positive number, or 0 for the runtime's choice.")
-    path = Path(folder)
+    remote = isinstance(folder, str) and store.is_url(folder)
+    path = in_store.local_copy(str(folder), progress=progress) if remote else Path(folder)
     seen: Mapping[str, Identity] = {}
     if verify is not None:
         from dinoexport.bundle import signing
@@ -301,7 +310,9 @@ def load(
             seen = bundle.check_files(path, manifest.files, progress=progress)
             bundle.check_graphs(path, manifest)
     trusted = trust_plan or verify is not None
-    return Bundle(path, manifest, threads=threads, device=device, trusted=trusted, sizes=sizes, seen=seen)
+    return Bundle(
+        path, manifest, threads=threads, device=device, trusted=trusted, sizes=sizes, seen=seen, record=not remote
+    )
 
 
 def build(
@@ -333,7 +344,7 @@ def build(
         runtime: One of the target's runtimes. None: the first that can be used.
         profiles: Names of the engine's profiles. Empty: the recipe's.
         preset: How long TensorRT searches for kernels.
-        out: The bundle's folder. None: bundles/NAME in the working directory.
+        out: The bundle's folder, or a URL to send it to. None: bundles/NAME in the working directory.
         force: Repeat finished stages.
         keep_rejected: Publish a bundle that fails too, marked rejected, before Rejected is raised.
         reference: Whose code computes PyTorch's outputs: "plain" or "hub".
@@ -347,20 +358,23 @@ def build(
     """
     from dinoexport.pipeline import build as pipeline
 
-    request = pipeline.build_request(
-        None if variant is None else str(variant),
-        weights=None if weights is None else str(weights),
-        prefix=prefix,
-        precision="auto" if precision == "auto" else _member(Precision, "precision", precision),
-        target=target,
-        runtime=_member(Runtime, "runtime", runtime),
-        engine_choices=({"profiles": tuple(profiles)} if profiles else {}) | ({"preset": preset} if preset else {}),
-        out=None if out is None else Path(out),
-        judge_code=reference,
-        progress=progress,
-    )
-    built = pipeline.build(request, force=force, keep_rejected=keep_rejected, progress=progress)
-    return Bundle(built.folder, built.manifest, threads=threads, device=device, trusted=True)
+    place = None if out is None else str(out)
+    with in_store.destination(place, sending=lambda: nullcontext(progress)) as made_in:
+        request = pipeline.build_request(
+            None if variant is None else str(variant),
+            weights=None if weights is None else str(weights),
+            prefix=prefix,
+            precision="auto" if precision == "auto" else _member(Precision, "precision", precision),
+            target=target,
+            runtime=_member(Runtime, "runtime", runtime),
+            engine_choices=({"profiles": tuple(profiles)} if profiles else {}) | ({"preset": preset} if preset else {}),
+            out=made_in,
+            judge_code=reference,
+            progress=progress,
+        )
+        built = pipeline.build(request, force=force, keep_rejected=keep_rejected, progress=progress)
+    recorded = place is None or not store.is_url(place)
+    return Bundle(built.folder, built.manifest, threads=threads, device=device, trusted=True, record=recorded)
 
 
 def _member(kind: Any, named: str, word: str | None) -> Any:

@@ -28,6 +28,8 @@ from tests.text import vocabulary
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
+# As on the command line: PyTorch's threads do not spin against those of the test beside. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA = Path(__file__).parent / "data"
 # A shell's background jobs are born deaf to Ctrl-C, and so are their children: what follows these words is not.

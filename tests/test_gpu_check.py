@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,110 @@ def test_the_wheels_of_a_gpu_run_are_listed_by_one_command() -> None:
     assert all(version == constraints[name] for name, version in pinned.items() if name in constraints)
     report = {"install": [{"metadata": {"name": n, "version": "1"}, "download_info": {"url": n}} for n in ("b", "A")]}
     assert [name for name, _, _ in gpu_wheels.listed(report)] == ["A", "b"]
+
+
+# What a step may take, in seconds: assumptions for the plan, no measurements. No GPU has run it.
+PARAMETERS = {"vits14": 22e6, "vitb14": 87e6, "vitl14": 304e6, "vitg14": 1136e6}
+EXPORTED_S = 4.0, 40e-9  # for each variant, and for each of its parameters: weights made, written, PyTorch's answers
+OPENED_S = {
+    "PyTorch eager": (1.0, 5e-9), "PyTorch compiled": (20.0, 20e-9), "ONNX Runtime CUDA": (5.0, 10e-9),
+    Runtime.TENSORRT.value: (15.0, 60e-9),
+}  # fmt: skip
+RUN_S = 0.05
+
+
+class Clock:
+    """Time that passes only in the steps."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    perf_counter = monotonic
+
+    def spend(self, costs: tuple[float, float], parameters: float) -> None:
+        self.now_s += costs[0] + costs[1] * parameters
+
+
+@pytest.fixture
+def whole_plan(exported: gpu_check.Variant, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Every step of the whole plan is walked, with nothing heavy in it: the answers are the reference's own."""
+    clock = Clock()
+    (expectation,) = exported.reference.expectations
+
+    def at(size: int) -> Any:
+        return replace(expectation, case=replace(expectation.case, name=str(size)))
+
+    def made(name: str, precision: Precision, folder: Path, batch: int, sizes: list[int]) -> gpu_check.Variant:
+        assert precision is Precision.FP16 and batch == 32 and folder.is_dir()
+        clock.spend(EXPORTED_S, PARAMETERS[name])
+        request = gpu_check.pipeline.build_request(name, weights="synthetic:0", precision=precision, target="cpu")
+        reference = replace(exported.reference, expectations=tuple(map(at, sizes)))
+        return replace(exported, name=name, request=request, reference=reference)
+
+    def opened(runtime: str, variant: gpu_check.Variant) -> Any:
+        clock.spend(OPENED_S[runtime], PARAMETERS[variant.name])
+
+        def run(inputs: dict[str, Any]) -> dict[str, Any]:
+            clock.now_s += RUN_S
+            return gpu_check.in_turn(expectation.outputs, len(inputs["pixels"]))
+
+        return run
+
+    names = iter(("PyTorch eager", "PyTorch compiled") * len(PARAMETERS))
+    monkeypatch.setattr(gpu_check, "time", clock)
+    monkeypatch.setattr(gpu_check, "exported", made)
+    monkeypatch.setattr(gpu_check, "in_torch", lambda variant, *_: opened(next(names), variant))
+    monkeypatch.setattr(gpu_check, "built", lambda variant, runtime, *_: opened(runtime.value, variant))
+    monkeypatch.setattr(gpu_check, "peak_flops", lambda _gpu: 1e15)
+    monkeypatch.setattr(gpu_check, "peak_bytes_per_s", lambda _gpu: 1e12)
+    monkeypatch.setattr(hardware, "gpus", lambda: (A100,))
+    monkeypatch.setattr(ort, "has_cuda", lambda: True)
+    variants = iter(PARAMETERS)
+    monkeypatch.setattr(
+        ort, "open_graph", lambda *_, **__: opened("ONNX Runtime CUDA", replace(exported, name=next(variants)))
+    )
+    monkeypatch.setattr(
+        RuntimeFacts, "installed_version", lambda facts: "11.4.0" if facts.title == "TensorRT" else None
+    )
+    return clock
+
+
+def whole(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> list[list[str]]:
+    """The rows of the plan as `make gpu` calls it."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(out), *words])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert not ended.value.code
+    lines = [line for line in out.read_text().splitlines() if line.startswith("| vit")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_whole_plan_fits_ten_minutes(whole_plan: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """S, B, L and g, 224 and 518, batches 1, 8 and 32, in every runtime: each row once, the small models first."""
+    rows = whole(monkeypatch, tmp_path / "gpu.md")
+    wanted = [
+        [variant, str(size), str(batch), runtime]
+        for variant in PARAMETERS
+        for runtime in OPENED_S
+        for size in (224, 518)
+        for batch in (1, 8, 32)
+    ]
+    assert [[row[0], row[1], row[2], row[3]] for row in rows] == wanted
+    assert {row[-1] for row in rows} == {"right"} and all(row[7].endswith("%") and row[8].endswith("%") for row in rows)
+    assert whole_plan.now_s < 600, f"{whole_plan.now_s:.0f} s by the assumptions"
+
+
+def test_a_plan_that_takes_longer_is_cut_and_says_what_is_missing(
+    whole_plan: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three times the time: nothing is begun after nine minutes, and every row that is missing is named."""
+    monkeypatch.setitem(OPENED_S, Runtime.TENSORRT.value, (45.0, 180e-9))
+    monkeypatch.setitem(OPENED_S, "PyTorch compiled", (60.0, 60e-9))
+    rows = whole(monkeypatch, tmp_path / "gpu.md")
+    text = (tmp_path / "gpu.md").read_text()
+    assert {row[0] for row in rows} >= {"vits14", "vitb14", "vitl14"} and len(rows) < 96
+    assert "Left out:" in text and "over" in text
+    assert whole_plan.now_s < 540 + 45 + 180e-9 * PARAMETERS["vitg14"] + 10, "at most one step more than the limit"

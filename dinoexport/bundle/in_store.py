@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import socket
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dinoexport.bundle import manifest as manifests
 from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, Manifest
 from dinoexport.errors import BuildError, DinoexportError, UsageError, ValidationFailed
 from dinoexport.spec import Progress, silent
-from dinoexport.system import files, store
+from dinoexport.system import changes, files, store
 from dinoexport.system.cache import cache_folder
 from dinoexport.system.store import RemotePlace
 
@@ -86,6 +87,37 @@ def check_reachable(url: str) -> None:
     place = store.RemotePlace(url)
     place.check_writable()
     _check_place(place)
+
+
+@contextmanager
+def destination(out: str | None, *, sending: Callable[[], AbstractContextManager[Progress]]) -> Iterator[Path | None]:
+    """Where to make the bundle that is to be at `out`; sent there afterwards if that is a URL and anything was made.
+
+    What is made for a URL stays in the cache, so that the next build of it reuses finished stages. sending: gives what
+    the progress of sending is reported to.
+    """
+    if out is None or not store.is_url(out):
+        yield None if out is None else Path(out)
+        return
+    url = out.rstrip("/")
+    check_reachable(url)
+    folder = cache_folder() / "built" / hashlib.sha256(url.encode()).hexdigest()[:16] / (url.rpartition("/")[2] or "x")
+    before = _content(folder / MANIFEST)
+    try:
+        yield folder
+    finally:
+        # A rejected bundle too, where that was asked for: it is published, and says so.
+        if _content(folder / MANIFEST) not in (b"", before):
+            with sending() as progress:
+                send(folder, url, progress=progress)
+            changes.note_done(f"The bundle {url} is published.")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 class _Replaced(Exception):

@@ -115,6 +115,7 @@ def _registry(plain_http: bool) -> Any:
     import logging
 
     from oras import provider  # its modules import each other, and only in this order
+    from oras.auth import TokenAuth
     from oras.logger import logger
 
     logger.set_level(logging.CRITICAL + 1)  # what a registry answers may repeat credentials
@@ -124,7 +125,24 @@ def _registry(plain_http: bool) -> Any:
 
         do_request = provider.decorator.retry(attempts=2)(provider.Registry.do_request.__wrapped__)
 
-    return Sooner(insecure=plain_http)
+    class PasswordOrToken(TokenAuth):  # type: ignore[misc]
+        """Also answers a registry that asks for a password: oras' own takes its realm for the address of a token."""
+
+        def authenticate_request(self, original: Any, headers: Any, refresh: bool = False) -> tuple[Any, bool]:
+            if not original.headers.get("Www-Authenticate", "").lower().startswith("basic"):
+                return super().authenticate_request(original, headers, refresh)  # type: ignore[no-any-return]
+            known = getattr(self, "_basic_auth", None)
+            if not known:
+                return headers, False
+            # For all further requests: an upload can not be sent twice.
+            self.session.headers["Authorization"] = f"Basic {known}"
+            return {**(headers or {}), "Authorization": f"Basic {known}"}, True
+
+    registry = Sooner(insecure=plain_http)
+    auth = PasswordOrToken()
+    auth.session, auth.prefix, auth._tls_verify = registry.session, registry.prefix, True
+    registry.auth = auth
+    return registry
 
 
 def _artifact(registry: Any, reference: str) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import io
+import os
 import sys
 from typing import NoReturn
 
-from dinoexport.cli import build, embed, engines, fit, inspect, registry, serve, text
+from dinoexport.cli import build, embed, engines, fit, inspect, registry, serve, streams, text
 from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.terminal import output_lost
 from dinoexport.system import interrupts
 
 __all__ = ["EXIT_CODES", "app", "build", "embed", "engines", "fit", "inspect", "main", "registry", "serve", "text"]
@@ -17,14 +18,18 @@ __all__ = ["EXIT_CODES", "app", "build", "embed", "engines", "fit", "inspect", "
 def main() -> NoReturn:
     """Runs the command line. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     interrupts.leave_at_once()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show are printed as their codes
-            stream.reconfigure(errors="backslashreplace")
     # The objects of PyTorch and its tracer live until the end. Garbage collection walked them repeatedly: a quarter
     # of the time of tracing, and 1.2 s at the end of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
+    # PyTorch's threads spin where they wait for each other: beside a dozen other processes a decoder's reference took
+    # ten times the CPU time that one thread needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        with streams.guarded():
+            try:
+                app()
+            except streams.OutputLost as lost:
+                output_lost(lost)
     finally:
         gc.freeze()
     sys.exit(0)

@@ -47,8 +47,8 @@ def embed(
     size: Annotated[
         str,
         typer.Option(
-            metavar="default|nearest",
-            help="One size for all images, or for each image the nearest size; nearest: local images only.",
+            metavar="default|nearest|HxW,...",
+            help="One size for all images, for each image the nearest size that occurs, or the nearest of these sizes.",
         ),
     ] = "default",
     outputs: Annotated[
@@ -102,7 +102,7 @@ def embed(
                 folder,
                 images,
                 out,
-                size=choice("size", size, ("default", "nearest")),
+                size=size,
                 outputs=None if outputs is None else [name.strip() for name in outputs.split(",")],
                 dtype=choice("dtype", dtype, ("float32", "float16")),
                 normalised=normalise,

@@ -10,11 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import bundle
-from dinoexport.runtime import runners
-from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Runtime, Way
 from dinoexport.system import timing
-from dinoexport.validation import error_analysis
 
 if TYPE_CHECKING:
     from dinoexport.serving.triton.model_repository import Deployed
@@ -183,6 +180,10 @@ def growth_rows(growth: Growth) -> Rows:
 
 def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
     """The explanation as text; without `growth`, the reason why inner values were not compared."""
+    from dinoexport.runtime import runners
+    from dinoexport.runtime.table import TABLE
+    from dinoexport.validation import error_analysis
+
     if growth is None:
         way = runners.way_of(manifest)
         if way.runtime is not Runtime.ONNXRUNTIME:
@@ -216,9 +217,13 @@ def _report_row(row: Row) -> dict[str, Any]:
 
 
 def _direction(row: Row) -> str:
-    """The worst vector's cosine; of a distribution, which has no direction, its mean divergence."""
+    """The worst vector's cosine; of a distribution its mean divergence, of depths and labels their usual measure."""
     if row.divergence is not None:
         return f"KL {row.divergence.kl_mean:.1e}"
+    if "mean_iou" in row.figures:
+        return f"mIoU {row.figures['mean_iou']:.4f}"
+    if "within_1.25" in row.figures:
+        return f"{row.figures['within_1.25']:.2%} within 1.25"
     return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
 
 

@@ -68,7 +68,6 @@ def validate(
         from dinoexport.bundle import signing
         from dinoexport.cli import formatting
         from dinoexport.errors import UsageError, ValidationFailed
-        from dinoexport.report import mismatches
         from dinoexport.system import store
         from dinoexport.validation import validate_bundle
 
@@ -81,6 +80,8 @@ def validate(
         verified = signing.verify(folder, verify) if verify is not None else None
         signed = signing.signed_by(folder)
         if page is not None:
+            from dinoexport.report import mismatches
+
             mismatches.check(page, images)
         with progress_lines() as progress:
             validated = validate_bundle.validate(

@@ -45,6 +45,13 @@ def deploy(
             help="A head's answers in this form too: class names; PNG files; arrays as large as the photograph.",
         ),
     ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HxW|BxHxW",
+            help="A size that is often requested: --backend python compiles a form for it; repeatable.",
+        ),
+    ] = None,
     verify: Verify = None,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +65,7 @@ def deploy(
         with progress_lines() as progress:
             how: dict[str, Any] = {
                 "name": name, "backend": chosen, "triton": triton, "samples": samples, "verify": verify,
-                "answers": answers or (),
+                "answers": answers or (), "sizes": size or (),
             }  # fmt: skip
             if store.is_url(to):
                 deployed = store_repository.deploy(folder, to, progress=progress, **how)

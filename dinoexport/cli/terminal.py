@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dinoexport.cli.escaping import paragraph, printable
+from dinoexport.cli.streams import OutputLost
 from dinoexport.cli.tables import table
 from dinoexport.errors import DinoexportError
 from dinoexport.system import interrupts
@@ -45,6 +46,8 @@ def reporting(as_json: bool) -> Iterator[None]:
     try:
         with interrupts.raised():
             yield
+    except OutputLost:
+        raise  # there is no place for an object on stdout
     except DinoexportError as error:
         fail(error, as_json)
     except KeyboardInterrupt:
@@ -60,6 +63,16 @@ def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
     if error.next_step:
         typer.echo(f"  next: {paragraph(error.next_step)}", err=True)
     sys.exit(error.exit_code)
+
+
+def output_lost(lost: OutputLost) -> NoReturn:
+    """Exits with its code. A reader that left, as in `| head`, has seen what it wanted, and no line is printed."""
+    if not lost.reader_left:
+        changes = sys.modules.get("dinoexport.system.changes")
+        done = " This was done: " + " ".join(changes.done()) if changes is not None and changes.done() else ""
+        typer.echo(f"error: {printable(lost.message + done)}", err=True)
+        typer.echo(f"  next: {printable(lost.next_step)}", err=True)
+    sys.exit(lost.exit_code)
 
 
 def _shortened(text: str) -> str:
@@ -152,12 +165,17 @@ def say_text(piece: str) -> None:
 
 def say_json(content: Any) -> None:
     """Prints the one JSON object on stdout."""
-    typer.echo(json.dumps(content, indent=1, allow_nan=False))
+    typer.echo(_json(content, indent=1))
 
 
 def say_json_line(content: Any) -> None:
     """A JSON object as one line on stderr: progress beside the one object on stdout."""
-    typer.echo(json.dumps(content, allow_nan=False), err=True)
+    typer.echo(_json(content, indent=None), err=True)
+
+
+def _json(content: Any, *, indent: int | None) -> str:
+    """As JSON; DEL is the one control character that JSON does not escape by itself."""
+    return json.dumps(content, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 @contextmanager

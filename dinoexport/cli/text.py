@@ -11,6 +11,9 @@ import typer
 from dinoexport.cli.app import EXIT_CODES, app
 from dinoexport.cli.terminal import Json, progress_lines, reporting, say, say_json, say_text
 
+# Several times the longest context, in the widest characters.
+_PROMPT_MAX_BYTES = 1 << 23
+
 
 @app.command(epilog=EXIT_CODES)
 def generate(
@@ -109,11 +112,26 @@ def _asked(
         )
     if infill is not None:
         return {"prompt": infill[0], "suffix": infill[1], "suffix_first": suffix_first}
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if not chat:
         return {"prompt": text}
     begin = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*begin, {"role": "user", "content": text}]}
+
+
+def _standard_input() -> str:
+    """The prompt on stdin, which may be anything and without an end."""
+    from dinoexport.errors import UsageError
+
+    raw = b"" if sys.stdin is None else sys.stdin.buffer.read(_PROMPT_MAX_BYTES + 1)
+    if len(raw) > _PROMPT_MAX_BYTES:
+        raise UsageError(f"stdin has more than {_PROMPT_MAX_BYTES:,} bytes.", next_step="Shorten the prompt.")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8 ({error.reason} at byte {error.start}).", next_step="Convert it, as with iconv."
+        ) from None
 
 
 def _show_end(written: Any, as_json: bool) -> None:

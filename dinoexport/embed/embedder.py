@@ -8,26 +8,25 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
 import dinoexport
 from dinoexport import bundle, family, images
-from dinoexport.bundle import Manifest, reference_file
+from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Frozen, Recipe, parse
 from dinoexport.embed import columns as tables
+from dinoexport.embed import opening
 from dinoexport.embed import plan as plans
 from dinoexport.embed.columns import Row
 from dinoexport.embed.plan import Done, Plan
 from dinoexport.embed.sources import Read, Source, Unusable, open_source
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.errors import UsageError
 from dinoexport.family import FrontEnd, Model
-from dinoexport.runtime import cpu, runners
-from dinoexport.spec import Array, Arrays, Candidate, Graph
+from dinoexport.spec import Array, Arrays, Graph
 from dinoexport.system import files, store
-from dinoexport.validation import evaluate
 
 # The number of batches that are decoded ahead of the running one, so that a slow image does not delay it.
 _BATCHES_AHEAD = 3
@@ -130,8 +129,8 @@ class Embedder:
         self._settings, self._decoders = settings, job.decoders
         self._source: Source = open_source(job.images)
         self._model = model_of(manifest)
-        self._candidate, self.runtime = _opened(folder, manifest, self._model, job.threads)
-        prove(self._candidate, folder, self.runtime)
+        self._candidate, self.runtime = opening.opened(folder, manifest, self._model, job.threads, settings.forms)
+        opening.prove(self._candidate, folder, self.runtime)
         front_end = FrontEnd(
             name=settings.front_end,
             graph=front_end_graph(self._model).name,
@@ -347,34 +346,3 @@ def front_end_graph(model: Model) -> Graph:
             next_step="Give a bundle of an image model whose profile contains its evaluation size.",
         )
     return of_images[0]
-
-
-def prove(candidate: Candidate, folder: Path, name: str) -> None:
-    """Raises ValidationFailed unless this machine gives PyTorch's outputs on the bundle's smallest case."""
-    reference = reference_file.read(folder / bundle.REFERENCE)
-    smallest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
-    alone = type(reference)(name=reference.name, limits=reference.limits, expectations=(smallest,), refusals=())
-    report = evaluate.judged(candidate, alone, name)
-    if not report.passed and not report.not_covered:
-        raise ValidationFailed(
-            f"On this machine the bundle does not give PyTorch's outputs (case {smallest.case.name}).",
-            next_step=f"dinoexport validate {folder} shows by how much.",
-        )
-
-
-def _opened(folder: Path, manifest: Manifest, model: Model, threads: int) -> tuple[Candidate, str]:
-    """The bundle's engines if this machine runs them, else its graphs; and their name."""
-    graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
-    if manifest.engines:
-        try:
-            engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(
-                model, engines, graphs, trusted=False
-            )  # no signature was asked for
-        except MissingRequirement:
-            pass
-        else:
-            return candidate, runners.engine_name(runners.engines_here(manifest.engines)[0], device)
-    way = replace(runners.way_of(manifest), threads=threads)
-    opened = cpu.open_graphs(graphs, way)
-    return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})

@@ -52,6 +52,7 @@ class _Worker:
     begun: str | None = None
     counted: tuple[int, int] = (0, 0)
     ready: bool = False
+    lost_before: int = 0
 
 
 def run(
@@ -100,10 +101,11 @@ class _Pool:
     ticked: Ticked
     running: dict[int, _Worker] = field(default_factory=dict)
 
-    def start(self, number: int) -> None:
-        """Starts a worker in the place `number`."""
+    def start(self, number: int, *, lost_before: int = 0) -> None:
+        """Starts a worker in the place `number`. lost_before: workers there that were killed before they were ready."""
         environment = self.environments[number % len(self.environments)]
         worker = _start(self.job, environment, self.scratch / f"{number}.log")
+        worker.lost_before = lost_before
         self.running[number] = worker
         self.selector.register(worker.pipe, selectors.EVENT_READ, number)
 
@@ -120,7 +122,7 @@ class _Pool:
             self._end(number)
             self.waiting.extendleft([left] if left else [])
             if self.waiting:
-                self.start(number)
+                self.start(number, lost_before=0 if worker.ready else worker.lost_before + 1)
         elif worker.ready and worker.task is None:
             self._end(number)
 
@@ -207,9 +209,12 @@ def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
     said = worker.log.read_text(errors="replace").strip().splitlines()[-1:] or ["Its log is empty."]
     cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
     if task is None:
-        if worker.ready:
+        if worker.ready or (code < 0 and worker.lost_before < DEATHS_MAX):
             return None
-        raise BuildError(f"A worker {cause} before its first shard: {said[0]}", next_step="Report it.")
+        raise BuildError(
+            f"A worker {cause} before its first shard: {said[0]}",
+            next_step="If memory ran out, use fewer --workers." if code < 0 else "Report it.",
+        )
     ticked(-worker.counted[0], -worker.counted[1])
     task.deaths += 1
     if worker.begun is not None and worker.begun not in task.known_bad:

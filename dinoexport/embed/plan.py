@@ -17,7 +17,7 @@ from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.embed.sources import Item, Source
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.spec import Progress
-from dinoexport.system.store import Place
+from dinoexport.system.store import LocalPlace, Place
 
 FOLDER = "_plan"
 SUCCESS = "_SUCCESS.json"
@@ -30,7 +30,10 @@ _SHARED_OUT = 200_000
 
 
 class Settings(Frozen):
-    """What determines a row's content. images: as given; a path is made absolute."""
+    """What determines a row's content. images: as given; a path is made absolute.
+
+    forms: sizes, batch first, whose batches run in a form of the graph compiled for that size alone.
+    """
 
     images: str
     model_sha256: Sha256
@@ -42,6 +45,7 @@ class Settings(Frozen):
     dtype: Literal["float32", "float16"]
     normalised: bool
     batch: int = Field(ge=1)
+    forms: tuple[str, ...] = ()
 
 
 class Plan(Frozen):
@@ -111,6 +115,16 @@ def read_all(place: Place) -> tuple[Plan, ...]:
                 f"{place}/{FOLDER}/{len(found)}.json is damaged, or of another version: {first['msg']}.",
                 next_step="Begin again in another folder.",
             ) from None
+
+
+def refuse_foreign(place: LocalPlace) -> None:
+    """Raises UsageError for a folder without a plan that holds anything but a listing that was not finished."""
+    foreign = sorted(name for name in place.names() if name != FOLDER)
+    if foreign:
+        raise UsageError(
+            f"{place} holds files that no run of embed wrote: {', '.join(foreign[:5])}.",
+            next_step="Choose another --out, or move them away.",
+        )
 
 
 def make(

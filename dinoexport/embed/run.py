@@ -23,11 +23,14 @@ from dinoexport.embed.local import Task
 from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
 from dinoexport.errors import UsageError, ValidationFailed, require
-from dinoexport.spec import Progress, silent
+from dinoexport.family import FrontEnd, Model, PreparesSizes
+from dinoexport.runtime.sizes import dims_of, shapes_of
+from dinoexport.spec import Graph, Progress, silent
 from dinoexport.system import store
 from dinoexport.system.store import Place
 
-Size = Literal["default", "nearest"]
+# "default", "nearest", or sizes that the user names: "224x224,518x518".
+Size = str
 Engine = Literal["local", "ray"]
 # Larger batches gain nothing on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU needs larger ones.
 _BATCH_CPU, _BATCH_GPU = 16, 64
@@ -97,6 +100,8 @@ def embed(
     elif isinstance(place, store.RemotePlace):
         place.check_writable()
     known = plans.read_all(place)
+    if not known and isinstance(place, store.LocalPlace):
+        plans.refuse_foreign(place)
     layout = layout_of(manifest, workers)
     wanted = _settings(manifest, images, size, outputs, dtype, normalised, known, progress)
     if known:
@@ -282,6 +287,9 @@ def _settings(
             )
     if size == "nearest" and samples is None:
         front_end, preparation = known[0].settings.front_end, known[0].settings.preparation
+    elif size not in ("default", "nearest"):
+        end = _named_sizes(model, graph, size)
+        front_end, preparation = end.name, json.loads(json.dumps(dict(end.settings)))
     else:
         end = model.front_ends(samples, progress=progress)[-1 if samples else 0]
         front_end, preparation = end.name, json.loads(json.dumps(dict(end.settings)))
@@ -301,7 +309,24 @@ def _settings(
         dtype=dtype,
         normalised=normalised,
         batch=min(batch, largest),
+        forms=() if size in ("default", "nearest") else _forms(manifest, size, min(batch, largest)),
     )
+
+
+def _named_sizes(model: Model, graph: Graph, size: str) -> FrontEnd:
+    """The preparation at sizes that the user names; UsageError for one that the graph does not take."""
+    if not isinstance(model, PreparesSizes):
+        raise UsageError("This bundle's model prepares images at its own size only.", next_step="Leave --size out.")
+    for word in size.split(","):
+        shapes_of(word, graph)
+        if word.count("x") != 1:
+            raise UsageError(f"--size {word!r} is not HxW.", next_step="Write default, nearest, or sizes as 224x224.")
+    return model.of_sizes([dims_of(word, graph) for word in size.split(",")])
+
+
+def _forms(manifest: Manifest, size: str, batch: int) -> tuple[str, ...]:
+    """The sizes of full batches; an engine has profiles instead."""
+    return () if manifest.engines else tuple(f"{batch}x{word}" for word in sorted(set(size.split(","))))
 
 
 def _absolute(images: str) -> str:

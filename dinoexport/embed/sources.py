@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.images import SUFFIXES
-from dinoexport.system import store
+from dinoexport.system import store, untrusted
 
 # An encoded image of 64 Mpx is far smaller; a video or a disk image is refused without reading it into memory.
 _ITEM_MAX_BYTES = 1 << 28
@@ -124,13 +124,7 @@ class LocalFiles:
                 yield self._item(f"{prefix}{name}", (self._folder / prefix / name).lstat().st_size)
 
     def _item(self, name: str, size_bytes: int) -> Item:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                f"The file name {name.encode(errors='replace').decode()} is not UTF-8.",
-                next_step="Rename it, or leave it out.",
-            ) from None
+        untrusted.check_name(name)
         return Item(name=name, size_bytes=size_bytes, key=name)
 
     def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:

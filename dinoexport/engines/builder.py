@@ -28,7 +28,8 @@ from dinoexport.system.hardware import Gpu
 
 TIMEOUT_S = 3 * 3600
 INSPECTION_TIMEOUT_S = 600
-_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order in which the driver lists GPUs
+# The order in which the driver lists GPUs. And Polygraphy installs nothing, whatever the user's environment asks of it.
+_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
 DEFAULT = EngineChoices()
 # An engine holds the graph's weights plus folded constants: 0.14 % measured. A silent upcast would double them.
 _WEIGHTS_TOLERANCE = 0.02

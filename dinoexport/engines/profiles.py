@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinoexport.config.recipe import Range, Recipe
 from dinoexport.errors import UsageError
+from dinoexport.runtime.sizes import shapes_of
 from dinoexport.spec import Dim, Graph, Profile, closest
 
 # In addition to the live tensors the compiler needs workspace: TensorRT-RTX 1.7 needed 1.11 to 1.33 times
 # them (ViT-S, fp16, 1x518x518 to 16x1022x1022), and in fp32 for 0.9 times them at 16x1022x1022.
 HEADROOM = 1.35
 WHOLE = "whole"
+SIZE = "size_"
 
 
 def of(recipe: Recipe, graph: Graph) -> tuple[Profile, ...]:
     """The profiles that the recipe chooses for `graph`'s engine; if it chooses none, one over the whole range.
 
+    Before them, one for each size that the recipe names, of that size alone: the first that covers an input is used.
     Raises UsageError that names a profile that does not exist, exceeds the graph's range, or ends between legal sizes.
     """
+    return (*_of_sizes(recipe.sizes, graph), *_chosen(recipe, graph))
+
+
+def _of_sizes(sizes: Sequence[str], graph: Graph) -> tuple[Profile, ...]:
+    """A profile for each size, whose ends are equal. A graph that carries state has none: its sizes always change."""
+    found: dict[tuple[tuple[str, tuple[int, ...]], ...], Profile] = {}
+    for size in () if graph.carried else sizes:
+        shapes = shapes_of(size, graph)
+        alone = Profile(name=f"{SIZE}{size}", shapes={name: (shape, shape, shape) for name, shape in shapes.items()})
+        found.setdefault(tuple(shapes.items()), alone)
+    return tuple(found.values())
+
+
+def _chosen(recipe: Recipe, graph: Graph) -> tuple[Profile, ...]:
     chosen = recipe.engine.profiles
     if not chosen:
         return (profile(WHOLE, graph, {}),)

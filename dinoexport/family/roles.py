@@ -296,6 +296,14 @@ class SizedWeights(Protocol):
 
 
 @runtime_checkable
+class PreparesSizes(Protocol):
+    """A model that prepares users' files at sizes that they name."""
+
+    def of_sizes(self, sizes: Sequence[Mapping[str, int]]) -> FrontEnd:
+        """The front end that makes each file as large as the nearest of `sizes`, each a value for every dimension."""
+
+
+@runtime_checkable
 class FinishesAnswers(Protocol):
     """A model whose answers can be served in forms other than the graph's arrays: as names, as files."""
 

@@ -16,6 +16,7 @@ from dinoexport.config.target import Chosen, Target
 from dinoexport.engines import profiles
 from dinoexport.errors import UsageError
 from dinoexport.family import HasEngineForm, Model
+from dinoexport.runtime import sizes
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Progress, Runtime, silent
 from dinoexport.system import hardware
@@ -120,13 +121,14 @@ def build_request(
     own_file = variant_or_path is not None and variant_or_path.endswith(".toml")
     beside = Path(str(variant_or_path)).parent if own_file else None
     validation, folder = load_validation(recipe.judged_by, beside=beside)
+    cases = evaluate.cases_of(model, validation, folder)
     return BuildRequest(
         recipe=recipe,
         model=model,
         chosen=chosen,
         engine=engine_request(recipe, model, chosen, gpus),
         limits=evaluate.limits_for(validation, chosen.precision),
-        cases=evaluate.cases_of(model, validation, folder),
+        cases=(*cases, *_size_cases(recipe, model, cases, folder)),
         weights=weights,
         head_weights=head_weights,
         judge_code=judge_code,
@@ -136,6 +138,20 @@ def build_request(
         settled=settled,
         auto=auto,
     )
+
+
+def _size_cases(recipe: Recipe, model: Model, cases: Sequence[Case], folder: Path) -> tuple[Case, ...]:
+    """A case for each size that the recipe names and no case has: a form of that size is judged like any other."""
+    had = [{name: array.shape for name, array in case.inputs.items()} for case in cases]
+    found: list[Case] = []
+    for graph in model.graphs:
+        for size in () if graph.carried else recipe.sizes:
+            shapes = sizes.shapes_of(size, graph)
+            if shapes not in had:
+                had.append(dict(shapes))
+                table = {"name": f"size-{size}", "why": "a size that gets a form of its own"}
+                found.append(model.case({**table, **sizes.dims_of(size, graph)}, folder))
+    return tuple(found)
 
 
 def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[Gpu]) -> EngineRequest | None:

@@ -123,7 +123,9 @@ class Workspace:
     def _kept(self, key: str, folder: Path) -> tuple[BundleFile, ...] | None:
         """The stage that an interrupted build finished, if its key is the same and no byte has changed."""
         try:
-            index = Index.model_validate_json((folder / INDEX).read_bytes())
+            index = Index.model_validate_json(
+                untrusted.read_bytes(folder / INDEX, max_bytes=bundle.MANIFEST_MAX_BYTES, links=False)
+            )
             bundle.check_files(folder, index.files, progress=self.progress)
         except (OSError, ValidationError, DinoexportError):
             return None
@@ -153,7 +155,7 @@ def workspace(out: Path, *, force: bool, progress: Progress) -> Iterator[Workspa
     with files.disk_errors(out), changes.changing(out, doing=doing, progress=progress) as change:
         work = Workspace(change=change, force=force, progress=progress, shared=shared)
         try:
-            _check_place(change.place)
+            check_place(change.place)
             if force:
                 _remove(change.folder, "*-*")
             yield work
@@ -168,7 +170,7 @@ def _remove(folder: Path, pattern: str) -> None:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """Refuses to replace a folder that is not a bundle: it is the user's data. A damaged or old bundle is replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -14,7 +14,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from dinoexport.bundle import Manifest
+from dinoexport.bundle import HeadManifest, Manifest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import variants
 from dinoexport.errors import require
@@ -27,6 +27,13 @@ from dinoexport.validation.metrics import vector_errors
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 PACKAGES = ("jinja2",)
 _BINS = 40
+# Usual measures of depths and labels -> their column.
+_MEASURES = {
+    "within_1.25": "within 1.25 times",
+    "label_agreement": "same label",
+    "decided": "decided",
+    "mean_iou": "mIoU",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +102,7 @@ def render(
     environment.filters |= {"figure": _figure, "data_uri": _data_uri}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title=f"{manifest.variant}, {manifest.precision}, for {manifest.target}",
+        title=f"{_model_name(manifest)}, {manifest.precision}, for {manifest.target}",
         facts=_facts(manifest),
         cautions=sorted({engine.caution for engine in manifest.engines if engine.caution}),
         versions=manifest.versions,
@@ -107,6 +114,7 @@ def render(
         based_on=_based_on(report),
         closest=_closest(report),
         rows=report.rows,
+        measures={name: words for name, words in _MEASURES.items() if any(name in row.figures for row in report.rows)},
         range_rows=[row for row in report.rows if row.output == RANGE],
         limits=_limits(report),
         growth=growth,
@@ -117,11 +125,20 @@ def render(
     )
 
 
+def _model_name(manifest: Manifest) -> str:
+    """The variant, with the head if the head's weights are not part of it."""
+    head = manifest.head
+    return f"{manifest.variant} with {head.kind}" if head and head.source else manifest.variant
+
+
 def _facts(manifest: Manifest) -> dict[str, str]:
+    head = manifest.head
     kept_fp32 = manifest.report.get("precision", {}).get("fp32", ())
     return {
         "weights": manifest.checkpoint.source,
         "their SHA-256": manifest.checkpoint.sha256,
+        **({"head": head.kind, "head's weights": head.source} if head and head.source else {}),
+        **({"head's SHA-256": head.sha256} if head and head.sha256 else {}),
         "licence": manifest.checkpoint.licence,
         "precision": f"{manifest.precision}{', with ' if kept_fp32 else ''}{', '.join(kept_fp32)}"
         f"{' in fp32' if kept_fp32 else ''}",
@@ -140,11 +157,30 @@ def _repeat(manifest: Manifest) -> list[str]:
     precision = "auto" if "precision" in manifest.report else manifest.precision
     known = manifest.variant in variants()
     recipe = manifest.variant if known else "RECIPE.toml"
+    head = _head_options(manifest.head)
     return [
-        f"dinoexport build {recipe}{weights} --target {manifest.target} --precision {precision}",
+        f"dinoexport build {recipe}{weights}{head} --target {manifest.target} --precision {precision}",
         *([] if known else ["# the recipe is the object `recipe` in manifest.json"]),
+        *_fit(manifest),
         "dinoexport validate BUNDLE",
     ]
+
+
+def _head_options(head: HeadManifest | None) -> str:
+    """What `build` is told about a published head; a fitted one is made afterwards, and others are in the recipe."""
+    if head is None or head.file or not head.source:
+        return ""
+    weights = "" if head.source.startswith("http") else f" --head-weights {shlex.quote(head.source)}"
+    return f" --head {head.kind}{weights}"
+
+
+def _fit(manifest: Manifest) -> list[str]:
+    """The command that fits the head on a bundle without one."""
+    fitted = manifest.report.get("fit")
+    if not fitted:
+        return []
+    balanced = " --balanced" if fitted.get("balanced") else ""
+    return [f"dinoexport fit BUNDLE_WITHOUT_HEAD --images DIR --head {fitted['head']}{balanced} --out BUNDLE"]
 
 
 def _based_on(report: Report) -> str:
@@ -161,7 +197,7 @@ def _closest(report: Report) -> tuple[Row, Bound] | None:
 
 
 def _is_upper(bound: Bound) -> bool:
-    return bound.figure in ("relative_l2", "worst_l2", "largest")
+    return bound.figure in ("relative_l2", "worst_l2", "largest", "largest_difference")
 
 
 def _limits(report: Report) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, require
@@ -21,8 +22,11 @@ from dinoexport.system import timing
 # Visits to each way, there and back, each this long at most: a machine that grows slower meanwhile is nobody's fault.
 _VISIT_S = 0.6
 _RUNS = 10
-# How often all are visited at least, and at most while the figures disagree.
+# How often all are visited, at most; fewer times once the figures agree. Twice at least, if there is time.
 _VISITS, _VISITS_MAX = 2, 8
+# All visits together, opening included: the graphs of a decoder take seconds to open and to run. Another turn is begun
+# only if it will end within this time, as the one before it did; every way is visited once whatever it takes.
+_BUDGET_S = 45.0
 # 1.5 times as slow as the best on the first visit, by CPU time too: not worth a second one.
 _HOPELESS = 1.5
 # The runtimes that may compute in a precision on a CPU; for int8 each needs its own form of the graph.
@@ -182,8 +186,12 @@ def _measured(
     samples: dict[Way, timing.Latencies] = {}
     refused: dict[str, str] = {}
     precisions = {way.precision for way, _ in candidates}
+    started = monotonic()
     for turn in range(_VISITS_MAX):
-        for way, candidate in candidates if turn % 2 == 0 else reversed(candidates):
+        turn_started = monotonic()
+        for done, (way, candidate) in enumerate(candidates if turn % 2 == 0 else reversed(candidates)):
+            if turn < _VISITS:
+                progress("measuring runtimes and threads", turn * len(candidates) + done, _VISITS * len(candidates))
             if way.runtime in refused or not _worth_a_visit(way, samples, turn):
                 continue
             try:
@@ -194,9 +202,12 @@ def _measured(
                 samples = {other: found for other, found in samples.items() if other.runtime != way.runtime}
                 if precisions != {other.precision for other, _ in candidates if other.runtime not in refused}:
                     raise
-        progress("measuring runtimes and threads", min(turn + 1, _VISITS), _VISITS)
-        if turn + 1 >= _VISITS and all(_settled(samples, precision) for precision in precisions):
+        now = monotonic()
+        ended = now - started + (now - turn_started) > _BUDGET_S
+        ended = ended or (turn + 1 >= _VISITS and all(_settled(samples, precision) for precision in precisions))
+        if ended:
             break
+    progress("measuring runtimes and threads", _VISITS * len(candidates), _VISITS * len(candidates))
     return samples, refused
 
 
@@ -217,7 +228,7 @@ def _settled(samples: Mapping[Way, timing.Latencies], precision: Precision) -> b
 def _visit(model: Runnable, way: Way, candidate: GraphForms, workload: Workload) -> timing.Latencies:
     opened = cpu.open_graphs(candidate.graphs[way.runtime], way)
     run = {"": lambda: model.drive(opened, workload.inputs)}
-    return timing.in_turn(run, rounds=_RUNS, budget_s=_VISIT_S)[""]
+    return timing.in_turn(run, rounds=_RUNS, budget_s=_VISIT_S, least=1)[""]
 
 
 def _arithmetic(model: Runnable, candidate: GraphForms, way: Way, workload: Workload) -> Arithmetic:

@@ -63,11 +63,11 @@ def budget() -> Budget:
     return Budget(most=_MOST, memory_bytes=int(_MEMORY_SHARE * _free_bytes()))
 
 
-def shapes_of(size: str, graph: Graph) -> Shapes:
-    """The shapes of the graph's inputs for a size as people write it, `224x224` or `8x518x518`.
+def dims_of(size: str, graph: Graph) -> dict[str, int]:
+    """The value of each of the graph's dynamic dimensions for a size as people write it, `224x224` or `8x518x518`.
 
-    The numbers are the last of the graph's dynamic dimensions, two or more, in order; those before them are 1. A
-    UsageError for a size that is none, or that the graph does not take.
+    The numbers are the last of the dimensions, two or more, in order; those before them are 1. A UsageError for a size
+    that is none.
     """
     names = [dim.name for dim in graph.dims if any(dim.name in tensor.shape for tensor in graph.inputs)]
     example = "x".join(str(dim.opt) for dim in graph.dims if dim.name in names[-2:])
@@ -75,9 +75,14 @@ def shapes_of(size: str, graph: Graph) -> Shapes:
     numbers = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
     if not numbers or not min(2, len(names)) <= len(parts) <= len(names):
         raise UsageError(f"{size!r} is no size of {', '.join(names)}.", next_step=f"Write it as {example}.")
-    values = dict.fromkeys(names, 1) | dict(zip(names[-len(parts) :], map(int, parts), strict=True))
+    return dict.fromkeys(names, 1) | dict(zip(names[-len(parts) :], map(int, parts), strict=True))
+
+
+def shapes_of(size: str, graph: Graph) -> Shapes:
+    """The shapes of the graph's inputs for a size, as `dims_of`; also a UsageError for one the graph does not take."""
     import numpy as np
 
+    values = dims_of(size, graph)
     shapes = {
         tensor.name: tuple(size if isinstance(size, int) else values[size] for size in tensor.shape)
         for tensor in graph.inputs

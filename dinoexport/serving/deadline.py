@@ -1,12 +1,23 @@
-"""One deadline for a whole HTTP answer, even if the server sends it byte by byte."""
+"""One deadline for a whole answer, even if the server sends it byte by byte, and bounds for one that is streamed."""
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
+
+from dinoexport.serving.answers import Malformed
+from dinoexport.text.sampling import Sampling
+
+# A model that takes longer for a token is of no use to anybody who waits.
+_TOKEN_S = 5.0
+# No model writes more; a larger number in a request bounds nothing.
+_TOKENS_MAX = 1 << 20
+# Around a token: its text, at most escaped, and the names of an event's fields; around them all: headers, the ids.
+_TOKEN_BYTES, _AROUND_BYTES = 4096, 1 << 20
 
 
 class Deadline:
@@ -58,3 +69,30 @@ def watched(pool_class: Any) -> Any:
             super().request(*args, **how)
 
     return type(pool_class.__name__, (pool_class,), {"ConnectionCls": Connection})
+
+
+class StreamBounds:
+    """What an answer in pieces may take, from the tokens that were asked for: events, bytes, and time in all.
+
+    A deadline for each event alone never ends an answer whose server sends one event after the other for ever.
+    """
+
+    def __init__(self, values: Mapping[str, Any], timeout_s: float) -> None:
+        self._tokens = min(int(values.get("max_tokens") or Sampling.max_tokens), _TOKENS_MAX)
+        self._timeout_s = timeout_s
+        self._events_left = self._tokens + 2  # the end, and the protocol's own last message
+        self._bytes_left = _AROUND_BYTES + self._tokens * _TOKEN_BYTES
+        self._ends = time.monotonic() + timeout_s + self._tokens * min(timeout_s, _TOKEN_S)
+
+    @property
+    def next_s(self) -> float:
+        """How long to wait for the next event, more than 0."""
+        return max(1e-3, min(self._timeout_s, self._ends - time.monotonic()))
+
+    def count(self, *, events: int = 0, size_bytes: int = 0) -> None:
+        """Raises Malformed for more than what was asked for can take."""
+        self._events_left -= events
+        self._bytes_left -= size_bytes
+        if self._events_left < 0 or self._bytes_left < 0:
+            what = "events" if self._events_left < 0 else "bytes"
+            raise Malformed(f"it has more {what} than an answer of {self._tokens} tokens")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from dinoexport.errors import InputRefused
 from dinoexport.serving.address import Address
 from dinoexport.serving.answers import Malformed
+from dinoexport.serving.deadline import StreamBounds
 from dinoexport.serving.transport import METADATA_MAX_BYTES, WORDS_MAX, Place, inputs_of, names_of, no_answer, refused
 from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
@@ -84,25 +87,38 @@ class Grpc:
         import tritonclient.grpc as triton
 
         arrays = {name: _array(name, value) for name, value in values.items()}
-        inputs = inputs_of(triton, arrays, {})
+        inputs, bounds = inputs_of(triton, arrays, {}), StreamBounds(values, self._timeout_s)
         events: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        broken = threading.Event()
+
+        def arrived(result: Any, error: Any) -> None:
+            if broken.is_set():  # nobody reads what comes after it
+                return
+            try:
+                bounds.count(events=1, size_bytes=0 if result is None else result.get_response().ByteSize())
+            except Malformed as found:
+                result, error = None, found
+            if error is not None:
+                broken.set()
+            events.put((result, error))
+
         # A client has one stream; several answers at once need one each.
         with self._opened(METADATA_MAX_BYTES) as client:
-            client.start_stream(callback=lambda result, error: events.put((result, error)), headers=self._headers)
+            client.start_stream(callback=arrived, headers=self._headers)
             try:
                 client.async_stream_infer(model, inputs, enable_empty_final_response=True)
                 while True:
-                    event, last = self._next(events)
+                    event, last = self._next(events, bounds)
                     yield event
                     if last:
                         return
             finally:
                 client.stop_stream(cancel_requests=True)
 
-    def _next(self, events: queue.Queue[tuple[Any, Any]]) -> tuple[dict[str, Any], bool]:
+    def _next(self, events: queue.Queue[tuple[Any, Any]], bounds: StreamBounds) -> tuple[dict[str, Any], bool]:
         """The next response of a stream, and whether it is the last."""
         try:
-            result, error = events.get(timeout=self._timeout_s)
+            result, error = events.get(timeout=bounds.next_s)
         except queue.Empty:
             raise no_answer(self._address) from None
         with self._errors():
@@ -164,6 +180,9 @@ def _array(name: str, value: Any) -> Array:
 
     values = value if isinstance(value, list | tuple) else [value]
     dtype = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32}
-    if text_signature.INPUTS[name].data_type == "TYPE_STRING":
-        return np.array([text.encode() for text in values], dtype=object)
-    return np.array(values, dtype[text_signature.INPUTS[name].data_type])
+    try:
+        if text_signature.INPUTS[name].data_type == "TYPE_STRING":
+            return np.array([text.encode() for text in values], dtype=object)
+        return np.array(values, dtype[text_signature.INPUTS[name].data_type])
+    except (OverflowError, UnicodeError):
+        raise InputRefused(f"{name} cannot be sent: it is too large a number, or half a character.") from None

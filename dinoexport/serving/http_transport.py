@@ -16,17 +16,16 @@ from urllib.parse import quote
 from dinoexport.serving import answers
 from dinoexport.serving.address import Address
 from dinoexport.serving.answers import Malformed
-from dinoexport.serving.deadline import Deadline, watched
+from dinoexport.serving.deadline import Deadline, StreamBounds, watched
 from dinoexport.serving.transport import (
     METADATA_MAX_BYTES,
-    WORDS_MAX,
     Place,
     ServerError,
+    event_of,
     inputs_of,
     names_of,
     no_answer,
     refusal,
-    refused,
     unreachable,
 )
 from dinoexport.spec import Array, Arrays
@@ -83,34 +82,32 @@ class Http:
     def stream(self, model: str, values: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Server-sent events; one that holds an error ends them."""
         path, body = f"/v2/models/{quote(model, safe='')}/generate_stream", json.dumps(values).encode()
-        deadline = Deadline(self._timeout_s)
+        deadline, bounds = Deadline(self._timeout_s), StreamBounds(values, self._timeout_s)
         with ExitStack() as whole:
             with deadline:
                 json_form = {"Content-Type": "application/json"}
                 response = whole.enter_context(self._begun("POST", path, body, json_form, deadline))
-            for line in self._lines(response):
-                if not line.startswith(b"data:"):
-                    continue
-                event = answers.parsed_json(line.removeprefix(b"data:"), "an event")
-                if not isinstance(event, dict):
-                    raise Malformed("an event is not an object")
-                if "error" in event:  # the status was sent with the first response
-                    raise refused("broken", str(event["error"])[:WORDS_MAX])
-                yield event
+            for line in self._events(response, bounds):
+                yield event_of(line)
 
-    def _lines(self, response: Any) -> Iterator[bytes]:
-        """The lines of a response that is still being sent; each line has a deadline."""
+    def _events(self, response: Any, bounds: StreamBounds) -> Iterator[bytes]:
+        """The lines of events in a response that is still being sent. Other lines do not move an event's deadline."""
         rest = b""
         while True:
-            with Deadline(self._timeout_s, response.shutdown) as deadline, self._errors(deadline):
-                while b"\n" not in rest:
+            line = b""
+            with Deadline(bounds.next_s, response.shutdown) as deadline, self._errors(deadline):
+                while not line.startswith(b"data:"):
+                    line, end, after = rest.partition(b"\n")
+                    if end:
+                        rest = after
+                        continue
+                    line = b""
                     piece = response.read1(1 << 16)
                     if not piece:
                         return
+                    bounds.count(size_bytes=len(piece))
                     rest += piece
-                    if len(rest) > METADATA_MAX_BYTES:
-                        raise Malformed("a line of it does not end")
-            line, _, rest = rest.partition(b"\n")
+            bounds.count(events=1)
             yield line
 
     def register(self, region: str, key: str, size_bytes: int) -> None:

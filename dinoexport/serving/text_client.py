@@ -14,15 +14,19 @@ from typing import Any
 
 from dinoexport.errors import UsageError
 from dinoexport.serving import address, client, connection, transport
+from dinoexport.serving.answers import Malformed
 from dinoexport.serving.triton import text_signature as signature
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import closest
 from dinoexport.text import requests
 
+REASONS = ("stop", "length", "cancelled")
+_COUNT_MAX = 1 << 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How an answer ended. reason: stop, length or cancelled."""
+    """How an answer ended. reason: one of REASONS."""
 
     reason: str
     prompt_tokens: int
@@ -42,7 +46,8 @@ class TextClient:
     """One served text model.
 
     url: http://HOST:8000 or grpc://HOST:8001. model: its deployed name; optional if a server has only one.
-    timeout_s: for the first words of an answer, and between any two. headers, ca: files, see `address.parse`.
+    timeout_s: for the first words of an answer, and between any two; a whole answer takes at most five seconds more for
+    each token that was asked for. headers, ca: files, see `address.parse`.
     """
 
     def __init__(
@@ -93,17 +98,22 @@ def wire(values: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
 
 
 def read(event: Mapping[str, Any]) -> Iterator[str | Ended]:
-    """The content of one of the server's responses in a streamed answer."""
-    if event.get(signature.TEXT):
-        yield str(event[signature.TEXT])
-    if event.get(signature.REASON):
-        ids = event.get(signature.TOKEN_IDS) or ()
-        yield Ended(
-            reason=str(event[signature.REASON]),
-            prompt_tokens=int(event[signature.PROMPT_TOKENS]),
-            completion_tokens=int(event[signature.TOKENS]),
-            token_ids=tuple(ids) if isinstance(ids, list | tuple) else (int(ids),),
-        )
+    """The content of one of the server's responses in a streamed answer; raises Malformed for any other content."""
+    text, reason = event.get(signature.TEXT) or "", event.get(signature.REASON)
+    if not isinstance(text, str):
+        raise Malformed("the text of an event is not a text")
+    if text:
+        yield text
+    if not reason:
+        return
+    if reason not in REASONS:
+        raise Malformed("it ended for a reason that is unknown")
+    ids = event.get(signature.TOKEN_IDS)
+    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    tokens_read, tokens_written = event.get(signature.PROMPT_TOKENS), event.get(signature.TOKENS)
+    if not all(type(number) is int and 0 <= number < _COUNT_MAX for number in (tokens_read, tokens_written, *ids)):
+        raise Malformed("its counts of tokens or its ids are not whole numbers")
+    yield Ended(reason=str(reason), prompt_tokens=tokens_read, completion_tokens=tokens_written, token_ids=tuple(ids))  # type: ignore[arg-type]
 
 
 def _chosen(found: Mapping[str, Served], url: str, model: str | None) -> tuple[str, Served]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from dinoexport.errors import DinoexportError, InputRefused, MissingRequirement, UsageError
 from dinoexport.serving.address import Address
-from dinoexport.serving.answers import Malformed
+from dinoexport.serving.answers import Malformed, parsed_json
 from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
 
@@ -81,6 +81,16 @@ def refusal(status: int, body: bytes) -> DinoexportError:
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"status {status}"
     return refused(_KINDS.get(status, "broken"), message)
+
+
+def event_of(line: bytes) -> dict[str, Any]:
+    """The content of a streamed answer's line `data: {...}`. An error in it is raised: its status was sent before."""
+    event = parsed_json(line.removeprefix(b"data:"), "an event")
+    if not isinstance(event, dict):
+        raise Malformed("an event is not an object")
+    if "error" in event:
+        raise refused("broken", str(event["error"])[:WORDS_MAX])
+    return event
 
 
 def inputs_of(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[Any]:

@@ -83,6 +83,8 @@ def changing(place: Path, *, doing: str, progress: Progress = silent) -> Iterato
     Raises BuildError if another process is `doing` it. Whatever happens inside, nothing temporary is left except the
     finished stages of a build.
     """
+    if place.is_symlink() and not place.exists():
+        raise UsageError(f"{place} is a link to nothing.", next_step="Make the folder that it leads to, or remove it.")
     place = Path(os.path.realpath(place))  # a link stays a link, and its target has one lock under every name
     folder = work_folder(place)
     _check_ours(folder)

@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote, urlsplit
 
 from dinoexport.errors import MissingRequirement, UsageError, require
-from dinoexport.system import files
+from dinoexport.system import files, untrusted
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _READ_ONLY = ("http", "https")
@@ -99,14 +99,38 @@ class LocalPlace:
                         yield name, entry.stat(follow_symlinks=False).st_size
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        """The file's content."""
-        _check_size(name, (self._folder / name).stat().st_size, max_bytes)
-        return (self._folder / name).read_bytes()
+        """The file's content. Like `fetch` it opens only regular files: somebody else may write to the folder."""
+        with self._opened(name) as found:
+            _check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
+            return found.read()
 
     def fetch(self, name: str, target: Path) -> None:
         """Copies its bytes."""
-        with (self._folder / name).open("rb") as found, target.open("xb") as made:
+        with self._opened(name) as found, target.open("xb") as made:
             shutil.copyfileobj(found, made, _PIECE_BYTES)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        try:
+            with untrusted.opened(self._folder / name, links=False) as found:
+                yield found
+        except untrusted.Unreadable as error:
+            if error.absent:
+                raise FileNotFoundError(name) from None
+            raise
+
+    def names(self) -> list[str]:
+        """What is in the folder itself; nothing where there is none. Raises UsageError for what is not a folder."""
+        try:
+            return [path.name for path in self._folder.iterdir()]
+        except FileNotFoundError:
+            if self._folder.is_symlink():
+                raise UsageError(
+                    f"{self} is a link to nothing.", next_step="Make the folder that it leads to, or remove it."
+                ) from None
+            return []
+        except OSError as error:
+            raise UsageError(f"{self} is not a folder that can be read: {error.strerror}.") from None
 
     def size(self, name: str) -> int | None:
         """The file system's."""
@@ -197,6 +221,9 @@ class RemotePlace:
         self.local: Path | None = None
         self._url, self._scheme = url.rstrip("/"), scheme
         self._opened: Any = None
+        # Names that a web server lists begin with the path of the URL; a store's are relative to it.
+        path = unquote(urlsplit(url).path).strip("/")
+        self._base = f"{path}/" if path and scheme in _READ_ONLY else ""
         self._drafts = tempfile.gettempdir()
 
     def __str__(self) -> str:
@@ -213,18 +240,19 @@ class RemotePlace:
                 open_url: Any = from_url  # its overloads depend on the kind of store, which is not known here
                 self._opened = open_url(
                     self._url,
-                    client_options={"allow_http": self._scheme in ("s3", "http")},
+                    # A store's address without TLS is one that the user's environment names.
+                    client_options={"allow_http": self._scheme != "https"},
                     retry_config={"retry_timeout": timedelta(seconds=_RETRY_S), "max_retries": 8},
                 )
         return self._opened
 
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """Every object below `under`, a thousand for each request."""
+        """Every object below `under`, a thousand for each request; a web server lists them only if it speaks WebDAV."""
         import obstore
 
-        with self._errors():
+        with self._errors(), self._no_listing():
             for page in obstore.list(self._store, under or None, chunk_size=1000):
-                yield from ((str(found["path"]), int(found["size"])) for found in page)
+                yield from ((str(found["path"]).removeprefix(self._base), int(found["size"])) for found in page)
 
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """The object's content."""
@@ -332,6 +360,21 @@ class RemotePlace:
             raise UsageError(
                 f"{self._url} is a web server, which cannot be written to.", next_step="Write to s3://, gs:// or az://."
             )
+
+    @contextmanager
+    def _no_listing(self) -> Iterator[None]:
+        """Turns a web server's refusal of WebDAV's PROPFIND into a UsageError."""
+        from obstore import exceptions
+
+        try:
+            yield
+        except exceptions.BaseError as error:
+            if self._scheme not in _READ_ONLY or not re.search(r"\b(?:400|405|501)\b", str(error)):
+                raise
+            raise UsageError(
+                f"{self._url}: this web server does not list its files.",
+                next_step="Use a server with WebDAV or an object store, or copy the files here.",
+            ) from None
 
     @contextmanager
     def _no_bucket(self) -> Iterator[None]:

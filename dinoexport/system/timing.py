@@ -65,12 +65,17 @@ class Latencies:
 
 
 def in_turn(
-    runs: Mapping[str, Callable[[], object]], *, rounds: int, budget_s: float, progress: Progress = silent
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    budget_s: float,
+    least: int = 3,
+    progress: Progress = silent,
 ) -> dict[str, Latencies]:
     """Latencies of each of `runs`, one sample of each per round, so that a slow moment affects all of them.
 
     Each is run once before it counts. Every round has its own order, the same on each call, so that a candidate does
-    not always follow the same other one. Stops after `rounds`, or after three rounds once `budget_s` is spent.
+    not always follow the same other one. Stops after `rounds`, or after `least` rounds once `budget_s` is spent.
     """
     for run in runs.values():
         run()
@@ -88,7 +93,7 @@ def in_turn(
             cpu_samples[name].append((time.process_time() - cpu_before) * 1e3)
             samples[name].append((time.perf_counter() - before) * 1e3)
         progress("timing", done, rounds)
-        if done >= min(3, rounds) and time.perf_counter() - started > budget_s:
+        if done >= min(least, rounds) and time.perf_counter() - started > budget_s:
             break
     return {
         name: Latencies(samples_ms=tuple(taken), cpu_samples_ms=tuple(cpu_samples[name]))

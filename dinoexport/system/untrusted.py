@@ -74,6 +74,16 @@ def read_text(path: Path, *, max_bytes: int, links: bool = True) -> str:
         raise Unreadable(path, f"it is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
+def check_name(name: str) -> str:
+    """The name of a file, if it can be written into another file; raises UsageError for bytes that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = name.encode(errors="replace").decode()
+        raise UsageError(f"The file name {shown} is not UTF-8.", next_step="Rename it, or leave it out.") from None
+    return name
+
+
 def is_regular(path: Path, *, links: bool = True) -> bool:
     """Whether `opened` would try to open it."""
     try:

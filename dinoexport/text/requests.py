@@ -120,7 +120,8 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Half a character of UTF-16, which JSON can hold, is not a text: nothing can encode it."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 def _is_whole(value: Any) -> bool:

@@ -16,10 +16,11 @@ from typing import Any
 
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, reference_file
+from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.runtime import runners
-from dinoexport.spec import Array, Candidate, Expectation, Progress, silent
+from dinoexport.spec import Array, Candidate, OutputKind, Progress, silent
 from dinoexport.validation.metrics import distance
 
 Rows = list[dict[str, Any]]
@@ -60,8 +61,7 @@ def _compared(a: _Side, b: _Side, progress: Progress) -> dict[str, Rows]:
             f"{first} was exported without a reference, so there are no inputs to compare on.",
             next_step="Give the validated bundle first, or build one.",
         )
-    asked = reference_file.read(first / bundle.REFERENCE).expectations
-    outputs, speed = _asked(a, b, asked, progress)
+    outputs, speed = _asked(a, b, reference_file.read(first / bundle.REFERENCE), progress)
     return {
         "What differs": _differences(a.manifest, b.manifest),
         "Files": _files(a.manifest, b.manifest),
@@ -96,6 +96,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "verdict": manifest.verdict,
         "weights": manifest.checkpoint.source,
         "weights' SHA-256": manifest.checkpoint.sha256,
+        "head's SHA-256": (manifest.head.sha256 if manifest.head else None) or "",
         **{f"version of {package}": version for package, version in manifest.versions.items()},
     }
     return facts | _flat("recipe", {key: value for key, value in manifest.recipe.items() if key != "precision"})
@@ -144,9 +145,11 @@ def _operations(a: _Side, b: _Side) -> Rows:
     return [*rows, {"operation": "all", "first": first.total(), "second": second.total()}]
 
 
-def _asked(a: _Side, b: _Side, asked: tuple[Expectation, ...], progress: Progress) -> tuple[Rows, Rows]:
+def _asked(a: _Side, b: _Side, reference: Reference, progress: Progress) -> tuple[Rows, Rows]:
     """The error of the second's outputs against the first's, of both against PyTorch's, and the time of each case."""
     outputs, speed = [], []
+    asked = reference.expectations
+    kinds = {name: kind for name, (kind, _) in reference.kinds.items()}
     for done, expectation in enumerate(asked, start=1):
         inputs = expectation.case.inputs
         ours, theirs = a.candidate(inputs), b.candidate(inputs)
@@ -154,9 +157,9 @@ def _asked(a: _Side, b: _Side, asked: tuple[Expectation, ...], progress: Progres
             {
                 "case": expectation.case.name,
                 "output": name,
-                "second from first": _relative(theirs.get(name), ours.get(name)),
-                "first from PyTorch": _relative(ours.get(name), expectation.outputs.get(name)),
-                "second from PyTorch": _relative(theirs.get(name), expectation.outputs.get(name)),
+                "second from first": _apart(kinds.get(name), theirs.get(name), ours.get(name)),
+                "first from PyTorch": _apart(kinds.get(name), ours.get(name), expectation.outputs.get(name)),
+                "second from PyTorch": _apart(kinds.get(name), theirs.get(name), expectation.outputs.get(name)),
             }
             for name in sorted(ours | theirs)
         ]
@@ -179,10 +182,14 @@ def _asked(a: _Side, b: _Side, asked: tuple[Expectation, ...], progress: Progres
     return outputs, speed
 
 
-def _relative(candidate: Array | None, reference: Array | None) -> str:
-    """The relative L2 error as text, or the reason why there is none."""
+def _apart(kind: OutputKind | None, candidate: Array | None, reference: Array | None) -> str:
+    """The relative L2 error as text, for labels the share that differs, or the reason why there is none."""
     if candidate is None or reference is None:
         return "not there"
+    if kind == "labels":
+        return (
+            f"{(candidate != reference).mean():.2%} differ" if candidate.shape == reference.shape else "another shape"
+        )
     try:
         return f"{distance(candidate, reference).relative_l2:.1e}"
     except ValueError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,40 @@ def found(things: hostile.Kit, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_hostile_command_lines_are_one_error_each(found: dict[str, list[str]]) -> None:
     assert not [line for lines in found.values() for line in lines]
     assert len(found) == len({make.__name__ for make in hostile.KINDS.values()})
+
+
+def test_every_output_option_is_attacked() -> None:
+    """Read from the command line itself: a new verb's output is under the tests below, or this fails."""
+    from typer.main import get_command
+
+    from dinoexport.cli.app import app
+
+    command: Any = get_command(app)
+    options = {
+        (verb, name)
+        for verb, each in command.commands.items()
+        for parameter in each.params
+        for name in parameter.opts
+        if name in hostile.OUTPUT_OPTIONS or "write" in (getattr(parameter, "help", None) or "").lower().split()
+    }
+    assert options == set(hostile.OUTPUTS)
+
+
+_THINGS = ("file", "folder", "pipe", "device", "link", "link to nothing", "work", "work link", "below a file")
+
+
+@pytest.mark.parametrize("place", hostile.OUTPUTS, ids=" ".join)
+def test_an_output_over_what_is_somebodys_is_refused(
+    things: hostile.Kit, tmp_path: Path, place: tuple[str, str]
+) -> None:
+    rng = random.Random()
+    # Every thing is tried by `make attack`. A pipe and a device always: what opens them hangs or destroys them.
+    for kind in ("pipe", "device", *rng.sample(_THINGS, 2)):
+        here = tmp_path / str(rng.random())
+        here.mkdir()
+        attempt = hostile.output_over(place, kind, things, here, rng)
+        ended, wrong = attack.hostile_run(attempt, here)
+        assert not wrong, f"{kind}: {attempt.arguments}: {ended.words[-600:]}"
 
 
 def test_the_attack_notices_faults(things: hostile.Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +170,20 @@ def test_make_attack_prints_its_table(tmp_path: Path) -> None:
         "0",
         "--inputs",
         "2",
+        "--seed",
+        "7",
         "--scratch",
         str(tmp_path / "s"),
     ]
-    ran = subprocess.run(
-        [*command, "--out", str(tmp_path / "t.md")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for inputs in ("2", "3"):  # the second goes on where the first ended
+        command[command.index("--inputs") + 1] = inputs
+        ran = subprocess.run(
+            [*command, "--out", str(tmp_path / "t.md")],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert f"{inputs} hostile inputs, seed 7" in (tmp_path / "t.md").read_text()
     assert "| files that are none | 1 |" in (tmp_path / "t.md").read_text()

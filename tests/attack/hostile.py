@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ TEXTS = (
     "nan",
     "../../../etc/passwd", "/", "~", "%s%n", "'; touch PWNED;'", "$(touch PWNED)", "\ud800", "http://[::1",
     "x" * 4000, "0x10",
-    "-1", "٣", "s3://bucket/models", "synthetic:", "synthetic:" + "9" * 30, "pypi:x==1/..", "{}", "null", "1/0", "0/0",
+    "-1", "٣", "\x7f\x9b2J", "a\u2066b", "s3://bucket/models", "synthetic:", "synthetic:" + "9" * 30,
+    "pypi:x==1/..", "{}", "null", "1/0", "0/0",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, float("inf"), "", "x" * 1000, "\x1b[31m", [], {}, [[]], {"a": {}},
@@ -134,6 +136,13 @@ PLACES: tuple[tuple[str, ...], ...] = (
     ("check", URL.replace("http", "https"), "B", "--ca", "X"),
     ("deploy", "B", "--to", "models", "--samples", "X"), ("deploy", "B", "--to", "models", "--verify", "X"),
     ("compile", "X", "--target", "l4"), ("openai", "X"), ("export", "R", "--weights", "X", "--out", "out"),
+    ("merge", "X", "B", "--out", "out"), ("merge", "B", "X", "--out", "out"), ("push", "X", "127.0.0.1:9/a:b",
+    "--plain-http"),
+    ("embed", "B", "--images", "X", "--out", "out"), ("fit", "X", "--images", "I"), ("compile", "B", "--verify", "X"),
+    ("merge", "B", "B", "--sign", "X", "--out", "out"), ("check", URL, "X"), ("export", "--weights", "X", "--out",
+    "out"),
+    ("build", "R", "--weights", "synthetic:0", "--sign", "X", "--out", "out"), ("bench", "B", "--weights", "X"),
+    ("export", "R", "--weights", "synthetic:0", "--head", "depth", "--head-weights", "X", "--out", "out"),
 )  # fmt: skip
 
 
@@ -157,40 +166,63 @@ def _filled(words: tuple[str, ...], kit: Kit, strange: Path) -> tuple[str, ...]:
 
 # ---- outputs over what is somebody's ----
 
-OUTPUTS: tuple[tuple[str, ...], ...] = (
-    ("validate", "B", "--images", "I", "--page", "X"), ("export", "R", "--weights", "synthetic:0", "--out", "X"),
-    ("fit", "B", "--images", "I", "--out", "X"), ("build", "R", "--weights", "synthetic:0", "--out", "X", "--force"),
-)  # fmt: skip
+# What an option that names an output is called; a verb that has one must be listed here (tests/attack/attacks.py).
+OUTPUT_OPTIONS = ("--out", "--page", "--to")
+OUTPUTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("validate", "--page"): ("validate", "B", "--images", "I", "--page", "X"),
+    ("build", "--out"): ("build", "R", "--weights", "synthetic:0", "--out", "X", "--force"),
+    ("export", "--out"): ("export", "R", "--weights", "synthetic:0", "--out", "X"),
+    ("fit", "--out"): ("fit", "B", "--images", "I", "--out", "X"),
+    ("compile", "--out"): ("compile", "B", "--target", "l4", "--runtime", "tensorrt_rtx", "--out", "X"),
+    ("merge", "--out"): ("merge", "B", "B", "--out", "X"),
+    ("embed", "--out"): ("embed", "B", "--images", "I", "--out", "X"),
+    ("pull", "--out"): ("pull", "127.0.0.1:9/a:b", "--plain-http", "--out", "X"),
+    ("deploy", "--to"): ("deploy", "B", "--to", "X"),
+}  # fmt: skip
+THESIS = "five years"
 
 
 def somebodys_output(kit: Kit, here: Path, rng: random.Random) -> Attempt:
     """An output where somebody's file, folder, pipe or device is."""
-    words, kind = rng.choice(OUTPUTS), rng.choice(("file", "folder", "pipe", "device", "link", "work", "work link"))
+    kind = rng.choice(
+        ("file", "folder", "pipe", "device", "link", "link to nothing", "work", "work link", "below a file")
+    )
+    return output_over(rng.choice(list(OUTPUTS)), kind, kit, here, rng)
+
+
+def output_over(place: tuple[str, str], kind: str, kit: Kit, here: Path, rng: random.Random) -> Attempt:
+    """The verb with its output over a thing of that kind."""
+    words, refused = OUTPUTS[place], True
     victim, out = here / "thesis", here / "out"
     victim.mkdir()
-    (victim / "chapter").write_text("five years")
+    (victim / "chapter").write_text(THESIS)
     if kind == "file":
-        out.write_text("five years")
+        out.write_text(THESIS)
     elif kind == "folder":
         shutil.copytree(victim, out)
+        refused = place[1] != "--to"  # a model repository holds other people's models, too
     elif kind == "pipe":
         os.mkfifo(out)
     elif kind == "device":
         out = Path(rng.choice(("/dev/full", "/dev/null", "/dev/zero")))
     elif kind == "link":
-        out.symlink_to(victim if rng.random() < 0.5 else victim / "chapter")
+        out.symlink_to(victim if rng.random() < 0.5 and place[1] != "--to" else victim / "chapter")
+    elif kind == "link to nothing":
+        out.symlink_to(here / "nowhere" / "at all")
     elif kind == "work":
         shutil.copytree(victim, here / ".out.work")
-    else:
+        refused = place[0] != "embed"  # it has no work folder
+    elif kind == "work link":
         (here / ".out.work").symlink_to(victim)
-    if words[0] == "validate" and kind.startswith("work"):
+        refused = place[0] != "embed"
+    else:
+        out = victim / "chapter" / "out"
+    if place == ("validate", "--page") and kind.startswith("work"):
         out = victim  # a page has no work folder
     return Attempt(
-        kind="outputs over what is somebody's",
-        arguments=_filled(words, kit, out),
-        refused=True,
+        kind="outputs over what is somebody's", arguments=_filled(words, kit, out), refused=refused,
         victim=victim / "chapter",
-    )
+    )  # fmt: skip
 
 
 # ---- bundles ----
@@ -454,8 +486,45 @@ def words(kit: Kit, here: Path, rng: random.Random) -> Attempt:
     return Attempt(kind="words", arguments=tuple(a for a in arguments if "\0" not in a), refused=not verbs_without)
 
 
+def server(kit: Kit, here: Path, rng: random.Random) -> Attempt:
+    """A server that answers anything at all."""
+    from tests.serving.test_hostile_endpoints import WRONG, drip, response
+
+    del here
+    endpoint = _endpoint()
+    endpoint.reset()
+    path = rng.choice(list(endpoint.answers))
+    how = rng.choice(("listed", "listed", "drips", "bytes", "JSON"))
+    if how == "listed":
+        endpoint.answers[path] = WRONG[rng.choice([kind for kind in WRONG if kind != "nothing"])]
+    elif how == "drips":
+        endpoint.answers[path] = drip(rng.choice((b"", b"HTTP/1.1 200 OK\r\n\r\n")), rng.choice((b"x", b"[", b"\n")))
+    elif how == "bytes":
+        endpoint.answers[path] = rng.randbytes(rng.randrange(200))
+    else:
+        content: Any = {
+            "name": "tiny",
+            "parameters": {"dinoexport": {"string_value": "{}"}},
+            "outputs": [{"shape": [1]}],
+        }
+        for _ in range(3):
+            _spoil(content, rng)
+        raw = json.dumps(rng.choice((content, [content]))).encode("utf-8", "surrogatepass")
+        endpoint.answers[path] = response(raw)
+    url = f"http://127.0.0.1:{endpoint.port}"
+    words = rng.choice((("check", url, "B", "--timeout-s", "1"), ("openai", url, "--timeout-s", "1")))
+    return Attempt(kind="servers", arguments=_filled(words, kit, kit.bundle), refused=True)
+
+
+@cache
+def _endpoint() -> Any:
+    from tests.serving.test_hostile_endpoints import Endpoint
+
+    return Endpoint()
+
+
 KINDS: dict[str, Maker] = {
     "files": strange_file, "outputs": somebodys_output, "changed": changed_bundle, "forged": forged_file,
     "graph": forged_graph, "manifest": forged_manifest, "recipe": recipe, "weights": weights, "images": images,
-    "repository": repository, "words": words, "more words": words,
+    "repository": repository, "server": server, "words": words, "more words": words,
 }  # fmt: skip

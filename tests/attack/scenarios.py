@@ -17,6 +17,7 @@ from typing import Any
 
 from dinoexport import bundle
 from dinoexport.bundle import signing
+from dinoexport.cli import formatting
 from dinoexport.errors import DinoexportError
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.workspace import Stage, key_of, workspace
@@ -33,7 +34,8 @@ class Scenario:
     """One verb from one state. begin: makes the state at a path; work: the verb; state: what is compared of the place.
 
     name: of the folder that changes, which a signature names. apart: whether it only ever runs in a forked process, for
-    threads that it starts would not survive a fork.
+    threads that it starts would not survive a fork. others: other verbs at the place; each finishes what was begun, or
+    refuses it, and leaves it as it was or as it was to be.
     """
 
     verb: str
@@ -42,6 +44,7 @@ class Scenario:
     state: Callable[[Path], Any]
     name: str = "place"
     apart: bool = False
+    others: tuple[Callable[[Path], object], ...] = ()
 
     def do(self, work: Callable[[Path], object], place: Path) -> None:
         """Runs `work` undisturbed."""
@@ -79,7 +82,8 @@ def attack(scenario: Scenario, scratch: Path, *, by: signal.Signals, numbers: It
         if status == ENDED:
             break
         found.kills += 1
-        fault = _fault(scenario, place, status, by, before, after, found)
+        other = scenario.others[number % len(scenario.others)] if scenario.others else None
+        fault = _fault(scenario, place, status, by, before, after, found, other)
         if fault:
             found.faults.append(f"{scenario.verb}, {by.name} at operation {number}: {fault}")
     shutil.rmtree(scratch)
@@ -87,7 +91,14 @@ def attack(scenario: Scenario, scratch: Path, *, by: signal.Signals, numbers: It
 
 
 def _fault(
-    scenario: Scenario, place: Path, status: int, by: signal.Signals, before: Any, after: Any, found: Attacked
+    scenario: Scenario,
+    place: Path,
+    status: int,
+    by: signal.Signals,
+    before: Any,
+    after: Any,
+    found: Attacked,
+    other: Callable[[Path], object] | None,
 ) -> str:
     if status not in (-by, INTERRUPTED):
         return f"it ended with {status}"
@@ -95,7 +106,12 @@ def _fault(
     if interrupted and (place.parent / f".{place.name}.work" / "change.json").exists():
         return "an interrupt left a change half done"
     try:
-        changes.settle(place)
+        try:
+            (other or changes.settle)(place)
+        except DinoexportError:
+            if other is None:
+                raise
+            changes.settle(place)  # it refused, and so it need not have finished anything
         now = scenario.state(place)
         if now not in (before, after):
             return "it is neither as it was nor as it was to be"
@@ -109,6 +125,19 @@ def _fault(
         return f"the next one fails: {error.message}"
     left = sorted(path.name for path in place.parent.iterdir() if path != place)
     return f"left behind: {left}" if left and now == before else ""  # one that was done already leaves it to the next
+
+
+def _read(place: Path) -> None:
+    with changes.reading(place):
+        pass
+
+
+def _checked(place: Path) -> None:
+    with bundle.checked(place):
+        pass
+
+
+_READERS = (formatting.of_path, formatting.page_of, _checked, _read)
 
 
 def of_deploying(built: Path) -> Iterator[Scenario]:
@@ -134,9 +163,15 @@ def of_deploying(built: Path) -> Iterator[Scenario]:
         (("python", "onnxruntime", "rollback"), "onnxruntime"), (("python", "python", "rollback"), "python"),
         (("onnxruntime", "another name", "onnxruntime"), "rollback"),
     ]  # fmt: skip
+    # Neither changes anything but what was begun: there is no such name, and no such file.
+    others = (
+        lambda models: model_repository.rollback(models, "nobody"),
+        lambda models: model_repository.deploy(built, models, name="tiny", samples=models / "no such folder"),
+        _read,
+    )
     for history, verb in histories:
         name = "rollback" if verb == "rollback" else "deploy"
-        yield Scenario(verb=name, begin=deployed(*history), work=steps[verb], state=of_repository)
+        yield Scenario(verb=name, begin=deployed(*history), work=steps[verb], state=of_repository, others=others)
 
 
 def of_repository(place: Path) -> dict[str, Any]:
@@ -183,7 +218,7 @@ def of_signing(small: Path, key: Path, public: Path) -> Iterator[Scenario]:
 
     for begin, work in ((copied, sign), (signed, sign), (copied, record), (signed, record), (signed, record_and_sign)):
         verb = "sign" if work is sign else "record"
-        yield Scenario(verb=verb, begin=begin, work=work, state=state, name="bundle")
+        yield Scenario(verb=verb, begin=begin, work=work, state=state, name="bundle", others=_READERS)
 
 
 def of_publishing() -> Iterator[Scenario]:
@@ -207,7 +242,9 @@ def of_publishing() -> Iterator[Scenario]:
         return {path.name: path.read_bytes() for path in place.iterdir()}
 
     for begin in (lambda _: None, published(b"old")):
-        yield Scenario(verb="build, its end", begin=begin, work=published(b"new"), state=state, name="bundle")
+        yield Scenario(
+            verb="build, its end", begin=begin, work=published(b"new"), state=state, name="bundle", others=_READERS
+        )
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -269,9 +269,17 @@ def test_headers(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("tag", "reads"),
-    [("23.08", (19, 9)), ("23.12", (19, 9)), ("24.04", (20, 9)), ("25.02", (21, 10)), ("23.03", None)],
+    [
+        ("23.08", (19, 9)),
+        ("23.12", (19, 9)),
+        ("24.02", (0, 0)),
+        ("24.04", (20, 9)),
+        ("24.05", (21, 10)),
+        ("25.02", (21, 10)),
+        ("23.03", None),
+    ],
 )
 def test_what_an_images_onnx_runtime_reads(tag: str, reads: tuple[int, int] | None) -> None:
-    """ONNX Runtime 1.15.1, 1.16.3, 1.17, 1.20.1, as Triton's build.py names them."""
+    """ONNX Runtime 1.15.1, 1.16.3, none, 1.17.3, 1.18.0, 1.20.1, as Triton's own lists name them."""
     found = target.triton_reads(tag)
     assert (found and (found.opset, found.ir)) == reads

@@ -22,11 +22,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
+from dinoexport.embed import local, opening, run, sources, verify
 from dinoexport.embed import plan as plans
-from dinoexport.embed import run, sources, verify
 from dinoexport.embed.embedder import Prepared, model_of
-from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
+from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline.request import build_request
+from dinoexport.runtime import sizes
+from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import store
 from tests.conftest import DATA
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
@@ -279,6 +281,26 @@ def test_an_image_that_kills_the_decoder_is_one_failed_row(
     assert (seen[-1].rows, seen[-1].failed) == (COUNT, BROKEN + 1)  # what died was not counted twice
 
 
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_worker_that_is_killed_while_it_opens_the_bundle_is_replaced(
+    times: int, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shard's killer is: some times, not for ever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, signal\n"
+        f"starts = pathlib.Path({str(tmp_path / 'starts')!r})\n"
+        "with starts.open('a') as file: file.write('x')\n"
+        f"if starts.stat().st_size <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    if times < local.DEATHS_MAX:
+        assert run.embed(tiny, str(photos), str(tmp_path / "out"), shards=2, **LENIENT).complete
+        return
+    with pytest.raises(BuildError, match="died of SIGKILL before its first shard") as raised:
+        run.embed(tiny, str(photos), str(tmp_path / "out"), shards=2, **LENIENT)
+    assert "--workers" in raised.value.next_step
+
+
 def test_finished_run_of_1000_shards_restarts_at_once(tiny: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run.embed(tiny, str(photos), str(out), shards=1000, **LENIENT)
@@ -337,6 +359,35 @@ def test_nearest_sizes(tiny: Path, photos: Path, tmp_path: Path) -> None:
     assert len(grids) == 3
     assert all(len(r["patch_tokens"]) == r["grid_height"] * r["grid_width"] for r in rows if r["error"] is None)
     assert verify.verify(tiny, str(photos), str(tmp_path), seed=1).passed
+
+
+def test_named_sizes_run_in_forms_of_their_own(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image at the nearest of them; the plan says which batches take which form, so all workers write the same."""
+    for name, workers in (("one", 1), ("two", 2)):
+        options = {**LENIENT, "workers": workers, "outputs": ["class_token", "patch_tokens"], "shards": 2}
+        run.embed(tiny, str(photos), str(tmp_path / name), size="56x42,28x84", **options)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    rows = [row for row in rows_of(tmp_path / "one") if row["error"] is None]
+    assert {(row["grid_height"], row["grid_width"]) for row in rows} == {(4, 3), (2, 6)}
+    (plan,) = plans.read_all(store.open_place(str(tmp_path / "one")))
+    assert plan.settings.forms == ("4x28x84", "4x56x42")
+    model, settings = model_of(bundle.read_manifest(tiny)), {"sizes": [[28, 84], [56, 42]]}
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tiny / "model.onnx", providers=["CPUExecutionProvider"])
+    for row in rows:
+        inputs = model.prepare("sized_images", settings, [(photos / row["path"]).read_bytes()])
+        (right,) = session.run(["class_token"], inputs)
+        np.testing.assert_allclose(row["class_token"], right[0], rtol=5e-5, atol=5e-5)
+    for size, said in (("28x2800", "2800"), ("nearst", "is no size"), ("4x28x28", "is not HxW")):
+        with pytest.raises(UsageError, match=said):
+            run.embed(tiny, str(photos), str(tmp_path / "x"), size=size, **LENIENT)
+    graphs = {tiny / graph.file: graph.graph() for graph in bundle.read_manifest(tiny).graphs}
+    monkeypatch.setattr(sizes, "_APART_MAX", {Precision.FP32: -1.0})  # no form is near enough
+    with pytest.raises(ValidationFailed, match="cannot be used: its answers are off"):
+        opening._with_forms(graphs, Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32), ("4x28x84",))
 
 
 def test_parquet_column(tiny: Path, photos: Path, tmp_path: Path, embedded: Path) -> None:
@@ -461,7 +512,7 @@ def test_a_machine_that_computes_wrongly_embeds_nothing(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import dinoexport.embed.embedder as e\n"
+        "import dinoexport.embed.opening as e\n"
         "real = e.runners.driven\n"
         "def driven(model, opened):\n"
         "    run = real(model, opened)\n"

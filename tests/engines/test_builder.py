@@ -363,3 +363,12 @@ def test_the_builder_needs_neither_torch_nor_a_checkpoint(tiny: tuple[Path, Grap
     command = [sys.executable, "-c", script, str(tmp_path / "bundle")]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == "3"
+
+
+def test_polygraphy_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own switch, which a user's environment may have on, would run pip in the middle of a build."""
+    monkeypatch.setenv("POLYGRAPHY_AUTOINSTALL_DEPS", "1")
+    code = "from polygraphy import config; print(config.AUTOINSTALL_DEPS)"
+    for environment, shown in ((dict(os.environ), "True"), ({**os.environ, **builder._ENVIRONMENT}, "False")):
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == shown

@@ -13,7 +13,7 @@ from dinoexport.engines import builder, profiles
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import find
 from dinoexport.pipeline import build as pipeline
-from dinoexport.spec import Dim, Graph, Precision, Tensor
+from dinoexport.spec import Dim, Graph, Precision, Runtime, Tensor
 from tests.conftest import DATA
 from tests.engines.test_builder import built, exported
 
@@ -33,6 +33,30 @@ def test_a_profile_takes_every_dimensions_range() -> None:
     assert whole.shapes == {"ids": ((1, 1), (2, 1), (4, 1)), "past": ((1, 3, 8), (2, 30, 8), (4, 300, 8))}
     short = profiles.profile("short", STEP, {"length": Range(min=3, opt=6, max=9)})
     assert short.shapes["past"] == ((1, 3, 8), (2, 6, 8), (4, 9, 8))
+
+
+def test_named_sizes_are_profiles_of_their_own_before_the_wide_one(tmp_path: Path) -> None:
+    """Both writings of a size are one; each size has a case that it is judged by."""
+    (tmp_path / "sized.toml").write_text(
+        (DATA / "tiny_swiglu.toml")
+        .read_text()
+        .replace("[model]", 'sizes = ["224x224", "1x224x224", "3x56x98"]\n\n[model]', 1)
+    )
+    for path in DATA.glob("tiny_cases.toml"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    request = pipeline.build_request(
+        str(tmp_path / "sized.toml"), weights="synthetic:0", target="a100", runtime=Runtime.TENSORRT_RTX
+    )
+    assert request.engine is not None
+    (found,) = request.engine.profiles.values()
+    assert [profile.name for profile in found] == ["size_224x224", "size_3x56x98", profiles.WHOLE]
+    assert found[1].shapes["pixels"] == ((3, 3, 56, 98),) * 3
+    shapes = [case.inputs["pixels"].shape for case in request.cases]
+    assert (1, 3, 224, 224) in shapes and (3, 3, 56, 98) in shapes
+    assert len(request.cases) == len({case.name for case in request.cases})
+    (tmp_path / "sized.toml").write_text((tmp_path / "sized.toml").read_text().replace("3x56x98", "3x56x9800"))
+    with pytest.raises(UsageError, match="9800"):
+        pipeline.build_request(str(tmp_path / "sized.toml"), weights="synthetic:0", target="cpu")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dinoexport.bundle import CpuFacts, Timed
 from dinoexport.cli import contents, formatting
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import autotune, cpu, openvino, table
+from dinoexport.runtime import autotune, choice, cpu, openvino, table
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import validate_bundle
@@ -49,6 +49,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(timing, "in_turn", clock)
         monkeypatch.setattr(cpu, "usable_cpus", lambda: 2)
         monkeypatch.setitem(autotune.RUNTIMES, Precision.FP32, BOTH)
+        monkeypatch.setattr(autotune, "_BUDGET_S", 3600.0)  # however busy this machine is
         return visited
 
     return set_times
@@ -87,6 +88,20 @@ def test_a_hopeless_way_is_not_visited_again(slow: Any, exported: autotune.Graph
     assert seen[4:] == [("openvino", 2), ("onnxruntime", 2), ("onnxruntime", 2)]
 
 
+def test_slow_graphs_are_visited_once_each(
+    slow: Any, exported: autotune.GraphForms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ways that disagree get up to eight visits each, unless all together take longer than the budget."""
+    monkeypatch.setattr(choice, "settled", lambda _samples: False)
+    visited = slow(FP32)
+    autotune.tune(pipeline.build_request(TINY).model, exported)
+    assert len(visited) == 8 * 4 + 1
+    visited.clear()
+    monkeypatch.setattr(autotune, "_BUDGET_S", 0.0)
+    facts = autotune.tune(pipeline.build_request(TINY).model, exported)
+    assert len(set(visited[:4])) == 4 and len(visited) == 4 + 1 and len(facts.measured) == 4
+
+
 def test_a_runtime_that_refuses_the_graph_is_left_out_and_named(
     slow: Any, exported: autotune.GraphForms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +125,9 @@ def test_a_runtime_that_refuses_the_graph_is_left_out_and_named(
 def test_what_was_measured_is_recorded_and_what_was_chosen_is_judged(
     slow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow(FP32 | {("openvino", "fp32", 2): 7.0})
+    visited = slow(FP32 | {("openvino", "fp32", 2): 7.0})
     built = build(tmp_path / "bundle")
+    assert len(set(visited[:4])) == 4 and visited[4:8] == visited[3::-1], "fp32 is not compared with itself"
     facts = built.manifest.cpu
     assert facts is not None and built.report is not None
     assert built.report.candidate.startswith("OpenVINO")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dinoexport.config.recipe import load
-from dinoexport.family import find
 from dinoexport.runtime import autotune, choice, cpu
-from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.spec import Precision, Runtime, Way, Workload
 from dinoexport.system import timing
 from dinoexport.system.timing import Latencies
 
 FAST = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=2)
 SLOW = Way(runtime=Runtime.OPENVINO, precision=Precision.FP32, threads=2)
 HALF = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=1)
-MODEL: Any = find("dinov2").model(load("vits14"))
+MODEL: Any = SimpleNamespace(workloads=(Workload(name="1 x 224 x 224", inputs={}, items=1, unit="images"),))
 
 
 class BusyMachine:

@@ -103,6 +103,21 @@ def test_a_precision_that_the_server_does_not_have_is_said(built: Path, tmp_path
     assert deployed.note == "" and served.way == Way(runtime=Runtime.OPENVINO, precision=Precision.INT8)
 
 
+def test_named_sizes_get_forms_in_the_python_backend(built: Path, tmp_path: Path) -> None:
+    model_repository.deploy(built, tmp_path / "models", name="tiny", backend="python", sizes=["28x42"])
+    config = parsed(tmp_path / "models" / "tiny" / "config.pbtxt")
+    served = Served.model_validate_json(config.parameters["dinoexport"].string_value)
+    assert served.recipe["sizes"] == ["28x42"]
+    for backend, size, said in (
+        ("onnxruntime", "28x42", "compiles no forms"),
+        ("python", "28x4300", "4300"),
+        ("python", "small", "is no size"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            model_repository.deploy(built, tmp_path / "others", backend=backend, sizes=[size])  # type: ignore[arg-type]
+    assert not (tmp_path / "others").exists()
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "python"])
 def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
     deployed = model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)

@@ -48,6 +48,8 @@ def test_a_budget_ends_it_after_three_rounds() -> None:
     found = timing.in_turn({"a": lambda: time.sleep(0.01)}, rounds=1000, budget_s=0)
     assert len(found["a"].samples_ms) == 3
     assert found["a"].median_ms >= 10
+    found = timing.in_turn({"a": lambda: time.sleep(0.01)}, rounds=1000, budget_s=0, least=1)
+    assert len(found["a"].samples_ms) == 1
 
 
 def test_other_processes_are_noticed_and_our_own_work_is_not() -> None:

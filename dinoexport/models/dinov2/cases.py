@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from dinoexport import images
@@ -40,6 +39,8 @@ class ImageInput:
 
     def of(self, pictures_BHW3: Array) -> dict[str, Array]:
         """RGB pictures as the input, under its name. Further channels repeat the colours."""
+        import numpy as np
+
         channels = self.arch.in_chans
         if channels != pictures_BHW3.shape[-1]:
             pictures_BHW3 = pictures_BHW3[..., np.arange(channels) % pictures_BHW3.shape[-1]]
@@ -104,6 +105,8 @@ def read_case(table: Mapping[str, Any], folder: Path, taken: ImageInput) -> Case
 
     If the model refuses sizes that are not multiples of the patch, noise of such a size is a case of refusal.
     """
+    import numpy as np
+
     patch = taken.arch.patch_size
     entry = parse(CaseTable, table, where=f"case {table.get('name', '?')}")
     if entry.photographs:
@@ -164,6 +167,8 @@ def from_folder(
     file within `folder`. Images are read one at a time, so memory is that of one image. only: the requested cases, if
     not all.
     """
+    import numpy as np
+
     paths = sorted(path for path in folder.rglob("*") if _is_meant(path, folder))
     if only is not None:
         paths = [path for path in paths if path.relative_to(folder).as_posix() in only]
@@ -216,5 +221,7 @@ def _prepared(path: Path, preprocessing: Preprocessing) -> Array:
 
 def cropped(pictures_BHW3: Array, patch: int = PATCH) -> Array:
     """The closest smaller multiple of the patch of each side, top left kept, as the model card says."""
+    import numpy as np
+
     height, width = (side // patch * patch for side in pictures_BHW3.shape[1:3])
     return np.ascontiguousarray(pictures_BHW3[:, :height, :width])

@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from dinoexport.family import Read
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.spec import Array, Weight
@@ -86,6 +84,8 @@ class Folded:
 
     def _qkv_scale(self) -> Array:
         """(3 D,): attention's 1/sqrt(head width) over q, one over k and v."""
+        import numpy as np
+
         dim = self.arch.embed_dim
         scale = np.ones(3 * dim, np.float32)
         scale[:dim] = 1 / math.sqrt(dim // self.arch.num_heads)
@@ -93,6 +93,8 @@ class Folded:
 
     def _prefix(self) -> Array:
         """(1, 1 + R, D): the class token with its position, then registers, which have none."""
+        import numpy as np
+
         tokens = self.read("cls_token") + self.read("pos_embed")[:, :1]
         if self.arch.register_count:
             tokens = np.concatenate((tokens, self.read("register_tokens")), axis=1)
@@ -100,6 +102,8 @@ class Folded:
 
     def _table(self) -> Array:
         """The position table as rows (h, w*D), its edges replicated where the kernel may reach past them."""
+        import numpy as np
+
         side, border = self.arch.position_side, self.arch.table_border
         table = self.read("pos_embed")[0, 1:].reshape(side, side, -1)
         if border:

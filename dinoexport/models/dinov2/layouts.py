@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from dinoexport.family import Read, Shapes
 from dinoexport.models.dinov2.search import Found, search
 from dinoexport.spec import Array
@@ -99,6 +97,8 @@ def _from_hugging_face(views: dict[str, _View], names: Mapping[str, str]) -> dic
 
 
 def _stacked(parts: list[_View]) -> _View:
+    import numpy as np
+
     rows = sum(part.shape[0] for part in parts)
     return _View(
         shape=(rows, *parts[0].shape[1:]), read=lambda: np.concatenate([part.read() for part in parts], axis=0)
@@ -123,6 +123,8 @@ def _from_timm(views: dict[str, _View]) -> dict[str, _View]:
 
 def _with_class_position(positions: _View, registers: _View | None) -> dict[str, _View]:
     """Timm's table has no position for class token and registers, which it adds up itself, or one for each of them."""
+    import numpy as np
+
     batch, count, dim = positions.shape
     prefix = 0 if registers is None or len(registers.shape) != 3 else registers.shape[1]
     if math.isqrt(count) ** 2 == count:

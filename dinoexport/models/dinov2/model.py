@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, Read, Shapes
@@ -146,6 +144,8 @@ class Dinov2Model:
 
     def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """Normalised tokens by block, under the graph's output names."""
+        import numpy as np
+
         prefix_count = 1 + self.arch.register_count
         outputs: dict[str, Array] = {}
         for block, prefix in self.token_outputs:
@@ -214,6 +214,10 @@ class Dinov2Model:
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """Encoded images in, prepared as the recipe says or near their own size; see `serving`."""
         return serving.front_ends(self.graphs[0], self.taken, samples, progress=progress)
+
+    def of_sizes(self, sizes: Sequence[Mapping[str, int]]) -> FrontEnd:
+        """Encoded images in, each prepared at the nearest of these sizes; see `serving`."""
+        return serving.of_sizes(self.graphs[0], sizes)
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
         """Images decoded, resized, and normalised unless the graph does that itself; see `serving`."""

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from io import BytesIO
 
-import numpy as np
-
 from dinoexport.images import Preprocessing
 from dinoexport.spec import Array, Picture
 from dinoexport.validation.metrics import vector_cosines
 
 _PHOTOGRAPH_SIDE_MAX = 448  # pixels: enough beside a map of 32 patches
 # Viridis at nine positions (van der Walt and Smith 2015, CC0): perceptually uniform, also in print.
-_VIRIDIS = np.array(
-    [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
-     (170, 220, 50), (253, 231, 37)], np.float64,
+_VIRIDIS = (
+    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
+    (170, 220, 50), (253, 231, 37),
 )  # fmt: skip
 
 
@@ -36,6 +34,8 @@ def of_case(
 
     The errors of one image share a scale, so that candidates can be compared.
     """
+    import numpy as np
+
     h, w = (side // patch for side in pixels_BCHW.shape[2:])
     project = _colours(reference_BND)
     rows = []
@@ -53,6 +53,8 @@ def of_case(
 
 def _colours(reference_BND: Array) -> Callable[[Array], Array]:
     """The projection of tokens (N, D) to bytes (N, 3) that the reference's tokens choose."""
+    import numpy as np
+
     tokens_ND = reference_BND.reshape(-1, reference_BND.shape[-1]).astype(np.float64)
     mean_D = tokens_ND.mean(axis=0)
     centred_ND = tokens_ND - mean_D
@@ -84,12 +86,18 @@ def photograph(pixels_CHW: Array, preprocessing: Preprocessing, *, side_max: int
 
 def viridis(values: Array) -> Array:
     """Values 0 to 1, of any shape, as bytes of three channels: dark to bright."""
+    import numpy as np
+
     places = np.clip(values, 0, 1) * (len(_VIRIDIS) - 1)
-    colours = np.stack([np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=-1)
+    colours = np.stack(
+        [np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in zip(*_VIRIDIS, strict=True)], axis=-1
+    )
     return _bytes(colours)
 
 
 def _heat(errors_hw: Array, largest: float, name: str) -> Picture:
+    import numpy as np
+
     finite = errors_hw[np.isfinite(errors_hw)]
     colours = viridis(np.nan_to_num(errors_hw, nan=largest) / max(largest, 1e-300))
     caption = f"of {name}: dark 0, bright {largest:.1e}, worst {finite.max(initial=0.0):.1e}"
@@ -100,6 +108,7 @@ def _heat(errors_hw: Array, largest: float, name: str) -> Picture:
 
 def _map(colours_hw3: Array, title: str, caption: str) -> Picture:
     """A pixel for each patch; the page enlarges it without smoothing."""
+    import numpy as np
     from PIL import Image
 
     stored = BytesIO()
@@ -108,5 +117,7 @@ def _map(colours_hw3: Array, title: str, caption: str) -> Picture:
 
 
 def _bytes(values: Array) -> Array:
+    import numpy as np
+
     whole: Array = np.clip(np.rint(np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)), 0, 255)
     return whole.astype(np.uint8)

@@ -12,8 +12,6 @@ from math import ceil, log
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.family import FrontEnd
@@ -45,10 +43,18 @@ def front_ends(graph: Graph, taken: ImageInput, samples: Path | None, *, progres
     return tuple(ends)
 
 
+def of_sizes(graph: Graph, sizes: Sequence[Mapping[str, int]]) -> FrontEnd:
+    """`sized_images` with sizes that the user names instead of those that occur."""
+    named = sorted({(size["height"], size["width"]) for size in sizes})
+    return FrontEnd(name="sized_images", graph=graph.name, meaning=_ENCODED, settings={"sizes": named})
+
+
 def prepare(
     front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes], taken: ImageInput
 ) -> dict[str, Array]:
     """The images as one batch of the graph's input; raises ImageError or InputRefused that names an unusable image."""
+    import numpy as np
+
     decoded = [images.decode(item, named=f"image {i}") for i, item in enumerate(encoded, start=1)]
     if front_end == "images":
         pictures = [taken.preprocessing.prepared(image) for image in decoded]

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import zlib
 
-import numpy as np
-
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.spec import Array
 
@@ -29,11 +27,15 @@ _SHARES = (1.0, -0.6, 0.3)
 
 
 def _noise(key: str, shape: tuple[int, ...]) -> Array:
+    import numpy as np
+
     return np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
 
 
 def tensor(name: str, shape: tuple[int, ...], seed: int) -> Array:
     """The tensor `name` of checkpoint `seed`, float32. LayerScale is 0.2 or more, tokens have deviation 0.2."""
+    import numpy as np
+
     noise = _noise(f"{seed}:{name}", shape)
     if name.endswith("gamma"):
         values = 0.2 + 0.3 * np.abs(noise)
@@ -54,6 +56,8 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
     They do so in three channels. Activations elsewhere are about one, so `peak` counts in medians; from some 65,000 on
     fp16 overflows.
     """
+    import numpy as np
+
     values, block = tensor(name, shape, seed), f"blocks.{arch.depth // 3}."
     chosen = np.random.RandomState(seed % 2**32).permutation(arch.embed_dim)
     mark, massive, unit = int(chosen[0]), chosen[1 : 1 + len(_SHARES)], 0
@@ -75,10 +79,14 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
 
 def pixels(batch: int, height: int, width: int, seed: int, channels: int = 3) -> Array:
     """Normalised noise images (B, C, H, W), float32, all different from one another."""
+    import numpy as np
+
     return _noise(f"{seed}:{batch}x{height}x{width}", (batch, channels, height, width)).astype(np.float32)
 
 
 def images(batch: int, height: int, width: int, seed: int, channels: int = 3) -> Array:
     """Noise images as uint8 (B, H, W, C), all different from one another."""
+    import numpy as np
+
     random = np.random.RandomState(zlib.crc32(f"{seed}:{batch}x{height}x{width}".encode()))
     return random.randint(0, 256, (batch, height, width, channels), dtype=np.uint8)

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinoexport.family import Call, Piece, Read
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.model import Dinov2Model
@@ -95,6 +93,8 @@ class TransformersModel(Dinov2Model):
 
     def named(self, tokens_BND: Mapping[int, Array]) -> dict[str, Array]:
         """The last block's tokens together, and its class token."""
+        import numpy as np
+
         tokens = tokens_BND[self.arch.depth - 1]
         return {_TOKENS: np.ascontiguousarray(tokens), _POOLED: np.ascontiguousarray(tokens[:, 0])}
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.pictures import photograph
 from dinoexport.spec import Array, Arrays, Picture
@@ -28,6 +26,8 @@ class ImageUses:
 
     def features(self, outputs: Arrays) -> dict[str, Array]:
         """The class token and the mean of the patch tokens, (D,) each, float32."""
+        import numpy as np
+
         return {
             "class_token": outputs["class_token"][0].astype(np.float32),
             "mean_patch_token": outputs["patch_tokens"][0].mean(axis=0, dtype=np.float64).astype(np.float32),
@@ -35,6 +35,8 @@ class ImageUses:
 
     def second_view(self, inputs: Arrays) -> dict[str, Array]:
         """The image mirrored left to right: of the same size, so within every profile that took the image."""
+        import numpy as np
+
         width_axis = {"pixels": 3, "images": 2}
         return {name: np.ascontiguousarray(np.flip(array, width_axis[name])) for name, array in inputs.items()}
 
@@ -53,6 +55,8 @@ class ImageUses:
 
 
 def _unit(tokens_ND: Array) -> Array:
+    import numpy as np
+
     lengths = np.linalg.norm(tokens_ND, axis=1, keepdims=True)
     unit: Array = tokens_ND / np.maximum(lengths, np.finfo(np.float32).tiny)
     return unit

@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinoexport.errors import UsageError
 from dinoexport.family import Fact
 from dinoexport.weights import gguf_file
@@ -163,6 +161,8 @@ def _gguf(path: Path) -> list[Fact]:
 
 def _plain(value: Any) -> Any:
     """A number of the file's own width as the shortest one that stands for the same: 1e-5, not 9.99999974e-06."""
+    import numpy as np
+
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -175,6 +175,8 @@ def _not_built(config: Config, key: str, value: Any, what: str) -> UsageError:
 
 def _checked(found: list[Fact]) -> tuple[Fact, ...]:
     """A UsageError for a number that no model has, such as a vocabulary of -1."""
+    import numpy as np
+
     for fact in found:
         if isinstance(fact.value, bool):
             continue

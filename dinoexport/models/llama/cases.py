@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from dinoexport.config.recipe import Frozen, parse
@@ -107,6 +106,8 @@ def _from_file(wanted: CaseTable, folder: Path) -> list[list[int]]:
 
 def batch_of(rows: list[list[int]]) -> Array:
     """Prompts as one array (B, T), int64, -1 after the end of shorter ones."""
+    import numpy as np
+
     tokens = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
@@ -117,6 +118,8 @@ def inputs_of(
     tokens_BT: Array, *, keep: int = 1, chunk: int = 0, steps: int = 0, first_position: int = 0
 ) -> dict[str, Array]:
     """A case's inputs."""
+    import numpy as np
+
     batch = len(tokens_BT)
     settings = {"keep": keep, "chunk": chunk, "steps": steps, "first_position": first_position}
     return {"tokens": tokens_BT} | {name: np.full(batch, value, np.int64) for name, value in settings.items()}

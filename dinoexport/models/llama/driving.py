@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from dinoexport.errors import InputRefused
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture
@@ -16,6 +14,8 @@ from dinoexport.spec import Array, Arrays, Graph, Runner
 
 def drive(runners: Mapping[str, Runner], graph: Graph, arch: Architecture, inputs: Arrays) -> dict[str, Array]:
     """Reads the prompts in chunks, padded on the left, and continues greedily for the requested number of steps."""
+    import numpy as np
+
     check(arch, inputs)
     tokens, keep, steps = inputs["tokens"], setting(inputs, "keep"), setting(inputs, "steps")
     batch, width = tokens.shape

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
-
 from dinoexport.family import Read, Shapes
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array
@@ -115,11 +113,15 @@ def _source(name: str, found: Shapes) -> str | None:
 
 def neighbours(rows_OI: Array, heads: int) -> Array:
     """Rows of halves (0, K/2), (1, K/2 + 1), ... of each head as Meta's neighbours (0, 1), (2, 3), ..."""
+    import numpy as np
+
     shape = (heads, 2, rows_OI.shape[0] // heads // 2, *rows_OI.shape[1:])
     return np.ascontiguousarray(rows_OI.reshape(shape).swapaxes(1, 2)).reshape(rows_OI.shape)
 
 
 def halves(rows_OI: Array, heads: int) -> Array:
     """The reverse of `neighbours`: the order for the graph's rotation."""
+    import numpy as np
+
     shape = (heads, rows_OI.shape[0] // heads // 2, 2, *rows_OI.shape[1:])
     return np.ascontiguousarray(rows_OI.reshape(shape).swapaxes(1, 2)).reshape(rows_OI.shape)

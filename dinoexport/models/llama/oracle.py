@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from dinoexport.errors import UsageError
@@ -30,6 +29,8 @@ def of(
     inside: bool,
 ) -> list[dict[str, Array]]:
     """The outputs `drive` gives, by their names. inside: the residual stream of each prompt too, padded on the left."""
+    import numpy as np
+
     prompts = [_prompts(arch, arrays) for arrays in inputs]
     streams: list[dict[str, list[Array]]] = [{} for _ in inputs]
     places = [(j, row) for j, rows in enumerate(prompts) for row in range(len(rows))]
@@ -85,6 +86,8 @@ def _prompts(arch: Architecture, arrays: Arrays) -> list[Array]:
 
 def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     """What loads a tensor in `dtype`; all of a small model's stay in memory."""
+    import numpy as np
+
     loaded: dict[str, torch.Tensor] = {}
     small = sum(math.prod(shape) for shape in arch.tensors.values()) <= _KEPT_NUMBERS_MAX
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import zlib
 
-import numpy as np
-
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array
 
@@ -29,6 +27,8 @@ BOS = 1
 
 def tensor(name: str, shape: tuple[int, ...], seed: int) -> Array:
     """The tensor `name` of checkpoint `seed`, float32."""
+    import numpy as np
+
     noise = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode())).standard_normal(shape)
     root = np.sqrt(shape[-1])
     if "norm" in name:
@@ -54,6 +54,8 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
 
     It does so in three channels, which hidden unit 0 of that block writes when it finds the mark of BOS.
     """
+    import numpy as np
+
     values = tensor(name, shape, seed)
     chosen = np.random.RandomState(seed % 2**32).permutation(arch.dim)
     mark, massive, block = int(chosen[0]), chosen[1 : 1 + len(_SHARES)], f"layers.{arch.layers // 3}.feed_forward."
@@ -73,6 +75,8 @@ def stressed(name: str, shape: tuple[int, ...], seed: int, *, arch: Architecture
 
 def prompt(vocabulary: int, length: int, seed: int, row: int = 0) -> Array:
     """A prompt of `length` token ids (T,), int64: BOS, then ids that are not special tokens."""
+    import numpy as np
+
     generator = np.random.RandomState(zlib.crc32(f"{seed}:prompt:{length}:{row}".encode()))
     tokens = generator.randint(3, vocabulary, length)
     tokens[0] = BOS
@@ -81,6 +85,8 @@ def prompt(vocabulary: int, length: int, seed: int, row: int = 0) -> Array:
 
 def _exact(values: Array) -> Array:
     """Rounded to bfloat16, to nearest even, and to zero where float16 would lose bits."""
+    import numpy as np
+
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     out = rounded.view(np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 from dinoexport.errors import UsageError
 from dinoexport.family import CaseSource
 from dinoexport.spec import Progress, silent
-from dinoexport.system import files
+from dinoexport.system import files, untrusted
 
 HELD_OUT = 0.2  # of each class, and of every class at least one image
 _IMBALANCE = 20  # times the smallest class; a larger ratio is reported as imbalance
@@ -65,7 +65,7 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
         if isinstance(case, str):
             skipped.append(case)
             continue
-        digest = files.sha256(folder / case.name)
+        digest = files.sha256(folder / untrusted.check_name(case.name))  # which its class is a part of
         found.append(Example(name=case.name, label=case.label, digest=digest))
     if outside := [example.name for example in found if not example.label]:
         raise UsageError(

@@ -18,6 +18,7 @@ from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, examples, features, publishing
 from dinoexport.pipeline.fit.classifiers import HeadKind, Held
 from dinoexport.pipeline.fit.examples import Example
+from dinoexport.pipeline.workspace import check_place
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Picture, Progress, silent
@@ -47,6 +48,7 @@ def fit(
     target = out or folder.with_name(f"{folder.name}-{kind}")
     if target.resolve() == folder.resolve():
         raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
+    check_place(target)  # before the work, not only after it
     with bundle.checked(folder, progress=progress) as manifest:
         return _fitted(folder, manifest, images, kind, balanced, target, force, progress)
 

@@ -16,7 +16,8 @@ def choose_runtime(request: BuildRequest, forms: Forms, plain: Stage, progress: 
     """The fastest way to run the graphs on this machine; a precision below fp32 is compared with fp32."""
     graphs = {runtime: request.graph_files(stage.folder) for runtime, stage in forms.items()}
     wanted = GraphForms(precision=request.precision, graphs=graphs)
-    if request.precision is not Precision.BF16 and request.chosen.traced is not Precision.FP32:
+    later = request.precision is not request.chosen.traced  # only then is there an fp32 graph beside
+    if not later:
         return autotune.tune(request.model, wanted, None, progress=progress)
     fp32_graphs = dict.fromkeys(request.cpu_runtimes, request.graph_files(plain.folder))
     fp32 = GraphForms(precision=Precision.FP32, graphs=fp32_graphs)

@@ -6,16 +6,17 @@ Both give an answer as an asynchronous iterator; closing it stops the generation
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 import threading
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.serving import text_client, transport
+from dinoexport.serving.deadline import StreamBounds
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.text import requests
 from dinoexport.text.generation import Written
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import httpx
 
 
+_REFUSAL_MAX_BYTES = 1 << 20
 # The pieces of an answer, then how it ended.
 Items = AsyncGenerator[str | Ended, None]
 
@@ -104,7 +106,7 @@ class _Queue:
 
 
 class TritonSource:
-    """A text model on a Triton server, over HTTP. timeout_s: until the first piece, and between two pieces."""
+    """A text model on a Triton server, over HTTP. timeout_s: see `TextClient`."""
 
     def __init__(self, client: TextClient, *, timeout_s: float = 60.0) -> None:
         where = client.address
@@ -127,21 +129,25 @@ class TritonSource:
                 timeout=self._timeout_s,
                 limits=httpx.Limits(),
                 trust_env=False,
-                headers=dict(self._address.headers),
-                verify=True if self._address.ca is None else ssl.create_default_context(cafile=self._address.ca),
+                headers={**self._address.headers, "Accept-Encoding": "identity"},
+                verify=self._trust(),
             )
-        body = text_client.wire(values, stream=True)
+        body, bounds = text_client.wire(values, stream=True), StreamBounds(values, self._timeout_s)
+        ended = False
         try:
-            async with self._client.stream("POST", self._url, json=body) as response:
-                if response.status_code != 200:
-                    raise transport.refusal(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
-                    if line.startswith("data:"):
-                        event = json.loads(line.removeprefix("data:"))
-                        if "error" in event:
-                            raise transport.refusal(500, line.encode())
-                        for item in text_client.read(event):
-                            yield item
+            async with AsyncExitStack() as whole:
+                async with asyncio.timeout(bounds.next_s):
+                    response = await whole.enter_async_context(self._client.stream("POST", self._url, json=body))
+                    if response.status_code != 200:
+                        raise transport.refusal(response.status_code, await _some(response))
+                async for line in _events(response, bounds):
+                    for item in text_client.read(transport.event_of(line)):
+                        yield item
+                        ended = ended or isinstance(item, Ended)
+            if not ended:
+                raise transport.ServerError("The answer broke off.", next_step="Read the server's log.")
+        except TimeoutError:
+            raise transport.ServerError("The model did not answer in time.", next_step="Look at its load.") from None
         except httpx.TimeoutException:
             raise transport.ServerError(
                 "The model did not answer in time.", next_step="Check the server's load."
@@ -151,10 +157,47 @@ class TritonSource:
                 f"The model's server cannot be reached ({type(error).__name__}).", next_step="Check that it runs."
             ) from None
 
+    def _trust(self) -> ssl.SSLContext | bool:
+        """Whose certificates are trusted; plain HTTP has none, and loading a machine's takes a second."""
+        if not self._address.secure:
+            return False
+        return True if self._address.ca is None else ssl.create_default_context(cafile=self._address.ca)
+
     async def close(self) -> None:
         """Closes the connections."""
         if self._client is not None:
             await self._client.aclose()
+
+
+async def _events(response: httpx.Response, bounds: StreamBounds) -> AsyncGenerator[bytes, None]:
+    """The lines of events in a response that is still being sent. Other lines do not move an event's deadline."""
+    pieces, rest = response.aiter_raw(), b""
+    while True:
+        line = b""
+        async with asyncio.timeout(bounds.next_s):
+            while not line.startswith(b"data:"):
+                line, end, after = rest.partition(b"\n")
+                if end:
+                    rest = after
+                    continue
+                line = b""
+                piece = await anext(pieces, b"")
+                if not piece:
+                    return
+                bounds.count(size_bytes=len(piece))
+                rest += piece
+        bounds.count(events=1)
+        yield line
+
+
+async def _some(response: httpx.Response) -> bytes:
+    """The beginning of a refusal, which holds its sentence."""
+    raw = b""
+    async for piece in response.aiter_raw():
+        raw += piece
+        if len(raw) > _REFUSAL_MAX_BYTES:
+            break
+    return raw
 
 
 def open_source(

@@ -66,6 +66,8 @@ def check_readable(copied: Path, manifest: Manifest, triton: str | None) -> None
         ir, opset = onnx_file.versions(copied / facts.file)
         if reads is None or ir > reads.ir or opset > reads.opset:
             known = f"opset {reads.opset} and IR version {reads.ir} at most" if reads else "older ones"
+            if reads and not reads.opset:
+                known = "nothing: the image holds none"
             raise UsageError(
                 f"{facts.file} has opset {opset} and IR version {ir}; the ONNX Runtime in Triton {tag} reads {known}.",
                 next_step="Serve with a newer image, or in the Python backend, whose ONNX Runtime is yours: "

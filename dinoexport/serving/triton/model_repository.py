@@ -28,6 +28,7 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
+from dinoexport.runtime.sizes import shapes_of
 from dinoexport.serving.triton import model_files, releases, repository_state, served_models, text_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
@@ -70,6 +71,7 @@ def deploy(
     triton: str | None = None,
     samples: Path | None = None,
     answers: Sequence[str] = (),
+    sizes: Sequence[str] = (),
     verify: Path | None = None,
     progress: Progress = silent,
 ) -> Deployed:
@@ -81,6 +83,7 @@ def deploy(
     queues have no limits if limits would stall that image's batcher.
     samples: a folder of the user's own files, from which a front end derives sizes.
     answers: forms in which a front end gives a head's answers, each as a model of its own beside the plain one.
+    sizes: sizes that are often requested, as `224x224`: the Python backend gives each a form of its own.
     verify: the public key whose owner must have signed the bundle.
     Raises ValidationFailed for a bundle that is damaged or not marked passed, UsageError for what cannot be served.
     """
@@ -102,6 +105,7 @@ def deploy(
         tokenizer = text_models.tokenizer_of(manifest, model)
         backend = _chosen(backend, plans) if tokenizer is None else _chosen_for_text(backend)
         _refuse_unloadable(plans if backend == "tensorrt_plan" else (), triton)
+        asked_often = _with_sizes(manifest, model, backend, sizes)
         ends = model.front_ends(samples, progress=progress)
         ends = (*ends, *_with_answers(model, ends, answers))
         with (
@@ -121,7 +125,7 @@ def deploy(
             else:
                 served = served_models.of_bundle(
                     copied,
-                    manifest,
+                    asked_often,
                     reference,
                     name=name,
                     version=version,
@@ -151,6 +155,27 @@ def deploy(
         models=models,
         backend=backend,
         note=_note(manifest) if backend == "onnxruntime" else "",
+    )
+
+
+def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Sequence[str]) -> Manifest:
+    """The manifest as it is served, with these sizes beside the recipe's own; UsageError if they cannot have forms."""
+    if not sizes:
+        return manifest
+    if backend != "python":
+        raise UsageError(
+            f"Triton's {backend} backend compiles no forms for sizes.",
+            next_step="Use --backend python, or for an engine build with the sizes in the recipe's `sizes`: each is "
+            "then a profile.",
+        )
+    graphs = [graph for graph in model.graphs if not graph.carried]
+    if not graphs:
+        raise UsageError("A text model's sizes change with every token.", next_step="Leave --size out.")
+    for size in sizes:
+        for graph in graphs:
+            shapes_of(size, graph)
+    return manifest.model_copy(
+        update={"recipe": {**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]}}
     )
 
 

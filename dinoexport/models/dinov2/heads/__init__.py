@@ -1,5 +1,5 @@
-"""What turns DINOv2's tokens into answers: the released heads, Depth Anything V2, and classifiers a user has fitted.
+"""Heads turn DINOv2's tokens into results: the released heads, Depth Anything V2, and a user's fitted classifiers.
 
-`kinds` says which heads there are and what each reads and gives; `reference` is the plain formulation that judges,
-`graph` and `fold` are what is traced; `model` joins a backbone and a head to one graph.
+`kinds` lists the heads with their inputs and outputs. `reference` holds the plain PyTorch formulas that results are
+compared with; `graph` and `fold` hold what is traced; `model` joins a backbone and a head in one graph.
 """

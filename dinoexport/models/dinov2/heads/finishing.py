@@ -1,14 +1,12 @@
-"""A served head's answers in the forms that applications take: class names, PNG files, the photograph's own size.
+"""Converts a served head's outputs to what applications need: class names, PNG files, maps of the photograph's size.
 
-NumPy and Pillow alone: this runs in the server's interpreter.
+It imports only NumPy and Pillow, because it runs in the server's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-
-import numpy as np
 
 from dinoexport.errors import InputRefused
 from dinoexport.models.dinov2.heads import pictures
@@ -23,12 +21,12 @@ _PNG_LARGEST = 65535  # of 16 bits
 
 
 def forms(head: Head) -> tuple[str, ...]:
-    """What the head's answers can be served as, besides the graph's own arrays."""
+    """The forms in which the head's outputs can be served, besides the graph's own arrays."""
     return ("png", "resized") if head.class_count == 0 or head.form == "segmentation" else ("names",)
 
 
 def carried(form: str) -> tuple[Tensor, ...]:
-    """What preparation passes on for `form`."""
+    """The tensors that preparation passes on, past the graph, for `form`."""
     if form == "names":
         return ()
     meaning = "height and width of the photograph, upright, pixels"
@@ -67,7 +65,9 @@ def answers(head: Head, form: str) -> tuple[Tensor, ...]:
 
 
 def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
-    """The graph's outputs and what was carried past it, in `form`."""
+    """Converts the graph's outputs, and the tensors carried past it, to `form`."""
+    import numpy as np
+
     if form == "names":
         return _named(head, arrays["probabilities"])
     output = "labels" if head.form == "segmentation" else "depth"
@@ -88,7 +88,9 @@ def finished(head: Head, form: str, arrays: Arrays) -> dict[str, Array]:
 
 
 def nearest(labels_HW: Array, height: int, width: int) -> Array:
-    """Labels at another size, each pixel's the nearest one."""
+    """Resizes labels; each pixel takes the nearest label."""
+    import numpy as np
+
     rows, columns = (
         np.minimum(((np.arange(to) + 0.5) * size / to).astype(np.int64), size - 1)
         for size, to in zip(labels_HW.shape, (height, width), strict=True)
@@ -98,7 +100,9 @@ def nearest(labels_HW: Array, height: int, width: int) -> Array:
 
 
 def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
-    """A map at another size, as torch's interpolate has it. corners: its align_corners."""
+    """Resizes a map as torch's bilinear interpolate does. corners: its align_corners."""
+    import numpy as np
+
     if map_HW.shape == (height, width):
         return map_HW
     found = map_HW.astype(np.float32)
@@ -116,7 +120,8 @@ def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
 
 
 def depth_png(depth_HW: Array, largest: float | None) -> tuple[bytes, float]:
-    """A 16-bit grey PNG, and the depth of one step of it. largest: the depth of the last step; None: the map's own."""
+    """A 16-bit grey PNG and the depth of one grey step. largest: the depth of white; None: the map's largest depth."""
+    import numpy as np
     from PIL import Image
 
     finite = np.nan_to_num(depth_HW.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -129,6 +134,7 @@ def depth_png(depth_HW: Array, largest: float | None) -> tuple[bytes, float]:
 
 def labels_png(labels_HW: Array, count: int) -> bytes:
     """A PNG whose palette indices are the labels; each class has a colour of its own."""
+    import numpy as np
     from PIL import Image
 
     image = Image.fromarray(np.clip(labels_HW, 0, 255).astype(np.uint8))
@@ -139,7 +145,7 @@ def labels_png(labels_HW: Array, count: int) -> bytes:
 
 
 def _bilinear_of(head: Head) -> Resize:
-    """Depth Anything's code aligns corners where it brings depth back to a photograph (depth_anything_v2/dpt.py)."""
+    """Depth Anything's code resizes depth to the photograph with aligned corners (depth_anything_v2/dpt.py)."""
     return _corners if head.form == "depth_anything" else _centres
 
 
@@ -158,6 +164,8 @@ def _largest(head: Head) -> float | None:
 
 
 def _named(head: Head, probabilities_BK: Array) -> dict[str, Array]:
+    import numpy as np
+
     count = min(_NAMED, head.class_count)
     best_BC = np.argsort(-probabilities_BK, axis=1, kind="stable")[:, :count]
     names = [name.encode() for name in head.class_names]
@@ -168,6 +176,8 @@ def _named(head: Head, probabilities_BK: Array) -> dict[str, Array]:
 
 
 def _column(items: list[bytes]) -> Array:
+    import numpy as np
+
     found = np.empty((len(items), 1), dtype=object)
     found[:, 0] = items
     return found

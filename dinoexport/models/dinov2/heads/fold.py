@@ -1,6 +1,6 @@
-"""The traced heads' tensors, made from the published ones as the file is written.
+"""Computes the traced heads' tensors from the published ones, one at a time, while the ONNX file is written.
 
-Folds that divide or sum many terms happen in float64: BatchNorm into the layer behind it.
+BatchNorm is folded into the layer after it, in float64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FoldedHead:
     read: Read
 
     def weights(self) -> Mapping[str, Weight]:
-        """All of the head's, with the backbone's final norm where the head reads behind it."""
+        """All weights of the head, and the backbone's final norm if the head reads tokens after it."""
         dim = self.head.arch.embed_dim
         norm: dict[str, Weight] = {}
         if self.head.after_norm:
@@ -62,7 +62,7 @@ class FoldedHead:
         }
 
     def _bins(self) -> dict[str, Weight]:
-        """The one layer's columns apart: of patch tokens and of class tokens; then bins and ones."""
+        """The linear layer, split into its columns for patch tokens and for class tokens, and [bins; ones]."""
         layers, dim = len(self.head.blocks), self.head.arch.embed_dim
 
         def part(which: int) -> Array:

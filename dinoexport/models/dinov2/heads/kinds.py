@@ -1,4 +1,4 @@
-"""Which heads there are: the recipe table `[head]`, what a head reads of a backbone, its tensors and its outputs.
+"""The known heads: the recipe table `[head]`, the blocks a head reads, its tensors and its classes.
 
 Facts of the released heads are from the upstream repository (dinov2/hub/classifiers.py, depthers.py and
 dinov2/eval/*), those of Depth Anything V2 from its own (depth_anything_v2/dpt.py).
@@ -28,7 +28,7 @@ _SPREAD = {24: (4, 11, 17, 23)}
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What heads are trained on. terms: its own; the weights have the upstream repository's licence.
+    """A dataset on which heads were trained. terms: the dataset's; the weights have the upstream repository's licence.
 
     classes: how many; 0 for depth. class_names: the list in recipes/classes. depth_range: metres.
     """
@@ -156,7 +156,7 @@ class HeadTable(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head on a certain backbone: what it reads, its tensors as published, what it gives."""
+    """A head on one backbone: the blocks it reads, its tensors under the published names, its classes or range."""
 
     arch: Architecture
     table: HeadTable
@@ -168,7 +168,7 @@ class Head:
 
     @property
     def form(self) -> Form:
-        """How it computes."""
+        """The form of its computation."""
         return self.kind.form
 
     @property
@@ -188,12 +188,12 @@ class Head:
 
     @property
     def pads(self) -> bool:
-        """Whether the image is padded to multiples of a patch, and the answer stretched over the whole of it."""
+        """Whether the image is padded to multiples of a patch, and the padded map is then resized to the image."""
         return self.form in ("linear_depth", "dpt_depth", "segmentation")
 
     @property
     def own_file(self) -> bool:
-        """Whether its weights are published in a file of their own, beside the backbone's."""
+        """Whether its weights are published in a separate file, not in the backbone's."""
         return self.form != "depth_anything"
 
     @property
@@ -217,7 +217,7 @@ class Head:
 
     @property
     def class_count(self) -> int:
-        """How many classes it tells apart; 0 for depth."""
+        """The number of its classes; 0 for depth."""
         return self.kind.dataset.classes or len(self.table.classes)
 
     @property
@@ -230,7 +230,7 @@ class Head:
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the head and its shape, under the published names; a classifier's bare ones get a prefix."""
+        """Every tensor of the head with its shape, under the published names; a classifier's names get a prefix."""
         dim, count = self.arch.embed_dim, self.class_count
         match self.form:
             case "classifier":

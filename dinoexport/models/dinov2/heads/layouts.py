@@ -1,7 +1,7 @@
-"""Files of heads in the layouts people have: the released ones, Depth Anything V2's, and Hugging Face's of the latter.
+"""Layouts of head files: the released heads', Depth Anything V2's, and Hugging Face's of Depth Anything.
 
-A released depth or segmentation head is an mmcv checkpoint, `meta`, `state_dict` and perhaps an optimizer's state, of
-which `state_dict` alone counts. A classifier is a bare `weight` and `bias`.
+A released depth or segmentation head is an mmcv checkpoint: `meta`, `state_dict` and perhaps an optimizer's state. Only
+`state_dict` is read. The file of a classifier holds only `weight` and `bias`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _HF_ENDS = {"head.conv1.": "output_conv1.", "head.conv2.": "output_conv2.0.", "h
 
 
 def published_name(name: str) -> str:
-    """The name in the published file of the tensor we call `name`."""
+    """The published file's name of our tensor `name`."""
     return name.removeprefix(_CLASSIFIER)
 
 
 def unused(head: Head) -> frozenset[str]:
-    """Names a published file may hold, or lack, though inference does not use them."""
+    """Tensors that inference does not use; a published file may or may not hold them."""
     return frozenset(name for name in head.tensors if name.startswith(_UNUSED_UNIT))
 
 
 def adapt(found: Shapes, read: Read) -> tuple[Shapes, Read]:
-    """(name -> shape, reader) under our names of a head's own file."""
+    """Renames the tensors of a separate head file to our names: (name -> shape, reader)."""
     inside = [name for name in found if name.startswith("state_dict.")]
     names = {(name.removeprefix("state_dict.")): name for name in inside or found}
     if set(names) == {"weight", "bias"}:
@@ -52,9 +52,9 @@ def adapt(found: Shapes, read: Read) -> tuple[Shapes, Read]:
 def adapt_whole(
     backbone: Callable[[Shapes, Read], tuple[Shapes, Read]], found: Shapes, read: Read
 ) -> tuple[Shapes, Read]:
-    """The same of a file that holds backbone and head, in Depth Anything's own layout or Hugging Face's.
+    """The same for a file with backbone and head, in Depth Anything's own layout or Hugging Face's.
 
-    backbone: adapts the backbone's part, as of a file of its own.
+    backbone: renames the tensors of the backbone, as if they were in a separate file.
     """
     wrappers = ("state_dict.", "model.", "module.")
     bare: dict[str, str] = {}
@@ -103,7 +103,7 @@ def _from_hugging_face(name: str) -> str | None:
 
 
 def recognised(wanted: Head, shapes: Shapes) -> str:
-    """Which released head of which shipped backbone these tensors are; empty when of none."""
+    """The released head, and its backbone if it is another one, that has exactly these tensors; empty if none has."""
     for arch, variant in _backbones(wanted):
         kinds = [
             kind
@@ -119,7 +119,7 @@ def recognised(wanted: Head, shapes: Shapes) -> str:
 
 
 def _backbones(wanted: Head) -> list[tuple[Architecture, str]]:
-    """The backbone that is meant, then the shipped ones, by name."""
+    """The requested backbone, then one shipped backbone of each other width, with its name."""
     found = [(wanted.arch, "")]
     for name in recipe.variants():
         other: Recipe = recipe.load(name)

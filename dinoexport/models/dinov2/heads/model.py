@@ -1,4 +1,4 @@
-"""A DINOv2 backbone and a head as one model and one graph: what `dinoexport.family.Model` asks for."""
+"""A DINOv2 backbone with a head as one model and one graph; implements `dinoexport.family.Model`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PADDED = "padded_pixels"
 
 @dataclass(frozen=True, kw_only=True)
 class HeadedModel:
-    """One variant with a head. backbone: the same variant without one, over normalised pixels."""
+    """One variant with a head. backbone: the same variant without the head."""
 
     recipe: Recipe
     backbone: Dinov2Model
@@ -58,19 +58,19 @@ class HeadedModel:
 
     @property
     def tensors(self) -> Shapes:
-        """The backbone's, then the head's."""
+        """The tensors of the backbone, then those of the head."""
         return {**self.backbone.tensors, **self.head.tensors}
 
     @property
     def optional_tensors(self) -> frozenset[str]:
-        """Those of the backbone, what a published head holds and never uses, and a final norm that nothing reads."""
+        """The backbone's, tensors that the head never uses, and the final norm if nothing reads it."""
         reads_norm = self.head.after_norm or self.head.table.tokens
         norm = frozenset() if reads_norm else frozenset({"norm.weight", "norm.bias"})
         return self.backbone.optional_tensors | layouts.unused(self.head) | norm
 
     @property
     def head_weights(self) -> HeadWeights | None:
-        """The head's own file; None where one file holds both."""
+        """The separate file of the head; None if one file holds backbone and head."""
         return _OwnFile(head=self.head) if self.head.own_file else None
 
     @property
@@ -79,13 +79,13 @@ class HeadedModel:
         return signature.facts(self.head)
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
-        """The backbone's layouts; of Depth Anything's file both parts."""
+        """Adapts the backbone's tensors; for Depth Anything, which has one file, both parts."""
         if self.head.own_file:
             return self.backbone.adapt(found, read)
         return layouts.adapt_whole(self.backbone.adapt, found, read)
 
     def synthetic(self, name: str, seed: int, *, peak: float | None = None) -> Array:
-        """See `synthetic` of the backbone and of heads; a peak concerns the backbone."""
+        """See both `synthetic` modules; only the backbone has a peak."""
         if name in self.head.tensors:
             return synthetic.tensor(self.head, name, seed)
         return self.backbone.synthetic(name, seed, peak=peak)
@@ -132,25 +132,25 @@ class HeadedModel:
         return tuple(calls)
 
     def _normalising(self, from_bytes: bool) -> dict[str, Any]:
-        """What normalises bytes inside the graph, for each channel."""
+        """Mean and deviation of each channel, if the graph normalises bytes; else nothing."""
         if not from_bytes:
             return {}
         return {"mean": self.backbone.preprocessing.mean, "std": self.backbone.preprocessing.std}
 
     @property
     def text(self) -> None:
-        """None: it writes no text."""
+        """None: it generates no text."""
         return None
 
     def _body(self) -> str:
-        """The dtype of a DPT head's convolutions: the graph's own unless `head` is kept in fp32."""
+        """The dtype of a DPT head's convolutions: the graph's, unless `head` stays in fp32."""
         halved = self.recipe.precision is Precision.FP16 and _PART not in self.recipe.graph.get("fp32", ())
         dpt = self.head.form in ("dpt_depth", "depth_anything")
         return "float16" if halved and dpt else "float32"
 
     @property
     def promotable(self) -> tuple[str, ...]:
-        """The head first, where it has a part in fp16: it costs least to keep."""
+        """The parts of the backbone; before them the head, if it has fp16 parts, because it costs least in fp32."""
         parts = self.backbone.promotable
         return (_PART, *parts) if parts and self.head.form in ("dpt_depth", "depth_anything") else parts
 
@@ -235,17 +235,17 @@ class HeadedModel:
     def cases_from(
         self, folder: Path, *, progress: Progress, only: Collection[str] | None = None
     ) -> Iterator[Case | str]:
-        """A case for each readable image, prepared as the head's own evaluation does."""
+        """A case for each readable image, prepared as the recipe says."""
         return self.backbone.cases_from(folder, progress=progress, only=only)
 
     @property
     def uses(self) -> None:
-        """None: the answers are what the model is used for, and the judge compares them."""
+        """None: the outputs themselves are the downstream results, and they are compared directly."""
         return None
 
     @property
     def fits(self) -> Mapping[str, tuple[tuple[str, str], ...]]:
-        """Nothing: the outputs are answers already."""
+        """Nothing: the outputs are results, not features."""
         return {}
 
     def fitted_head(self, kind: str) -> str:
@@ -260,7 +260,7 @@ class HeadedModel:
     def pictures(
         self, case: Case, reference: Arrays, candidates: Mapping[str, Arrays]
     ) -> tuple[tuple[Picture, ...], ...]:
-        """Depth as colours, label maps, best classes, and where a candidate differs; see `pictures`."""
+        """Depth in colours, label maps or best classes, and where a candidate differs; see `pictures`."""
         return pictures.of_case(
             self.head, self.backbone.normalised(case.inputs), reference, candidates, self.backbone.preprocessing
         )
@@ -270,16 +270,16 @@ class HeadedModel:
         return runners["model"](inputs)
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
-        """Encoded images in, prepared as the head's own evaluation does; see `serving`."""
+        """Encoded images, prepared as in the head's own evaluation; see `serving`."""
         return serving.front_ends(self.head, self.graphs[0], self.backbone.taken, samples, progress=progress)
 
     def prepare(self, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]) -> dict[str, Array]:
-        """Decoded, resized, normalised where the graph does not do that itself; see `serving`."""
+        """Decodes and resizes images, and normalises them if the graph does not; see `serving`."""
         return serving.prepare(self.head, self.backbone, front_end, settings, encoded)
 
     @property
     def answer_forms(self) -> tuple[str, ...]:
-        """Class names; of depth and labels PNG files, or arrays as large as the photograph."""
+        """Class names; for depth and labels PNG files, or arrays of the photograph's size."""
         return finishing.forms(self.head)
 
     def with_answers(self, end: FrontEnd, form: str) -> FrontEnd:
@@ -308,7 +308,7 @@ class HeadedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class _OwnFile:
-    """What `dinoexport.family.HeadWeights` asks for."""
+    """A head whose weights are in a separate file; implements `dinoexport.family.HeadWeights`."""
 
     head: Head
 
@@ -319,7 +319,7 @@ class _OwnFile:
 
     @property
     def tensors(self) -> Shapes:
-        """Under our names."""
+        """Every tensor with its shape, under our names."""
         return self.head.tensors
 
     def adapt(self, found: Shapes, read: Read) -> tuple[Shapes, Read]:
@@ -336,7 +336,7 @@ class _OwnFile:
 
 
 def joined(recipe: Recipe, backbone: Dinov2Model) -> HeadedModel:
-    """The backbone with the recipe's head; a UsageError where they do not go together."""
+    """The backbone with the recipe's head; raises UsageError if they do not fit each other."""
     table = parse(HeadTable, recipe.head, where=f"recipe {recipe.name}, [head]")
     head = Head(arch=backbone.arch, table=table)
     if backbone.arch.register_count and head.form not in ("classifier", "fitted_linear", "fitted_knn"):
@@ -365,7 +365,7 @@ def joined(recipe: Recipe, backbone: Dinov2Model) -> HeadedModel:
 
 
 def backbone_graph(recipe: Recipe) -> dict[str, Any]:
-    """The table `[graph]` without the part that is the head's."""
+    """The table `[graph]` without the head's entry in `fp32`."""
     kept = recipe.graph.get("fp32", ())
     if not recipe.head or _PART not in kept:
         return recipe.graph

@@ -1,11 +1,9 @@
-"""What a person looks at of a head's answers: depth in colours, label maps, best classes, and where they differ."""
+"""Pictures of a head's outputs for the report: depth in colours, label maps, best classes, and where they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-
-import numpy as np
 
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.heads.kinds import Head
@@ -20,7 +18,7 @@ _LEGEND = 6  # classes named under a label map
 def of_case(
     head: Head, pixels_B3HW: Array, reference: Arrays, candidates: Mapping[str, Arrays], preprocessing: Preprocessing
 ) -> tuple[tuple[Picture, ...], ...]:
-    """A row for each image: itself, PyTorch's answer, then each candidate's and where it differs."""
+    """A row for each image: the image, PyTorch's output, then each candidate's output and where it differs."""
     rows = []
     for i, pixels_3HW in enumerate(pixels_B3HW):
         row = [photograph(pixels_3HW, preprocessing)]
@@ -43,16 +41,22 @@ def of_case(
 
 def depth_image(depth_HW: Array, low: float, high: float) -> Array:
     """Depth as viridis bytes (H, W, 3), `low` dark and `high` bright."""
+    import numpy as np
+
     return viridis((np.nan_to_num(depth_HW, nan=high) - low) / max(high - low, 1e-12))
 
 
 def label_image(labels_HW: Array, count: int) -> Array:
     """Labels as bytes (H, W, 3): each class has a colour of its own, the same in every picture."""
+    import numpy as np
+
     return label_colours(count)[np.clip(labels_HW.astype(np.int64), 0, count - 1)]
 
 
 def label_colours(count: int) -> Array:
     """(count, 3) bytes. Hues in steps of the golden ratio, so that neighbouring classes differ most."""
+    import numpy as np
+
     hue = (np.arange(count) * 0.6180339887498949) % 1.0
     value = 0.55 + 0.4 * ((np.arange(count) // 3) % 3) / 2
     saturation = 0.45 + 0.5 * (np.arange(count) % 3) / 2
@@ -64,6 +68,8 @@ def label_colours(count: int) -> Array:
 
 
 def _depths(reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
+    import numpy as np
+
     low, high = (float(end) for end in np.percentile(reference_HW, (2, 98)))
     row = [_drawn(depth_image(reference_HW, low, high), "PyTorch", f"dark {low:.3g}, bright {high:.3g}")]
     errors = {name: np.abs(depth.astype(np.float64) - reference_HW) for name, depth in others.items()}
@@ -77,6 +83,8 @@ def _depths(reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
 
 
 def _label_maps(head: Head, reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
+    import numpy as np
+
     names, count = head.class_names, head.class_count
     found, pixels = np.unique(reference_HW, return_counts=True)
     most = found[np.argsort(-pixels, kind="stable")][:_LEGEND]
@@ -100,6 +108,8 @@ def _bars(names: Sequence[str], probabilities_K: Array, title: str) -> Picture:
     """The most probable classes as bars in an SVG, whose text a reader can select."""
     from xml.sax.saxutils import escape
 
+    import numpy as np
+
     best = np.argsort(-probabilities_K.astype(np.float64), kind="stable")[:_CLASSES_SHOWN]
     lines = []
     for line, k in enumerate(best):
@@ -115,6 +125,7 @@ def _bars(names: Sequence[str], probabilities_K: Array, title: str) -> Picture:
 
 
 def _drawn(colours_HW3: Array, title: str, caption: str) -> Picture:
+    import numpy as np
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(colours_HW3))

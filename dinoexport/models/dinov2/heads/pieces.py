@@ -1,4 +1,4 @@
-"""A head and its padding as pieces of the graph: which traced module, what it is made with, and example inputs."""
+"""A head and its padding as pieces of the graph: the traced module, its arguments, and example inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLASSES: Mapping[Form, str] = {
 
 
 def example(head: Head, from_bytes: bool) -> Example:
-    """An image of 17 x 19 patches, and short of that where the head pads."""
+    """An image of 17 x 19 patches; a few pixels smaller if the head pads."""
     short = (4, 6) if head.pads else (0, 0)
     height, width = _GRID[0] * PATCH - short[0], _GRID[1] * PATCH - short[1]
     if from_bytes:
@@ -34,7 +34,7 @@ def example(head: Head, from_bytes: bool) -> Example:
 
 
 def padding(image: Tensor, example: Example, normalising: Mapping[str, Any]) -> Piece:
-    """The image to normalised pixels with zeros around them."""
+    """The piece that normalises the image and pads it with zeros."""
     return Piece(
         name=f"pad, from {image.name}",
         code=f"{_TRACED}:Pad",
@@ -45,7 +45,7 @@ def padding(image: Tensor, example: Example, normalising: Mapping[str, Any]) -> 
 
 
 def of_head(head: Head, image: Tensor, example: Example, *, residual: str, body: str) -> Piece:
-    """The image, if its size is needed, and the residual stream at each block that the head reads, to answers.
+    """The head's piece: from the image, if its size is needed, and the residual stream after each block, to outputs.
 
     residual: the stream's dtype. body: that of a DPT head's convolutions.
     """
@@ -71,7 +71,7 @@ def _dynamic(image: Tensor) -> dict[int, str]:
 
 
 def _arguments(head: Head, from_bytes: bool, body: str) -> dict[str, Any]:
-    """What the traced module of the head is made with."""
+    """The arguments of the head's traced module."""
     shared = {
         "dim": head.arch.embed_dim,
         "prefix_count": 1 + head.arch.register_count,

@@ -1,4 +1,4 @@
-"""The plain formulations of DINOv2's heads and of Depth Anything V2's in PyTorch: what judges.
+"""The plain formulations of DINOv2's heads and of Depth Anything V2's in PyTorch: the reference.
 
 Written after dinov2/hub/{classifiers,depthers}.py, dinov2/eval/{depth,segmentation}, dinov2/hub/depth and Depth
 Anything V2's depth_anything_v2/dpt.py, with their tensor names. It shares no code with `graph.py`; the official

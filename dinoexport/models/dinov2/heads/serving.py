@@ -1,9 +1,10 @@
-"""Photographs in front of a served head: prepared as its own evaluation does.
+"""Prepares photographs for a served head, as the head's own evaluation does.
 
-Classifiers have upstream's evaluation, 224x224. Depth and labels are answered for every pixel, so there a photograph
-keeps its own size, brought to the graph's largest only where it is larger; Depth Anything V2 has its own preparation.
-Triton merges only requests of equal shape: photographs of one size come in one batch, others in their own requests.
-What an application takes instead of arrays, class names or PNG files, is made behind the graph; see `finishing`.
+Classifiers get 224x224, as in upstream's evaluation. Depth and labels are outputs for every pixel, so a photograph
+keeps its own size and is made smaller only if it is larger than the graph takes. Depth Anything V2 has its own
+preparation.
+Triton batches only requests of equal shape, so photographs of different sizes must be sent in different requests.
+Class names and PNG files are made from the graph's outputs in `finishing`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
@@ -41,7 +40,7 @@ _ENCODED = f"an image file: {', '.join(images.FORMATS)}"
 def front_ends(
     head: Head, graph: Graph, taken: ImageInput, samples: Path | None, *, progress: Progress
 ) -> tuple[FrontEnd, ...]:
-    """The backbone's for classifiers; of depth and labels `images`, which keeps a photograph's own size."""
+    """The backbone's front ends for classifiers; for depth and labels `images`, which keeps the photograph's size."""
     if _classifies(head):
         return of_backbone.front_ends(graph, taken, samples, progress=progress)
     largest = {dim.name: dim.max for dim in graph.dims}
@@ -52,7 +51,7 @@ def front_ends(
 
 
 def with_answers(head: Head, end: FrontEnd, form: str) -> FrontEnd:
-    """The front end `end` whose answers are in `form` of `finishing.forms`."""
+    """A front end like `end` whose outputs are in `form`, one of `finishing.forms`."""
     return replace(
         end,
         name=f"{end.name}_{form}",
@@ -63,14 +62,16 @@ def with_answers(head: Head, end: FrontEnd, form: str) -> FrontEnd:
 
 
 def finish(head: Head, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
-    """The graph's outputs in the form that the front end's settings name."""
+    """Converts the graph's outputs to the form in the front end's settings."""
     return finishing.finished(head, settings[_ANSWERS], arrays)
 
 
 def prepare(
     head: Head, backbone: Dinov2Model, front_end: str, settings: Mapping[str, Any], encoded: Sequence[bytes]
 ) -> dict[str, Array]:
-    """The graph's input of encoded images; an ImageError or InputRefused names the one that is no good."""
+    """The graph's input for encoded images; raises ImageError or InputRefused that names the unusable image."""
+    import numpy as np
+
     form = settings.get(_ANSWERS)
     if _classifies(head):
         return backbone.prepare(front_end.removesuffix(f"_{form}"), settings, encoded)
@@ -94,6 +95,7 @@ def _classifies(head: Head) -> bool:
 
 def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
     """The image at the graph's input size, cubic, RGB bytes (H, W, 3)."""
+    import numpy as np
     from PIL import Image
 
     height, width = size_of(image.height, image.width, settings)
@@ -103,11 +105,11 @@ def resized(image: Image.Image, settings: Mapping[str, Any]) -> Array:
 
 
 def size_of(height: int, width: int, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """The size for a photograph: its own, or with its shorter side at least `shorter_side`, on whole multiples.
+    """The size that the graph gets: the photograph's own, or one with a shorter side of at least `shorter_side`.
 
-    As upstream's Resize (depth_anything_v2/util/transform.py, lower_bound): one scale for both sides, each rounded to
-    the nearest multiple, up where that would leave it too short. What is larger than the graph takes is made smaller as
-    a whole. Raises UsageError for a photograph too long and thin to keep any pixel of its shorter side.
+    Both sides have the same scale and are rounded to the nearest multiple, or up if the nearest is too short, as in
+    upstream's Resize (depth_anything_v2/util/transform.py, lower_bound). An image larger than the graph's largest is
+    made smaller. Raises UsageError if the image is so long and thin that its shorter side would have no pixel.
     """
     multiple, shortest = settings["multiple"], settings["shorter_side"]
     scale = 1.0 if shortest is None else shortest / min(height, width)

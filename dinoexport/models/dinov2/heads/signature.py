@@ -1,4 +1,4 @@
-"""What a headed graph answers with, in words and units, and what a person must know of the head."""
+"""The outputs of a graph with a head, with meanings and units, and the facts that users must know about the head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dinoexport.spec import HeadFacts, Tensor
 
 
 def facts(head: Head) -> HeadFacts:
-    """Dataset, its terms, range and classes."""
+    """The head's dataset, terms of use, range and classes."""
     ranges = {"linear_depth": head.table.depth_range or head.kind.dataset.depth_range}
     ranges |= {"dpt_depth": ranges["linear_depth"]}
     greatest = head.table.max_depth
@@ -21,7 +21,7 @@ def facts(head: Head) -> HeadFacts:
 
 
 def outputs(head: Head) -> tuple[Tensor, ...]:
-    """What the head gives, with units."""
+    """The head's outputs, with units."""
     count, names = head.class_count, head.kind.dataset.name
     probabilities = Tensor(
         name="probabilities",
@@ -77,7 +77,7 @@ def outputs(head: Head) -> tuple[Tensor, ...]:
 
 
 def card(head: Head) -> dict[str, str]:
-    """What it was trained on, the dataset's terms, and its range and where that is from."""
+    """The dataset, its terms of use, the depth range and the source of that range."""
     said = {
         "head": f"{head.table.kind}, trained on {head.kind.dataset.name}",
         "head_terms": head.kind.dataset.terms,

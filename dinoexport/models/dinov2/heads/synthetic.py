@@ -1,14 +1,12 @@
 """Synthetic weights of heads, the same on every machine: each value follows from (seed, head, tensor name) alone.
 
-Magnitudes are chosen so that every rule shows in the answer: depths reach both ends of their range, BatchNorm's
-statistics are far from 0 and 1, and the last ReLU of a relative model leaves some depths at zero.
+Magnitudes are chosen so that a mistake in any rule changes the outputs: depths reach both ends of their range,
+BatchNorm's statistics are far from 0 and 1, and the last ReLU of a relative model leaves some depths at zero.
 """
 
 from __future__ import annotations
 
 import zlib
-
-import numpy as np
 
 from dinoexport.models.dinov2.heads.kinds import Head
 from dinoexport.models.dinov2.heads.layouts import published_name
@@ -20,6 +18,8 @@ _BINS_ALIKE = 16  # neighbouring bins with like weights: else the mean over 256 
 
 def tensor(head: Head, name: str, seed: int) -> Array:
     """The tensor `name` of the synthetic head `seed`, float32."""
+    import numpy as np
+
     shape = head.tensors[name]
     theirs = published_name(name)
     key = f"{seed}:{theirs}" if head.form == "depth_anything" else f"{seed}:{head.table.kind}:{theirs}"
@@ -34,11 +34,15 @@ def tensor(head: Head, name: str, seed: int) -> Array:
 
 
 def _noise(key: str, shape: tuple[int, ...]) -> Array:
+    import numpy as np
+
     noise: Array = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
     return noise
 
 
 def _released(head: Head, name: str, shape: tuple[int, ...], noise: Array, key: str) -> Array:
+    import numpy as np
+
     last = name.rsplit(".", 1)[-1]
     fan_in = int(np.prod(shape[1:]))
     if last == "running_mean":
@@ -67,7 +71,9 @@ def _depth_anything(name: str, shape: tuple[int, ...], noise: Array) -> Array:
 
 
 def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
-    """A layer that keeps the size of what it is given; a transposed convolution sums over its first axis alone."""
+    """Weights that keep the magnitude of the input; a transposed convolution sums over its first axis only."""
+    import numpy as np
+
     fan_in = float(np.prod(shape[1:]))
     if last != "weight":
         scale = 0.1
@@ -82,6 +88,8 @@ def _layer(name: str, last: str, shape: tuple[int, ...], noise: Array) -> Array:
 
 
 def _fitted_neighbours(name: str, shape: tuple[int, ...], noise: Array, seed: int) -> Array:
+    import numpy as np
+
     if name.endswith("votes"):
         of_class: Array = np.eye(shape[1])[(np.arange(shape[0]) + seed) % shape[1]]
         return of_class

@@ -1,0 +1,65 @@
+"""Open a bundle for a worker: its engines or its graphs, with forms for named sizes; and prove it on one case."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dinoexport import bundle
+from dinoexport.bundle import Manifest, reference_file
+from dinoexport.errors import MissingRequirement, ValidationFailed
+from dinoexport.family import Model
+from dinoexport.runtime import Opened, cpu, runners
+from dinoexport.runtime.sizes import Budget, Specialised
+from dinoexport.spec import Candidate, Graph, Way
+from dinoexport.validation import evaluate
+
+
+def prove(candidate: Candidate, folder: Path, name: str) -> None:
+    """Raises ValidationFailed unless this machine gives PyTorch's outputs on the bundle's smallest case."""
+    reference = reference_file.read(folder / bundle.REFERENCE)
+    smallest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
+    alone = type(reference)(name=reference.name, limits=reference.limits, expectations=(smallest,), refusals=())
+    report = evaluate.judged(candidate, alone, name)
+    if not report.passed and not report.not_covered:
+        raise ValidationFailed(
+            f"On this machine the bundle does not give PyTorch's outputs (case {smallest.case.name}).",
+            next_step=f"dinoexport validate {folder} shows by how much.",
+        )
+
+
+def opened(folder: Path, manifest: Manifest, model: Model, threads: int, forms: Sequence[str]) -> tuple[Candidate, str]:
+    """The bundle's engines if this machine runs them, else its graphs with forms for these sizes; and their name."""
+    graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
+    if manifest.engines:
+        try:
+            engines = {folder / engine.file: engine for engine in manifest.engines}
+            candidate, device = runners.open_engines(
+                model, engines, graphs, trusted=False
+            )  # no signature was asked for
+        except MissingRequirement:
+            pass
+        else:
+            return candidate, runners.engine_name(runners.engines_here(manifest.engines)[0], device)
+    way = replace(runners.way_of(manifest), threads=threads)
+    opened = _with_forms(graphs, way, forms) if forms else cpu.open_graphs(graphs, way)
+    return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})
+
+
+def _with_forms(graphs: Mapping[Path, Graph], way: Way, forms: Sequence[str]) -> Mapping[str, Opened | Specialised]:
+    """The graphs with a form for each size, ready before the first image: which form a batch takes is the plan's."""
+    spend = Budget(most=len(forms), memory_bytes=sys.maxsize, often=sys.maxsize)
+    opened = cpu.open_for_sizes(graphs, way, named=forms, spend=spend)
+    for graph in opened.values():
+        if not isinstance(graph, Specialised):
+            continue
+        graph.settle()
+        for form in graph.forms:
+            if form.state != "ready":
+                raise ValidationFailed(
+                    f"The form of the graph for {dict(form.shapes)} cannot be used: {form.why}.",
+                    next_step="Embed without --size.",
+                )
+    return opened

@@ -1,0 +1,57 @@
+"""What a person sees of a bundle with a head: the page, the table of a build, and `diff`."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinoexport import bundle
+from dinoexport.cli import formatting
+from dinoexport.pipeline import build as pipeline
+from dinoexport.spec import Precision, Runtime
+from dinoexport.validation import bundle_diff
+from tests.conftest import DATA
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Built:
+    """Label maps in fp16, so that some pixels differ."""
+    request = pipeline.build_request(
+        str(DATA / "tiny_heads.toml"),
+        weights="synthetic:3",
+        head="ade20k_linear",
+        head_weights="synthetic:3",
+        precision=Precision.FP16,
+        target="cpu",
+        runtime=Runtime.ONNXRUNTIME,
+        out=tmp_path_factory.mktemp("headed") / "bundle",
+    )
+    return pipeline.build(request)
+
+
+def test_the_page_shows_the_measures_people_know(built: pipeline.Built) -> None:
+    page = (built.folder / bundle.REPORT_HTML).read_text(encoding="utf-8")
+    assert "<th>same label</th><th>decided</th><th>mIoU</th>" in page
+    assert built.report is not None
+    labels = [row for row in built.report.rows if row.output == "labels"]
+    assert labels and all(f"{row.figures['mean_iou']:.4f}" in page for row in labels)
+
+
+def test_the_page_says_how_to_build_it_again(built: pipeline.Built) -> None:
+    page = (built.folder / bundle.REPORT_HTML).read_text(encoding="utf-8")
+    assert "<title>tiny_heads with ade20k_linear, fp16, for cpu" in page
+    assert "dinoexport build RECIPE.toml --weights synthetic:3 --head ade20k_linear --head-weights synthetic:3" in page
+    assert built.manifest.head is not None and built.manifest.head.sha256 is not None
+    assert built.manifest.head.sha256 in page
+
+
+def test_the_table_of_a_build_has_the_labels_measure(built: pipeline.Built) -> None:
+    assert built.report is not None
+    shown = [row["worst cosine"] for row in formatting.report_rows(built.report) if row["output"] == "labels"]
+    assert shown and all(text.startswith("mIoU ") for text in shown)
+
+
+def test_labels_are_compared_as_labels(built: pipeline.Built) -> None:
+    outputs = bundle_diff.compare(built.folder, built.folder)["Outputs"]
+    of_labels = [row for row in outputs if row["output"] == "labels"]
+    assert {row["second from first"] for row in of_labels} == {"0.00% differ"}
+    assert all(row["second from PyTorch"].endswith("% differ") for row in of_labels)
