@@ -1,6 +1,6 @@
 """The same weights through other people's ways: each contender is a function from images to patch tokens.
 
-The weights are transformers' `Dinov2Model` filled with made-up numbers and saved as one safetensors file, which every
+The weights are transformers' `Dinov2Model` filled with random numbers and saved as one safetensors file, which every
 contender starts from, dinoexport included. `python benchmarks/peers.py export CONTENDER CHECKPOINT OUT PRECISION` makes
 one contender's ONNX in a process of its own, so that its time and memory are its own too.
 """
@@ -43,7 +43,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def write_checkpoint(variant: str, folder: Path) -> None:
-    """Transformers' model of a shipped variant with made-up weights of trained size, as `model.safetensors`."""
+    """Transformers' model of a shipped variant with synthetic weights of trained size, as `model.safetensors`."""
     import torch
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 

@@ -176,7 +176,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# dinoexport beside its peers",
         "",
         f"`make bench` on {machine['cpu']}, {machine['usable_cpus']} CPUs, {result['date']}: {versions}.",
-        f"Memory copy {machine['copy_gb_per_s']:.0f} GB/s. Made-up weights, batch 1, {peers.THREADS} threads,",
+        f"Memory copy {machine['copy_gb_per_s']:.0f} GB/s. Synthetic weights, batch 1, {peers.THREADS} threads,",
         "one sample of each in turn. Ratio: median of the samples' ratios to dinoexport on ONNX Runtime, with",
         "quartiles; lower is faster. Of models too large for all contenders beside each other, only the leading ones",
         "were measured, each in turn with ours on ONNX Runtime alone.",

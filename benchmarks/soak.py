@@ -1,6 +1,6 @@
 """Load on a real Triton server, at concurrency 1 to 32: `make soak`.
 
-A bundle of made-up weights is deployed to the Python backend and asked for one image a request, by our own client and
+A bundle of synthetic weights is deployed to the Python backend and asked for one image a request, by our own client and
 by NVIDIA's perf_analyzer in turns. Beside each level the same graph runs in this process with as many threads, so that
 what the server costs is a ratio of neighbours in time, whatever else the machine does. Memory is looked at three times
 a level, each page counted once though server and models share many: a larger batch takes more, the same load must not
@@ -172,7 +172,7 @@ def report(variant: str, seconds: float, levels: list[Level]) -> None:
     lines = [
         "# Load on a real Triton server",
         "",
-        f"`make soak SOAK_S={seconds:g}`: {variant}, 224x224, fp32, made-up weights, one image a request over gRPC,",
+        f"`make soak SOAK_S={seconds:g}`: {variant}, 224x224, fp32, synthetic weights, one image a request over gRPC,",
         f"Triton 2.51 with the Python backend, {os.cpu_count()} CPU cores ({platform.machine()}). Load average at the",
         f"end: {os.getloadavg()[1]:.1f}; where it exceeds the cores, read the ratios, not rates. No request failed.",
         "",

@@ -161,7 +161,7 @@ def _weights_are_the_same_every_time(model: Model, seed: int) -> None:
 def _every_tensor_matters(
     model: Model, read: Read, inputs: Sequence[Arrays], expected: Sequence[Arrays], changing: Collection[str]
 ) -> None:
-    """Turning any tensor over moves some output far past the limit: nothing in the made-up weights can hide a bug."""
+    """Turning any tensor over moves some output far past the limit: nothing in the synthetic weights can hide a bug."""
     for changed in changing:
         if changed in model.optional_tensors:
             continue

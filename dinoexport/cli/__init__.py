@@ -22,8 +22,9 @@ def main() -> NoReturn:
     # of the time of tracing, and 1.2 s at the end of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
     # PyTorch's threads spin where they wait for each other: beside a dozen other processes a decoder's reference took
-    # ten times the CPU time that one thread needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # ten times the CPU time that one thread needs. `bench` times PyTorch as its users have it.
+    if sys.argv[1:2] != ["bench"]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with streams.guarded():
             try:

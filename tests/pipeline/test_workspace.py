@@ -450,7 +450,7 @@ def test_a_folder_without_permission_gives_one_sentence(place: Path) -> None:
 
 @pytest.mark.parametrize("call", ["mkdir", "is_dir"])
 def test_a_refusal_of_the_system_gives_one_sentence(place: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """The same for root: the system's answer is made up."""
+    """The same for root: the system's answer is simulated."""
     out = place / "out"
     build(out, Maker())
     real = getattr(Path, call)
@@ -498,7 +498,7 @@ def test_a_disk_that_fills_while_publishing_keeps_the_old_bundle(place: Path, mo
 
 
 def test_a_limit_on_file_sizes_is_a_full_disk(place: Path) -> None:
-    """The system's own refusal, not a made-up one: no file of this process may grow past 64 kB."""
+    """The system's own refusal, not a simulated one: no file of this process may grow past 64 kB."""
     code = (
         "import sys; from pathlib import Path; from dinoexport.pipeline.workspace import workspace\n"
         "from dinoexport.errors import MissingRequirement\n"

@@ -314,7 +314,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, state: Tensors) -> None:
     assert "Permission denied" in refused(path).message
 
 
-# Made-up weights
+# Synthetic weights
 
 
 @pytest.mark.parametrize(
