@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -109,7 +111,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """With --quick, a test that begins long work is skipped there, so no list of such tests is kept.
 
-    Long work is a build, a trace, a model in a runtime or in PyTorch, and any other process.
+    Long work is a build, a trace, a model in a runtime or in PyTorch, and another process of Python.
     """
     if not request.config.getoption("--quick"):
         yield
@@ -118,6 +120,13 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def skipping(reason: str) -> Callable[..., None]:
         return lambda *_, **__: pytest.skip(reason)
+
+    begin, ours = subprocess.Popen.__init__, str(Path(sys.executable).parent)
+
+    def starting(process: Any, command: Any, *others: Any, **settings: Any) -> None:
+        if any(ours in str(part) for part in ([command] if isinstance(command, str) else command)):
+            pytest.skip("starts a process of Python")
+        begin(process, command, *others, **settings)
 
     functional = torch.nn.functional
     with pytest.MonkeyPatch.context() as patch:
@@ -129,9 +138,9 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
             (telemetry, "openvino", "opens a runtime"),
             (functional, "linear", "runs a model in PyTorch"),
             (functional, "scaled_dot_product_attention", "runs a model in PyTorch"),
-            (subprocess.Popen, "__init__", "starts a process"),
         ):
             patch.setattr(place, name, skipping(reason))
+        patch.setattr(subprocess.Popen, "__init__", starting)
         yield
 
 

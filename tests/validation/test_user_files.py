@@ -206,6 +206,7 @@ def test_two_runs_at_once_do_not_harm_each_other() -> None:
     assert kept_files() == []
 
 
+@pytest.mark.slow("judges ten thousand files, whose memory must not grow with their number")
 def test_ten_thousand_are_streamed() -> None:
     """No more outputs live at once than a step has, and of ten thousand inputs no more either."""
     alive, most = 0, 0

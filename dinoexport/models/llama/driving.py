@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dinoexport.errors import InputRefused
 from dinoexport.models.llama.cases import setting
 from dinoexport.models.llama.config import Architecture
@@ -10,7 +12,7 @@ from dinoexport.runtime.decoding import LOGITS
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
 
-def drive(run: Runner, graph: Graph, arch: Architecture, inputs: Arrays) -> dict[str, Array]:
+def drive(runners: Mapping[str, Runner], graph: Graph, arch: Architecture, inputs: Arrays) -> dict[str, Array]:
     """Reads the prompts in chunks, padded on the left, and continues greedily for the requested number of steps."""
     import numpy as np
 
@@ -20,7 +22,7 @@ def drive(run: Runner, graph: Graph, arch: Architecture, inputs: Arrays) -> dict
     lengths = (tokens >= 0).sum(axis=1)
     ids, mask = decoding.padded([row[:n] for row, n in zip(tokens, lengths, strict=True)])
     first = setting(inputs, "first_position")
-    decoder = decoding.begin(run, graph)
+    decoder = decoding.begin(runners[graph.name], graph)
     chunk = setting(inputs, "chunk") or width
     kept: list[Array] = []
     inside: dict[str, list[Array]] = {}

@@ -164,7 +164,7 @@ class LlamaModel:
         """Meta's code cannot be downloaded by a program, so it is not supported here."""
         raise UsageError(
             "Meta's own code of this model cannot be downloaded by a program.",
-            next_step="Leave out --judge hub: the plain formulation is pinned to numbers of Meta's code by the tests.",
+            next_step="Leave out --reference hub: tests compare the plain formulation with numbers of Meta's code.",
         )
 
     def case(self, table: Mapping[str, Any], folder: Path) -> Case:
@@ -190,7 +190,7 @@ class LlamaModel:
 
     def drive(self, runners: Mapping[str, Runner], inputs: Arrays) -> dict[str, Array]:
         """Prompts in chunks, then tokens chosen greedily; see `driving`."""
-        return driving.drive(runners["model"], self.graphs[0], self.arch, inputs)
+        return driving.drive(runners, self.graphs[0], self.arch, inputs)
 
     def front_ends(self, samples: Path | None, *, progress: Progress) -> tuple[FrontEnd, ...]:
         """None: a decoder has no front end."""
