@@ -79,9 +79,15 @@ def test_every_output_option_is_attacked() -> None:
         for verb, each in command.commands.items()
         for parameter in each.params
         for name in parameter.opts
-        if name in hostile.OUTPUT_OPTIONS or "write" in (getattr(parameter, "help", None) or "").lower().split()
+        if name in hostile.OUTPUT_OPTIONS or _writes(parameter)
     }
     assert options == set(hostile.OUTPUTS)
+
+
+def _writes(parameter: Any) -> bool:
+    """Whether an option's own words are that it writes a file or a folder."""
+    path = any(word in (parameter.metavar or "") for word in ("DIR", "FILE", "PATH"))
+    return path and "write" in (getattr(parameter, "help", None) or "").lower().split()
 
 
 _THINGS = ("file", "folder", "pipe", "device", "link", "link to nothing", "work", "work link", "below a file")

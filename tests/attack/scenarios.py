@@ -17,7 +17,7 @@ from typing import Any
 
 from dinoexport import bundle
 from dinoexport.bundle import signing
-from dinoexport.cli import formatting
+from dinoexport.cli import contents
 from dinoexport.errors import DinoexportError
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.workspace import Stage, key_of, workspace
@@ -137,7 +137,7 @@ def _checked(place: Path) -> None:
         pass
 
 
-_READERS = (formatting.of_path, formatting.page_of, _checked, _read)
+_READERS = (contents.of_path, contents.page_of, _checked, _read)
 
 
 def of_deploying(built: Path) -> Iterator[Scenario]:
