@@ -34,6 +34,16 @@ def listed(report: Any) -> list[tuple[str, str, str]]:
     return sorted(found, key=lambda each: each[0].lower())
 
 
+def _run(words: Sequence[str], stdout: int | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Runs pip, which says on stderr what it did not find; ends with its status then."""
+    ran = subprocess.run(words, check=False, stdout=stdout)
+    if ran.returncode:
+        print(f"pip found not every wheel of {REQUIREMENTS.name}.", file=sys.stderr)
+        print("TensorRT's are at https://pypi.nvidia.com, which this machine must reach.", file=sys.stderr)
+        sys.exit(ran.returncode)
+    return ran
+
+
 def main() -> None:
     """Lists the wheels, and fetches them unless it was asked for the list alone."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,11 +53,11 @@ def main() -> None:
     wanted = parser.parse_args()
     if wanted.list:
         verb = ("install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", "--target", str(wanted.to))
-        shown = subprocess.run(command(verb, wanted.python), check=True, stdout=subprocess.PIPE)
+        shown = _run(command(verb, wanted.python), stdout=subprocess.PIPE)
         for name, version, address in listed(json.loads(shown.stdout)):
             print(f"{name}=={version}  {address}")
         return
-    subprocess.run(command(("download", "--dest", str(wanted.to)), wanted.python), check=True)
+    _run(command(("download", "--dest", str(wanted.to)), wanted.python))
     wheels = sorted(wanted.to.glob("*.whl"))
     for wheel in wheels:
         print(f"{wheel.stat().st_size / 1e6:9.1f} MB  {wheel.name}")

@@ -123,6 +123,17 @@ def test_time_that_is_over_is_said(on_a_gpu: gpu.Device, monkeypatch: pytest.Mon
     assert not table_of(out) and "0.0 minutes were over" in out.read_text()
 
 
+def test_an_index_without_a_wheel_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_wheels, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels", "--to", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_wheels.main()
+    assert ended.value.code == 1
+    assert "pypi.nvidia.com" in capsys.readouterr().err
+
+
 def test_the_wheels_of_a_gpu_run_are_listed_by_one_command() -> None:
     """No shell, no source builds, and the versions that the tests have seen."""
     words = gpu_wheels.command(("download", "--dest", "x"), "3.12")
