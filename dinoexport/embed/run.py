@@ -140,6 +140,8 @@ def embed(
         )
         with _checked(folder, progress):
             _do(job, tasks, layout, engine, watch)
+        if isinstance(place, store.LocalPlace):
+            place.sweep()  # of workers that died meanwhile, and of those that an earlier killed command left behind
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
 
 

@@ -278,6 +278,7 @@ def test_an_image_that_kills_the_decoder_is_one_failed_row(
     assert (found.rows, found.failed) == (COUNT, BROKEN + 1)
     (row,) = [row for row in rows_of(tmp_path / "out") if row["path"] == "d1/022.jpg"]
     assert row["error"] == "the decoder died of SIGSEGV on it"
+    assert not list((tmp_path / "out").rglob(".*.partial"))  # of the worker that died
     assert (seen[-1].rows, seen[-1].failed) == (COUNT, BROKEN + 1)  # what died was not counted twice
 
 
