@@ -130,7 +130,9 @@ class LocalPlace:
                 ) from None
             return []
         except OSError as error:
-            raise UsageError(f"{self} is not a folder that can be read: {error.strerror}.") from None
+            raise UsageError(
+                f"{self} is not a folder that can be read: {error.strerror}.", next_step="Name another folder."
+            ) from None
 
     def size(self, name: str) -> int | None:
         """The file system's."""
@@ -209,10 +211,15 @@ class RemotePlace:
     """A prefix of an object store, or a web server that is only read from."""
 
     def __init__(self, url: str) -> None:
-        scheme = urlsplit(url).scheme
+        try:
+            address = urlsplit(url)
+            _ = address.port
+        except ValueError as error:
+            raise UsageError(f"{url!r} is not an address: {error}.", next_step="Write s3://BUCKET/PATH.") from None
+        scheme = address.scheme
         if scheme not in SCHEMES:
             raise UsageError(f"{url}: {scheme}:// is not a known scheme.", next_step=f"Use {', '.join(SCHEMES)}.")
-        if "@" in urlsplit(url).netloc:
+        if "@" in address.netloc:
             raise UsageError(
                 f"{scheme}:// must not contain a user name or a password: the address is written into files.",
                 next_step="Give credentials in the environment variables that the vendor's tools read.",
@@ -222,7 +229,7 @@ class RemotePlace:
         self._url, self._scheme = url.rstrip("/"), scheme
         self._opened: Any = None
         # Names that a web server lists begin with the path of the URL; a store's are relative to it.
-        path = unquote(urlsplit(url).path).strip("/")
+        path = unquote(address.path).strip("/")
         self._base = f"{path}/" if path and scheme in _READ_ONLY else ""
         self._drafts = tempfile.gettempdir()
 

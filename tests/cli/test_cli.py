@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import dinoexport
 from dinoexport import cli
 from dinoexport.cli import formatting
+from dinoexport.runtime import autotune
+from dinoexport.spec import Precision, Runtime
 from dinoexport.validation import judge
 from tests.conftest import DATA
 
@@ -168,7 +170,7 @@ KEYS = {
         "bundle", "does_not_prove", "not_recorded", "not_run", "proves", "recorded", "report", "signed_by", "skipped",
         "verified",
     },
-    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs", "Measured on the CPU that built it"},
+    "inspect": {"Bundle", "Dimensions", "Files", "Inputs and outputs"},
     "report": {"report"},
     "diff": {"Files", "Operations", "Outputs", "Speed", "What differs"},
     "list": {"heads", "targets", "variants"},
@@ -191,6 +193,20 @@ def test_the_keys_of_every_json_are_these(bundle_folder: Path, tmp_path: Path) -
         shown = run(verb, *args, "--json")
         assert shown.exit_code == 0, (verb, shown.output)
         assert set(json.loads(shown.stdout)) == KEYS[verb], verb
+
+
+def test_inspect_shows_what_was_measured_where_runtimes_were_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(autotune.RUNTIMES, Precision.FP32, (Runtime.ONNXRUNTIME, Runtime.OPENVINO))
+    out = tmp_path / "compared"
+    made = run("build", TINY, "--weights", "synthetic:0", "--out", str(out))
+    assert made.exit_code == 0, made.output
+    shown = json.loads(run("inspect", str(out), "--json").stdout)
+    assert set(shown) == KEYS["inspect"] | {"Measured on the CPU that built it"}
+    rows = shown["Measured on the CPU that built it"]
+    assert {row["runtime"] for row in rows} == {"onnxruntime", "openvino"}
+    assert [row[""] for row in rows].count("chosen") == 1
 
 
 def test_failed_validation_exits_1(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from dinoexport import bundle, cli
 from dinoexport.embed import local, opening, run, sources, verify
 from dinoexport.embed import plan as plans
 from dinoexport.embed.embedder import Prepared, model_of
-from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
+from dinoexport.errors import BuildError, UsageError, ValidationFailed
 from dinoexport.pipeline.request import build_request
 from dinoexport.runtime import sizes
 from dinoexport.spec import Precision, Runtime, Way
@@ -470,8 +470,10 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         ({"outputs": ["class_tokens"]}, "Did you mean 'class_token'"),
         ({"outputs": ["class_token"] * 2}, "names one twice"),
         ({"out": "ftp://somewhere/x"}, "ftp:// is not a known scheme"),
-        ({"out": "s3://user:password@bucket/x"}, "is not taken"),
+        ({"out": "s3://user:password@bucket/x"}, "must not contain a user name or a password"),
         ({"out": "https://example.invalid/x"}, "cannot be written to"),
+        ({"out": "http://[::1"}, "is not an address: Invalid IPv6 URL"),
+        ({"out": "s3://bucket:port/x"}, "is not an address: Port could not be cast"),
     ):
         given = {"images": str(photos), "out": str(tmp_path / "out"), **words}
         with pytest.raises(UsageError, match=said) as raised:
@@ -486,7 +488,7 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
     assert run.share_of("1%") == 0.01 and run.share_of("0.5") == 0.5
     locked = tmp_path / "locked"
     locked.write_text("a file where the folder should be")
-    with pytest.raises(MissingRequirement, match="cannot be written"):
+    with pytest.raises(UsageError, match="is not a folder that can be read: Not a directory"):
         run.embed(tiny, str(photos), str(locked / "out"), **LENIENT)
 
 

@@ -52,7 +52,7 @@ def test_a_bundle_is_loaded_and_validated(web: tuple[str, Path], tiny: Path) -> 
     assert (tiny / "manifest.json").read_bytes() == before
     with pytest.raises(UsageError, match="is not a bundle"):
         dinoexport.load(f"{address}/none")
-    with pytest.raises(UsageError, match="only read from"):
+    with pytest.raises(UsageError, match="is a web server, which cannot be written to"):
         dinoexport.build("vits14", weights="synthetic:0", out=f"{address}/new")
 
 
