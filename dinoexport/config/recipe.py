@@ -184,14 +184,19 @@ class Recipe(Frozen):
 
 
 FrozenT = TypeVar("FrozenT", bound=Frozen)
+# Wrong keys that one error names. Each is compared with the schema, which took 4 ms: 20,000 keys took 76 s.
+_PROBLEMS_MAX = 10
 
 
 def parse(kind: type[FrozenT], table: Mapping[str, Any], *, where: str) -> FrozenT:
-    """The `kind` that `table` describes; a UsageError names every wrong key of `where`."""
+    """The `kind` that `table` describes; a UsageError names the wrong keys of `where`, the first ones of many."""
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        problems = "; ".join(_problem(kind, details) for details in error.errors())
+        found = error.errors()
+        problems = "; ".join(_problem(kind, details) for details in found[:_PROBLEMS_MAX])
+        if len(found) > _PROBLEMS_MAX:
+            problems += f"; and {len(found) - _PROBLEMS_MAX} more"
         raise UsageError(
             f"{where}: {problems}", next_step="dinoexport schema prints every key a recipe may have."
         ) from None

@@ -135,7 +135,8 @@ def executed(path: Path, arrays: Arrays, *, optimised: bool = True) -> tuple[Ope
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, profile=Path(folder) / "profile", optimised=optimised)
         session.run(None, dict(arrays))
-        events = json.loads(Path(session.end_profiling()).read_text())
+        # Names in a bundle may be any bytes.
+        events = json.loads(Path(session.end_profiling()).read_text(errors="replace"))
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     return tuple(_operator(kernel["args"]) for kernel in kernels)
 

@@ -422,3 +422,12 @@ def test_a_recipe_of_ones_own_may_start_from_a_familys_base(tmp_path: Path) -> N
     own.write_text("base = 'bases/dinov2'\nname = 'own'\n")
     with pytest.raises(UsageError, match="no variant 'bases/dinov2'"):
         recipe.load(str(own))
+
+
+def test_of_many_wrong_keys_the_first_are_named() -> None:
+    """Twenty thousand took more than a minute, and as many words."""
+    table = {"name": "x", "family": "dinov2", "validation": "x", **{f"t{i}": {} for i in range(20_000)}}
+    with pytest.raises(UsageError) as raised:
+        parse(Recipe, table, where="x.toml")
+    said = str(raised.value)
+    assert "unknown key 't3'" in said and said.endswith(" more") and len(said) < 600
