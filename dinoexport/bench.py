@@ -252,7 +252,7 @@ def _pytorch(
     if find_spec("torch") is None:
         return None, "PyTorch was not timed: torch is not installed"
     source, head = given[0] or manifest.checkpoint.source, manifest.head
-    if not _is_here(source):
+    if given[0] is None and not _is_here(source):
         return None, "PyTorch was not timed: give the weights that the bundle was built from as --weights"
     head_source = given[1]
     if head is not None and head.sha256 is not None and head_source is None:

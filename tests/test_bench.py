@@ -130,6 +130,12 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
     assert ask is None and "--weights" in why
 
 
+@pytest.mark.parametrize("weights", ["/dev/full", "none.pth"])
+def test_weights_that_are_named_are_used_or_refused(weights: str, folder: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["bench", str(folder), "--weights", weights])
+    assert result.exit_code == 3 and weights in result.stderr
+
+
 def test_other_weights_are_refused(folder: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bench", str(folder), "--weights", "synthetic:1"])
     assert result.exit_code == 1 and "not what the bundle was built from" in result.stderr
