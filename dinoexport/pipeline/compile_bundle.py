@@ -161,7 +161,7 @@ def merge(
 
 def _held(folder: Path, out: Path | None) -> AbstractContextManager[object]:
     """Holds the bundle that is read against a build; where it is to change itself, its workspace does that."""
-    if out is None or out.resolve() == folder.resolve():
+    if out is None or files.same_place(out, folder):
         return nullcontext()
     return changes.reading(folder)
 
@@ -234,7 +234,7 @@ def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]
         if name == _BILL:
             continue
         made = tuple(file for file in manifest.files if file.stage == name)
-        if folder.resolve() == work.out:
+        if files.same_place(folder, work.out):
             kept[name] = Stage(name=name, key=key, folder=work.out, files=made, reused=True)
             continue
 

@@ -86,6 +86,11 @@ def _copied_by_kernel(found: BinaryIO, made: BinaryIO) -> bool:
     return True
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one place. Unlike `Path.resolve`, this does not fail for links that form a circle."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def check_output(path: Path, *, ours: bytes) -> None:
     """Raises UsageError unless a file may appear at `path`: nothing is there, or a regular file that holds `ours`."""
     elsewhere = "Give a file's name in a folder that exists."

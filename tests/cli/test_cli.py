@@ -274,3 +274,21 @@ def test_inspect_shows_what_a_user_needs(bundle_folder: Path) -> None:
     ):
         assert word in shown, word
     assert "LayerNormalization" in run("inspect", str(bundle_folder / "model.onnx")).stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench",), ("compile", "--target", "a100"), ("deploy", "--to", "models"),
+        ("embed", "--images", ".", "--out", "o"), ("fit", "--images", "."), ("inspect",), ("report",), ("validate",),
+    ],
+)  # fmt: skip
+def test_a_bundle_that_is_a_circle_of_links_is_one_error(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    verb, *options = words
+    ended = run(verb, "circle", *options)
+    assert isinstance(ended.exception, SystemExit) and ended.exit_code in (1, 2, 3), ended.output
+    assert ended.stderr.count("error:") == 1 and "Traceback" not in ended.stderr

@@ -22,6 +22,7 @@ from dinoexport.pipeline.workspace import check_place
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Picture, Progress, silent
+from dinoexport.system import files
 
 PACKAGES = ("onnx", "safetensors", "sklearn", *html_report.PACKAGES, *sbom.PACKAGES)
 _SHOWN_MAX = 24  # wrongly classified images on the page
@@ -46,7 +47,7 @@ def fit(
     if balanced and kind == "knn":
         raise UsageError("knn has no weights of classes to balance.", next_step="Leave --balanced out, or use logreg.")
     target = out or folder.with_name(f"{folder.name}-{kind}")
-    if target.resolve() == folder.resolve():
+    if files.same_place(target, folder):
         raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
     check_place(target)  # before the work, not only after it
     with bundle.checked(folder, progress=progress) as manifest:
