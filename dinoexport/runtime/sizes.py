@@ -1,9 +1,9 @@
 """Forms of a graph for one size each, beside the one that takes every size.
 
-With its shapes known, OpenVINO and ONNX Runtime fold and choose more: a size that is often asked is answered 4 to 11 %
+With its shapes known, OpenVINO and ONNX Runtime fold and choose more: a size that is often asked can be answered
 sooner. Such a form is compiled in the background while the general one goes on answering, so no answer waits for it.
-Before it is used, it runs the general form's inputs, and is left out if the outputs differ by more
-than two forms may. As many are kept as fit into a budget of memory, each with what it was measured to take.
+Before it is used, it runs the general form's inputs, and is left out if the outputs differ by more than two forms may.
+As many are kept as fit into a budget of memory, each with what it was measured to take.
 """
 
 from __future__ import annotations
