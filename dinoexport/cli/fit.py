@@ -53,5 +53,6 @@ def fit(
             say(printable(f"{name}: {true} classified as {given} with {probability:.0%}"))
         for line in made.said:
             say(printable(f"note: {line}"))
-        say(f"\nBundle: {made.folder}")
+        say("")
+        say(f"Bundle: {made.folder}")
         say(f"Report: {made.folder / 'report.html'}")
