@@ -15,7 +15,7 @@ import typer
 from dinoexport.cli.escaping import paragraph, printable
 from dinoexport.cli.streams import OutputLost
 from dinoexport.cli.tables import table
-from dinoexport.errors import DinoexportError, MissingRequirement
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError
 from dinoexport.system import interrupts
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def reporting(as_json: bool) -> Iterator[None]:
         fail(error, as_json)
     except OSError as error:
         fail(_of_the_system(error), as_json)
+    except UnicodeEncodeError as error:
+        fail(
+            UsageError(f"{error.object[:_NAME_MAX]!r} is no name that a file can have.", next_step="Check the path."),
+            as_json,
+        )
     except KeyboardInterrupt:
         typer.echo(f"\n{printable(interrupts.last_words())}", err=True)
         sys.exit(interrupts.EXIT_CODE)
@@ -120,7 +125,6 @@ def progress_lines() -> Iterator[Progress]:
 
 def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
     """The word, if the option knows it; if not, a UsageError that names the known ones."""
-    from dinoexport.errors import UsageError
     from dinoexport.spec import closest
 
     if word not in known:
@@ -140,7 +144,6 @@ def signer_of(key: Path | None) -> Any:
     if key is None:
         return None
     from dinoexport.bundle import signing
-    from dinoexport.errors import UsageError
 
     def ask() -> str:
         if not sys.stdin.isatty():
