@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 # USER:PASSWORD@ of an address, also of one that cannot be parsed; an image's digest follows an @ too. And its query, in
 # which signed addresses have their key.
-_CREDENTIALS = re.compile(r"(?P<scheme>://)[^\s/@]*(?::\S*)?@|(?<![\w/.])[^\s'\"@:/]+:(?!//)\S+@(?!sha256:)")
+_CREDENTIALS = re.compile(r"(?P<scheme>://)(?:[^\s/@:]*:\S*|[^\s/]*)@|(?<![\w/.])[^\s'\"@:/]+:(?!//)\S+@(?!sha256:)")
 _QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
 
 
