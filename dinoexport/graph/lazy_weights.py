@@ -87,9 +87,9 @@ def _cast(block: Array, dtype: np.dtype[Any]) -> Array:
 def _to_float16(block: Array) -> Array:
     """The same numbers as `astype(float16)`, which takes 4 ns a number, and 15 where fp16 is subnormal; this takes 2.
 
-    The sum of |x| and a power of two that is 2**13 times that of x has its last bit where fp16 has its own, so float32's
-    addition rounds as fp16 does (Dekker, "A floating-point technique for extending the available precision", 1971). Below
-    2**-14 fp16's last bit stays where it is.
+    The sum of |x| and a power of two that is 2**13 times that of x ends with the bit that fp16 ends with, so float32's
+    addition rounds as fp16 does (Dekker, "A floating-point technique for extending the available precision", 1971).
+    Below 2**-14 fp16's last bit stays where it is.
     """
     bits = block.view(np.uint32)
     power = np.maximum(bits & _EXPONENT_BITS, _SMALLEST_NORMAL)
