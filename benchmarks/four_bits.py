@@ -138,8 +138,8 @@ def main() -> None:
     squares = of_inputs(weights, lambda: logits(weights, calibration(asked.weights)))
     wanted = logits(weights, texts).numpy()
     lines = []
-    for shuffled in (True, False):
-        for label, rounding, eight, size in ROWS:
+    for shuffled, rows in ((True, ROWS), (False, ROWS[::3])):
+        for label, rounding, eight, size in rows:
             changed = {
                 name: rounded(weights[name], in_eight if name.split(".")[-2] in eight else rounding, square, shuffled)
                 for name, square in squares.items()
