@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -26,6 +27,8 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
+    from dinoexport.graph.quantised_weights import QuantisedWeight
+
 # ONNX's codes of a signature's types, without importing onnx.
 _DTYPES = {
     "float32": "FLOAT",
@@ -39,6 +42,16 @@ _DTYPES = {
 # Piece name -> its traced graph, as the content of an ONNX file.
 Traces = dict[str, bytes]
 Trace = Callable[[Piece], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The files of a graph. data_sha256: of the file of its weights, hashed while it was written."""
+
+    onnx: Path
+    data: Path
+    data_sha256: str
+
 
 # What is appended to a graph later, a fitted head's operators, is of this one.
 _OPSET_MIN = 18
@@ -55,8 +68,8 @@ def export(
     traces: Traces | None = None,
     trace: Trace = tracer.trace,
     progress: Progress = silent,
-) -> tuple[Path, ...]:
-    """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
+) -> Exported:
+    """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`.
 
     traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added. trace: gives
     that of a piece that is not among them.
@@ -76,8 +89,9 @@ def export(
     for call in calls:
         whole.add(call)
     path = folder / f"{graph.name}.onnx"
+    data = path.with_name(f"{path.name}.data")
     model = whole.model(metadata)
-    weights_file.write(model.graph, whole.held, path.with_name(f"{path.name}.data"), progress=progress)
+    data_sha256 = weights_file.write(model.graph, whole.held, data, progress=progress)
     path.write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -85,7 +99,7 @@ def export(
         raise BuildError(
             f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
         ) from error
-    return path, path.with_name(f"{path.name}.data")
+    return Exported(onnx=path, data=data, data_sha256=data_sha256)
 
 
 @contextmanager
@@ -138,6 +152,7 @@ class _Whole:
         self._outputs = {tensor.name for tensor in graph.outputs}
         self._constants: dict[tuple[object, ...], Constant] = {}
         self._weights: list[Held] = []
+        self._quantised: dict[str, QuantisedWeight] = {}
         self._nodes: list[NodeProto] = []
         self._infos: list[ValueInfoProto] = []
         self._opsets: set[int] = set()
@@ -201,17 +216,17 @@ class _Whole:
         shape = tuple(dim.dim_value for dim in parameter.type.tensor_type.shape.dim)
         weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
         assert shape == weight.shape, name
+        if weight.offsets_of:
+            self._weights.append(self._in_few_bits(call, weight.offsets_of, dtype).offsets)
+            return name
         if not weight.bits:
             self._weights.append(StreamedTensor(weight, dtype, name))
             return name
         import onnx
 
-        from dinoexport.graph.quantised_weights import QuantisedWeight
-
-        parts = QuantisedWeight(weight, name, scale_dtype=dtype)
-        held = [part for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
-        self._weights += held
-        inputs = [str(part.name) for part in held]
+        parts = self._in_few_bits(call, parameter.name, dtype)
+        self._weights += [parts.codes, parts.scales]
+        inputs = [str(parts.codes.name), str(parts.scales.name)]
         self._nodes.append(
             onnx.helper.make_node(
                 "DequantizeLinear", inputs, [name], name=f"{name}/widened", axis=0, block_size=weight.block
@@ -219,6 +234,21 @@ class _Whole:
         )
         self._infos.append(_info(name, dtype, shape))
         return name
+
+    def _in_few_bits(self, call: Call, parameter: str, dtype: int) -> QuantisedWeight:
+        """The quantised tensors of a parameter, the same ones each time."""
+        from dinoexport.graph.quantised_weights import QuantisedWeight
+
+        name = f"{call.scope}.{parameter}"
+        if name not in self._quantised:
+            offsets = next((other for other, w in call.weights.items() if w.offsets_of == parameter), "")
+            self._quantised[name] = QuantisedWeight(
+                call.weights[parameter],
+                name,
+                number_dtype=dtype,
+                offsets_name=f"{call.scope}.{offsets}" if offsets else "",
+            )
+        return self._quantised[name]
 
     def _shared(self, constant: TensorProto) -> str:
         """One initializer for all equal small constants of all pieces."""
