@@ -89,14 +89,14 @@ def openai(
         from dinoexport.serving.openai import app as application
         from dinoexport.serving.openai import sources
 
-        bound = application.bind(host, port)
-        source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
-        place, taken = bound.getsockname()[:2]
-        url = f"http://[{place}]:{taken}/v1" if ":" in place else f"http://{host}:{taken}/v1"
-        if as_json:
-            say_json({"model": source.name, "url": url})
-        say(f"Serving {source.name} at {url}   (Ctrl-C ends it)", to_stderr=True)
-        application.serve(source, bound)
+        with application.bind(host, port) as bound:
+            source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
+            place, taken = bound.getsockname()[:2]
+            url = f"http://[{place}]:{taken}/v1" if ":" in place else f"http://{host}:{taken}/v1"
+            if as_json:
+                say_json({"model": source.name, "url": url})
+            say(f"Serving {source.name} at {url}   (Ctrl-C ends it)", to_stderr=True)
+            application.serve(source, bound)
 
 
 def _asked(

@@ -79,6 +79,7 @@ def test_a_tokenizer_that_is_not_the_listed_one(built: Path, tmp_path: Path, how
         with path.open("wb") as file:
             file.truncate(1 << 40)
     refused(place, tmp_path, r"tokenizer\.json")
+    assert sum(path.stat().st_blocks for path in tmp_path.rglob("*")) < 1 << 17  # of 512 bytes: no terabyte was copied
 
 
 def test_a_tokenizer_that_is_not_listed_is_not_used(built: Path, tmp_path: Path, model: requests.TextModel) -> None:

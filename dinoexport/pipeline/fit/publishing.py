@@ -150,7 +150,7 @@ def _write(
     (old,) = manifest.graphs
     for file in manifest.files:
         if file.name.startswith(f"{old.file}."):
-            files.copy(source / file.name, folder / file.name, sha256=file.sha256)
+            files.copy(source / file.name, folder / file.name, sha256=file.sha256, size_bytes=file.size_bytes)
     extension.write(source / old.file, folder / old.file)
     save_file(dict(extension.tensors), folder / HEAD_FILE)
     (folder / LABELS_FILE).write_text(json.dumps(list(classes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

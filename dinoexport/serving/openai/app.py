@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError, require
@@ -67,10 +67,12 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket of that address, which accepts nothing until `serve`; raises UsageError if the address is not free."""
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        return bound
+        with ExitStack() as opened:
+            bound = opened.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            opened.pop_all()
+            return bound
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a name of this machine"
         raise UsageError(
@@ -84,7 +86,7 @@ def serve(source: Source, bound: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(application(source), log_level="warning", timeout_graceful_shutdown=5)
-    with bound, suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[bound])
 
 
