@@ -20,7 +20,7 @@ import pytest
 
 from dinoexport import bundle
 from dinoexport.cli import formatting
-from dinoexport.config.recipe import EngineChoices
+from dinoexport.config.recipe import EngineChoices, Range
 from dinoexport.engines import builder, profiles, worker
 from dinoexport.errors import BuildError, MissingRequirement
 from dinoexport.pipeline import build as pipeline
@@ -55,6 +55,12 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)
 
 
+def only(side: int) -> dict[str, Range]:
+    """One square image of this size and nothing else."""
+    size = Range(min=side, opt=side, max=side)
+    return {"batch": Range(min=1, opt=1, max=1), "height": size, "width": size}
+
+
 @pytest.mark.slow("exports five ViT-S and compiles each with the real TensorRT-RTX compiler")
 @pytest.mark.parametrize(
     ("variant", "precision", "targets"),
@@ -85,6 +91,15 @@ def test_bytes_in_compile_too(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "vits14"\n[graph]\ninput = "images"\n[model]\ndepth = 1\n')
     path, graph = exported(str(tmp_path / "mine.toml"), Precision.FP16, tmp_path)
     assert built(path, graph, tmp_path, "8.9").fused_attentions == 1
+
+
+def test_positions_folded_for_one_size_are_no_other_model(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
+    """They are more than the tolerance of a small model's weights."""
+    path, graph = tiny
+    sizes = [profiles.profile(f"size_{side}", graph, only(side)) for side in (224, 518)]
+    made = built(path, graph, tmp_path, "8.0", profiles=[*sizes, profiles.profile("whole", graph, {})])
+    stored = path.with_name("model.onnx.data").stat().st_size
+    assert made.weight_bytes > 1.02 * stored
 
 
 def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -> None:
@@ -206,8 +221,9 @@ def test_an_engine_that_is_not_the_one_asked_for(
         built(*tiny, tmp_path, "8.0")
     twice_the_weights = right[:56] + struct.pack("<Q", 2 * made.weight_bytes) + right[64:]
     monkeypatch.setattr(subprocess_job, "run", leaves(twice_the_weights))
-    with pytest.raises(BuildError, match="not the same model"):
-        built(*tiny, tmp_path, "8.0")
+    for wanted in ({}, only(224)):
+        with pytest.raises(BuildError, match="not the same model"):
+            built(*tiny, tmp_path, "8.0", profiles=[profiles.profile("one", tiny[1], wanted)])
 
 
 @pytest.fixture(params=["10.13.3.9.post1", "11.4.0.106"])
