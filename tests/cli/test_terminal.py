@@ -59,7 +59,7 @@ def test_no_table_steers_the_terminal(text: str) -> None:
     from rich.console import Console
 
     out = StringIO()
-    console = Console(file=out, width=400)
+    console = Console(file=out, width=2000)  # each of 40 characters may be a code of ten
     console.print(tables.table(text, [{text: text, "more": [text, text]}]))
     console.print(tables.facts(text, {text: text, "more": text}))
     shown = out.getvalue()

@@ -29,7 +29,7 @@ def reshaping(path: Path) -> Path:
 
 def test_what_fails_is_raised_and_not_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = reshaping(tmp_path / "model.onnx")
-    dims = (Dim(name="batch", min=1, max=4, step=1),)
+    dims = (Dim(name="batch", min=1, opt=1, max=4),)
     graph = Graph(
         name="model",
         inputs=(Tensor(name="x", dtype="float32", shape=("batch", 3), meaning="x"),),
