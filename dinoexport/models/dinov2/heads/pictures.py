@@ -92,7 +92,8 @@ def _label_maps(head: Head, reference_HW: Array, others: Mapping[str, Array]) ->
     most = found[np.argsort(-pixels, kind="stable")][:_LEGEND]
     colours = label_colours(count)
     legend = tuple(
-        (f"#{bytes(colours[k]).hex()}", f"{names[k]} {pixels[found == k][0] / reference_HW.size:.0%}") for k in most
+        (f"#{bytes(colours[k]).hex()}", f"{names[k]} {_percent(pixels[found == k][0] / reference_HW.size)}")
+        for k in most
     )
     rest = len(found) - len(most)
     caption = f"and {rest} more {'class' if rest == 1 else 'classes'}" if rest else ""
@@ -105,6 +106,10 @@ def _label_maps(head: Head, reference_HW: Array, others: Mapping[str, Array]) ->
         caption = f"of {name}: {int(differs.sum()):,} of {differs.size:,} pixels have another label"
         row.append(_drawn(drawn, "Where they differ", caption))
     return row
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _best_classes(head: Head, reference: Arrays, others: Mapping[str, Arrays]) -> list[Picture]:
