@@ -36,6 +36,9 @@ TEXT := .text
 BINDINGS := .tensorrt-bindings
 BINDINGS_READY := $(BINDINGS)/.ready
 
+# Tests start hundreds of processes. Where Python may not keep what it compiled, each compiles the package again: 0.5 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text stores tensorrt-facts clean
 
 demo: $(READY)

@@ -50,7 +50,7 @@ def row(model: str, precision: Precision) -> tuple[object, ...]:
     with tempfile.TemporaryDirectory() as name:
         folder, (graph,) = Path(name), request.model.graphs
         calls = request.model.calls(graph, lambda name: request.model.synthetic(name, 0))
-        onnx, _ = onnx_writer.export(graph, calls, folder, metadata={}, trace=trace)
+        onnx = onnx_writer.export(graph, calls, folder, metadata={}, trace=trace).onnx
         made = builder.build(
             onnx,
             graph,

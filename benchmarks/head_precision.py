@@ -88,7 +88,7 @@ def _candidate(model: Model, read: Read, precision: Precision, runtime: Runtime 
         return plain
     (graph,) = model.graphs
     trace = partial(onnx_writer.traced, trace=traces.of)
-    path, _ = onnx_writer.export(graph, model.calls(graph, read), folder, metadata={}, trace=trace)
+    path = onnx_writer.export(graph, model.calls(graph, read), folder, metadata={}, trace=trace).onnx
     if precision is Precision.INT8:
         (folder / "int8").mkdir()
         form = quantise.to_wide_int8 if runtime is Runtime.OPENVINO else quantise.to_int8

@@ -297,13 +297,20 @@ def damaged(problem: str) -> ValidationFailed:
     return ValidationFailed(f"The bundle is damaged: {problem}.", next_step="Copy it again, or build it again.")
 
 
-def describe(folder: Path, names: Sequence[str], stage: str, *, progress: Progress = silent) -> tuple[BundleFile, ...]:
-    """Hash and size of the files `names` in `folder`, which `stage` wrote."""
+def describe(
+    folder: Path,
+    names: Sequence[str],
+    stage: str,
+    *,
+    known: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> tuple[BundleFile, ...]:
+    """Hash and size of the files `names` in `folder`, which `stage` wrote. known: the SHA-256 of some of them."""
     return tuple(
         BundleFile(
             name=name,
             stage=stage,
-            sha256=files.sha256(folder / name, progress=progress),
+            sha256=(known or {}).get(name) or files.sha256(folder / name, progress=progress),
             size_bytes=(folder / name).stat().st_size,
         )
         for name in names

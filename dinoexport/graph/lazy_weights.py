@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -17,6 +16,9 @@ from dinoexport.spec import Array, Weight
 _BLOCK_NUMBERS = 1 << 18
 # Columns that are transposed at a time. A whole block at once takes 2.6 times as long because its rows leave the cache.
 _TILE = 64
+# Of float32: the bits of the exponent, and those of 2**-14, the smallest normal number of fp16.
+_EXPONENT_BITS = np.uint32(0xFF << 23)
+_SMALLEST_NORMAL = np.uint32(113 << 23)
 
 
 class StreamedTensor:
@@ -78,9 +80,25 @@ def _in_order(block: Array) -> Array:
 
 
 def _cast(block: Array, dtype: np.dtype[Any]) -> Array:
-    """Rounded to nearest, ties to even. To fp16 PyTorch does so three times as fast as NumPy, where it is loaded."""
-    torch = sys.modules.get("torch")
-    if dtype == np.float16 and torch is not None:
-        cast: Array = torch.from_numpy(block).half().numpy()
-        return cast
-    return block.astype(dtype, copy=False)
+    """The finite float32 numbers, rounded to nearest, ties to even."""
+    return _to_float16(block) if dtype == np.float16 else block.astype(dtype, copy=False)
+
+
+def _to_float16(block: Array) -> Array:
+    """The same numbers as `astype(float16)`, which takes 4 ns a number, and 15 where fp16 is subnormal; this takes 2.
+
+    The sum of |x| and a power of two that is 2**13 times that of x ends with the bit that fp16 ends with, so float32's
+    addition rounds as fp16 does (Dekker, "A floating-point technique for extending the available precision", 1971).
+    Below 2**-14 fp16's last bit stays where it is.
+    """
+    bits = block.view(np.uint32)
+    power = np.maximum(bits & _EXPONENT_BITS, _SMALLEST_NORMAL)
+    power += np.uint32(13 << 23)
+    rounded = np.abs(block)
+    rounded += power.view(np.float32)
+    half = rounded.view(np.uint32)
+    half -= power  # the significand as a whole number, up to 2**11
+    power -= np.uint32(126 << 23)  # fp16's exponent, less one: a normal number's leading bit adds it
+    half += power >> np.uint32(13)
+    half |= (bits >> np.uint32(16)) & np.uint32(1 << 15)
+    return half.astype(np.uint16).view(np.float16)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -40,6 +41,16 @@ _DTYPES = {
 Traces = dict[str, bytes]
 Trace = Callable[[Piece], bytes]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The files of a graph. data_sha256: of the file of its weights, hashed while it was written."""
+
+    onnx: Path
+    data: Path
+    data_sha256: str
+
+
 # What is appended to a graph later, a fitted head's operators, is of this one.
 _OPSET_MIN = 18
 # Packages that an export needs besides the base dependencies.
@@ -55,8 +66,8 @@ def export(
     traces: Traces | None = None,
     trace: Trace = tracer.trace,
     progress: Progress = silent,
-) -> tuple[Path, ...]:
-    """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`; returns their paths.
+) -> Exported:
+    """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`.
 
     traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added. trace: gives
     that of a piece that is not among them.
@@ -76,8 +87,9 @@ def export(
     for call in calls:
         whole.add(call)
     path = folder / f"{graph.name}.onnx"
+    data = path.with_name(f"{path.name}.data")
     model = whole.model(metadata)
-    weights_file.write(model.graph, whole.held, path.with_name(f"{path.name}.data"), progress=progress)
+    data_sha256 = weights_file.write(model.graph, whole.held, data, progress=progress)
     path.write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -85,7 +97,7 @@ def export(
         raise BuildError(
             f"The exported {path.name} is not valid ONNX: {str(error)[:300]}", next_step="Report it."
         ) from error
-    return path, path.with_name(f"{path.name}.data")
+    return Exported(onnx=path, data=data, data_sha256=data_sha256)
 
 
 @contextmanager

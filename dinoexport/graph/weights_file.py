@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from threading import Condition
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from dinoexport.spec import Progress
+from dinoexport.system import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,8 +76,11 @@ class Constant:
         file.write(self.content)
 
 
-def write(graph: GraphProto, held: Sequence[Held], path: Path, *, progress: Progress) -> None:
-    """Adds `held` to the graph's initializers, and writes to `path` those of more than INLINE_BYTES, in that order."""
+def write(graph: GraphProto, held: Sequence[Held], path: Path, *, progress: Progress) -> str:
+    """Adds `held` to the graph's initializers, and writes to `path` those of more than INLINE_BYTES, in that order.
+
+    Returns the SHA-256 of the file, which is read and hashed as far as it is complete while the rest is being written.
+    """
     places: list[tuple[Held, int]] = []
     offset = 0
     for tensor in held:
@@ -101,13 +106,16 @@ def write(graph: GraphProto, held: Sequence[Held], path: Path, *, progress: Prog
         # In whatever order they are done.
         progress(f"writing {path.name}", next(written), len(places))
 
-    with ThreadPoolExecutor(WRITERS) as pool:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as complete, ThreadPoolExecutor(WRITERS) as pool:
         begun = [pool.submit(put, place) for place in places]
         try:
-            for each in begun:
+            for (tensor, _), each in zip(places, begun, strict=True):
                 each.result()
+                files.hash_more(digest, complete, tensor.nbytes)
         finally:
             pool.shutdown(cancel_futures=True)
+    return digest.hexdigest()
 
 
 class _Budget:

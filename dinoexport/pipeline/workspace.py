@@ -43,6 +43,10 @@ class Stage:
     reused: bool
 
 
+# Writes a stage's files into a folder; returns the SHA-256 of those that it hashed while it wrote them.
+Make = Callable[[Path], Mapping[str, str] | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
     """Where one bundle is being built. `out` is the bundle's path, `folder` the hidden folder beside it."""
@@ -62,7 +66,7 @@ class Workspace:
         """The hidden folder beside it."""
         return self.change.folder
 
-    def stage(self, name: str, key: str, make: Callable[[Path], None], *, costly: bool = False) -> Stage:
+    def stage(self, name: str, key: str, make: Make, *, costly: bool = False) -> Stage:
         """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`.
 
         costly: one that is dearer to make than to send is also looked for in the cache that machines share.
@@ -79,8 +83,9 @@ class Workspace:
         if shared and not self.force and (taken := shared.take(name, key, partial, progress=self.progress)) is not None:
             self._finish(partial, key, folder, taken)
             return Stage(name=name, key=key, folder=folder, files=taken, reused=True)
-        make(partial)
-        made = bundle.describe(partial, sorted(p.name for p in partial.iterdir()), name, progress=self.progress)
+        known = make(partial) or {}
+        names = sorted(path.name for path in partial.iterdir())
+        made = bundle.describe(partial, names, name, known=known, progress=self.progress)
         self._finish(partial, key, folder, made)
         if shared:
             shared.give(key, folder, made, progress=self.progress)

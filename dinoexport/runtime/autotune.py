@@ -104,8 +104,8 @@ def tune(
         load=workload.name,
         graphs=wanted.graphs[own[0].runtime],
     )
-    best = choice.choose(ours, known=choice.remembered(on, list(ours)))
     others = neighbours.share()
+    best = choice.choose(ours, known=choice.remembered(on, list(ours)), others_share=others)
     if best.basis == "measured" and others <= timing.NOISY_SHARE:
         choice.remember(on, best.way)
     # Not of medians: a neighbour that comes while one is measured would decide whether a precision is worth it.

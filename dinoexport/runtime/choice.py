@@ -6,6 +6,10 @@ threads, hardly grows with others, but counts threads that wait for each other a
 three put it first; while they disagree, there are more visits. Ways with equal figures are not left to
 chance: what was faster on this CPU, with these versions, on an earlier quiet occasion is chosen, and before there was
 one, what usually is.
+
+Where others use most of the CPUs, no run is undisturbed and the wall clock says nothing: beside ten other processes
+on two CPUs the best of up to ten runs was 1.5 to 10 times its CPU time per thread. Then only the CPU time counts,
+coarsely.
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ from dinoexport.system.timing import Latencies
 _ALIKE = 1.04
 # By how much a way must be behind in every figure not to be visited again.
 _BEHIND = 1.1
+# The share of the CPUs from which on two threads never run together: one of two CPUs is not ours.
+_CROWDED_SHARE = 0.4
+# The least CPU time of one way differed by up to 1.5 between choices on such a machine, from 57 to 86 ms, because
+# others empty the caches (`benchmarks/busy_choice.py`, ViT-S with four blocks).
+_ALIKE_CROWDED = 1.5
 # For runtimes with equal times: in all our comparisons on a quiet CPU the first was faster.
 _USUALLY = (Runtime.OPENVINO, Runtime.ONNXRUNTIME)
 _RECORD_MAX_BYTES = 4096
@@ -78,21 +87,37 @@ def hopeful(samples: Mapping[Way, Latencies], *, behind: float = _BEHIND) -> tup
     )
 
 
-def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None) -> Chosen:
-    """The best way after the last visit. known: what was the fastest on an earlier, quiet occasion."""
-    way = agreed(samples)
-    if way is not None:
-        return Chosen(way=way, basis="measured")
-    # Without the median, which others disturb most.
-    scores = {way: geometric_mean(figures(way, taken)[1:]) for way, taken in samples.items()}
-    first = min(scores.values())
-    alike = [way for way, score in scores.items() if score <= _ALIKE * first]
-    if len(alike) == 1:
-        return Chosen(way=alike[0], basis="measured")
-    if known in alike:
+def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None, others_share: float = 0.0) -> Chosen:
+    """The best way after the last visit.
+
+    known: what was the fastest on an earlier, quiet occasion. others_share: of the CPUs, by other processes meanwhile.
+    """
+    if others_share > _CROWDED_SHARE and all(taken.cpu_ms is not None for taken in samples.values()):
+        alike = _least_work(samples)
+        decided = len({way.runtime for way in alike}) == 1
+    else:
+        way = agreed(samples)
+        if way is not None:
+            return Chosen(way=way, basis="measured")
+        # Without the median, which others disturb most.
+        scores = {way: geometric_mean(figures(way, taken)[1:]) for way, taken in samples.items()}
+        first = min(scores.values())
+        alike = [way for way, score in scores.items() if score <= _ALIKE * first]
+        decided = len(alike) == 1
+    if known in alike and not decided:
         assert known is not None
         return Chosen(way=known, basis="known")
-    return Chosen(way=min(alike, key=_unusual), basis="usual")
+    return Chosen(way=min(alike, key=_unusual), basis="measured" if decided else "usual")
+
+
+def _least_work(samples: Mapping[Way, Latencies]) -> list[Way]:
+    """All ways of the runtimes that need the least CPU time, each with its best number of threads."""
+    work_ms: dict[Runtime, float] = {}
+    for way, taken in samples.items():
+        assert taken.cpu_ms is not None
+        work_ms[way.runtime] = min(taken.cpu_ms, work_ms.get(way.runtime, taken.cpu_ms))
+    least = min(work_ms.values())
+    return [way for way in samples if work_ms[way.runtime] <= _ALIKE_CROWDED * least]
 
 
 def _unusual(way: Way) -> tuple[int, int]:

@@ -46,3 +46,13 @@ def test_what_does_not_fit_is_named_wherever_it_lies(tmp_path: Path) -> None:
     with (tmp_path / "data").open("wb") as file, pytest.raises(ValidationFailed, match="weight reaches 70,000"):
         streamed(values, ir.DataType.FLOAT16).tofile(file)
     streamed(values, ir.DataType.FLOAT).tobytes()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_fp16_number_is_rounded_to_where_it_is_nearest(sign: int, tmp_path: Path) -> None:
+    """Each number that fp16 has, each middle between two, where ties go to even, and float32's next on either side."""
+    held = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (held[:-1] + held[1:]) / 2  # exact: they take one more bit
+    near = np.concatenate((held, middles))
+    values = sign * np.concatenate((near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(1))))
+    assert streamed(values, ir.DataType.FLOAT16).tobytes() == values.astype(np.float16).tobytes()

@@ -80,10 +80,12 @@ def test_a_build_takes_over_what_was_traced(tmp_path: Path, monkeypatch: pytest.
     alone.mkdir()
     export_to(alone, request.model, lambda name: request.model.synthetic(name, 0))
     monkeypatch.setattr(export_stage.traces, "of", lambda piece, **_: trace(piece))
-    pipeline.export_only(request)
+    built = pipeline.export_only(request)
     assert threads == [("stem", False), ("block", False), ("head", False)]
     data = "model.onnx.data"
-    assert files.sha256(request.out / data) == hashlib.sha256((alone / data).read_bytes()).hexdigest()
+    digest = hashlib.sha256((alone / data).read_bytes()).hexdigest()
+    assert files.sha256(request.out / data) == digest
+    assert {file.name: file.sha256 for file in built.manifest.files}[data] == digest  # hashed while it was written
 
 
 def test_a_large_file_is_hashed_at_its_pace_beside_a_thread_that_computes(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_every_form_of_head_compiles(tmp_path: Path, traces: dict[str, Any]) -> 
     graph, calls = several(
         {kind: model_of("tiny_heads", head={"kind": kind, **TINY[kind]}, **reduced) for kind in TINY}
     )
-    path, _ = export(graph, calls, tmp_path, metadata={}, traces=traces)
+    path = export(graph, calls, tmp_path, metadata={}, traces=traces).onnx
     only_our_operators(path)
     made = builder.build(
         path, graph, tmp_path, runtime=Runtime.TENSORRT_RTX, profiles=[profiles.profile("whole", graph, {})],

@@ -105,6 +105,32 @@ def test_a_busy_machine_teaches_nothing(chosen: Any, monkeypatch: pytest.MonkeyP
     assert (facts.chosen, facts.basis) == (SLOW, "usual")
 
 
+class CrowdedMachine(BusyMachine):
+    """Others have most of both CPUs: no run is undisturbed, and CPU time grows by up to a half: caches are emptied."""
+
+    def visit(self, _model: Any, way: Way, *_: Any) -> Latencies:
+        walls, cpus = [], []
+        for _run in range(self._random.choice((1, 1, 2, 4))):
+            cpus.append(self._true_ms[way] * way.threads * (1 + 0.5 * self._random.random()))
+            walls.append(cpus[-1] / way.threads * (2 + 6 * self._random.random()))
+        return Latencies(samples_ms=tuple(walls), cpu_samples_ms=tuple(cpus))
+
+
+def test_beside_many_others_the_choice_is_the_same(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 of 20, where all that can be told is that neither runtime does much more work than the other."""
+    monkeypatch.setattr(timing.Neighbours, "share", lambda _self: 0.65)
+    alone = Way(runtime=SLOW.runtime, precision=SLOW.precision, threads=1)
+    true_ms = {FAST: 31.0, HALF: 52.0, SLOW: 30.0, alone: 50.0}  # the usual one, SLOW, is in fact the faster one
+    facts = [chosen(CrowdedMachine(true_ms, seed, load=3.0), tuple(true_ms)) for seed in range(20)]
+    assert [(fact.chosen, fact.basis) for fact in facts] == [(SLOW, "usual")] * 20
+    true_ms |= {SLOW: 75.0, alone: 130.0}  # which it can tell
+    facts = [chosen(CrowdedMachine(true_ms, seed, load=3.0), tuple(true_ms)) for seed in range(20)]
+    assert [(fact.chosen, fact.basis) for fact in facts] == [(FAST, "measured")] * 20
+    monkeypatch.setattr(timing.Neighbours, "share", lambda _self: 0.0)
+    facts = [chosen(CrowdedMachine({FAST: 31.0, SLOW: 30.0}, seed, load=3.0), (FAST, SLOW)) for seed in range(20)]
+    assert len({fact.chosen for fact in facts}) > 1, "by the wall clock it is left to chance"
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"runtime": "openvino"}', b"[" * 4000])
 def test_a_record_that_is_none_is_passed_over(content: bytes) -> None:
     on = "0" * 64

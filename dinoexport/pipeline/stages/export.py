@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -55,10 +55,11 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
         "dinoexport.versions": json.dumps(versions_of(TRACERS), sort_keys=True),
     }
 
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> Mapping[str, str]:
+        known = {}
         for graph in request.model.graphs:
             calls = request.model.calls(graph, checkpoint.read)
-            onnx_writer.export(
+            exported = onnx_writer.export(
                 graph,
                 calls,
                 folder,
@@ -67,9 +68,11 @@ def export_graphs(work: Workspace, request: BuildRequest, checkpoint: Checkpoint
                 trace=partial(traces.of, fresh=work.force),
                 progress=work.progress,
             )
+            known[exported.data.name] = exported.data_sha256
         if isinstance(request.model, family.HasCompanionFiles):
             for name, content in request.model.companion_files.items():
                 (folder / name).write_bytes(content)
+        return known
 
     return work.stage("export", key_of(code=family.code_of(request.model), metadata=metadata), make, costly=True)
 
