@@ -144,8 +144,9 @@ def _most_of_each_block(map_HW: Array) -> Array:
     height, width = map_HW.shape
     step = -(-max(height, width) // _SIDE_MAX)
     filled = np.pad(map_HW, ((0, -height % step), (0, -width % step)), mode="edge")
-    blocks: Array = filled.reshape(filled.shape[0] // step, step, filled.shape[1] // step, step)
-    return blocks.max(axis=(1, 3))
+    blocks = filled.reshape(filled.shape[0] // step, step, filled.shape[1] // step, step)
+    most: Array = blocks.max(axis=(1, 3))
+    return most
 
 
 def _drawn(colours_HW3: Array, title: str, caption: str) -> Picture:
