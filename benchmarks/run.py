@@ -168,8 +168,9 @@ def copy_gb_per_s() -> float:
     return 2 * source.nbytes / min(seconds) / 1e9
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The result as tables."""
+def markdown(result: dict[str, Any], picture: str = "") -> str:
+    """The result as tables, and the name of the picture that belongs to them."""
+    rounds = max((len(row["samples_s"]) for row in result["export"]), default=0)
     machine = result["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     lines = [
@@ -198,7 +199,7 @@ def markdown(result: dict[str, Any]) -> str:
         "WRONG: off by more than 1e-3 from the plain upstream formulation. Away from 518 transformers resizes",
         "positions differently from upstream, so its own PyTorch is off as well, and every export of it.",
         "",
-        f"Exports, the last {result['export_date']}: whole processes in turn, {EXPORT_ROUNDS} rounds. Median ratio to",
+        f"Exports, the last {result['export_date']}: whole processes in turn, {rounds} of each. Median ratio to",
         "ours, median and range of the seconds, highest peak. On a virtual machine pages that nobody had before cost",
         "many times the others, so read the ratios.",
         "",
@@ -210,7 +211,8 @@ def markdown(result: dict[str, Any]) -> str:
             for row in result["export"]
         ),
     ]
-    lines += ["", "![latency against size; time and memory of export against parameters](inference.png)"]
+    if picture:
+        lines += ["", f"![latency against size; time and memory of export against parameters]({picture})"]
     return "\n".join(lines) + "\n"
 
 
@@ -308,8 +310,9 @@ def main() -> None:
             continue
         # After each variant: the last one may run out of memory, and takes nothing with it.
         (RESULTS / "inference.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "inference.md").write_text(markdown(result))
-        plot(result, RESULTS / "inference.png")
+        picture = RESULTS / "inference.png"
+        plot(result, picture)
+        (RESULTS / "inference.md").write_text(markdown(result, picture.name))
     print(markdown(result))
 
 

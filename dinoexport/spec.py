@@ -153,14 +153,15 @@ class Weight:
     """One tensor of the exported graph; `read` returns its float32 values, on any thread.
 
     bits: 8 or 4 for a product's weight (I, O) that is stored in that many bits, 0 for any other. block: how many of its
-    rows share a scale in each column. zero_points: whether a block has one; TensorRT takes four bits only without.
+    rows share a scale in each column. offsets_of: the weight holds one number a block, in each column, that belongs to
+    the blocks of that parameter, and is made with its codes from the same values.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Array]
     bits: int = 0
     block: int = 0
-    zero_points: bool = False
+    offsets_of: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

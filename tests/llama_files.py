@@ -116,8 +116,13 @@ def write_hf(folder: Path, arch: Architecture, seed: int, shards: int = 1) -> Pa
     return folder
 
 
-def write_gguf(path: Path, arch: Architecture, seed: int, kind: str) -> Path:
-    """One file as llama.cpp has it, by its own writer: Meta's order of rows, tensors of one type, norms in float32."""
+def write_gguf(
+    path: Path, arch: Architecture, seed: int, kind: str, *, output_kind: str = "", more: dict[str, Any] | None = None
+) -> Path:
+    """One file as llama.cpp has it, by its own writer: Meta's order of rows, tensors of one type, norms in float32.
+
+    output_kind: the type of the output matrix, where that is another. more: further tensors, by their names there.
+    """
     import gguf
 
     names = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
@@ -137,8 +142,11 @@ def write_gguf(path: Path, arch: Architecture, seed: int, kind: str) -> Path:
     for name, values in weights(arch, seed).items():
         parts = name.split(".")
         theirs = f"blk.{parts[1]}.{inner[parts[-2]]}" if parts[0] == "layers" else names[parts[0]]
-        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        wanted = output_kind if output_kind and parts[0] == "output" else kind
+        stored = gguf.GGMLQuantizationType[wanted if values.ndim > 1 else "F32"]
         writer.add_tensor(f"{theirs}.weight", gguf.quants.quantize(values, stored), raw_dtype=stored)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -27,6 +27,8 @@ from dinoexport.spec import Graph, Progress, Tensor, silent
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
+    from dinoexport.graph.quantised_weights import QuantisedWeight
+
 # ONNX's codes of a signature's types, without importing onnx.
 _DTYPES = {
     "float32": "FLOAT",
@@ -150,6 +152,7 @@ class _Whole:
         self._outputs = {tensor.name for tensor in graph.outputs}
         self._constants: dict[tuple[object, ...], Constant] = {}
         self._weights: list[Held] = []
+        self._quantised: dict[str, QuantisedWeight] = {}
         self._nodes: list[NodeProto] = []
         self._infos: list[ValueInfoProto] = []
         self._opsets: set[int] = set()
@@ -213,17 +216,17 @@ class _Whole:
         shape = tuple(dim.dim_value for dim in parameter.type.tensor_type.shape.dim)
         weight, name = call.weights[parameter.name], f"{call.scope}.{parameter.name}"
         assert shape == weight.shape, name
+        if weight.offsets_of:
+            self._weights.append(self._in_few_bits(call, weight.offsets_of, dtype).offsets)
+            return name
         if not weight.bits:
             self._weights.append(StreamedTensor(weight, dtype, name))
             return name
         import onnx
 
-        from dinoexport.graph.quantised_weights import QuantisedWeight
-
-        parts = QuantisedWeight(weight, name, scale_dtype=dtype)
-        held = [part for part in (parts.codes, parts.scales, parts.zeros) if part is not None]
-        self._weights += held
-        inputs = [str(part.name) for part in held]
+        parts = self._in_few_bits(call, parameter.name, dtype)
+        self._weights += [parts.codes, parts.scales]
+        inputs = [str(parts.codes.name), str(parts.scales.name)]
         self._nodes.append(
             onnx.helper.make_node(
                 "DequantizeLinear", inputs, [name], name=f"{name}/widened", axis=0, block_size=weight.block
@@ -231,6 +234,21 @@ class _Whole:
         )
         self._infos.append(_info(name, dtype, shape))
         return name
+
+    def _in_few_bits(self, call: Call, parameter: str, dtype: int) -> QuantisedWeight:
+        """The quantised tensors of a parameter, the same ones each time."""
+        from dinoexport.graph.quantised_weights import QuantisedWeight
+
+        name = f"{call.scope}.{parameter}"
+        if name not in self._quantised:
+            offsets = next((other for other, w in call.weights.items() if w.offsets_of == parameter), "")
+            self._quantised[name] = QuantisedWeight(
+                call.weights[parameter],
+                name,
+                number_dtype=dtype,
+                offsets_name=f"{call.scope}.{offsets}" if offsets else "",
+            )
+        return self._quantised[name]
 
     def _shared(self, constant: TensorProto) -> str:
         """One initializer for all equal small constants of all pieces."""

@@ -1,8 +1,9 @@
-"""Quantise weights of products to eight or four bits while they are written: codes, block scales, zero points.
+"""Quantise weights of products to eight or four bits while they are written: codes, scales and offsets of blocks.
 
-A product's weight (I, O) is cut into blocks of `block` rows; each block of each column has a scale, and a zero point in
-four bits. The scale is the one of a few candidates with the smallest squared error in its block. The first candidate is
-nearest rounding over the whole range of a block; smaller ranges clip the extremes and are finer for other values.
+A product's weight (I, O) is cut into blocks of `block` rows; each block of each column has a scale and may have an
+offset that is added to all of its numbers. They are those of a few candidates with the smallest squared error in the
+block. The first candidate rounds to nearest over the block's whole range. Smaller ranges clip the extremes and are
+finer for other numbers; larger ones find the grid of weights that were in four bits before, which stay as they are.
 Only one weight is held at a time, so memory is that of the largest.
 """
 
@@ -21,65 +22,68 @@ from dinoexport.spec import Array, Weight
 
 # The share of a block's range that the codes span. 22 candidates were hardly better (SmolLM2-135M, four bits).
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+# The same for blocks with an offset, whose steps and offsets are then fitted to the codes: more candidates lower the
+# error of normally distributed weights from 0.0739 to 0.0734.
+_FITTED_SHRINKS = (1.0, 0.94, 0.88, 0.8)
+# A block's squared error, relative to the square of its step, below which it is kept as it was.
+_EXACT = 1e-8
 # Numbers of a weight that are quantised at a time: a part and its candidates stay in the CPU's cache.
 _PART_NUMBERS = 1 << 20
+_TINY = 1e-30
 
 
 class QuantisedWeight:
-    """The tensors of one quantised weight. Scales and zero points are kept; codes are computed when written."""
+    """The tensors of one quantised weight. Scales and offsets are kept; codes are computed when written.
 
-    def __init__(self, weight: Weight, name: str, *, scale_dtype: int) -> None:
-        assert weight.bits in (4, 8), weight.bits
+    number_dtype: ONNX's number of the scales' and offsets' dtype. offsets_name: empty for blocks without an offset.
+    """
+
+    def __init__(self, weight: Weight, name: str, *, number_dtype: int, offsets_name: str = "") -> None:
+        assert weight.bits == 4 or (weight.bits == 8 and not offsets_name), (name, weight.bits)
         self._weight, self._name, self._lock = weight, name, Lock()
-        self._scales: Array | None = None
-        self._zeros: Array | None = None
+        self._with_offsets = bool(offsets_name)
+        self._numbers: tuple[Array, Array] | None = None
         rows, columns = weight.shape
         assert rows % weight.block == 0, (name, weight.shape, weight.block)
-        blocks = (rows // weight.block, columns)
-        code_type = {8: ir.DataType.INT8, 4: ir.DataType.UINT4 if weight.zero_points else ir.DataType.INT4}[weight.bits]
+        code_type = {8: ir.DataType.INT8, 4: ir.DataType.INT4}[weight.bits]
         self.codes = _Codes(self._codes, dtype=code_type, shape=ir.Shape(weight.shape), name=f"{name}_codes")
-        self.scales = ir.LazyTensor(
-            partial(self._small, ir.DataType(scale_dtype)),
-            dtype=ir.DataType(scale_dtype),
-            shape=ir.Shape(blocks),
-            name=f"{name}_scales",
+        self.scales, self.offsets = (
+            ir.LazyTensor(
+                partial(self._of_blocks, which),
+                dtype=ir.DataType(number_dtype),
+                shape=ir.Shape((rows // weight.block, columns)),
+                name=its_name,
+            )
+            for which, its_name in enumerate((f"{name}_scales", offsets_name))
         )
-        self.zeros: ir.LazyTensor | None = None
-        if weight.zero_points:
-            self.zeros = _Codes(self._zero_codes, dtype=code_type, shape=ir.Shape(blocks), name=f"{name}_zeros")
 
     def _codes(self) -> ir.Tensor[np.ndarray]:
         with self._lock:
             codes = self._made()
-        return _tensor(codes, self.codes)
+        return ir.Tensor(codes.astype(self.codes.dtype.numpy()), dtype=self.codes.dtype, name=self.codes.name)
 
-    def _zero_codes(self) -> ir.Tensor[np.ndarray]:
+    def _of_blocks(self, which: int) -> ir.Tensor[np.ndarray]:
+        like = (self.scales, self.offsets)[which]
         with self._lock:
-            if self._zeros is None:
+            if self._numbers is None:
                 self._made()
-        assert self._zeros is not None and self.zeros is not None
-        return _tensor(self._zeros, self.zeros)
-
-    def _small(self, dtype: ir.DataType) -> ir.Tensor[np.ndarray]:
-        with self._lock:
-            if self._scales is None:
-                self._made()
-        assert self._scales is not None
-        return ir.Tensor(self._scales.astype(dtype.numpy()), name=self.scales.name)
+        assert self._numbers is not None
+        numbers = self._numbers[which].astype(like.dtype.numpy())
+        if which == 0:
+            numbers = np.maximum(numbers, np.finfo(numbers.dtype).smallest_subnormal)  # TensorRT refuses a scale of 0
+        return ir.Tensor(numbers, name=like.name)
 
     def _made(self) -> Array:
-        """The codes (I, O); scales and zero points are kept."""
+        """The codes (I, O); scales and offsets are kept."""
         values = torch.from_numpy(np.ascontiguousarray(self._weight.read()))
         if not bool(torch.isfinite(values).all()):
             raise ValidationFailed(f"The weight {self._name} holds NaN or Inf.", next_step="Get finite weights.")
         rows, columns = values.shape
         blocks = values.reshape(rows // self._weight.block, self._weight.block, columns)
         parts = blocks.split(max(1, _PART_NUMBERS // (self._weight.block * columns)))
-        choose = _asymmetric if self._weight.zero_points else _symmetric
-        found = [choose(part, self._weight.bits) for part in parts]
-        self._scales = torch.cat([scale for _, scale, _ in found]).numpy()
-        if self._weight.zero_points:
-            self._zeros = torch.cat([zero for _, _, zero in found]).numpy()
+        found = [with_offset(part) if self._with_offsets else symmetric(part, self._weight.bits) for part in parts]
+        scales, offsets = (torch.cat([part[which] for part in found]).numpy() for which in (1, 2))
+        self._numbers = scales, offsets
         return torch.cat([codes for codes, _, _ in found]).reshape(rows, columns).numpy()
 
 
@@ -91,40 +95,49 @@ class _Codes(ir.LazyTensor):
         file.write(self._evaluate().tobytes())
 
 
-def _tensor(codes: Array, like: ir.LazyTensor) -> ir.Tensor[np.ndarray]:
-    return ir.Tensor(codes.astype(like.dtype.numpy()), dtype=like.dtype, name=like.name)
-
-
-def _symmetric(blocks_NBO: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales (N, O), None. Scales are positive, as TensorRT requires."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    whole = torch.maximum(blocks_NBO.amax(dim=1) / high, blocks_NBO.amin(dim=1) / low).clamp(min=1e-30)
-    scale, codes = _searched(blocks_NBO, whole, torch.zeros_like(whole), low, high)
-    return codes.to(torch.int8), scale, torch.empty(0)
-
-
-def _asymmetric(blocks_NBO: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and zero points (N, O)."""
-    high = 2**bits - 1
-    least, most = blocks_NBO.amin(dim=1).clamp(max=0), blocks_NBO.amax(dim=1).clamp(min=0)
-    whole = ((most - least) / high).clamp(min=1e-30)
-    zero = (-least / whole).round().clamp(0, high)
-    scale, codes = _searched(blocks_NBO, whole, zero, 0, high)
-    return codes.to(torch.uint8), scale, zero.to(torch.uint8)
-
-
-def _searched(
-    blocks_NBO: torch.Tensor, whole_NO: torch.Tensor, zero_NO: torch.Tensor, low: int, high: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scale of each block, and the codes it gives."""
-    zero = zero_NO.unsqueeze(1)
-    best = torch.full_like(whole_NO, float("inf"))
-    scale = whole_NO.clone()
+def symmetric(blocks_NBO: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales (N, O), no offsets. Scales are positive, as TensorRT requires."""
+    high = 2 ** (bits - 1) - 1
+    whole = (blocks_NBO.abs().amax(dim=1) / high).clamp(min=_TINY)
+    best, scale = torch.full_like(whole, float("inf")), whole
     for shrink in _SHRINKS:
-        tried = (whole_NO * shrink).unsqueeze(1)
-        codes = (blocks_NBO / tried + zero).round_().clamp_(low, high)
-        error = ((codes - zero) * tried - blocks_NBO).square().sum(dim=1)
+        tried = whole * shrink
+        error = _rounded(blocks_NBO, tried, high).mul_(tried.unsqueeze(1)).sub_(blocks_NBO).square_().sum(dim=1)
         better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, tried.squeeze(1), scale)
-    codes = (blocks_NBO / scale.unsqueeze(1) + zero).round_().clamp_(low, high)
-    return scale, codes
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+        if bool((best <= _EXACT * whole.square()).all()):
+            break
+    return _rounded(blocks_NBO, scale, high).to(torch.int8), scale, torch.zeros(0)
+
+
+def _rounded(blocks_NBO: torch.Tensor, scale_NO: torch.Tensor, high: int) -> torch.Tensor:
+    return (blocks_NBO / scale_NO.unsqueeze(1)).round_().clamp_(-high, high)
+
+
+def with_offset(blocks_NBO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes from -8 to 7, scales and offsets (N, O): a number is its code times the scale, plus the offset."""
+    least, most = blocks_NBO.amin(dim=1), blocks_NBO.amax(dim=1)
+    span = most - least
+    mean = blocks_NBO.mean(dim=1)
+    centred = blocks_NBO - mean.unsqueeze(1)
+    best = torch.full_like(span, float("inf"))
+    codes, scale, offset = torch.zeros_like(blocks_NBO), best, best
+    for share, steps in ((1.0, 15), *((1.0, n) for n in range(14, 7, -1)), *((s, 15) for s in _FITTED_SHRINKS[1:])):
+        step = (span * (share / steps)).clamp(min=_TINY)
+        start = least + span * ((1 - share) / 2)
+        tried = ((blocks_NBO - start.unsqueeze(1)) / step.unsqueeze(1)).round_().clamp_(0, 15).sub_(8)
+        # The scale and offset with the least squared error for these codes.
+        middle = tried.mean(dim=1)
+        spread = tried - middle.unsqueeze(1)
+        fitted = (spread * centred).sum(dim=1) / spread.square().sum(dim=1).clamp(min=_TINY)
+        fitted = torch.where(fitted > 0, fitted, step)
+        error = spread.mul_(fitted.unsqueeze(1)).sub_(centred).square_().sum(dim=1)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, fitted, scale)
+        offset = torch.where(better, mean - fitted * middle, offset)
+        codes = torch.where(better.unsqueeze(1), tried, codes)
+        if bool((best <= _EXACT * scale.square()).all()):
+            break
+    flat = span == 0
+    codes = torch.where(flat.unsqueeze(1), 0.0, codes)
+    return codes.to(torch.int8), scale, torch.where(flat, least, offset)

@@ -137,6 +137,16 @@ def metadata(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
 
 
+def types(path: Path) -> dict[str, str]:
+    """The type of each tensor, such as Q4_1. Raises WeightsError for a damaged file."""
+    try:
+        return {name: str(tensor.tensor_type.name) for name, tensor in _content(path).tensors.items()}
+    except DinoexportError:
+        raise
+    except Exception as error:  # whatever its parser meets in a damaged file
+        raise WeightsError(f"{path} cannot be read as GGUF: {error}.", next_step="Get the file again.") from None
+
+
 def open_gguf(path: Path) -> tuple[Shapes, Read]:
     """Shapes of the tensors of `path`, outermost dimension first, and a function that reads one.
 

@@ -20,13 +20,14 @@ import pytest
 
 from dinoexport import bundle
 from dinoexport.cli import formatting
-from dinoexport.config.recipe import EngineChoices
+from dinoexport.config.recipe import EngineChoices, Range
 from dinoexport.engines import builder, profiles, worker
 from dinoexport.errors import BuildError, MissingRequirement
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import engine_header
 from dinoexport.spec import Graph, Precision, Runtime
 from dinoexport.system import files, subprocess_job
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import validate_bundle
 from tests import conformance
@@ -52,6 +53,12 @@ def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any)
     """The TensorRT-RTX engine for `targets`, over the graph's whole range unless `changes` say otherwise."""
     settings = {"runtime": Runtime.TENSORRT_RTX, "profiles": [profiles.profile("whole", graph, {})]} | changes
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)
+
+
+def only(side: int) -> dict[str, Range]:
+    """One square image of this size and nothing else."""
+    size = Range(min=side, opt=side, max=side)
+    return {"batch": Range(min=1, opt=1, max=1), "height": size, "width": size}
 
 
 @pytest.mark.slow("exports five ViT-S and compiles each with the real TensorRT-RTX compiler")
@@ -84,6 +91,15 @@ def test_bytes_in_compile_too(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "vits14"\n[graph]\ninput = "images"\n[model]\ndepth = 1\n')
     path, graph = exported(str(tmp_path / "mine.toml"), Precision.FP16, tmp_path)
     assert built(path, graph, tmp_path, "8.9").fused_attentions == 1
+
+
+def test_positions_folded_for_one_size_are_no_other_model(tiny: tuple[Path, Graph], tmp_path: Path) -> None:
+    """They are more than the tolerance of a small model's weights."""
+    path, graph = tiny
+    sizes = [profiles.profile(f"size_{side}", graph, only(side)) for side in (224, 518)]
+    made = built(path, graph, tmp_path, "8.0", profiles=[*sizes, profiles.profile("whole", graph, {})])
+    stored = path.with_name("model.onnx.data").stat().st_size
+    assert made.weight_bytes > 1.02 * stored
 
 
 def test_a_bundle_says_what_was_compiled_and_that_it_never_ran(tmp_path: Path) -> None:
@@ -205,8 +221,9 @@ def test_an_engine_that_is_not_the_one_asked_for(
         built(*tiny, tmp_path, "8.0")
     twice_the_weights = right[:56] + struct.pack("<Q", 2 * made.weight_bytes) + right[64:]
     monkeypatch.setattr(subprocess_job, "run", leaves(twice_the_weights))
-    with pytest.raises(BuildError, match="not the same model"):
-        built(*tiny, tmp_path, "8.0")
+    for wanted in ({}, only(224)):
+        with pytest.raises(BuildError, match="not the same model"):
+            built(*tiny, tmp_path, "8.0", profiles=[profiles.profile("one", tiny[1], wanted)])
 
 
 @pytest.fixture(params=["10.13.3.9.post1", "11.4.0.106"])
@@ -234,7 +251,7 @@ def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_pat
     log = made.log.read_text()
     wanted = "STRONGLY_TYPED" if classic.startswith("11") else "EXPLICIT_BATCH, STRONGLY_TYPED"
     assert re.findall(r"Flags +\| \[(.*)\]", log) == [wanted], "no precision flag, and no TF32"
-    (cache,) = (tmp_path / "cache" / "timing").glob("*.cache")
+    (cache,) = (cache_folder() / "timing").glob("*.cache")
     assert cache.name.startswith("NVIDIA-A100-SXM4-580.1-tensorrt-")
     assert "Loading tactic timing cache" not in log
     built(*tiny, tmp_path, "8.0", runtime=Runtime.TENSORRT, gpu=A100)

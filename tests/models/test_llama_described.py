@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dinoexport import family
@@ -129,6 +130,27 @@ def test_files_that_are_refused(
 ) -> None:
     with pytest.raises(DinoexportError, match=problem):
         settled(edited(layout, **changes))
+
+
+def test_scaled_positions_of_a_gguf_are_refused(tmp_path: Path) -> None:
+    """As Llama 3.1 has them: a factor for each frequency, in a tensor."""
+    factors = {"rope_freqs.weight": np.ones(ARCH.head_dim // 2, np.float32)}
+    path = llama_files.write_gguf(tmp_path / "own.gguf", ARCH, SEED, "F16", more=factors)
+    for recipe in (None, own_recipe()):
+        with pytest.raises(UsageError, match="scales its positions"):
+            settled(path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output_kind", "graph"),
+    [("Q4_1", "", {"int8": ()}), ("Q4_0", "Q8_0", {"int8": ("output",)}), ("Q8_0", "", {}), ("F16", "", {})],
+)
+def test_an_int4_graph_keeps_the_four_bits_of_a_gguf(
+    kind: str, output_kind: str, graph: dict[str, Any], tmp_path: Path
+) -> None:
+    arch = model_of("tiny_gqa").arch
+    path = llama_files.write_gguf(tmp_path / "own.gguf", arch, SEED, kind, output_kind=output_kind)
+    assert {key: tuple(value) for key, value in settled(path).recipe.graph.items()} == graph
 
 
 def test_another_kind_of_model_is_named(edited: Callable[..., Path]) -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from dinoexport import family
 from dinoexport.errors import WeightsError
 from dinoexport.graph.onnx_writer import Traces, export
-from dinoexport.spec import silent
+from dinoexport.models.llama import cases
+from dinoexport.spec import Precision, silent
+from dinoexport.validation.metrics import distance
 from dinoexport.weights.checkpoint import open_checkpoint
 from tests import llama_files
 from tests.models.test_llama import model_of
@@ -78,6 +81,35 @@ def test_quantised_gguf_is_near(kind: str, model: Any, tmp_path: Path) -> None:
     for name in model.tensors:
         values = model.synthetic(name, SEED)
         assert np.linalg.norm(checkpoint.read(name) - values) <= limit * np.linalg.norm(values), name
+
+
+@pytest.fixture(scope="module")
+def int4_traces() -> Traces:
+    """Both kinds have the same pieces."""
+    return {}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_four_bits_of_a_gguf_are_kept(kind: str, int4_traces: Traces, tmp_path: Path) -> None:
+    """The int4 file answers as PyTorch does with the GGUF file's own values, as far as fp32 goes."""
+    import onnxruntime
+
+    model = model_of("tiny_gqa", precision=Precision.INT4)
+    model = family.find("llama").model(model.recipe.changed(graph={"int8": []}))
+    source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, kind)
+    read = open_checkpoint(model, model.recipe, str(source), progress=silent).read
+    graph = model.graphs[0]
+    export(graph, model.calls(graph, read), tmp_path, metadata={}, traces=int4_traces)
+    inputs = cases.inputs_of(cases.synthetic.prompt(model.arch.vocabulary, 40, SEED)[None], keep=40)
+    (reference,) = model.reference(read, [inputs], precision=Precision.FP32, progress=silent)
+    options = onnxruntime.SessionOptions()  # its optimisations would round activations to eight bits
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    heads, size = model.arch.kv_heads, model.arch.head_dim
+    feeds = {name: np.zeros((1, heads, 0, size), np.float32) for name in graph.carried}
+    feeds |= {"input_ids": inputs["tokens"], "attention_mask": np.ones((1, 40), np.int64)}
+    logits = session.run(["logits"], feeds)[0]
+    assert distance(logits, reference["logits"]).relative_l2 <= 1e-5
 
 
 def open_folder(model: Any, folder: Path) -> Any:

@@ -10,8 +10,19 @@ from dinoexport.config.recipe import Frozen
 from dinoexport.models.llama.text import TextTable
 from dinoexport.spec import closest
 
-# The products of a block and of the head, by the names of the graph's weights.
-PRODUCTS = ("q", "k", "v", "out", "gate", "up", "down", "output")
+# A block's products, by the names of the graph's weights -> Meta's names.
+PARTS = {
+    "q": "attention.wq",
+    "k": "attention.wk",
+    "v": "attention.wv",
+    "out": "attention.wo",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "down": "feed_forward.w2",
+}
+# The product that gives logits.
+OUTPUT = "output"
+PRODUCTS = (*PARTS, OUTPUT)
 
 
 class Architecture(Frozen):
@@ -102,10 +113,6 @@ class GraphChoices(Frozen):
         description="The arithmetic of a graph with int8 or int4 weights: fp32 for CPUs, fp16 for GPUs.",
     )
     block: int = Field(default=32, ge=16, le=65536, description="Rows of a weight in int8 or int4 that share a scale.")
-    zero_points: bool = Field(
-        default=True,
-        description="Whether blocks in int4 have zero points: more accurate, but TensorRT does not support them.",
-    )
     int8: tuple[str, ...] = Field(
         default=("v", "down"),
         description="Products of an int4 graph whose weights stay in int8: q, k, v, out, gate, up, down, output. "

@@ -12,13 +12,14 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.family import Description, Fact, Shapes
 from dinoexport.models.llama import beside, layouts, prompts
-from dinoexport.models.llama.config import Architecture
+from dinoexport.models.llama.config import OUTPUT, PARTS, PRODUCTS, Architecture
 from dinoexport.models.llama.text import TextTable
 from dinoexport.text import tokenizer
 from dinoexport.weights import gguf_file
 from dinoexport.weights.config_file import name_of, read_json
 
 _TENSORS = "the weights"
+_FOUR_BITS = ("Q4_0", "Q4_1")
 # Long enough for what a person waits for; a recipe of one's own may say more.
 _LENGTH_MAX, _PAST_LIKELY = 2048, 1024
 # Meta's params.json says no context. A base is in it since Code Llama, which was trained on so many tokens.
@@ -79,6 +80,7 @@ def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
         "licence": "yours",
         "quantised": "weights",
         "model": {key: model[key] for key in Architecture.model_fields if model.get(key) not in (None, {})},
+        "graph": _graph_table(weights, tied=model["tied"]),
         "profile": {
             "batch": {"min": 1, "opt": 1, "max": 4},
             "length": {"min": 1, "opt": 1, "max": min(_LENGTH_MAX, context)},
@@ -95,6 +97,24 @@ def _silent(weights: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     if said.get("rope_theta") == _CODE_LLAMA_BASE:
         return values | {"context": _CODE_LLAMA_CONTEXT}
     return values
+
+
+def _graph_table(weights: Path, *, tied: bool) -> dict[str, Any]:
+    """The table `[graph]`: an int4 graph keeps the four bits of a GGUF file, and has eight where that has more."""
+    if not gguf_file.is_gguf(weights):
+        return {}
+    products = {part: product for product, part in PARTS.items()}
+    wider, kept = set(), False
+    for name, kind in layouts.by_published_names(gguf_file.types(weights)).items():
+        *_, part = re.split(r"layers\.\d+\.", name.removesuffix(".weight"))
+        product = OUTPUT if part == ("tok_embeddings" if tied else "output") else products.get(part)
+        if product is None:
+            continue
+        if kind in _FOUR_BITS:
+            kept = True
+        else:
+            wider.add(product)
+    return {"int8": sorted(wider, key=PRODUCTS.index)} if kept else {}
 
 
 def assumed(recipe: Recipe) -> tuple[Fact, ...]:

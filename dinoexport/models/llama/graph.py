@@ -6,13 +6,13 @@ them. New keys and values are appended outside the attention operator, because T
 past.
 
 Suffixes name axes: B sequences, T new tokens, P past ones, S = P + T, D width, H query heads, G key-value heads, K head
-size, V vocabulary, I and O in and out. The plain formulation, which this one is validated against, is in
-`reference.py`; they share no code on purpose.
+size, V vocabulary, I and O in and out, N blocks of a weight's rows. The plain formulation, which this one is validated
+against, is in `reference.py`; they share no code on purpose.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,36 +67,78 @@ class Stem(nn.Module):
         return stream, angles.cos(), angles.sin(), mask.unsqueeze(1)
 
 
-class Block(nn.Module):
+class Products(nn.Module):
+    """Products of a module, by name: x (B, T, I) times the weight `{name}_IO`.
+
+    offsets: products whose weight, stored in few bits, has an offset `{name}_offset_NO` for each block of `block` rows,
+    which is added to all numbers of the block. Its share of the product is the sum of the block's inputs times the
+    offset, so the offsets are a product of their own with one row per block.
+    """
+
+    def __init__(self, *, body: str, offsets: Sequence[str] = (), block: int = 0) -> None:
+        super().__init__()
+        self.body, self.offsets, self.block = _dtype_of(body), frozenset(offsets), block
+
+    def add(self, name: str, rows: int, columns: int) -> None:
+        """Adds the parameters of one product."""
+        setattr(self, f"{name}_IO", _parameter(rows, columns, dtype=self.body))
+        if name in self.offsets:
+            setattr(self, f"{name}_offset_NO", _parameter(rows // self.block, columns, dtype=self.body))
+
+    def products(self, x: Tensor, *names: str) -> list[Tensor]:
+        """The products of x and each of the weights."""
+        found = [x @ getattr(self, f"{name}_IO") for name in names]
+        if self.offsets.isdisjoint(names):
+            return found
+        sums_BTN = x.unflatten(-1, (-1, self.block)).sum(dim=-1)
+        return [
+            product + sums_BTN @ getattr(self, f"{name}_offset_NO") if name in self.offsets else product
+            for name, product in zip(names, found, strict=True)
+        ]
+
+
+class Block(Products):
     """One block: the stream (B, T, D) onward, and its keys and values (B, G, S, K) with the new ones last.
 
     Norms and the rotation are computed in float32 whatever the body's precision.
     """
 
-    def __init__(self, *, dim: int, kv_dim: int, head_dim: int, hidden_dim: int, norm_eps: float, body: str) -> None:
-        super().__init__()
-        self.dim, self.eps, self.body, self.head_dim = dim, norm_eps, _dtype_of(body), head_dim
-        of_body = partial(_parameter, dtype=self.body)
+    def __init__(
+        self,
+        *,
+        dim: int,
+        kv_dim: int,
+        head_dim: int,
+        hidden_dim: int,
+        norm_eps: float,
+        body: str,
+        offsets: Sequence[str] = (),
+        block: int = 0,
+    ) -> None:
+        super().__init__(body=body, offsets=offsets, block=block)
+        self.dim, self.eps, self.head_dim = dim, norm_eps, head_dim
         self.attention_norm_D = _parameter(dim, dtype=torch.float32)
-        self.q_IO, self.k_IO, self.v_IO = of_body(dim, dim), of_body(dim, kv_dim), of_body(dim, kv_dim)
-        self.out_IO = of_body(dim, dim)
+        for name, columns in {"q": dim, "k": kv_dim, "v": kv_dim, "out": dim}.items():
+            self.add(name, dim, columns)
         self.ffn_norm_D = _parameter(dim, dtype=torch.float32)
-        self.gate_IO, self.up_IO = of_body(dim, hidden_dim), of_body(dim, hidden_dim)
-        self.down_IO = of_body(hidden_dim, dim)
+        self.add("gate", dim, hidden_dim)
+        self.add("up", dim, hidden_dim)
+        self.add("down", hidden_dim, dim)
 
     def forward(
         self, stream: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
         x = self._norm(stream, self.attention_norm_D)
-        q = self._rotated(self._heads(x @ self.q_IO), cosines, sines)
-        k = self._rotated(self._heads(x @ self.k_IO), cosines, sines)
+        q, k, v = self.products(x, "q", "k", "v")
+        q, k = (self._rotated(self._heads(turned), cosines, sines) for turned in (q, k))
         keys_BGSK = torch.cat((past_key, k), dim=2)
-        values_BGSK = torch.cat((past_value, self._heads(x @ self.v_IO)), dim=2)
+        values_BGSK = torch.cat((past_value, self._heads(v)), dim=2)
         mixed, *_ = torch.onnx.ops.attention(q, keys_BGSK, values_BGSK, mask, scale=self.head_dim**-0.5)
-        stream = stream + (mixed.transpose(1, 2).flatten(2) @ self.out_IO).to(stream.dtype)
-        x = self._norm(stream, self.ffn_norm_D)
-        fed = (F.silu(x @ self.gate_IO) * (x @ self.up_IO)) @ self.down_IO
+        (mixed,) = self.products(mixed.transpose(1, 2).flatten(2), "out")
+        stream = stream + mixed.to(stream.dtype)
+        gate, up = self.products(self._norm(stream, self.ffn_norm_D), "gate", "up")
+        (fed,) = self.products(F.silu(gate) * up, "down")
         return stream + fed.to(stream.dtype), keys_BGSK, values_BGSK
 
     def _norm(self, stream: Tensor, weight_D: Tensor) -> Tensor:
@@ -112,20 +154,23 @@ class Block(nn.Module):
         return turned.to(self.body)
 
 
-class Head(nn.Module):
+class Head(Products):
     """The stream (B, T, D) through the last norm to logits of its last tokens, float32. logits_to_keep: 0 for all."""
 
-    def __init__(self, *, dim: int, vocabulary: int, norm_eps: float, body: str) -> None:
-        super().__init__()
-        self.dim, self.eps, self.body = dim, norm_eps, _dtype_of(body)
+    def __init__(
+        self, *, dim: int, vocabulary: int, norm_eps: float, body: str, offsets: Sequence[str] = (), block: int = 0
+    ) -> None:
+        super().__init__(body=body, offsets=offsets, block=block)
+        self.dim, self.eps = dim, norm_eps
         self.norm_D = _parameter(dim, dtype=torch.float32)
-        self.output_IO = _parameter(dim, vocabulary, dtype=self.body)
+        self.add("output", dim, vocabulary)
 
     def forward(self, stream: Tensor, logits_to_keep: Tensor) -> Tensor:
         """Logits (B, kept, V)."""
         stream = _last_tokens(stream, logits_to_keep)
         x = F.rms_norm(stream.float(), (self.dim,), self.norm_D, self.eps).to(self.body)
-        return (x @ self.output_IO).float()
+        (logits,) = self.products(x, "output")
+        return logits.float()
 
 
 def _last_tokens(stream: Tensor, count: Tensor) -> Tensor:

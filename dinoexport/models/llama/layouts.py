@@ -8,11 +8,14 @@ and ignored here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
 from dinoexport.family import Read, Shapes
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array
 
+Value = TypeVar("Value")
 # Hugging Face's and GGUF's names of a block's tensors, by Meta's names.
 _HF = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -81,19 +84,19 @@ def split_axis(name: str) -> int | None:
     return _SPLIT[name.split(".")[-2]] if _PUBLISHED.fullmatch(name) else None
 
 
-def by_published_names(found: Shapes) -> Shapes:
-    """The shapes of recognised tensors, under Meta's names."""
+def by_published_names(found: Mapping[str, Value]) -> dict[str, Value]:
+    """What is known of recognised tensors, such as their shapes, under Meta's names."""
     theirs = {name: ours for table in (_HF_OUTER, _GGUF_OUTER) for ours, name in table.items()}
     inner = {name: ours for table in (_HF, _GGUF) for ours, name in table.items()}
-    named: dict[str, tuple[int, ...]] = {}
-    for name, shape in found.items():
+    named: dict[str, Value] = {}
+    for name, value in found.items():
         block = re.fullmatch(r"(?:model\.layers|blk|layers)\.(\d+)\.(.*)", name)
         if block:
             part = inner.get(block[2], block[2])
             if part in _HF:
-                named[f"layers.{block[1]}.{part}"] = shape
+                named[f"layers.{block[1]}.{part}"] = value
         elif theirs.get(name, name) in _HF_OUTER:
-            named[theirs.get(name, name)] = shape
+            named[theirs.get(name, name)] = value
     return named
 
 

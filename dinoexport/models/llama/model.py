@@ -127,10 +127,10 @@ class LlamaModel:
         return companions.files(self.arch)
 
     def engine_form(self) -> Mapping[str, Any]:
-        """Weights of few bits are multiplied in fp16 there, and have no zero points: TensorRT takes none."""
+        """Weights of few bits are multiplied in fp16 there."""
         if self.precision not in BITS:
             return self.recipe.graph
-        return self.choices.changed(body="fp16", zero_points=False).model_dump(mode="json")
+        return self.choices.changed(body="fp16").model_dump(mode="json")
 
     @property
     def stored_bytes(self) -> int:

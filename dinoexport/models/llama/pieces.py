@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from dinoexport.family import Call, Example, Piece
-from dinoexport.models.llama.config import Architecture
+from dinoexport.models.llama.config import OUTPUT, PARTS, Architecture
 from dinoexport.models.llama.graph_weights import GraphWeights
 from dinoexport.runtime.decoding import ATTENTION_MASK, FIRST_POSITION, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 from dinoexport.spec import Precision
@@ -23,7 +24,9 @@ def calls(weights: GraphWeights) -> Iterator[Call]:
     """The graph's calls, first to last."""
     arch, body = weights.arch, DTYPES[weights.body]
     residual = body if weights.choices.residual == "fp16" else "float32"
-    stem, block, head = (piece(arch, body, residual) for piece in (_stem, _block, _head))
+    stem = _stem(arch, body, residual)
+    block = _with_offsets(_block(arch, body, residual), weights, tuple(PARTS))
+    head = _with_offsets(_head(arch, body, residual), weights, (OUTPUT,))
     shared = ("cosines", "sines", "mask")
     value = "embedded"
     yield Call(
@@ -119,6 +122,19 @@ def _head(arch: Architecture, body: str, residual: str) -> Piece:
         },
         dynamic={"stream": _BY_TOKEN},
         opset=_OPSET,
+    )
+
+
+def _with_offsets(piece: Piece, weights: GraphWeights, products: tuple[str, ...]) -> Piece:
+    """The piece, for those of its products whose weights have offsets."""
+    offsets = weights.offsets(*products)
+    if not offsets:
+        return piece
+    block = weights.choices.block
+    return replace(
+        piece,
+        name=f"{piece.name}, offsets of {block} rows in {' '.join(offsets)}",
+        arguments={**piece.arguments, "offsets": offsets, "block": block},
     )
 
 
