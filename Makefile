@@ -109,8 +109,9 @@ BUNDLE ?= bundles/smollm2-135m-fp32-cpu
 soak-text: $(READY) $(TRITON_READY)
 	$(BIN)/python -m benchmarks.soak_text $(BUNDLE) --seconds $(SOAK_S)
 
-# The machine's own pip fills the environment: Debian's python3 makes one with a pip inside only if python3-venv is there.
-PIP := $(PYTHON) -m pip --python $(BIN)/python --quiet --disable-pip-version-check install --constraint constraints.txt
+# uv fills the environments, with the settings of the machine's pip, which brings it: pip alone took four minutes of CI.
+INSTALL := $(PYTHON) scripts/install_packages.py
+PIP := $(INSTALL) --python $(BIN)/python --constraint constraints.txt
 
 # timm asks for torchvision, which brings gigabytes of CUDA; its state dicts, all we use it for, need none of that.
 $(READY): pyproject.toml constraints.txt
@@ -127,8 +128,8 @@ gpu: $(READY)
 
 # A real Triton server for the tests: NVIDIA's wheel has it with its Python backend, which speaks NumPy 1 only, so the
 # models it serves run in an environment of their own. Where there is no such wheel, the tests that need it are skipped.
-TARGET_PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-deps --target
-SERVER_PIP := $(PYTHON) -m pip --python $(TRITON)/python/bin/python --quiet --disable-pip-version-check install
+TARGET_PIP := $(INSTALL) --python $(PYTHON) --no-deps --target
+SERVER_PIP := $(INSTALL) --python $(TRITON)/python/bin/python
 $(TRITON_READY): pyproject.toml serving/server-constraints.txt
 	rm -rf $(TRITON)
 	$(PYTHON) -m venv --without-pip $(TRITON)/python
@@ -170,8 +171,7 @@ $(INTEROP)/.ready: tests/interop/requirements.txt
 	mkdir -p $(INTEROP)/node
 	$(TARGET_PIP) $(INTEROP)/optimum optimum==2.1.0 optimum-onnx==0.1.0
 	$(PYTHON) -m venv --without-pip $(INTEROP)/s3
-	$(PYTHON) -m pip --python $(INTEROP)/s3/bin/python --quiet --disable-pip-version-check install \
-		--requirement tests/interop/requirements.txt
+	$(INSTALL) --python $(INTEROP)/s3/bin/python --requirement tests/interop/requirements.txt
 	cd $(INTEROP)/node && { npm install --ignore-scripts --no-audit --no-fund --silent @huggingface/transformers@4.3.1 \
 		|| echo 'No Node: the test of transformers.js is skipped.'; }
 	touch $(INTEROP)/.ready
@@ -179,8 +179,7 @@ $(INTEROP)/.ready: tests/interop/requirements.txt
 # Ray brings 240 MB, so the test that embeds on a cluster of two nodes has a target of its own.
 $(RAY)/.ready: pyproject.toml constraints.txt
 	test -x $(RAY)/bin/python || $(PYTHON) -m venv --without-pip $(RAY)
-	$(PYTHON) -m pip --python $(RAY)/bin/python --quiet --disable-pip-version-check install \
-		--constraint constraints.txt --editable '.[cpu,ray]' pytest
+	$(INSTALL) --python $(RAY)/bin/python --constraint constraints.txt --editable '.[cpu,ray]' pytest
 	touch $(RAY)/.ready
 
 # Servers that only tests talk to: Microsoft's emulator of Azure's storage (365 MB of npm), a WebDAV server, and Docker's
@@ -201,9 +200,9 @@ stores: $(READY) $(INTEROP)/.ready $(STORES)/.ready
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
-	$(PYTHON) -m pip --python $(PEERS)/bin/python --quiet --disable-pip-version-check install \
-		--constraint constraints.txt --requirement benchmarks/requirements.txt --editable '.[export,cpu,openvino]'
+	$(INSTALL) --python $(PEERS)/bin/python --constraint constraints.txt --requirement benchmarks/requirements.txt \
+		--editable '.[export,cpu,openvino]'
 	touch $(PEERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(PEERS) $(RAY) $(STORES) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .uv $(VENV) $(TRITON) $(PEERS) $(RAY) $(STORES) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from dinoexport.family import Call, Model, Read
-from dinoexport.graph.onnx_writer import export
+from dinoexport.graph import traces as kept
+from dinoexport.graph.onnx_writer import export, traced
 from dinoexport.runtime import runners
 from dinoexport.spec import Arrays, Case, Graph, Precision, silent
 from dinoexport.validation import error_analysis
@@ -39,11 +40,7 @@ def check(
     matter, by default all; where many models share a backbone, one of them answers for it.
     """
 
-    @functools.cache
-    def read(name: str) -> Any:
-        """Each tensor is made once: every one is asked for as often as there are tensors."""
-        return model.synthetic(name, seed)
-
+    read = reading(model, seed)
     inputs = [case.inputs for case in cases]
     expected = reference(model, read, inputs)
     _signature(model)
@@ -54,6 +51,11 @@ def check(
     _probes_are_the_reference_s(model, read, inputs, folder)
     _stress_is_finite_and_matters(model, seed, inputs, expected)
     _every_tensor_matters(model, read, inputs, expected, model.tensors if changing is None else changing)
+
+
+def reading(model: Model, seed: int) -> Read:
+    """The synthetic checkpoint's tensors, each made once: twenty million random numbers take a second."""
+    return functools.cache(lambda name: model.synthetic(name, seed))
 
 
 def reference(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str, Any]]:
@@ -87,7 +89,8 @@ def eagerly(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str
 def export_to(folder: Path, model: Model, read: Read, traces: dict[str, Any] | None = None) -> None:
     """All graphs of the model as ONNX in `folder`."""
     for graph in model.graphs:
-        export(graph, model.calls(graph, read), folder, metadata={}, traces=traces)
+        trace = functools.partial(traced, trace=kept.of)
+        export(graph, model.calls(graph, read), folder, metadata={}, traces=traces, trace=trace)
 
 
 def exported(

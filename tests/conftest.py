@@ -151,20 +151,34 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(hardware, "gpus", lambda: ())
 
 
+@pytest.fixture(scope="session")
+def all_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that all workers of a run share: each piece is traced once, by whoever needs it first.
+
+    A trace is found by all that it depends on (`dinoexport/graph/traces.py`), so a changed piece is traced anew.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "all_traces"
+    (folder / "traces").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a module's fixtures build fills no user's cache; traces, which are found by their content, are shared."""
-    folder = tmp_path_factory.mktemp("session_cache")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory, all_traces: Path) -> Iterator[None]:
+    """What a module's fixtures build fills no user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DINOEXPORT_CACHE", str(folder))
-        patch.setattr(traces, "cache_folder", lambda: folder)
+        patch.setenv("DINOEXPORT_CACHE", str(tmp_path_factory.mktemp("session_cache")))
+        patch.setattr(traces, "cache_folder", lambda: all_traces)
         yield
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the user's cache."""
-    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_traces: Path) -> None:
+    """No test reads or fills the user's cache; what other processes of a test trace is shared too."""
+    folder = tmp_path.with_name(f"{tmp_path.name}-cache")
+    folder.mkdir()
+    (folder / "traces").symlink_to(all_traces / "traces")
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(folder))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -53,9 +53,9 @@ def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     binary = environment / "bin"
 
     def install(extras: str) -> None:
-        pip = [sys.executable, "-m", "pip", "--python", binary / "python", "--quiet", "--disable-pip-version-check"]
+        install = [sys.executable, ROOT / "scripts" / "install_packages.py", "--python", binary / "python"]
         wanted = ["--constraint", ROOT / "constraints.txt", f"{wheel}[{extras}]"]
-        subprocess.run([*pip, "install", *wanted], check=True)
+        subprocess.run([*install, *wanted], check=True)
 
     def dinoexport(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

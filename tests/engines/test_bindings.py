@@ -18,6 +18,7 @@ from dinoexport.config.recipe import EngineChoices
 from dinoexport.engines import builder, profiles
 from dinoexport.spec import Graph, Precision, Runtime
 from dinoexport.system import hardware
+from dinoexport.system.cache import cache_folder
 from tests.engines.test_builder import A100, TINY, exported
 from tests.standin import bindings, facts
 
@@ -75,7 +76,7 @@ def test_a_plan_is_built_through_the_bindings(
     log = made.log.read_text()
     assert f"[stand-in] flags {wanted}, level 5" in log, "no TF32"
     assert "raised" not in log and said
-    (cache,) = (tmp_path / "cache" / "timing").glob("*.cache")
+    (cache,) = (cache_folder() / "timing").glob("*.cache")
     assert cache.read_bytes() == b"timings"
 
 

@@ -27,6 +27,7 @@ from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import engine_header
 from dinoexport.spec import Graph, Precision, Runtime
 from dinoexport.system import files, subprocess_job
+from dinoexport.system.cache import cache_folder
 from dinoexport.system.hardware import Gpu
 from dinoexport.validation import validate_bundle
 from tests import conformance
@@ -250,7 +251,7 @@ def test_the_classic_branch_against_a_stand_in(tiny: tuple[Path, Graph], tmp_pat
     log = made.log.read_text()
     wanted = "STRONGLY_TYPED" if classic.startswith("11") else "EXPLICIT_BATCH, STRONGLY_TYPED"
     assert re.findall(r"Flags +\| \[(.*)\]", log) == [wanted], "no precision flag, and no TF32"
-    (cache,) = (tmp_path / "cache" / "timing").glob("*.cache")
+    (cache,) = (cache_folder() / "timing").glob("*.cache")
     assert cache.name.startswith("NVIDIA-A100-SXM4-580.1-tensorrt-")
     assert "Loading tactic timing cache" not in log
     built(*tiny, tmp_path, "8.0", runtime=Runtime.TENSORRT, gpu=A100)

@@ -32,8 +32,9 @@ class Module:
 
 
 @pytest.fixture(autouse=True)
-def _own_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests share no traces with others."""
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(traces, "cache_folder", cache.cache_folder)
 
 

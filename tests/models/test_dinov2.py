@@ -78,10 +78,7 @@ def test_official_numbers(name: str, tmp_path: Path) -> None:
     golden = Golden(name)
     model = model_of(name, last_blocks=golden.layers)
     depth = model.arch.depth
-
-    def read(tensor: str) -> Any:
-        return model.synthetic(tensor, SEED)
-
+    read = conformance.reading(model, SEED)
     golden.check(conformance.reference(model, read, golden.inputs()), depth)
     golden.check(conformance.eagerly(model, read, golden.inputs()), depth)
     golden.check(conformance.exported(model, read, golden.inputs(), tmp_path), depth)
@@ -95,7 +92,7 @@ def test_official_numbers_catch_a_wrong_reference(name: str, monkeypatch: pytest
     other_kind = lambda table, h, w, offset, antialias: right(table, h, w, offset=0.1 - offset, antialias=not antialias)  # noqa: E731
     monkeypatch.setattr(reference, "position_embedding", other_kind)
     with pytest.raises(AssertionError):
-        golden.check(conformance.reference(model, lambda t: model.synthetic(t, SEED), golden.inputs()), 3)
+        golden.check(conformance.reference(model, conformance.reading(model, SEED), golden.inputs()), 3)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -165,7 +162,7 @@ def test_hugging_face_agrees_on_the_native_grid(name: str, swiglu: bool) -> None
     pixels = synthetic.pixels(1, 518, 518, SEED)
     with torch.inference_mode():
         hidden = theirs.eval()(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    ours = conformance.eagerly(model, lambda t: model.synthetic(t, SEED), [{"pixels": pixels}])[0]
+    ours = conformance.eagerly(model, conformance.reading(model, SEED), [{"pixels": pixels}])[0]
     assert distance(ours["class_token"], hidden[:, 0]).relative_l2 <= LIMIT
     assert distance(ours["patch_tokens"], hidden[:, 1 + arch.register_count :]).relative_l2 <= LIMIT
 
@@ -204,7 +201,7 @@ def judged_model(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[Exp
     validation, folder = load_validation("dinov2", beside=None)
     wanted = ("small_batch", "native", "half_native", "photographs", "cropped")
     cases = [case for case in evaluate.cases_of(model, validation, folder) if case.name in wanted]
-    answers = conformance.reference(model, lambda t: model.synthetic(t, SEED), [case.inputs for case in cases])
+    answers = conformance.reference(model, conformance.reading(model, SEED), [case.inputs for case in cases])
     expectations = [Expectation(case=c, outputs=a) for c, a in zip(cases, answers, strict=True)]
     yield model, expectations, validation.limits[Precision.FP32]
 
@@ -301,10 +298,7 @@ def test_bytes_in_give_the_same_tokens(tmp_path: Path) -> None:
     ]
     assert cases[0].inputs["images"].dtype == np.uint8
     inputs = [case.inputs for case in cases]
-
-    def read(name: str) -> Any:
-        return model.synthetic(name, SEED)
-
+    read = conformance.reading(model, SEED)
     exact = conformance.reference(model, read, inputs)
     for ours, theirs in zip(conformance.exported(model, read, inputs, tmp_path), exact, strict=True):
         assert all(distance(ours[name], theirs[name]).relative_l2 <= LIMIT for name in theirs)
@@ -318,10 +312,7 @@ def test_fp16_is_typed_where_it_must_be(tmp_path: Path, residual: str) -> None:
     base = model_of("tiny_swiglu_reg", residual=residual)
     model = family.find("dinov2").model(base.recipe.model_copy(update={"precision": Precision.FP16}))
     inputs = [{"pixels": synthetic.pixels(2, 42, 70, SEED)}]
-
-    def read(name: str) -> Any:
-        return model.synthetic(name, SEED)
-
+    read = conformance.reading(model, SEED)
     exact = conformance.reference(model, read, inputs)[0]
     ours = conformance.exported(model, read, inputs, tmp_path)[0]
     for name in exact:
@@ -345,7 +336,7 @@ def test_dynamic_dims_keep_their_names(tmp_path: Path) -> None:
     import onnx
 
     model = model_of("tiny_swiglu")
-    conformance.export_to(tmp_path, model, lambda t: model.synthetic(t, SEED))
+    conformance.export_to(tmp_path, model, conformance.reading(model, SEED))
     graph_proto = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
 
     def dims(value: Any) -> list[Any]:

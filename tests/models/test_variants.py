@@ -63,7 +63,7 @@ def model_of(model: dict[str, Any], **choices: Any) -> Any:
 
 
 def read_of(model: Any) -> Any:
-    return lambda name: model.synthetic(name, SEED)
+    return conformance.reading(model, SEED)
 
 
 @pytest.fixture(scope="module")

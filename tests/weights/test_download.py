@@ -341,7 +341,8 @@ def test_no_address_leads_out_of_the_cache(path: str) -> None:
 def test_a_hostile_address_is_saved_inside_the_cache(site: Site, tmp_path: Path, path: str) -> None:
     saved = download.fetch(site.file(path), progress=silent)
     assert saved.read_bytes() == CONTENT
-    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"] == [saved]
+    written = [p for p in cache.cache_folder().rglob("*") if p.is_file() and p.name != ".lock"]
+    assert written == [saved] and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("url", ["http://[bad/x.pth", "http://127.0.0.1:port/x.pth", "http://", "http:///x.pth"])
@@ -375,8 +376,9 @@ def test_a_full_disk_is_named_at_once(site: Site, waits: list[float]) -> None:
     assert waits == [], "a full disk is no broken connection: nothing is tried again"
 
 
-def test_a_cache_that_is_no_folder(site: Site, tmp_path: Path) -> None:
+def test_a_cache_that_is_no_folder(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file where the cache should be")
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MissingRequirement, match="cannot be written") as caught:
         download.fetch(site.file(), progress=silent)
     assert caught.value.exit_code == 4
@@ -416,6 +418,7 @@ def test_two_builds_may_use_one_cached_file(site: Site) -> None:
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "cache"))
     assert cache.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("DINOEXPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
