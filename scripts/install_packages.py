@@ -66,7 +66,9 @@ def main(wanted: Sequence[str]) -> None:
     found = settings(listed)
     environment = {"SSL_CERT_FILE": found["cert"]} if "cert" in found else {}
     program = uv()
-    words = [str(program), "pip", "install", "--quiet", *arguments(found), *wanted]
+    # A hash pins more than a constraint, and uv takes only exact versions beside hashes.
+    passed = {name: value for name, value in found.items() if name != "constraint" or "--require-hashes" not in wanted}
+    words = [str(program), "pip", "install", "--quiet", *arguments(passed), *wanted]
     os.execve(program, words, environment | os.environ)  # noqa: S606
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dinoexport import bundle
+from dinoexport.runtime import choice
 from dinoexport.spec import Runtime, Way
 from dinoexport.system import timing
 
@@ -90,9 +91,10 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
     if facts.times_fp32 is not None:
         lines.append(f"        {facts.times_fp32:.2f} times the time of the fastest fp32 there")
     if facts.others_share > timing.NOISY_SHARE:
+        crowded = facts.others_share > choice.CROWDED_SHARE
         lines.append(
             f"        noisy: other processes had {facts.others_share:.0%} of the CPUs while this was measured; "
-            "CPU time and the best of many visits decided too"
+            + ("only CPU time decided" if crowded else "CPU time and the best of many visits decided too")
         )
     if facts.basis != "measured":
         lines.append(f"        {_BASES[facts.basis]}")

@@ -108,8 +108,7 @@ def tune(
     best = choice.choose(ours, known=choice.remembered(on, list(ours)), others_share=others)
     if best.basis == "measured" and others <= timing.NOISY_SHARE:
         choice.remember(on, best.way)
-    # Not of medians: a neighbour that comes while one is measured would decide whether a precision is worth it.
-    fp32_ms = min((found.best_ms for way, found in taken.items() if way not in own), default=None)
+    fp32 = [way for way in taken if way not in own]
     return CpuFacts(
         machine=cpu.machine(),
         usable_cpus=cpu.usable_cpus(),
@@ -117,7 +116,7 @@ def tune(
         chosen=best.way,
         runtime_version=cpu.version(best.way.runtime),
         arithmetic=dict(_arithmetic(model, wanted, best.way, workload)),
-        times_fp32=None if fp32_ms is None else ours[best.way].best_ms / fp32_ms,
+        times_fp32=choice.times(best.way, fp32, taken, others_share=others) if fp32 else None,
         measured=tuple(sorted((_timed(way, found) for way, found in taken.items()), key=lambda timed: timed.median_ms)),
         refused=refused,
         others_share=others,

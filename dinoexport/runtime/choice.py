@@ -34,7 +34,7 @@ _ALIKE = 1.04
 # By how much a way must be behind in every figure not to be visited again.
 _BEHIND = 1.1
 # The share of the CPUs from which on two threads never run together: one of two CPUs is not ours.
-_CROWDED_SHARE = 0.4
+CROWDED_SHARE = 0.4
 # The least CPU time of one way differed by up to 1.5 between choices on such a machine, from 57 to 86 ms, because
 # others empty the caches (`benchmarks/busy_choice.py`, ViT-S with four blocks).
 _ALIKE_CROWDED = 1.5
@@ -92,7 +92,7 @@ def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None, others
 
     known: what was the fastest on an earlier, quiet occasion. others_share: of the CPUs, by other processes meanwhile.
     """
-    if others_share > _CROWDED_SHARE and all(taken.cpu_ms is not None for taken in samples.values()):
+    if _crowded(samples, others_share):
         alike = _least_work(samples)
         decided = len({way.runtime for way in alike}) == 1
     else:
@@ -108,6 +108,24 @@ def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None, others
         assert known is not None
         return Chosen(way=known, basis="known")
     return Chosen(way=min(alike, key=_unusual), basis="measured" if decided else "usual")
+
+
+def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Latencies], *, others_share: float) -> float:
+    """How many times as long `way` takes as the fastest of others, by the figure that other processes disturb least.
+
+    Not by medians: a neighbour that comes while one is measured would decide whether a precision is worth it.
+    """
+    crowded = _crowded(samples, others_share)
+
+    def figure(taken: Latencies) -> float:
+        return taken.cpu_ms if crowded and taken.cpu_ms is not None else taken.best_ms
+
+    return figure(samples[way]) / min(figure(samples[other]) for other in fastest_of)
+
+
+def _crowded(samples: Mapping[Way, Latencies], others_share: float) -> bool:
+    """Whether the clock shows nothing, and the CPU time is known instead."""
+    return others_share > CROWDED_SHARE and all(taken.cpu_ms is not None for taken in samples.values())
 
 
 def _least_work(samples: Mapping[Way, Latencies]) -> list[Way]:

@@ -131,6 +131,15 @@ def test_beside_many_others_the_choice_is_the_same(chosen: Any, monkeypatch: pyt
     assert len({fact.chosen for fact in facts}) > 1, "by the wall clock it is left to chance"
 
 
+def test_beside_many_others_a_precisions_gain_is_that_of_its_work() -> None:
+    """Half the work: it is worth its error, whatever the clock said; where it is quiet, the clock decides."""
+    fp32 = Latencies(samples_ms=(40.0, 70.0), cpu_samples_ms=(60.0, 62.0))
+    int8 = Latencies(samples_ms=(90.0, 95.0), cpu_samples_ms=(30.0, 33.0))
+    samples = {FAST: int8, SLOW: fp32}
+    assert choice.times(FAST, [SLOW], samples, others_share=0.9) == 0.5
+    assert choice.times(FAST, [SLOW], samples, others_share=0.0) == 2.25
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"runtime": "openvino"}', b"[" * 4000])
 def test_a_record_that_is_none_is_passed_over(content: bytes) -> None:
     on = "0" * 64
