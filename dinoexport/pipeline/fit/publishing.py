@@ -119,7 +119,12 @@ def publish(
             )
         new = _manifest(manifest, recipe, model, graph, old.file, made, report, facts)
         shown = html_report.HeldOut(
-            images=held.images, right=held.right, interval=held.interval, recall=held.recall, confusions=tuple(confused)
+            images=held.images,
+            right=held.right,
+            interval=held.interval,
+            recall=held.recall,
+            counts=held.counts,
+            confusions=tuple(confused),
         )
         page = _page(work, new, model, report, reference, {name: kept}, shown)
         made["page"] = page
