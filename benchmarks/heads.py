@@ -1,9 +1,10 @@
 """Heads in time and memory, and whole models beside transformers': `python -m benchmarks.heads`.
 
-It runs in the environment of the peers, as `make bench` starts it. Each graph answers for one 518x518 image in ONNX Runtime, one sample of each in turn; ratios are medians of the
-samples'. A head's memory is what its operators write, counted by ONNX Runtime's profile. transformers' models have the
-widths of the released ones and random weights; optimum exports them, and Depth Anything, which optimum does not know,
-torch.onnx's TorchScript exporter, which optimum uses too. Writes results/heads.md beside this file.
+It runs in the environment of the peers, as `make bench` starts it. Each graph answers for one 518x518 image in ONNX
+Runtime, one sample of each in turn; ratios are medians of the samples'. A head's memory is what its operators write,
+counted by ONNX Runtime's profile. transformers' models have the widths of the released ones and random weights; optimum
+exports them, and Depth Anything, which optimum does not know, torch.onnx's TorchScript exporter, which optimum uses
+too. Writes results/heads.md beside this file.
 """
 
 from __future__ import annotations
