@@ -87,7 +87,7 @@ gallery: $(READY)
 bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python -m benchmarks.run $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(BIN)/python benchmarks/build_cost.py)
-	$(if $(QUICK),,$(BIN)/python -m benchmarks.heads)
+	$(if $(QUICK),,$(PEERS)/bin/python -m benchmarks.heads)
 
 # The traces of the shipped recipes' pieces, which come with the package so that an export needs no torch.
 traces: $(READY)

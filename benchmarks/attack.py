@@ -30,7 +30,7 @@ from typing import Any
 
 from dinoexport.family import registry
 from dinoexport.serving.triton import batching, served_models
-from tests.attack import commands, hostile, kit, scenarios
+from tests.attack import commands, hostile, kit, scenarios, verb_scenarios
 
 Rows = list[dict[str, object]]
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -87,8 +87,13 @@ def kills(count: int, things: hostile.Kit, found: Found, stride: int) -> None:
             *scenarios.of_publishing(),
         ):
             wanted += [(scenario, by, range(1 << 20)) for by in _SIGNALS]
-        if turn == 0:
-            for scenario in scenarios.of_building(things.recipe) if stride else ():
+        if turn == 0 and stride:
+            for scenario in (
+                *scenarios.of_building(things.recipe),
+                *verb_scenarios.of_compiling(scratch, things.bundle),
+                *verb_scenarios.of_fitting(things.bundle, things.images),
+                *verb_scenarios.of_embedding(things.bundle, things.images),
+            ):
                 wanted += [(scenario, by, range(rng.randrange(stride), 1 << 20, stride)) for by in _SIGNALS]
         for number, (scenario, by, numbers) in enumerate(wanted):
             key, started = f"{turn}.{number} {scenario.verb}/{by.name}", time.monotonic()
@@ -191,7 +196,7 @@ def main() -> int:
         "--stride",
         type=int,
         default=8,
-        help="a whole build takes seconds: killed at every so many of its operations; 0: none",
+        help="a whole build, compile, fit or embed takes seconds: killed at every so many of its operations; 0: none",
     )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("build/attack"))

@@ -1,9 +1,10 @@
 """Heads in time and memory, and whole models beside transformers': `python -m benchmarks.heads`.
 
-Each graph answers for one 518x518 image in ONNX Runtime, one sample of each in turn; ratios are medians of the
-samples'. A head's memory is what its operators write, counted by ONNX Runtime's profile. transformers' models have the
-widths of the released ones and random weights; torch.onnx's TorchScript exporter exports them, as optimum does. Writes
-results/heads.md beside this file.
+It runs in the environment of the peers, as `make bench` starts it. Each graph answers for one 518x518 image in ONNX
+Runtime, one sample of each in turn; ratios are medians of the samples'. A head's memory is what its operators write,
+counted by ONNX Runtime's profile. transformers' models have the widths of the released ones and random weights; optimum
+exports them, and Depth Anything, which optimum does not know, torch.onnx's TorchScript exporter, which optimum uses
+too. Writes results/heads.md beside this file.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ PEERS = {
 }
 
 
+# Class of transformers -> optimum's name of the task.
+OPTIMUM = {"Dinov2ForImageClassification": "image-classification", "DPTForDepthEstimation": "depth-estimation"}
+
+
 def ours(variant: str, head: str | None, folder: Path) -> Path:
     """The variant with the head, or as it is, as ONNX with synthetic weights."""
     loaded = recipe.load(variant)
@@ -51,7 +56,7 @@ def ours(variant: str, head: str | None, folder: Path) -> Path:
 
 
 def theirs(of: str, side: int, folder: Path) -> Path:
-    """A model of transformers on ViT-S, for one size, as facebook/dpt-dinov2-small-nyu is configured. of: its class."""
+    """A model of transformers on ViT-S, as facebook/dpt-dinov2-small-nyu is configured, as ONNX. of: its class."""
     import torch
     import transformers
 
@@ -81,6 +86,14 @@ def theirs(of: str, side: int, folder: Path) -> Path:
     model = getattr(transformers, of)(config).eval()
     folder.mkdir()
     path = folder / "model.onnx"
+    if of in OPTIMUM:
+        from optimum.exporters.onnx import main_export
+
+        model.save_pretrained(folder / "checkpoint")
+        transformers.BitImageProcessor().save_pretrained(folder / "checkpoint")  # optimum's exporter looks for one
+        where = str(folder / "checkpoint")
+        main_export(where, output=folder, task=OPTIMUM[of], do_validation=False, height=side, width=side)
+        return path
     with torch.inference_mode():
         torch.onnx.export(
             model, (torch.zeros(1, 3, side, side),), path, input_names=["pixels"], dynamo=False, opset_version=17
@@ -159,8 +172,8 @@ def main() -> None:
         ),
         "",
         (
-            "The last three columns: time, CPU time and bytes written of the same model of transformers, exported "
-            "for this one size, as multiples of ours, whose height and width are dynamic."
+            "The last three columns: time, CPU time and bytes written of the same model of transformers, exported by "
+            "optimum, as multiples of ours. optimum does not export Depth Anything: torch.onnx does, for this one size."
         ),
         "",
         (

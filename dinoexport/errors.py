@@ -5,18 +5,24 @@ Programming errors stay `assert` and `TypeError`; they are not part of this tree
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
+
+# USER:PASSWORD@ of an address, also of one that cannot be parsed; an image's digest follows an @ too. And its query, in
+# which signed addresses have their key.
+_CREDENTIALS = re.compile(r"(?P<scheme>://)(?:[^\s/@:]*:\S*|[^\s/]*)@|(?<![\w/.])[^\s'\"@:/]+:(?!//)\S+@(?!sha256:)")
+_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
 
 
 class DinoexportError(Exception):
-    """An error: one sentence and, in `next_step`, what the user can do."""
+    """An error: one sentence and, in `next_step`, what the user can do. Credentials in an address are left out."""
 
     exit_code = 5
 
     def __init__(self, message: str, *, next_step: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.next_step = next_step
+        self.message = without_credentials(message)
+        self.next_step = without_credentials(next_step)
+        super().__init__(self.message)
 
 
 class ValidationFailed(DinoexportError):
@@ -55,6 +61,13 @@ class BuildError(DinoexportError):
     """A stage of the build failed; nothing was published."""
 
     exit_code = 5
+
+
+def without_credentials(text: str) -> str:
+    """The text with `...` for the user, password and query of every address in it, so that no log keeps them."""
+    if "@" in text:
+        text = _CREDENTIALS.sub(lambda found: f"{found['scheme'] or ''}...@", text)
+    return _QUERY.sub(r"\1?...", text) if "://" in text else text
 
 
 def missing_package(package: str, extra: str) -> MissingRequirement:

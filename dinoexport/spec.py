@@ -211,12 +211,16 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of a case in a report: the content of an image file, its title, and how to read it."""
+    """A picture of a case in a report: the content of an image file, its title, and how to read it.
+
+    legend: (colour as `#rrggbb`, what it means) for pictures whose colours are names.
+    """
 
     title: str
     caption: str
     data: bytes
     media_type: str
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,7 +223,7 @@ def export(
             return
         _say_reused(built)
         say(f"Bundle: {out or built.folder}   UNJUDGED: nothing was measured")
-        say(f"Next:   dinoexport build {variant} makes a validated one")
+        say(f"Next:   dinoexport build {variant or f'--weights {weights}'} makes a validated one")
 
 
 @app.command(epilog=EXIT_CODES)

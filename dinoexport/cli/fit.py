@@ -48,10 +48,14 @@ def fit(
             f"Held-out accuracy: {held.accuracy:.1%} of {held.images} images "
             f"(95 % interval {low:.1%} to {high:.1%}); the classifier was not fitted on them"
         )
-        say(table("Recall", [{"class": label, "recall": f"{share:.0%}"} for label, share in held.recall.items()]))
+        recall = [
+            {"class": label, "recall": f"{share:.0%} of {held.counts[label]}"} for label, share in held.recall.items()
+        ]
+        say(table("Recall", recall))
         for name, true, given, probability in held.confusions[:10]:
             say(printable(f"{name}: {true} classified as {given} with {probability:.0%}"))
         for line in made.said:
             say(printable(f"note: {line}"))
-        say(f"\nBundle: {made.folder}")
+        say("")
+        say(f"Bundle: {made.folder}")
         say(f"Report: {made.folder / 'report.html'}")

@@ -15,7 +15,7 @@ import typer
 from dinoexport.cli.escaping import paragraph, printable
 from dinoexport.cli.streams import OutputLost
 from dinoexport.cli.tables import table
-from dinoexport.errors import DinoexportError
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError
 from dinoexport.system import interrupts
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dinoexport.validation.judge import Report
 
 _LINES_MAX = 19  # of an error's message; the next step is one more
+_NAME_MAX = 300  # characters of a file's name in an error
 Sign = Annotated[
     Path | None,
     typer.Option(
@@ -50,9 +51,24 @@ def reporting(as_json: bool) -> Iterator[None]:
         raise  # there is no place for an object on stdout
     except DinoexportError as error:
         fail(error, as_json)
+    except OSError as error:
+        fail(_of_the_system(error), as_json)
+    except UnicodeEncodeError as error:
+        fail(
+            UsageError(f"{error.object[:_NAME_MAX]!r} is no name that a file can have.", next_step="Check the path."),
+            as_json,
+        )
     except KeyboardInterrupt:
         typer.echo(f"\n{printable(interrupts.last_words())}", err=True)
         sys.exit(interrupts.EXIT_CODE)
+
+
+def _of_the_system(error: OSError) -> DinoexportError:
+    """What the system refused and no command expected, such as a name that is too long; the file is named."""
+    where = "" if error.filename is None else f"{str(error.filename)[:_NAME_MAX]}: "
+    return MissingRequirement(
+        f"{where}{error.strerror or error}.", next_step="Check the path, its permissions, and the disk."
+    )
 
 
 def fail(error: DinoexportError, as_json: bool, **facts: Any) -> NoReturn:
@@ -109,7 +125,6 @@ def progress_lines() -> Iterator[Progress]:
 
 def choice(option: str, word: str, known: tuple[str, ...]) -> Any:
     """The word, if the option knows it; if not, a UsageError that names the known ones."""
-    from dinoexport.errors import UsageError
     from dinoexport.spec import closest
 
     if word not in known:
@@ -129,7 +144,6 @@ def signer_of(key: Path | None) -> Any:
     if key is None:
         return None
     from dinoexport.bundle import signing
-    from dinoexport.errors import UsageError
 
     def ask() -> str:
         if not sys.stdin.isatty():

@@ -72,7 +72,7 @@ def openai(
         str | None, typer.Option(metavar="NAME", help="The model's name. Default: the only text model on the server.")
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
+    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
     timeout_s: Annotated[float, typer.Option(help="Time limit for each piece of the answer, in seconds.")] = 60.0,
     headers: Annotated[
         Path | None,
@@ -89,12 +89,14 @@ def openai(
         from dinoexport.serving.openai import app as application
         from dinoexport.serving.openai import sources
 
-        source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
-        url = f"http://{host}:{port}/v1"
-        if as_json:
-            say_json({"model": source.name, "url": url})
-        say(f"Serving {source.name} at {url}   (Ctrl-C ends it)", to_stderr=True)
-        application.serve(source, host=host, port=port)
+        with application.bind(host, port) as bound:
+            source = sources.open_source(model_place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
+            place, taken = bound.getsockname()[:2]
+            url = f"http://[{place}]:{taken}/v1" if ":" in place else f"http://{host}:{taken}/v1"
+            if as_json:
+                say_json({"model": source.name, "url": url})
+            say(f"Serving {source.name} at {url}   (Ctrl-C ends it)", to_stderr=True)
+            application.serve(source, bound)
 
 
 def _asked(

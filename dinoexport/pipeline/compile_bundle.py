@@ -144,7 +144,8 @@ def merge(
                 for engine in manifest.engines:
                     new = _for_cards(engine)
                     for old, name in ((engine.file, new.file), (engine.log, new.log)):
-                        files.copy(folder / old, into / name, sha256=_hash_of(manifest, old))
+                        listed = _listed(manifest, old)
+                        files.copy(folder / old, into / name, sha256=listed.sha256, size_bytes=listed.size_bytes)
 
         key = key_of(engines=[engine.model_dump(mode="json") for engine in renamed])
         stage = work.stage(_ENGINE, key, collect)
@@ -240,7 +241,7 @@ def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]
 
         def copy(into: Path, made: Sequence[BundleFile] = made) -> None:
             for file in made:
-                files.copy(folder / file.name, into / file.name, sha256=file.sha256)
+                files.copy(folder / file.name, into / file.name, sha256=file.sha256, size_bytes=file.size_bytes)
 
         kept[name] = work.stage(name, key, copy)
     return kept
@@ -331,5 +332,5 @@ def _check_distinct(engines: Sequence[EngineFacts]) -> None:
             seen.add((engine.graph, capability))
 
 
-def _hash_of(manifest: Manifest, name: str) -> str:
-    return next(file.sha256 for file in manifest.files if file.name == name)
+def _listed(manifest: Manifest, name: str) -> BundleFile:
+    return next(file for file in manifest.files if file.name == name)

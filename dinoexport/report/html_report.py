@@ -52,13 +52,15 @@ class Kept:
 class HeldOut:
     """How a fitted classifier did on images it was never fitted on.
 
-    interval: of the share that is right, 95 %. recall: by class. confusions: images that were given another class.
+    interval: of the share that is right, 95 %. recall: by class. counts: images by class. confusions: images that were
+    given another class.
     """
 
     images: int
     right: int
     interval: tuple[float, float]
     recall: Mapping[str, float]
+    counts: Mapping[str, int]
     confusions: tuple[Picture, ...]
 
 

@@ -167,7 +167,7 @@ def _session(
     onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised too; as lines they hold a graph's own names, unescaped
     options.intra_op_num_threads = threads
     # Without this, idle threads of several sessions in one process compete by spinning.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -17,6 +17,8 @@ from typing import Any
 _ORT_SWITCH = "ORT_DISABLE_TELEMETRY"
 _OPENVINO_SENDER = "openvino_telemetry"
 
+_FATAL = 4
+
 
 def onnxruntime() -> Any:
     """The package `onnxruntime` with telemetry off, whatever the environment says."""
@@ -24,6 +26,8 @@ def onnxruntime() -> Any:
     import onnxruntime as package
 
     package.disable_telemetry_events()  # for a program that had loaded it before us
+    # It writes to the terminal by itself, in colours and with a graph's own names; what fails is raised as well.
+    package.set_default_logger_severity(_FATAL)
     return package
 
 

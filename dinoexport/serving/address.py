@@ -61,6 +61,7 @@ def parse(url: str, *, headers: Path | None = None, ca: Path | None = None) -> A
         parts = urlsplit(url if "://" in url else f"http://{url}")
         host, port, scheme = parts.hostname, parts.port, parts.scheme
         user, password = parts.username, parts.password
+        pair = f"{unquote(user or '')}:{unquote(password or '')}".encode()
     except ValueError:
         raise _no_address(url) from None
     if not host or scheme not in _SCHEMES or parts.query or parts.fragment or not re.fullmatch(r"[\w.:%-]+", host):
@@ -73,8 +74,7 @@ def parse(url: str, *, headers: Path | None = None, ca: Path | None = None) -> A
     if token := os.environ.get(TOKEN_VARIABLE):
         sent["authorization"] = f"Bearer {_visible(token, f'${TOKEN_VARIABLE}')}"
     if user is not None:
-        pair = f"{unquote(user)}:{unquote(password or '')}"
-        sent["authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        sent["authorization"] = f"Basic {base64.b64encode(pair).decode()}"
     port = _SCHEMES[scheme] if port is None else port
     return Address(scheme=scheme, host=host, port=port, path=parts.path.rstrip("/"), headers=sent, ca=ca)
 
@@ -102,8 +102,7 @@ def _visible(secret: str, where: str) -> str:
 
 
 def _no_address(url: str) -> UsageError:
-    shown = re.sub(r"//[^/@]*@", "//...@", url)
     return UsageError(
-        f"{shown!r} is not an address of a server.",
+        f"{url!r} is not an address of a server.",
         next_step="Use http://HOST:8000 or grpc://HOST:8001; https, grpcs for TLS.",
     )

@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,14 +61,27 @@ def hash_more(digest: hashlib._Hash, file: BinaryIO, nbytes: int) -> None:
         nbytes -= size
 
 
-def copy(source: Path, destination: Path, *, sha256: str = "", progress: Progress = silent) -> str:
+def copy(
+    source: Path,
+    destination: Path,
+    *,
+    sha256: str = "",
+    size_bytes: int | None = None,
+    progress: Progress = silent,
+) -> str:
     """Copies a regular file to the new file `destination`; returns the SHA-256 of the new content of `destination`.
+
+    With `size_bytes`, raises ValueError for a file of another size before anything is written: it could fill the disk.
 
     The two may share blocks if the file system supports that, but are never one file under two names, because changing
     one would change the other. With `sha256`, raises ValueError for a copy with another hash and removes that copy.
     """
     doing = f"copying {source.name}"
-    with untrusted.opened(source, links=False) as found, destination.open("xb+", buffering=0) as made:
+    with ExitStack() as files:
+        found = files.enter_context(untrusted.opened(source, links=False))
+        if size_bytes is not None and (size := os.fstat(found.fileno()).st_size) != size_bytes:
+            raise ValueError(f"{source.name} has {size} bytes, not {size_bytes}")
+        made = files.enter_context(destination.open("xb+", buffering=0))
         if _copied_by_kernel(found, made):
             made.seek(0)
             digest = _hashed(made, None, doing, progress)

@@ -213,15 +213,17 @@ class RemotePlace:
     def __init__(self, url: str) -> None:
         try:
             address = urlsplit(url)
-            _ = address.port
-        except ValueError as error:
-            raise UsageError(f"{url!r} is not an address: {error}.", next_step="Write s3://BUCKET/PATH.") from None
+            _ = address.port, url.encode()
+        except ValueError:
+            raise UsageError(f"{url!r} is not an address.", next_step="Write s3://BUCKET/PATH.") from None
         scheme = address.scheme
         if scheme not in SCHEMES:
             raise UsageError(f"{url}: {scheme}:// is not a known scheme.", next_step=f"Use {', '.join(SCHEMES)}.")
-        if "@" in address.netloc:
+        if not address.netloc:
+            raise UsageError(f"{url!r} names no bucket and no host.", next_step="Write s3://BUCKET/PATH.")
+        if "@" in address.netloc or address.query or address.fragment:
             raise UsageError(
-                f"{scheme}:// must not contain a user name or a password: the address is written into files.",
+                f"{scheme}:// must not contain a user name, a password or a query: the address is written into files.",
                 next_step="Give credentials in the environment variables that the vendor's tools read.",
             )
         require("store", "obstore")

@@ -14,8 +14,6 @@ from dinoexport.spec import Array, OutputKind
 from dinoexport.validation.metrics import Distance, distance
 
 _WITHIN = 1.25  # the ratio that published depth results count by (Eigen et al. 2014, arXiv:1406.2283: delta < 1.25)
-# A share of the largest depth that is added to both sides of a ratio, so that two depths near zero count as equal.
-_FLOOR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ def compare(kind: OutputKind, answer: Array, expected: Array, limits: Limits, ow
     bounds = of_vectors(measured, limits, own_error)
     if kind != "depth":
         return Compared(distance=measured, bounds=bounds)
-    within = share_within(answer, expected) if measured.finite else float("nan")
+    within = share_within(answer, expected, limits.relative_l2_max.value) if measured.finite else float("nan")
     if limits.depth_within_min is not None:
         bounds += (at_least("within_1.25", within, limits.depth_within_min),)
     return Compared(distance=measured, bounds=bounds, figures={"within_1.25": within})
@@ -98,12 +96,18 @@ def as_vectors(kind: OutputKind, array: Array) -> Array:
     return array.reshape(array.shape[0], -1) if kind == "depth" and array.size else array
 
 
-def share_within(answer: Array, expected: Array) -> float:
-    """The share of depths within a factor of 1.25 of the reference's."""
+def share_within(answer: Array, expected: Array, error: float) -> float:
+    """The share of depths within a factor of 1.25 of the reference's.
+
+    error: the relative L2 that is allowed. A depth of zero, such as the sky in relative depth, may be that far off too:
+    the same amount is added to both sides of the ratio, so that an error of that size at zero is a factor of 1.25.
+    """
     import numpy as np
 
-    floor = _FLOOR * max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    ours, theirs = (array.astype(np.float64) + floor for array in (answer, expected))
+    theirs = expected.astype(np.float64)
+    allowed = error * max(float(np.sqrt(np.mean(theirs**2))), float(np.finfo(np.float32).tiny))
+    floor = allowed / (_WITHIN - 1)
+    ours, theirs = answer.astype(np.float64) + floor, theirs + floor
     return float(((ours < _WITHIN * theirs) & (theirs < _WITHIN * ours)).mean())
 
 

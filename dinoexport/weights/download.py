@@ -28,6 +28,8 @@ _ELSEWHERE = "set DINOEXPORT_CACHE to a writable folder with enough space"
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 20
 _NAME_LENGTH_MAX = 100
+# A phone's oldest network brings that much in a minute.
+_SLOW_S, _SLOW_BYTES = 60.0, 1 << 14
 # The limit for a file whose size is neither in the recipe nor reported by the server.
 _SIZE_MAX = 1 << 38
 
@@ -143,21 +145,30 @@ def _go_on(file: WeightFile, part: Path, progress: Progress) -> bool:
         length: int | None = response.length
         total = have + length if length is not None else file.size_bytes or 0
         with files.disk_errors(part, elsewhere=_ELSEWHERE), part.open("ab" if have else "wb") as out:
+            most = file.size_bytes or total or _SIZE_MAX
             for chunk in _chunks(response):
-                out.write(chunk)
                 have += len(chunk)
-                if have > (file.size_bytes or total or _SIZE_MAX):
-                    raise http.client.HTTPException(
-                        f"more than the {file.size_bytes or total or _SIZE_MAX} bytes it has"
-                    )
+                if have > most:
+                    out.truncate(0)  # no part of a file that is another one than was announced
+                    raise http.client.HTTPException(f"more than the {most} bytes it has")
+                out.write(chunk)
                 progress(f"downloading {cached_path(file).name}", have, total)
     return not total or have >= total
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body in pieces. An OSError of the network is converted, because a full disk raises the same class."""
+    """The body in pieces. An OSError of the network is converted, because a full disk raises the same class.
+
+    A server that sends a few bytes now and then would keep a build waiting for ever: it is slower than any network.
+    """
+    since, come = time.monotonic(), 0
     try:
-        while chunk := response.read(_CHUNK_BYTES):
+        while chunk := response.read1(_CHUNK_BYTES):
             yield chunk
+            come += len(chunk)
+            if (took := time.monotonic() - since) > _SLOW_S:
+                if come < _SLOW_BYTES:
+                    raise http.client.HTTPException(f"only {come} bytes came in {took:.0f} s")
+                since, come = time.monotonic(), 0
     except OSError as error:
         raise http.client.HTTPException(str(error) or type(error).__name__) from error

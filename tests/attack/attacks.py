@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import attack
-from tests.attack import commands, hostile, kit, scenarios
+from tests.attack import commands, hostile, kit, scenarios, verb_scenarios
 from tests.kills import dies_at
 
 # Every kind in turn, this often.
@@ -46,6 +47,45 @@ def test_a_build_is_killed_at_a_few_of_its_operations(things: hostile.Kit, tmp_p
     numbers = iter(sorted(random.sample(range(40), 2)))
     attacked = scenarios.attack(scenario, tmp_path / "attacked", by=signal.SIGKILL, numbers=numbers)
     assert attacked.kills and not attacked.faults
+
+
+def test_compile_merge_fit_and_embed_are_killed_at_a_few(things: hostile.Kit, tmp_path: Path) -> None:
+    """At many of their operations in `make attack`; here each of the four once or twice, wherever chance has it."""
+    compiling = list(verb_scenarios.of_compiling(tmp_path, things.bundle))
+    chosen = [
+        random.choice([scenario for scenario in compiling if scenario.verb == verb]) for verb in ("compile", "merge")
+    ]
+    chosen.append(next(verb_scenarios.of_fitting(things.bundle, things.images)))
+    chosen.append(random.choice(list(verb_scenarios.of_embedding(things.bundle, things.images))))
+    for scenario in chosen:
+        numbers = iter([random.randrange(15)] if scenario.apart else sorted(random.sample(range(40), 3)))
+        attacked = scenarios.attack(scenario, tmp_path / "attacked", by=signal.SIGKILL, numbers=numbers)
+        assert attacked.kills and not attacked.faults, attacked.faults
+
+
+def test_a_graph_without_a_name_is_no_traceback(things: hostile.Kit, tmp_path: Path) -> None:
+    """Its hashes are right; runtimes take it, and what writes ONNX refuses it."""
+    import onnx
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(things.bundle, copy)
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    model.graph.ClearField("name")
+    model.graph.node[0].ClearField("name")
+    hostile.relisted(copy, "model.onnx", model.SerializeToString())
+    fits = ("fit", "X", "--images", "I", "--out", "out")
+    for words in (fits, *random.sample([words for words in hostile.READERS if words[0] != "fit"], 2)):
+        ended = commands.run(hostile._filled(words, things, copy), tmp_path)
+        assert not ended.faults and (ended.status == 5 or words != fits), f"{words}: {ended.words[-600:]}"
+
+
+def test_a_path_that_is_too_long_is_one_error(things: hostile.Kit, tmp_path: Path) -> None:
+    """At some of the places where a path may stand; `make attack` takes them all."""
+    for words in random.sample(hostile.PLACES, 6):
+        for strange in ("a name that is too long", "a path that is too long"):
+            arguments = hostile._filled(words, things, hostile.STRANGE[strange](tmp_path / "thing"))
+            ended = commands.run(arguments, tmp_path)
+            assert not ended.faults and ended.status, f"{words[:2]}: {ended.words[-600:]}"
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,8 @@ STRANGE: dict[str, Callable[[Path], Path]] = {
     "no UTF-8": _file(b'name = "caf\xe9"\n'),
     "a terabyte": _sparse,
     "a folder of an odd name": _odd_name,
+    "a name that is too long": lambda path: path.with_name("x" * 4000),
+    "a path that is too long": lambda path: path.joinpath(*(["y" * 200] * 30)),
 }
 # Where a path may stand: what reads it must refuse every one of those.
 PLACES: tuple[tuple[str, ...], ...] = (

@@ -137,7 +137,7 @@ def _checked(place: Path) -> None:
         pass
 
 
-_READERS = (contents.of_path, contents.page_of, _checked, _read)
+READERS = (contents.of_path, contents.page_of, _checked, _read)
 
 
 def of_deploying(built: Path) -> Iterator[Scenario]:
@@ -218,7 +218,7 @@ def of_signing(small: Path, key: Path, public: Path) -> Iterator[Scenario]:
 
     for begin, work in ((copied, sign), (signed, sign), (copied, record), (signed, record), (signed, record_and_sign)):
         verb = "sign" if work is sign else "record"
-        yield Scenario(verb=verb, begin=begin, work=work, state=state, name="bundle", others=_READERS)
+        yield Scenario(verb=verb, begin=begin, work=work, state=state, name="bundle", others=READERS)
 
 
 def of_publishing() -> Iterator[Scenario]:
@@ -243,7 +243,7 @@ def of_publishing() -> Iterator[Scenario]:
 
     for begin in (lambda _: None, published(b"old")):
         yield Scenario(
-            verb="build, its end", begin=begin, work=published(b"new"), state=state, name="bundle", others=_READERS
+            verb="build, its end", begin=begin, work=published(b"new"), state=state, name="bundle", others=READERS
         )
 
 

@@ -59,7 +59,7 @@ def test_no_table_steers_the_terminal(text: str) -> None:
     from rich.console import Console
 
     out = StringIO()
-    console = Console(file=out, width=400)
+    console = Console(file=out, width=2000)  # each of 40 characters may be a code of ten
     console.print(tables.table(text, [{text: text, "more": [text, text]}]))
     console.print(tables.facts(text, {text: text, "more": text}))
     shown = out.getvalue()
@@ -101,3 +101,41 @@ def test_last_words_say_what_was_done(monkeypatch: pytest.MonkeyPatch, capsys: A
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "after this was done: models serves tiny version 2." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [OSError(36, "File name too long", "x" * 9000), OSError("no reason"),
+                                    PermissionError(13, "Permission denied", b"caf\xe9\x1b[2J")])  # fmt: skip
+def test_what_the_system_refuses_is_one_error(raised: OSError, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended, terminal.reporting(True):
+        raise raised
+    said = capsys.readouterr()
+    assert ended.value.code == 4 and said.err.startswith("error: ") and len(said.err) < 600
+    assert json.loads(said.out)["exit_code"] == 4 and not steers(said.err)
+
+
+def test_a_name_that_no_file_can_have_is_one_error(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended, terminal.reporting(False):
+        Path("\ud800").stat()
+    assert ended.value.code == 2 and "no name that a file can have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["list", "X"], ["X"], ["validate", "--X"], ["generate", "a", "b", "X"],
+                                   ["openai", "a", "--port", "X"], ["--X"]])  # fmt: skip
+def test_words_of_the_command_line_do_not_steer_it(words: list[str]) -> None:
+    """They are refused before a command begins, by typer itself."""
+    from typer.testing import CliRunner
+
+    from dinoexport import cli
+
+    hostile = "\u202egnp.exe\x1b[2J\u2066"
+    ended = CliRunner().invoke(cli.app, [word.replace("X", hostile) for word in words])
+    assert ended.exit_code == 2 and "Error: " in ended.stderr and not steers(ended.output), ended.output
+
+
+def test_no_line_that_is_printed_is_two() -> None:
+    """`say` escapes a line end, for it may come from a file; one of our own is two calls."""
+    for path in (PACKAGE / "cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("say", "terminal.say"):
+                parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                assert not [part for part in parts if isinstance(part, str) and "\n" in part], path

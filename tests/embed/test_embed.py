@@ -470,7 +470,7 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         ({"outputs": ["class_tokens"]}, "Did you mean 'class_token'"),
         ({"outputs": ["class_token"] * 2}, "names one twice"),
         ({"out": "ftp://somewhere/x"}, "ftp:// is not a known scheme"),
-        ({"out": "s3://user:password@bucket/x"}, "must not contain a user name or a password"),
+        ({"out": "s3://user:password@bucket/x"}, "must not contain a user name, a password or a query"),
         ({"out": "https://example.invalid/x"}, "cannot be written to"),
         ({"out": "http://[::1"}, "is not an address: Invalid IPv6 URL"),
         ({"out": "s3://bucket:port/x"}, "is not an address: Port could not be cast"),

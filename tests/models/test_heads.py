@@ -129,8 +129,21 @@ def worst(answer: Answer, golden: Mapping[str, Any]) -> float:
     return max(errors(answer, golden).values())
 
 
+def seen_as(image: torch.Tensor, seen: str) -> torch.Tensor:
+    """What the backbone gets: the image as it is, padded around as the official code does, or one of two mistakes."""
+    height, width = image.shape[-2:]
+    match seen:
+        case "padded around":
+            return reference.padded(image)
+        case "padded right and below":
+            return F.pad(image, (0, -width % 14, 0, -height % 14))
+        case "cropped":
+            return image[..., : height // 14 * 14, : width // 14 * 14]
+    return image
+
+
 @functools.cache
-def streams(variant: str, size: str, pads: bool) -> dict[int, torch.Tensor]:
+def streams(variant: str, size: str, seen: str) -> dict[int, torch.Tensor]:
     """Block -> the residual stream of the official-shaped backbone, seed 7."""
     model = model_of(variant)
     backbone = getattr(model, "backbone", model)
@@ -139,7 +152,7 @@ def streams(variant: str, size: str, pads: bool) -> dict[int, torch.Tensor]:
     of_backbone.tokens_of(
         backbone.arch,
         lambda name: torch.from_numpy(reading(backbone)(name)),
-        [reference.padded(image) if pads else image],
+        [seen_as(image, seen)],
         blocks=[],
         block_done=lambda _done: None,
         keep_stream=lambda _j, done, stream: kept.__setitem__(done - 1, stream),
@@ -152,7 +165,7 @@ def plain(variant: str, model: Any, size: str, **changed: Any) -> dict[str, Any]
     head = changed.get("head", model.head)
     norm = tuple(torch.from_numpy(reading(model)(f"norm.{part}")) for part in ("weight", "bias"))
     load = changed.get("load", lambda name: torch.from_numpy(reading(model)(name)))
-    kept = changed.get("streams") or streams(variant, size, head.pads)
+    kept = changed.get("streams") or streams(variant, size, "padded around" if head.pads else "as it is")
     image = changed.get("image", torch.from_numpy(pixels(size)))
     answer = reference.answers_of(head, load, kept, (norm[0], norm[1]), image)
     return {name: value.numpy() for name, value in answer.items()}
@@ -318,7 +331,7 @@ def mistaken(  # noqa: C901 (a table of mistakes)
         value = torch.zeros(head.width) if "mean" in mistake else torch.ones(head.width)
         changed["load"] = lambda n: value if n == name else torch.from_numpy(read(n))
     elif mistake == "no class token":
-        kept = {block: stream.clone() for block, stream in streams(variant, size, True).items()}
+        kept = {block: stream.clone() for block, stream in streams(variant, size, "padded around").items()}
         for stream in kept.values():
             stream[:, 0] = 0
         changed["streams"] = kept
@@ -334,32 +347,31 @@ def mistaken(  # noqa: C901 (a table of mistakes)
         return answer | {"depth": clamp(torch.from_numpy(answer["depth"]), *head.depth_range).numpy()}
     elif mistake == "no clamp":
         monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: x)
+    elif mistake == "padding cut away":
+        answer = plain(variant, model, size, image=reference.padded(image))
+        (rows, columns), (height, width) = (-side % 14 // 2 for side in image.shape[-2:]), image.shape[-2:]
+        return {
+            name: array[:, rows : rows + height, columns : columns + width] if name in ("depth", "labels") else array
+            for name, array in answer.items()
+        }
     else:
-        pad = {"cropped": None, "padded right and below": (0, 1)}[mistake]
-        height, width = (side // 14 * 14 for side in image.shape[-2:])
-        rows, columns = -image.shape[-2] % 14, -image.shape[-1] % 14
-        seen = image[..., :height, :width] if pad is None else F.pad(image, (0, columns, 0, rows))
-        kept = {}
-        of_backbone.tokens_of(
-            head.arch,
-            lambda name: torch.from_numpy(read(name)),
-            [seen],
-            blocks=[],
-            block_done=lambda _done: None,
-            keep_stream=lambda _j, done, stream: kept.__setitem__(done - 1, stream),
-        )
-        changed["streams"] = kept
-        if pad is None:
+        changed["streams"] = streams(variant, size, mistake)
+        if mistake == "cropped":
             monkeypatch.setattr(type(head), "pads", False)
     return plain(variant, model, size, **changed)
+
+
+# The heads whose losses by each mistake were measured with the official code.
+TABLE = ("nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "voc2012_ms")
 
 
 @pytest.mark.parametrize(
     ("kind", "mistake"),
     [
-        *((kind, "other norm") for kind in ("nyu_linear", "nyu_linear4", "nyu_dpt", "ade20k_linear", "voc2012_ms")),
-        *((kind, "cropped") for kind in ("nyu_linear", "nyu_dpt", "ade20k_linear")),
-        *((kind, "padded right and below") for kind in ("nyu_linear4", "nyu_dpt", "voc2012_ms")),
+        *((kind, "other norm") for kind in TABLE),
+        *((kind, "cropped") for kind in TABLE),
+        *((kind, "padded right and below") for kind in TABLE),
+        *((kind, "padding cut away") for kind in TABLE),
         *((kind, "last blocks") for kind in ("nyu_linear4", "nyu_dpt")),
         *((kind, "hub's range") for kind in ("nyu_linear", "nyu_linear4")),
         *((kind, f"{what} dropped") for kind in ("ade20k_linear", "voc2012_ms") for what in ("mean", "variance")),
@@ -368,12 +380,9 @@ def mistaken(  # noqa: C901 (a table of mistakes)
     ],
 )
 def test_official_numbers_catch_mistakes(kind: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each known mistake costs at 225x300 is far past the limit, so none can pass."""
+    """What each known mistake costs at 225x300 is far past the limit, which the first test above holds there."""
     size = "1x225x300"
-    answer = mistaken("vits14", kind, size, mistake, monkeypatch)
-    monkeypatch.undo()
-    assert worst(answer, goldens("vits14", kind)[size]) > 100 * LIMIT
-    assert worst(plain("vits14", model_of("vits14", kind), size), goldens("vits14", kind)[size]) <= LIMIT
+    assert worst(mistaken("vits14", kind, size, mistake, monkeypatch), goldens("vits14", kind)[size]) > 100 * LIMIT
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,24 @@ def test_photographs_of_different_sizes_are_no_one_array() -> None:
     }
     with pytest.raises(InputRefused, match="different sizes"):
         model.finish(end.settings, arrays)
+
+
+def test_no_pixel_that_differs_is_lost_in_a_smaller_picture() -> None:
+    """518 pixels are shown in fewer; one that has another label is there, and its neighbours' colours are named."""
+    expected = np.zeros((1, 518, 518), np.int32)
+    expected[0, :, 300:] = 12
+    answer = expected.copy()
+    answer[0, 517, 6] = 3
+    model = model_of("vits14", "voc2012_linear")
+    scores = np.zeros((1, 21, 37, 37), np.float32)
+    (row,) = pictures.of_case(
+        model.head, np.zeros((1, 3, 518, 518), np.float32), {"labels": expected, "patch_logits": scores},
+        {"ours": {"labels": answer, "patch_logits": scores}}, model.backbone.preprocessing,
+    )  # fmt: skip
+    _, theirs, _, where = row
+    assert (np.asarray(Image.open(BytesIO(where.data))) == 255).all(axis=-1).sum() == 1
+    assert "1 of 268,324 pixels" in where.caption
+    colours = {tuple(colour): f"#{bytes(colour).hex()}" for colour in pictures.label_colours(21)}
+    seen = {tuple(colour) for colour in np.asarray(Image.open(BytesIO(theirs.data))).reshape(-1, 3)}
+    assert {colour for colour, _ in theirs.legend} == {colours[colour] for colour in seen}
+    assert [words for _, words in theirs.legend] == ["background 58%", "dog 42%"]

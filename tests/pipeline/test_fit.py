@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from dinoexport.errors import UsageError
 from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.fit import classifiers, examples, flow, publishing
+from dinoexport.pipeline.fit import features as of_images
 from dinoexport.runtime import ort
 from dinoexport.spec import Case, Runtime, silent
 from dinoexport.validation import validate_bundle
@@ -96,6 +100,7 @@ def test_the_graphs_probabilities_are_scikit_learns(
     page = (made.folder / bundle.REPORT_HTML).read_text()
     assert f"{made.held.right} of {made.held.images} images that the head was not fitted on" in page
     assert all(f"{true}, taken for {given}" in page for _, true, given, _ in made.held.confusions)
+    assert all(f"{share:.0%}".replace("%", " % of 2") in page for share in made.held.recall.values())
 
 
 def _model(folder: Path) -> Any:
@@ -130,10 +135,42 @@ def _oracle(kind: str, folder: Path, found: examples.Examples, inputs: dict[str,
     return model.predict_proba(held)
 
 
-def test_two_fits_give_the_same_bytes(features: Path, images: Path, tmp_path: Path) -> None:
-    first, second = (flow.fit(features, images, kind="logreg", out=tmp_path / name) for name in ("a", "b"))
-    hashes = [{f.name: f.sha256 for f in made.manifest.files} for made in (first, second)]
-    assert hashes[0] == hashes[1] and first.manifest.report["fit"] == second.manifest.report["fit"]
+def test_another_process_gives_the_same_bytes(features: Path, images: Path, tmp_path: Path) -> None:
+    """It computes the features itself, with other counts of threads, and has no torch."""
+    flow.fit(features, images, kind="logreg", out=tmp_path / "first")
+    code = (
+        "import sys\n"
+        "from pathlib import Path; from dinoexport.pipeline.fit import flow\n"
+        "flow.fit(*map(Path, sys.argv[1:3]), kind='logreg', out=Path(sys.argv[3]))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = os.environ | {
+        "DINOEXPORT_CACHE": str(tmp_path / "another"), "OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "3",
+        "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    command = [sys.executable, "-c", code, str(features), str(images), str(tmp_path / "second")]
+    subprocess.run(command, env=environment, check=True)
+    manifests = [bundle.verify(tmp_path / name) for name in ("first", "second")]
+    assert list((tmp_path / "another" / "features").rglob("*.npz")), "nothing of the first fit's cache was there"
+    first, second = ({f.name: f.sha256 for f in manifest.files} for manifest in manifests)
+    assert first == second and manifests[0].report["fit"] == manifests[1].report["fit"]
+
+
+def test_features_are_computed_once(
+    features: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another head on the same images runs the backbone for no image; a new image is the one that is run."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    flow.fit(features, folder, kind="logreg", out=tmp_path / "first")
+    ran: list[Any] = []
+    compute = of_images._of_image
+    monkeypatch.setattr(of_images, "_of_image", lambda outputs: ran.append(outputs) or compute(outputs))
+    flow.fit(features, folder, kind="knn", out=tmp_path / "second")
+    assert not ran
+    Image.new("RGB", (30, 30), "red").save(folder / "rocket" / "new.png")
+    flow.fit(features, folder, kind="knn", out=tmp_path / "third")
+    assert len(ran) == 1
 
 
 def example(name: str, label: str, digest: str) -> examples.Example:
@@ -203,6 +240,17 @@ def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:
     source: Any = Source()
     said = " ".join(examples.read(source, tmp_path, seed=0).said)
     assert "broken.png" in said and "b has 50 images, a has 2" in said and "10 files are copies" in said
+
+
+def test_held_out_images_are_counted_by_class() -> None:
+    """Written out by hand: of three dogs one is taken for a cat with 90 %, the one owl for a dog with 60 %."""
+    shares = np.array([[0.1, 0.9, 0], [0.9, 0.1, 0], [0.2, 0.8, 0], [1, 0, 0], [0.2, 0.6, 0.2]])
+    labels, names = ["dog", "dog", "dog", "cat", "owl"], list("abcde")
+    held = classifiers.judge(shares, labels, names, ("cat", "dog", "owl"))
+    assert (held.images, held.right, held.accuracy) == (5, 3, 0.6)
+    assert held.recall == {"cat": 1.0, "dog": pytest.approx(2 / 3), "owl": 0.0}
+    assert held.counts == {"cat": 1, "dog": 3, "owl": 1}
+    assert held.confusions == (("b", "dog", "cat", 0.9), ("e", "owl", "dog", 0.6))
 
 
 def test_wilsons_interval() -> None:

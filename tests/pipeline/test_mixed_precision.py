@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
+from dinoexport.bundle.reference_file import Reference
 from dinoexport.errors import UsageError
 from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline
@@ -135,6 +136,30 @@ def test_each_part_is_in_the_graph(part: str) -> None:
             "blocks.2": [(half, half, half)] * 2 + [(full, full, full)],
         }[part]
     )
+
+
+def test_a_head_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DPT head is the first part that goes back to fp32, because it costs least there; then its graph is fp32."""
+    request = pipeline.build_request(
+        str(DATA / "tiny_heads.toml"),
+        weights="synthetic:0",
+        head="nyu_dpt",
+        head_weights="synthetic:0",
+        precision="auto",
+    )
+
+    def problems(form: Any, *_: Any) -> dict[str, str]:
+        (graph,) = form.graphs
+        *_, head = form.calls(graph, lambda name: np.zeros(()))
+        return {} if head.piece.arguments["body"] == "float32" else {"odd_grid": "inf in the head"}
+
+    monkeypatch.setattr(mixed_precision, "_problems", problems)
+    reference = Reference(name="none", limits=request.limits, expectations=(), refusals=(), kinds={})
+    nothing: Any = None
+    found = mixed_precision.search(request.recipe, request.model, nothing, reference, tmp_path)
+    assert found.fp32 == ("head",) and found.trials[0].failed_by == "inf in the head"
+    recipe, form = mixed_precision.promoted(request.recipe, request.model, found.fp32)
+    assert recipe.graph["fp32"] == ["head"] and form.promotable == request.model.promotable
 
 
 def test_parts_in_a_recipe_are_checked(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def response(body: bytes, *, status: str = "200 OK", headers: str = "") -> bytes
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
+NOT_FOUND = response(b"{}", status="404 Not Found")
+
+
 def inferred(header: Any = RIGHT, data: bytes = bytes(40), length: object = None) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return response(
@@ -93,7 +96,7 @@ class Endpoint:
             try:
                 while request := self._read(connection):
                     self.requests.append(request)
-                    answer = self.answers[request.split(b" ", 2)[1].decode()]
+                    answer = self.answers.get(request.split(b" ", 2)[1].decode(errors="replace"), NOT_FOUND)
                     if callable(answer):
                         answer(connection)
                         return

@@ -7,7 +7,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -123,7 +125,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, noted and not waited for."""
     noted: list[float] = []
-    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=noted.append))
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=noted.append, monotonic=time.monotonic))
     return noted
 
 
@@ -383,6 +385,54 @@ def test_a_cache_that_is_no_folder(site: Site, tmp_path: Path, monkeypatch: pyte
         download.fetch(site.file(), progress=silent)
     assert caught.value.exit_code == 4
     assert caught.value.next_step
+
+
+def unending(handler: BaseHTTPRequestHandler) -> None:
+    """No length announced, and no end."""
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    with suppress(OSError):
+        for _ in range(1 << 10):
+            handler.wfile.write(b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["hash known", "hash unknown"])
+@pytest.mark.parametrize("answer", [unending, whole, ranged], ids=["unending", "longer", "longer, in parts"])
+def test_more_than_the_declared_size_is_never_kept(site: Site, answer: Answer, known: bool) -> None:
+    """Of a file of half the size: nothing beyond it is written, and what a range would add to it is not taken."""
+    half = site.file(content=CONTENT[: len(CONTENT) // 2]).changed(size_bytes=len(CONTENT) // 2)
+    site.answers = [answer] * 4
+    get = download.fetch if known else download.fetch_unknown
+    largest: list[int] = []
+    with pytest.raises(WeightsError, match=rf"more than the {len(CONTENT) // 2} bytes it has"):
+        get(half if known else half.changed(sha256=None), progress=lambda _doing, done, _total: largest.append(done))
+    folder = download.cached_path(half if known else half.changed(sha256=None)).parent
+    assert max(largest) <= len(CONTENT) // 2
+    assert sum(path.stat().st_size for path in folder.iterdir()) == 0 and left_behind(folder / "x") <= {
+        ".lock", "weights.pth.part",
+    }  # fmt: skip
+
+
+def test_a_trickle_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then: each read ends in time, and the whole never would."""
+    monkeypatch.setattr(download, "_SLOW_S", 0.1)
+
+    def trickles(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(CONTENT)))
+        handler.end_headers()
+        with suppress(OSError):
+            for i in range(1000):
+                handler.wfile.write(CONTENT[i : i + 1])
+                time.sleep(0.01)
+
+    site.answers = [trickles] * 4
+    with pytest.raises(WeightsError, match=r"only \d+ bytes came in 0 s"):
+        download.fetch(site.file(), progress=silent)
+    assert len(site.ranges) == 4
 
 
 def test_three_downloads_of_one_file_are_one(site: Site) -> None:

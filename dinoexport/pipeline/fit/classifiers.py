@@ -10,6 +10,7 @@ the family's choice, `Model.fits`.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -46,7 +47,8 @@ class Fitted:
 class Held:
     """The classifier's accuracy on images it was not fitted on. interval: Wilson's, 95 %.
 
-    recall: by class. confusions: (image, its class, the class it was given, with which probability), worst first.
+    recall: by class. counts: images by class. confusions: (image, its class, the class it was given, with which
+    probability), worst first.
     """
 
     images: int
@@ -54,6 +56,7 @@ class Held:
     accuracy: float
     interval: tuple[float, float]
     recall: Mapping[str, float]
+    counts: Mapping[str, int]
     confusions: tuple[tuple[str, str, str, float], ...]
 
 
@@ -86,14 +89,10 @@ def probabilities(kind: HeadKind, fitted: Fitted, features_ND: Array) -> Array:
 
 def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], classes: Sequence[str]) -> Held:
     """Evaluates the probabilities of held-out images; `names` are the images'."""
-    import numpy as np
-
     given = [classes[k] for k in probabilities_NK.argmax(axis=1)]
-    right = sum(ours == theirs for ours, theirs in zip(given, labels, strict=True))
-    recall = {
-        label: float(np.mean([g == label for g, t in zip(given, labels, strict=True) if t == label]))
-        for label in classes
-    }
+    counts = Counter(labels)
+    hits = Counter(true for ours, true in zip(given, labels, strict=True) if ours == true)
+    right = hits.total()
     wrong = [
         (name, true, ours, float(best))
         for name, true, ours, best in zip(names, labels, given, probabilities_NK.max(axis=1), strict=True)
@@ -104,7 +103,8 @@ def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], 
         right=right,
         accuracy=right / len(labels),
         interval=wilson(right, len(labels)),
-        recall=recall,
+        recall={label: hits[label] / counts[label] for label in classes},
+        counts={label: counts[label] for label in classes},
         confusions=tuple(sorted(wrong, key=lambda row: (-row[3], row[0]))),
     )
 

@@ -119,7 +119,12 @@ def publish(
             )
         new = _manifest(manifest, recipe, model, graph, old.file, made, report, facts)
         shown = html_report.HeldOut(
-            images=held.images, right=held.right, interval=held.interval, recall=held.recall, confusions=tuple(confused)
+            images=held.images,
+            right=held.right,
+            interval=held.interval,
+            recall=held.recall,
+            counts=held.counts,
+            confusions=tuple(confused),
         )
         page = _page(work, new, model, report, reference, {name: kept}, shown)
         made["page"] = page
@@ -150,7 +155,7 @@ def _write(
     (old,) = manifest.graphs
     for file in manifest.files:
         if file.name.startswith(f"{old.file}."):
-            files.copy(source / file.name, folder / file.name, sha256=file.sha256)
+            files.copy(source / file.name, folder / file.name, sha256=file.sha256, size_bytes=file.size_bytes)
     extension.write(source / old.file, folder / old.file)
     save_file(dict(extension.tensors), folder / HEAD_FILE)
     (folder / LABELS_FILE).write_text(json.dumps(list(classes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -36,7 +36,9 @@ def _quantised(work: Workspace, source: Stage, form: Callable[[Path, Path], obje
             work.progress("quantising", done, len(onnx_files))
         for file in source.files:  # files beside the graphs for other tools
             if not file.name.endswith((".onnx", ".onnx.data")):
-                files.copy(source.folder / file.name, folder / file.name, sha256=file.sha256)
+                files.copy(
+                    source.folder / file.name, folder / file.name, sha256=file.sha256, size_bytes=file.size_bytes
+                )
 
     return work.stage(
         "quantise", key_of(source=source.key, form=form.__name__, versions=versions_of(QUANTISERS)), make, costly=True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError, require
@@ -62,12 +63,31 @@ def application(source: Source) -> Starlette:
     )
 
 
-def serve(source: Source, *, host: str, port: int) -> None:
-    """Serves requests until interrupted."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of that address, which accepts nothing until `serve`; raises UsageError if the address is not free."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as opened:
+            bound = opened.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            opened.pop_all()
+            return bound
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a name of this machine"
+        raise UsageError(
+            f"Port {port} of {host} cannot be listened on: {reason}.", next_step="Choose another --host or --port."
+        ) from None
+
+
+def serve(source: Source, bound: socket.socket) -> None:
+    """Serves requests that arrive there until interrupted."""
     require("openai", "starlette", "uvicorn")
     import uvicorn
 
-    uvicorn.run(application(source), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(application(source), log_level="warning", timeout_graceful_shutdown=5)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[bound])
 
 
 async def _answered(

@@ -208,8 +208,13 @@ def open_source(
     if not folder.exists():
         client = TextClient(place, model=model, timeout_s=timeout_s, headers=headers, ca=ca)
         return TritonSource(client, timeout_s=timeout_s)
-    if model is not None:
-        raise UsageError("A bundle holds one model.", next_step="Leave --model out.")
+    for option, value, why in (
+        ("--model", model, "A bundle holds one model."),
+        ("--headers", headers, "A bundle is opened here, and no request is sent."),
+        ("--ca", ca, "A bundle is opened here, and no request is sent."),
+    ):
+        if value is not None:
+            raise UsageError(why, next_step=f"Leave {option} out.")
     from dinoexport import bundle
     from dinoexport.runtime import text_model
 

@@ -45,7 +45,13 @@ def copied(
             rest.append(file)
             continue
         try:
-            files.copy(folder / file.name, copies / file.name, sha256=file.sha256, progress=progress)
+            files.copy(
+                folder / file.name,
+                copies / file.name,
+                sha256=file.sha256,
+                size_bytes=file.size_bytes,
+                progress=progress,
+            )
         except Unreadable as error:
             raise bundle.unreadable(folder, file.name, error) from None
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 
 from dinoexport.images import Preprocessing
@@ -77,7 +78,8 @@ def _depths(reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
     for name, depth in others.items():
         row.append(_drawn(depth_image(depth.astype(np.float32), low, high), name, "the same colours"))
         worst = float(errors[name][np.isfinite(errors[name])].max(initial=0.0))
-        colours = viridis(np.nan_to_num(errors[name], nan=largest) / max(largest, 1e-300))
+        shown = _most_of_each_block(np.nan_to_num(errors[name], nan=largest))
+        colours = viridis(shown / max(largest, 1e-300))
         row.append(_drawn(colours, "Difference", f"of {name}: dark 0, bright {largest:.1e}, worst {worst:.1e}"))
     return row
 
@@ -88,15 +90,26 @@ def _label_maps(head: Head, reference_HW: Array, others: Mapping[str, Array]) ->
     names, count = head.class_names, head.class_count
     found, pixels = np.unique(reference_HW, return_counts=True)
     most = found[np.argsort(-pixels, kind="stable")][:_LEGEND]
-    legend = ", ".join(f"{names[k]} {pixels[found == k][0] / reference_HW.size:.0%}" for k in most)
-    row = [_drawn(label_image(reference_HW, count), "PyTorch", legend)]
+    colours = label_colours(count)
+    legend = tuple(
+        (f"#{bytes(colours[k]).hex()}", f"{names[k]} {_percent(pixels[found == k][0] / reference_HW.size)}")
+        for k in most
+    )
+    rest = len(found) - len(most)
+    caption = f"and {rest} more {'class' if rest == 1 else 'classes'}" if rest else ""
+    row = [replace(_drawn(label_image(reference_HW, count), "PyTorch", caption), legend=legend)]
     for name, labels in others.items():
         differs = labels.astype(np.int64) != reference_HW
         row.append(_drawn(label_image(labels, count), name, "the same colours"))
-        colours = np.where(differs[..., None], np.uint8(255), np.uint8(24)).repeat(3, axis=-1)
+        shown = _most_of_each_block(differs)
+        drawn = np.where(shown[..., None], np.uint8(255), np.uint8(24)).repeat(3, axis=-1)
         caption = f"of {name}: {int(differs.sum()):,} of {differs.size:,} pixels have another label"
-        row.append(_drawn(colours, "Where they differ", caption))
+        row.append(_drawn(drawn, "Where they differ", caption))
     return row
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _best_classes(head: Head, reference: Arrays, others: Mapping[str, Arrays]) -> list[Picture]:
@@ -122,6 +135,18 @@ def _bars(names: Sequence[str], probabilities_K: Array, title: str) -> Picture:
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="260" height="{height}" viewBox="0 0 260 {height}">'
     data = (svg + "".join(lines) + "</svg>").encode()
     return Picture(title=title, caption="the most probable classes", data=data, media_type="image/svg+xml")
+
+
+def _most_of_each_block(map_HW: Array) -> Array:
+    """The largest value of each block of pixels that one pixel of the picture shows, so that none is lost."""
+    import numpy as np
+
+    height, width = map_HW.shape
+    step = -(-max(height, width) // _SIDE_MAX)
+    filled = np.pad(map_HW, ((0, -height % step), (0, -width % step)), mode="edge")
+    blocks = filled.reshape(filled.shape[0] // step, step, filled.shape[1] // step, step)
+    most: Array = blocks.max(axis=(1, 3))
+    return most
 
 
 def _drawn(colours_HW3: Array, title: str, caption: str) -> Picture:

@@ -1,0 +1,203 @@
+"""Decoders beside their peers: a step after 1024 tokens, and a prompt of 512: `python -m benchmarks.text`.
+
+Every candidate has a process of its own and is asked in turn, several times; each figure is the median of its rounds.
+The peers' packages are in an environment of their own (`--peers PYTHON`); a candidate that cannot be opened is a row
+with the reason. Writes benchmarks/results/text.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAST, PROMPT, STEPS = 1024, 512, 24
+PROBE_BYTES = 1 << 29
+Figures = dict[str, float]
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call."""
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)
+
+
+def prompt_ids() -> list[int]:
+    """1200 tokens of Python, the longest case of the validation."""
+    (ids,) = json.loads((ROOT / "validate" / "smollm2_long.json").read_text())
+    return list(ids)
+
+
+def of_bundle(place: str) -> Figures:
+    """RUNTIME:BUNDLE, through the runtime's decoder. bytes: of the weights that a step reads, and of its cache."""
+    import numpy as np
+
+    from dinoexport import bundle
+    from dinoexport.runtime import cpu, decoding
+    from dinoexport.spec import Runtime, Way
+
+    runtime, _, folder = place.partition(":")
+    manifest = bundle.read_manifest(Path(folder))
+    (facts,) = manifest.graphs
+    graph, path = facts.graph(), Path(folder) / facts.file
+    opened = cpu.open_graphs({path: graph}, Way(runtime=Runtime(runtime), precision=manifest.precision))[graph.name]
+    ids = np.array([prompt_ids()])
+
+    def read(count: int) -> Any:
+        decoder = decoding.begin(opened, graph)
+        decoder.step(ids[:, :count], np.ones((1, count), np.int64))
+        return decoder
+
+    read(PROMPT)
+    prefill = timed(lambda: read(PROMPT))
+    decoder = read(PAST)
+    steps = [
+        timed(lambda at=at: decoder.step(ids[:, at : at + 1], np.ones((1, at + 1), np.int64)))
+        for at in range(PAST, PAST + STEPS)
+    ]
+    cache = sum(a.nbytes for a in decoder.carried().values())
+    table = 4 * manifest.recipe.model["vocabulary"] * manifest.recipe.model["dim"]
+    stored = path.with_name(f"{path.name}.data").stat().st_size - table  # of which a step reads one row
+    return {"prefill_ms": prefill, "step_ms": statistics.median(steps), "bytes": stored + cache}
+
+
+def of_transformers(place: str) -> Figures:
+    """A folder of Hugging Face's, in fp32 and eager."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt_ids()])
+    with torch.inference_mode():
+        model(ids[:, :PROMPT], logits_to_keep=1)
+        prefill = timed(lambda: model(ids[:, :PROMPT], logits_to_keep=1))
+        cache = model(ids[:, :PAST], logits_to_keep=1, use_cache=True).past_key_values
+        steps = [
+            timed(lambda at=at: model(ids[:, at : at + 1], past_key_values=cache, use_cache=True))
+            for at in range(PAST, PAST + STEPS)
+        ]
+    return {"prefill_ms": prefill, "step_ms": statistics.median(steps)}
+
+
+def of_onnxruntime_genai(place: str) -> Figures:
+    """A folder of its builder's."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(place)
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=PAST + STEPS + 8, do_sample=False, min_length=PAST + STEPS + 8)
+
+    def read(count: int) -> Any:
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(prompt_ids()[:count])
+        return generator
+
+    read(PROMPT)
+    prefill = timed(lambda: read(PROMPT))
+    generator = read(PAST)
+    generator.generate_next_token()
+    steps = [timed(generator.generate_next_token) for _ in range(STEPS)]
+    return {"prefill_ms": prefill, "step_ms": statistics.median(steps)}
+
+
+def of_openvino_genai(place: str) -> Figures:
+    """A GGUF file, which it reads itself; its own figures of the time to the first token and for each further one."""
+    import openvino
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(place, "CPU")
+    config = openvino_genai.GenerationConfig()
+    config.do_sample, config.apply_chat_template, config.ignore_eos = False, False, True
+
+    def ask(count: int, tokens: int) -> Any:
+        import numpy as np
+
+        config.max_new_tokens = tokens
+        ids = np.array([prompt_ids()[:count]])
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        return pipeline.generate(inputs, config).perf_metrics
+
+    ask(PROMPT, 1)
+    return {"prefill_ms": ask(PROMPT, 1).get_ttft().mean, "step_ms": ask(PAST, STEPS).get_tpot().mean}
+
+
+KINDS: dict[str, Callable[[str], Figures]] = {
+    "dinoexport": of_bundle,
+    "transformers": of_transformers,
+    "onnxruntime-genai": of_onnxruntime_genai,
+    "openvino-genai": of_openvino_genai,
+}
+
+
+def memory_gb_per_s() -> float:
+    """The best rate at which two threads sum half a gigabyte."""
+    import numpy as np
+
+    halves = np.ones((2, PROBE_BYTES // 8), np.float32)
+    with ThreadPoolExecutor(2) as pool:
+        return PROBE_BYTES / 1e6 / min(timed(lambda: list(pool.map(np.sum, halves))) for _ in range(10))
+
+
+def main() -> None:
+    """Asks every candidate in turn, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("candidates", nargs="+", help="LABEL=KIND=PLACE; kinds are " + ", ".join(KINDS))
+    parser.add_argument("--peers", default=sys.executable, help="The Python that has the peers' packages.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", default="", help="What else the machine did.")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "text.md")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        _, kind, place = asked.candidates[0].split("=", 2)
+        print(json.dumps(KINDS[kind](place)))
+        return
+    rounds: dict[str, list[Figures]] = {candidate: [] for candidate in asked.candidates}
+    reasons: dict[str, str] = {}
+    speed = memory_gb_per_s()
+    for _ in range(asked.rounds):
+        for candidate in asked.candidates:
+            python = sys.executable if candidate.split("=")[1] == "dinoexport" else asked.peers
+            command = [python, "-m", "benchmarks.text", candidate, "--one"]
+            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                reasons[candidate] = (ran.stderr.strip().splitlines() or ["it ended"])[-1][:100]
+            else:
+                rounds[candidate].append(json.loads(ran.stdout.strip().splitlines()[-1]))
+        speed = max(speed, memory_gb_per_s())
+    lines = [
+        "# Decoders beside their peers",
+        "",
+        f"`python -m benchmarks.text`, SmolLM2-135M on {platform.machine()}, {os.cpu_count()} CPUs, "
+        f"{asked.rounds} rounds in turn, medians. Memory: {speed:.0f} GB/s. {asked.note}".strip(),
+        "",
+        f"| candidate | step after {PAST}, ms | tokens/s | of memory speed | prompt of {PROMPT}, ms | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for candidate, found in rounds.items():
+        label = candidate.split("=")[0]
+        if not found:
+            lines.append(f"| {label} | {reasons.get(candidate, '')} | | | | |")
+            continue
+        step, prefill = (statistics.median(figures[key] for figures in found) for key in ("step_ms", "prefill_ms"))
+        share = f"{found[0]['bytes'] / 1e6 / step / speed:.0%}" if "bytes" in found[0] else ""
+        lines.append(
+            f"| {label} | {step:.1f} | {1000 / step:.0f} | {share} | {prefill:.0f} | {1000 * PROMPT / prefill:.0f} |"
+        )
+    asked.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
