@@ -79,7 +79,7 @@ def exported(name: str, precision: Precision, folder: Path, largest_batch: int, 
     model = replace(model, recipe=request.recipe.model_copy(update={"profile": ranges}))
     checkpoint = open_checkpoint(model, request.recipe, request.weights, progress=silent)
     (graph,) = model.graphs
-    onnx, _ = export(graph, model.calls(graph, checkpoint.read), folder, metadata={})
+    onnx = export(graph, model.calls(graph, checkpoint.read), folder, metadata={}).onnx
     cases = [
         Case(name=str(size), why=f"{DISTINCT} noise images", inputs={"pixels": pixels(DISTINCT, size, size, size)})
         for size in sizes

@@ -16,7 +16,7 @@ import torch
 
 from dinoexport.family import Call, Model, Read
 from dinoexport.graph import traces as kept
-from dinoexport.graph.onnx_writer import export, traced
+from dinoexport.graph.onnx_writer import Trace, export, traced
 from dinoexport.runtime import runners
 from dinoexport.spec import Arrays, Case, Graph, Precision, silent
 from dinoexport.validation import error_analysis
@@ -86,11 +86,13 @@ def eagerly(model: Model, read: Read, inputs: Sequence[Arrays]) -> list[dict[str
     return [model.drive(opened, arrays) for arrays in inputs]
 
 
-def export_to(folder: Path, model: Model, read: Read, traces: dict[str, Any] | None = None) -> None:
-    """All graphs of the model as ONNX in `folder`."""
+def export_to(
+    folder: Path, model: Model, read: Read, traces: dict[str, Any] | None = None, trace: Trace = kept.of
+) -> None:
+    """All graphs of the model as ONNX in `folder`. trace: a tracer, for pieces that a test has changed in memory."""
     for graph in model.graphs:
-        trace = functools.partial(traced, trace=kept.of)
-        export(graph, model.calls(graph, read), folder, metadata={}, traces=traces, trace=trace)
+        made = functools.partial(traced, trace=trace)
+        export(graph, model.calls(graph, read), folder, metadata={}, traces=traces, trace=made)
 
 
 def exported(

@@ -152,13 +152,14 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def all_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def all_traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that all workers of a run share: each piece is traced once, by whoever needs it first.
 
-    A trace is found by all that it depends on (`dinoexport/graph/traces.py`), so a changed piece is traced anew.
+    A trace is found by all that it depends on (`dinoexport/graph/traces.py`): a changed piece is traced anew, but not
+    one that a test changes in memory, whose export is given `tracer.trace`.
     """
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "all_traces"
+    folder = (own.parent if hasattr(request.config, "workerinput") else own) / "all_traces"
     (folder / "traces").mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -14,7 +14,8 @@ import torch
 from onnx import numpy_helper
 
 from dinoexport.errors import BuildError, InputRefused, MissingRequirement
-from dinoexport.graph import quantise
+from dinoexport.graph import quantise, tracer, traces
+from dinoexport.graph.onnx_writer import Trace
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.graph import Stem
 from dinoexport.pipeline import build as pipeline
@@ -38,11 +39,11 @@ needs_int8 = pytest.mark.skipif(
 class Exported:
     """A tiny variant's file, and what PyTorch says to images of any size."""
 
-    def __init__(self, recipe: str, folder: Path) -> None:
+    def __init__(self, recipe: str, folder: Path, trace: Trace = traces.of) -> None:
         self.model = pipeline.build_request(str(DATA / f"{recipe}.toml")).model
         (self.graph,) = self.model.graphs
         self.path = folder / "model.onnx"
-        export_to(folder, self.model, self.read)
+        export_to(folder, self.model, self.read, trace=trace)
 
     def read(self, name: str) -> Any:
         return self.model.synthetic(name, 7)
@@ -96,7 +97,7 @@ def test_the_abs_that_openvino_drops_would_be_noticed(tmp_path: Path, monkeypatc
         return off_grid, off_grid
 
     monkeypatch.setattr(Stem, "_off_grid", with_abs)
-    wrong = Exported("tiny_swiglu", tmp_path)
+    wrong = Exported("tiny_swiglu", tmp_path, tracer.trace)
     onnxruntime = runners.open_candidate(wrong.model, {wrong.path: wrong.graph})
     assert wrong.error(onnxruntime, (1, 98, 126)) < 1e-5
     assert wrong.error(openvino.open_graph(wrong.path, wrong.graph), (1, 98, 126)) > 0.01
