@@ -182,13 +182,16 @@ $(RAY)/.ready: pyproject.toml constraints.txt
 	$(INSTALL) --python $(RAY)/bin/python --constraint constraints.txt --editable '.[cpu,ray]' pytest
 	touch $(RAY)/.ready
 
-# Servers that only tests talk to: Microsoft's emulator of Azure's storage (365 MB of npm), a WebDAV server, and Docker's
-# registry from a Debian package. Nothing is installed on the machine; the tests of what cannot be had are skipped.
+# LanceDB, which opens what embed wrote, and servers that only tests talk to: Microsoft's emulator of Azure's storage (365
+# MB of npm), a WebDAV server, and Docker's registry from a Debian package. Nothing is installed on the machine; the tests
+# of what cannot be had are skipped.
 $(STORES)/.ready:
 	rm -rf $(STORES)
 	mkdir -p $(STORES)/azure $(STORES)/webdav $(STORES)/registry
 	$(TARGET_PIP) $(STORES)/webdav wsgidav==4.4.0 cheroot==11.1.2 defusedxml jinja2 json5 markupsafe more-itertools \
 		jaraco.functools pyyaml
+	$(TARGET_PIP) $(STORES)/lance lancedb==0.40.0 lance-namespace==0.13.0 lance-namespace-urllib3-client==0.13.0 \
+		deprecation==2.1.0 overrides==7.7.0 tqdm
 	cd $(STORES)/azure && { npm install --ignore-scripts --no-audit --no-fund --silent azurite@3.37.0 \
 		|| echo 'No npm: the tests of Azure are skipped.'; }
 	cd $(STORES)/registry && { { apt-get download docker-registry && dpkg -x docker-registry_*.deb .; } \
@@ -196,7 +199,7 @@ $(STORES)/.ready:
 	touch $(STORES)/.ready
 
 stores: $(READY) $(INTEROP)/.ready $(STORES)/.ready
-	$(BIN)/pytest tests/stores tests/embed/test_object_store.py
+	$(BIN)/pytest tests/stores tests/embed/test_object_store.py tests/embed/test_lancedb.py
 
 $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 from dinoexport.cli import build, embed, engines, fit, inspect, registry, serve, streams, text
 from dinoexport.cli.app import EXIT_CODES, app
+from dinoexport.cli.escaping import printable
 from dinoexport.cli.terminal import output_lost
 from dinoexport.system import interrupts
 
@@ -18,6 +20,7 @@ __all__ = ["EXIT_CODES", "app", "build", "embed", "engines", "fit", "inspect", "
 def main() -> NoReturn:
     """Runs the command line. SIGTERM ends like Ctrl-C, so that it too leaves nothing half written."""
     interrupts.leave_at_once()
+    warnings.formatwarning = _warning
     # The objects of PyTorch and its tracer live until the end. Garbage collection walked them repeatedly: a quarter
     # of the time of tracing, and 1.2 s at the end of every command that had imported them.
     gc.set_threshold(100_000, 50, 100)
@@ -34,3 +37,8 @@ def main() -> NoReturn:
     finally:
         gc.freeze()
     sys.exit(0)
+
+
+def _warning(message: Any, category: type[Warning], *_place: Any, **_named: Any) -> str:
+    """A library's warning as one line of visible characters, for it may quote a file."""
+    return f"{category.__name__}: {printable(str(message))}\n"

@@ -23,7 +23,7 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
     A cluster with GPUs gives each actor one. Raises MissingRequirement without a cluster, and exceptions of shards.
     """
     require("ray", "ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # whatever the environment says
     import ray
 
     began = not ray.is_initialized()

@@ -139,3 +139,14 @@ def test_no_line_that_is_printed_is_two() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("say", "terminal.say"):
                 parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
                 assert not [part for part in parts if isinstance(part, str) and "\n" in part], path
+
+
+def test_a_librarys_warning_does_not_steer_the_terminal() -> None:
+    """As the real command line prints it, not as a test's runner does."""
+    code = (
+        "import sys, warnings, dinoexport.cli as cli\n"
+        "cli.app = lambda: warnings.warn('\\x1b[2J\\nerror: forged\\u202e')\n"
+        "cli.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and ran.stderr == "UserWarning: \\x1b[2J\\nerror: forged\\u202e\n", ran.stderr

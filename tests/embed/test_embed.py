@@ -472,8 +472,8 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         ({"out": "ftp://somewhere/x"}, "ftp:// is not a known scheme"),
         ({"out": "s3://user:password@bucket/x"}, "must not contain a user name, a password or a query"),
         ({"out": "https://example.invalid/x"}, "cannot be written to"),
-        ({"out": "http://[::1"}, "is not an address: Invalid IPv6 URL"),
-        ({"out": "s3://bucket:port/x"}, "is not an address: Port could not be cast"),
+        ({"out": "http://[::1"}, r"is not an address\."),
+        ({"out": "s3://bucket:port/x"}, r"is not an address\."),
     ):
         given = {"images": str(photos), "out": str(tmp_path / "out"), **words}
         with pytest.raises(UsageError, match=said) as raised:
