@@ -67,7 +67,7 @@ def of_bundle(place: str) -> Figures:
         for at in range(PAST, PAST + STEPS)
     ]
     cache = sum(a.nbytes for a in decoder.carried().values())
-    table = 4 * manifest.recipe.model["vocabulary"] * manifest.recipe.model["dim"]
+    table = 4 * manifest.recipe["model"]["vocabulary"] * manifest.recipe["model"]["dim"]
     stored = path.with_name(f"{path.name}.data").stat().st_size - table  # of which a step reads one row
     return {"prefill_ms": prefill, "step_ms": statistics.median(steps), "bytes": stored + cache}
 
@@ -120,16 +120,18 @@ def of_openvino_genai(place: str) -> Figures:
     config = openvino_genai.GenerationConfig()
     config.do_sample, config.apply_chat_template, config.ignore_eos = False, False, True
 
-    def ask(count: int, tokens: int) -> Any:
+    def ask(count: int, tokens: int, begin: int) -> Any:
+        """begin: another one each time, because the pipeline keeps the cache of a prompt that it has read."""
         import numpy as np
 
         config.max_new_tokens = tokens
-        ids = np.array([prompt_ids()[:count]])
+        ids = np.array([prompt_ids()[begin : begin + count]])
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
         return pipeline.generate(inputs, config).perf_metrics
 
-    ask(PROMPT, 1)
-    return {"prefill_ms": ask(PROMPT, 1).get_ttft().mean, "step_ms": ask(PAST, STEPS).get_tpot().mean}
+    ask(PROMPT, 1, 2)
+    prefill = ask(PROMPT, 1, 1).get_ttft().mean
+    return {"prefill_ms": prefill, "step_ms": ask(PAST, STEPS, 0).get_tpot().mean}
 
 
 KINDS: dict[str, Callable[[str], Figures]] = {
