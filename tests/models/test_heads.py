@@ -430,3 +430,16 @@ def test_hugging_faces_depth_anything_agrees_at_518() -> None:
         expected = theirs(torch.from_numpy(image)).predicted_depth.numpy()
     (ours,) = conformance.reference(model, read, [{"pixels": image}])
     assert expected.std() > 0 and distance(ours["depth"], expected).relative_l2 <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "words"),
+    [
+        ("vits14", "ade20k_ms", "is padded around"),
+        ("vits14", "linear", "is cropped to"),
+        ("depth-anything-v2-vits", None, "must be multiples of 14"),
+    ],
+)
+def test_the_card_says_what_the_graph_does_with_other_sizes(variant: str, kind: str | None, words: str) -> None:
+    card = model_of(variant, kind).card
+    assert words in card["limits"] and ("LVD" in card["model"]) == (kind is not None)

@@ -241,4 +241,4 @@ class Dinov2Model:
     @property
     def card(self) -> Mapping[str, str]:
         """See `reporting`."""
-        return reporting.card(self.recipe, self.arch)
+        return reporting.card(self.recipe, self.arch, sizes=self.choices.sizes)

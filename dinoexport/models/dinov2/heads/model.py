@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.family import Call, FrontEnd, HeadWeights, Read, Shapes
+from dinoexport.models.dinov2 import reporting
 from dinoexport.models.dinov2.heads import finishing, layouts, pictures, serving, signature, synthetic
 from dinoexport.models.dinov2.heads.kinds import Head, HeadTable
 from dinoexport.models.dinov2.published import PATCH
@@ -303,7 +304,12 @@ class HeadedModel:
     @property
     def card(self) -> Mapping[str, str]:
         """The backbone's, and what the head was trained on, its range and its classes."""
-        return {**self.backbone.card, **signature.card(self.head)}
+        strict = self.backbone.choices.sizes == "strict"
+        sizes = "pad" if self.head.pads and not strict else self.backbone.choices.sizes
+        of_backbone = dict(reporting.card(self.recipe, self.backbone.arch, sizes=sizes))
+        if self.recipe.weights and not self.head.own_file:
+            of_backbone |= signature.depth_anything_card(self.recipe.name)
+        return {**of_backbone, **signature.card(self.head)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,3 +89,16 @@ def card(head: Head) -> dict[str, str]:
     if head.table.max_depth is not None:
         said["depth_range"] = f"0 to {head.table.max_depth:g} m"
     return said
+
+
+def depth_anything_card(name: str) -> dict[str, str]:
+    """What a published model of Depth Anything V2 is; its backbone began as DINOv2 and was trained further.
+
+    Yang et al. 2024 (arXiv:2406.09414); bias is not stated there.
+    """
+    return {
+        "model": f"{name}: a DINOv2 backbone and a DPT head, trained together",
+        "intended_use": "depth of each pixel of one photograph",
+        "limits": "Both sides of an image must be multiples of 14.",
+        "bias": "not stated by the authors",
+    }
