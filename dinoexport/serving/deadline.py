@@ -96,3 +96,24 @@ class StreamBounds:
         if self._events_left < 0 or self._bytes_left < 0:
             what = "events" if self._events_left < 0 else "bytes"
             raise Malformed(f"it has more {what} than an answer of {self._tokens} tokens")
+
+
+class EventLines:
+    """The lines of events in a response that is still being sent, from the pieces that are read."""
+
+    def __init__(self, bounds: StreamBounds) -> None:
+        self._bounds, self._rest = bounds, b""
+
+    def add(self, piece: bytes) -> None:
+        """The next piece. Raises Malformed when the response is longer than what was asked for can take."""
+        self._bounds.count(size_bytes=len(piece))
+        self._rest += piece
+
+    def next(self) -> bytes | None:
+        """The next event's line without its end, or None while it is not complete. Other lines are dropped."""
+        while b"\n" in self._rest:
+            line, _, self._rest = self._rest.partition(b"\n")
+            if line.startswith(b"data:"):
+                self._bounds.count(events=1)
+                return line
+        return None

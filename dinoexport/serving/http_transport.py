@@ -16,7 +16,7 @@ from urllib.parse import quote
 from dinoexport.serving import answers
 from dinoexport.serving.address import Address
 from dinoexport.serving.answers import Malformed
-from dinoexport.serving.deadline import Deadline, StreamBounds, watched
+from dinoexport.serving.deadline import Deadline, EventLines, StreamBounds, watched
 from dinoexport.serving.transport import (
     METADATA_MAX_BYTES,
     Place,
@@ -92,22 +92,14 @@ class Http:
 
     def _events(self, response: Any, bounds: StreamBounds) -> Iterator[bytes]:
         """The lines of events in a response that is still being sent. Other lines do not move an event's deadline."""
-        rest = b""
+        lines = EventLines(bounds)
         while True:
-            line = b""
             with Deadline(bounds.next_s, response.shutdown) as deadline, self._errors(deadline):
-                while not line.startswith(b"data:"):
-                    line, end, after = rest.partition(b"\n")
-                    if end:
-                        rest = after
-                        continue
-                    line = b""
+                while (line := lines.next()) is None:
                     piece = response.read1(1 << 16)
                     if not piece:
                         return
-                    bounds.count(size_bytes=len(piece))
-                    rest += piece
-            bounds.count(events=1)
+                    lines.add(piece)
             yield line
 
     def register(self, region: str, key: str, size_bytes: int) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from dinoexport.errors import DinoexportError, UsageError
 from dinoexport.serving import text_client, transport
-from dinoexport.serving.deadline import StreamBounds
+from dinoexport.serving.deadline import EventLines, StreamBounds
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.text import requests
 from dinoexport.text.generation import Written
@@ -171,22 +171,14 @@ class TritonSource:
 
 async def _events(response: httpx.Response, bounds: StreamBounds) -> AsyncGenerator[bytes, None]:
     """The lines of events in a response that is still being sent. Other lines do not move an event's deadline."""
-    pieces, rest = response.aiter_raw(), b""
+    pieces, lines = response.aiter_raw(), EventLines(bounds)
     while True:
-        line = b""
         async with asyncio.timeout(bounds.next_s):
-            while not line.startswith(b"data:"):
-                line, end, after = rest.partition(b"\n")
-                if end:
-                    rest = after
-                    continue
-                line = b""
+            while (line := lines.next()) is None:
                 piece = await anext(pieces, b"")
                 if not piece:
                     return
-                bounds.count(size_bytes=len(piece))
-                rest += piece
-        bounds.count(events=1)
+                lines.add(piece)
         yield line
 
 
