@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -223,7 +224,8 @@ def export(
             return
         _say_reused(built)
         say(f"Bundle: {out or built.folder}   UNJUDGED: nothing was measured")
-        say(f"Next:   dinoexport build {variant or f'--weights {weights}'} makes a validated one")
+        what = "--weights " + shlex.quote(str(weights)) if variant is None else shlex.quote(variant)
+        say(f"Next:   dinoexport build {what} makes a validated one")
 
 
 @app.command(epilog=EXIT_CODES)

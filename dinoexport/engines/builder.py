@@ -64,8 +64,8 @@ class Engine:
 def _folded_bytes(profile: Profile) -> int:
     """The constants that a compiler may compute for a profile of one size alone, such as positions of its patches.
 
-    At most the numbers of one input item, as float32: 588 of a patch of 14 pixels a side, where ViT-L folds 1,024 of
-    half the size. For a profile with a range nothing can be folded.
+    At most the numbers of one input item, as float32, which is 3.8 MB for 224 and 518 pixels a side together: with
+    these profiles an engine of ViT-S in fp16 held 145 kB more than the graph. Nothing is folded for a range.
     """
     if any(smallest != largest for smallest, _, largest in profile.shapes.values()):
         return 0

@@ -25,6 +25,7 @@ from dinoexport.pipeline.stages import engine as engine_stage
 from dinoexport.system import hardware
 from tests.attack.kit import small_bundle
 from tests.attack.scenarios import READERS, Scenario
+from tests.standin import plans
 
 _CARDS = {"8.0": "NVIDIA A100-SXM4-80GB", "9.0": "NVIDIA H100 80GB HBM3"}
 _SHARDS = 3
@@ -127,16 +128,9 @@ def _compiles(source: Path | None, capability: str) -> Callable[[Path], None]:
 
 
 def _header(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.Engine:
-    """A classic plan's header and nothing more, by the signature of `builder.build`."""
-    path, log = folder / f"{graph.name}.plan", folder / f"{graph.name}.plan.log"
-    capability = asked["compute_capabilities"][0]
-    path.write_bytes(b"ftrt" + bytes(20) + bytes([11, 2, 1, 2]) + capability.encode() * 40)
-    log.write_text("compiled")
-    return builder.Engine(
-        path=path, log=log, runtime_version="11.2.1.2", compute_capabilities=tuple(asked["compute_capabilities"]),
-        size_bytes=path.stat().st_size, weight_bytes=None, scratch_bytes=1, attentions=3, fused_attentions=3,
-        build_s=1.0, peak_memory_bytes=1,
-    )  # fmt: skip
+    """`builder.build` without a compiler, the same plan each time."""
+    wanted = tuple(asked["compute_capabilities"])
+    return plans.written(graph, folder, capabilities=wanted, content=wanted[0].encode() * 40)
 
 
 def _in_this_process(job: Job, tasks: Sequence[Task], *, finished: Any, ticked: Any, **_: Any) -> None:

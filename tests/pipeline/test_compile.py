@@ -29,6 +29,7 @@ from dinoexport.spec import Runtime
 from dinoexport.system import files, hardware
 from dinoexport.validation import evaluate, judge
 from tests.conftest import DATA
+from tests.standin import plans
 
 # On a machine that only serves none of these is there; an import of one fails the test.
 _BARE = """
@@ -103,15 +104,8 @@ def test_attentions_are_counted_as_onnx_shows_them(built: Path) -> None:
 
 
 def fake_plan(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.Engine:
-    """A classic plan's header and nothing more, by the signature of `builder.build`."""
-    path, log = folder / f"{graph.name}.plan", folder / f"{graph.name}.plan.log"
-    path.write_bytes(b"ftrt" + bytes(20) + bytes([11, 2, 1, 2]) + os.urandom(100))
-    log.write_text("compiled")
-    return builder.Engine(
-        path=path, log=log, runtime_version="11.2.1.2", compute_capabilities=tuple(asked["compute_capabilities"]),
-        size_bytes=path.stat().st_size, weight_bytes=None, scratch_bytes=1, attentions=3, fused_attentions=3,
-        build_s=1.0, peak_memory_bytes=1,
-    )  # fmt: skip
+    """`builder.build` without a compiler, another plan each time."""
+    return plans.written(graph, folder, capabilities=tuple(asked["compute_capabilities"]), content=os.urandom(100))
 
 
 def on(card: str, capability: str, patch: pytest.MonkeyPatch) -> None:

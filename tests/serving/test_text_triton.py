@@ -48,12 +48,7 @@ MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A judged bundle with a tokenizer, from a folder as Hugging Face publishes one."""
-    folder = tmp_path_factory.mktemp("tiny_text")
-    arch = family.find("llama").model(recipe.load(RECIPE)).arch
-    weights = llama_files.write_hf(folder / "weights", arch, seed=5)
-    tiny.tokenizer_json(weights)
-    pipeline.build(pipeline.build_request(RECIPE, weights=str(weights), target="cpu", out=folder / "bundle"))
-    return folder / "bundle"
+    return tiny.bundle(tmp_path_factory.mktemp("tiny_text"))
 
 
 @pytest.fixture(scope="module")

@@ -13,30 +13,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dinoexport import bundle, cli, family
-from dinoexport.config import recipe
+from dinoexport import bundle, cli
 from dinoexport.errors import DinoexportError
-from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import text_model
 from dinoexport.serving.triton import model_repository
 from dinoexport.text import requests, tokenizer
-from tests import llama_files
 from tests.attack import hostile
-from tests.conftest import DATA
 from tests.text import tiny
-
-RECIPE = str(DATA / "tiny_text.toml")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A judged bundle with a tokenizer, from a folder as Hugging Face publishes one."""
-    folder = tmp_path_factory.mktemp("tiny_text")
-    arch = family.find("llama").model(recipe.load(RECIPE)).arch
-    weights = llama_files.write_hf(folder / "weights", arch, seed=5)
-    tiny.tokenizer_json(weights)
-    pipeline.build(pipeline.build_request(RECIPE, weights=str(weights), target="cpu", out=folder / "bundle"))
-    return folder / "bundle"
+    return tiny.bundle(tmp_path_factory.mktemp("tiny_text"))
 
 
 @pytest.fixture(scope="module")

@@ -103,3 +103,18 @@ def tokenizer_json(folder: Path, controls: Sequence[str] = CONTROLS) -> Path:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(maker.to_str())), encoding="utf-8")
     return path
+
+
+def bundle(folder: Path) -> Path:
+    """A judged bundle of a tiny decoder with a tokenizer, from a folder as Hugging Face publishes one."""
+    from dinoexport import family
+    from dinoexport.config import recipe
+    from dinoexport.pipeline import build as pipeline
+    from tests import llama_files
+    from tests.conftest import DATA
+
+    named = str(DATA / "tiny_text.toml")
+    weights = llama_files.write_hf(folder / "weights", family.find("llama").model(recipe.load(named)).arch, seed=5)
+    tokenizer_json(weights)
+    pipeline.build(pipeline.build_request(named, weights=str(weights), target="cpu", out=folder / "bundle"))
+    return folder / "bundle"
