@@ -26,8 +26,8 @@ class Determinism:
 
     again: the same call twice. alone: an item by itself and inside its batch; None where no case has a batch.
     one_thread: one thread and the usual number; None where there is no choice. 0 means bit-identical; NaN means that an
-    output was not finite, or had another shape. changed_choice_gap: the widest gap between the logits of two choices where
-    runs chose differently for the first time; None where all chose the same.
+    output was not finite, or had another shape. changed_choice_gap: the widest gap between the logits of two choices
+    where runs chose differently for the first time; None where all chose the same.
     """
 
     cases: tuple[str, ...]
