@@ -158,6 +158,12 @@ def test_models_and_health(served) -> None:
     assert [model.id for model in served.client.models.list()] == ["tiny"]
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_question_without_text_is_refused(served, content: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="the last message has no text"):
+        served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
