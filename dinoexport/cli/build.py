@@ -15,6 +15,7 @@ from dinoexport.cli.terminal import (
     Json,
     Sign,
     choice,
+    columns,
     fail,
     progress_lines,
     reporting,
@@ -95,8 +96,8 @@ def list_(as_json: Json = False) -> None:
         if as_json:
             say_json(found)
             return
-        for title, rows in catalogue.variant_tables(found["variants"]).items():
-            say(table(title, rows))
+        for title, rows in catalogue.variant_tables(found["variants"], columns()):
+            say(table(title, rows, breaks="licence"))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
