@@ -40,6 +40,14 @@ HEARING_SIGINT = ("env", "--default-signal=INT")
 NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt"})
 
 
+class _Refusing:
+    """Skips the test that imports a package whose models are other people's and take seconds to load."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name in ("transformers", "timm"):
+            pytest.skip(f"loads {name}")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require",
@@ -111,12 +119,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """With --quick, a test that begins long work is skipped there, so no list of such tests is kept.
 
-    Long work is a build, a trace, a model in a runtime or in PyTorch, and another process of Python.
+    Long work is a build, a trace, a model in a runtime, in PyTorch or of another library, and another process.
     """
     if not request.config.getoption("--quick"):
         yield
         return
     import torch
+
+    from dinoexport.graph import tracer
 
     def skipping(reason: str) -> Callable[..., None]:
         return lambda *_, **__: pytest.skip(reason)
@@ -133,7 +143,9 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
         for place, name, reason in (
             (pipeline, "build", "needs a whole build"),
             (pipeline, "export_only", "needs a whole build"),
+            (tracer, "_as_taken", "traces a model"),
             (torch.export, "export", "traces a model"),
+            (os, "fork", "starts a process of Python"),
             (telemetry, "onnxruntime", "opens a runtime"),
             (telemetry, "openvino", "opens a runtime"),
             (functional, "linear", "runs a model in PyTorch"),
@@ -141,6 +153,9 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
         ):
             patch.setattr(place, name, skipping(reason))
         patch.setattr(subprocess.Popen, "__init__", starting)
+        patch.setattr(sys, "meta_path", [_Refusing(), *sys.meta_path])
+        # jsonschema checks formats of addresses by it, which sbom's test in `make test` does; its parsers take 4 s.
+        patch.setitem(sys.modules, "rfc3987_syntax", None)
         yield
 
 
