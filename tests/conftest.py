@@ -36,8 +36,8 @@ DATA = Path(__file__).parent / "data"
 HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
-# What --quick leaves out besides long work: servers, browsers, devices, and what is marked slow.
-NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt"})
+# What --quick leaves out besides long work: servers, browsers, devices, whole vocabularies, and what is marked slow.
+NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt", "vocabulary"})
 
 
 class _Refusing:

@@ -1,9 +1,9 @@
 """Random single-point mutants of the package, and whether the tests notice: `make mutants` (MUTANTS=40 SEED=0).
 
-A mutant is one changed comparison, boolean operator, constant or dropped `not`. The tests named after the mutated
-module run on it, then all quick ones, then all that mirror its package, until one fails. What survives is printed with
-its line: either a test is missing, or the code does nothing. The tree itself is never touched: each mutant lives in a
-copy.
+A mutant is one changed comparison, boolean operator, constant or dropped `not`. The quick tests of the files that name
+the mutated module run on it, then all quick ones, then all that mirror its package, until one fails. What survives is
+printed with its line: either a test is missing, or the code does nothing. The tree itself is never touched: each mutant
+lives in a copy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import ast
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -64,13 +65,18 @@ def mutate(node: ast.AST, change: str) -> None:
 def stages(module: Path) -> list[list[str]]:
     """The tests to run on a mutant of `module`, those that most likely notice it first.
 
-    The files named after it, every quick test, then all of the nearest folder that mirrors its package.
+    The quick ones of the files that name it, every quick test, then all of the nearest folder that mirrors its package.
     """
     package = Path("tests", *module.parts[1:-1])
     while not (ROOT / package).is_dir():
         package = package.parent
-    named = [str(path.relative_to(ROOT)) for path in sorted((ROOT / package).glob(f"test_{module.stem}*.py"))]
-    return [*([named] if named else []), ["--quick", "tests"], *([[str(package)]] if package != Path("tests") else [])]
+    place = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
+    parent, _, stem = place.rpartition(".")
+    naming = re.compile(rf"from {re.escape(parent)} import .*\b{stem}\b|\b{re.escape(place)}\b")
+    named = [path for path in (ROOT / "tests").rglob("test_*.py") if naming.search(path.read_text())]
+    named.sort(key=lambda path: (not path.stem.startswith(f"test_{stem}"), path))
+    first = [["--quick", *(str(path.relative_to(ROOT)) for path in named)]] if named else []
+    return [*first, ["--quick", "tests"], *([[str(package)]] if package != Path("tests") else [])]
 
 
 def copy_tree(to: Path) -> None:
