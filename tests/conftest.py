@@ -36,6 +36,8 @@ DATA = Path(__file__).parent / "data"
 HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
+# Files that wait for a server, or whose processes are watched, take minutes though few of their tests are marked slow.
+LONG = frozenset({"slow", "triton", "traced"})
 # What --quick leaves out besides long work: servers, browsers, devices, whole vocabularies, and what is marked slow.
 NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt", "vocabulary"})
 
@@ -62,11 +64,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, then those with most tests: no worker is left with a long file at the end."""
+    """Files with long tests come first, then those with most tests: no worker is left with a long file at the end."""
     weights: dict[Path, tuple[bool, int]] = {}
     for item in items:
-        slow, count = weights.get(item.path, (False, 0))
-        weights[item.path] = (slow or item.get_closest_marker("slow") is not None, count + 1)
+        long, count = weights.get(item.path, (False, 0))
+        long = long or any(mark.name in LONG for mark in item.iter_markers())
+        weights[item.path] = (long, count + 1)
     items.sort(key=lambda item: weights[item.path], reverse=True)
 
 
