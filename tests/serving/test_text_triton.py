@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -312,6 +311,8 @@ def test_a_gap_tells_rounding_from_damage() -> None:
 
 @pytest.mark.triton
 def test_openai_in_front(served: Server, model: requests.TextModel) -> None:
+    import openai
+
     with running(sources.TritonSource(TextClient(served.http, model="words"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         wanted = written(model, prompt="hello world", max_tokens=20)
