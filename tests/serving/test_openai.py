@@ -161,6 +161,8 @@ def test_models_and_health(served) -> None:
 
 @pytest.mark.parametrize("content", ["", " \n"])
 def test_a_question_without_text_is_refused(served, content: str) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="the last message has no text"):
         served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
 
