@@ -52,18 +52,24 @@ def open_graph(
 
     Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
     """
-    session = _session(path, threads=threads, cuda=cuda, sizes={} if shapes is None else _sizes(graph, shapes))
-    run = _runner(session, graph, [tensor.name for tensor in graph.outputs])
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
         return dict(Counter(operator.arithmetic for operator in executed(path, arrays) if operator.is_product))
 
-    def begin() -> Decoder:
-        from dinoexport.runtime.ort_decoder import OrtDecoder
+    if graph.carried and not cuda:
+        from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
 
-        return OrtDecoder(session, graph)
+        if shared := with_shared_cache(path, graph):
+            session = _session(path, model=shared, threads=threads)
 
-    return Opened(run=run, arithmetic=arithmetic, begin=begin if graph.carried and not cuda else None)
+            def begin() -> Decoder:
+                return OrtDecoder(session, graph)
+
+            return Opened(
+                run=lambda arrays: OrtDecoder(session, graph).whole(arrays), arithmetic=arithmetic, begin=begin
+            )
+    session = _session(path, threads=threads, cuda=cuda, sizes={} if shapes is None else _sizes(graph, shapes))
+    return Opened(run=_runner(session, graph, [tensor.name for tensor in graph.outputs]), arithmetic=arithmetic)
 
 
 def open_edited(model: bytes, path: Path, graph: Graph, *, more_outputs: Sequence[str]) -> Runner:
