@@ -84,7 +84,8 @@ def _meaning(option: Any) -> str:
 def variants_and_targets() -> str:
     """What `dinoexport list` shows."""
     found = catalogue.everything()
-    lines = ["# Variants and targets", "", _NOTE, "", "`dinoexport list` prints these tables."]
+    fitting = "`dinoexport list` prints these tables, variants with as many facts as fit the terminal."
+    lines = ["# Variants and targets", "", _NOTE, "", fitting]
     for title, rows in found.items():
         lines += ["", f"## {title.capitalize()}", "", *_table(rows)]
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from dinoexport.cli.terminal import (
     Json,
     Sign,
     choice,
+    columns,
     fail,
     progress_lines,
     reporting,
@@ -56,7 +57,7 @@ HeadWeights = Annotated[
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
-        metavar="fp32|fp16|bf16|int8|auto",
+        metavar="fp32|fp16|bf16|int8|int4|auto",
         help="auto: fp16, with parts in fp32 if the limits require it. Default: the recipe's, else the target's first.",
     ),
 ]
@@ -95,8 +96,8 @@ def list_(as_json: Json = False) -> None:
         if as_json:
             say_json(found)
             return
-        for title, rows in catalogue.variant_tables(found["variants"]).items():
-            say(table(title, rows))
+        for title, rows in catalogue.variant_tables(found["variants"], columns()):
+            say(table(title, rows, breaks="licence"))
         say(table("Heads, for --head", found["heads"]))
         say(table("Targets", found["targets"]))
 
@@ -264,8 +265,10 @@ def doctor(as_json: Json = False) -> None:
 
 def _show_plan(request: Any, *, as_json: bool) -> None:
     from dinoexport.pipeline import preflight
+    from dinoexport.pipeline.stages.text import check_tokenizer
 
     preflight.packages(request)
+    check_tokenizer(request)
     preflight.weights_fit(request)
     preflight.disk(request)
     plan = preflight.plan(request)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from dinoexport import family
 from dinoexport.cli.formatting import Rows
+from dinoexport.cli.tables import cell
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load
 from dinoexport.config.target import load_target
@@ -33,14 +35,35 @@ def everything() -> dict[str, Rows]:
     }
 
 
-def variant_tables(variants: Rows) -> dict[str, Rows]:
-    """Variants with the same facts, each in a table of their own, by title; licences without their remarks."""
-    tables: dict[str, Rows] = {}
+def variant_tables(variants: Rows, columns: int) -> Iterator[tuple[str, Rows]]:
+    """Title and rows of a table for each set of facts that variants have; licences without their remarks.
+
+    columns: of the terminal. A table that is wider leaves out facts, the last first, and its title names them.
+    """
+    groups: dict[tuple[str, ...], Rows] = {}
     for row in variants:
-        columns = ", ".join(name for name in row if name not in _COMMON)
-        short = {**row, "licence": row["licence"].split(" (")[0]}
-        tables.setdefault(f"Variants by {columns}", []).append(short)
-    return tables
+        groups.setdefault(tuple(row), []).append({**row, "licence": row["licence"].split(" (")[0]})
+    for rows in groups.values():
+        shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+        left_out: list[str] = []
+        for name in [name for name in reversed(shown) if name not in _COMMON]:
+            if _width(rows, shown) > columns:
+                shown.remove(name)
+                left_out.insert(0, name.replace("_", " "))
+        more = f" (more with --json: {', '.join(left_out)})" if left_out else ""
+        yield f"Variants{more}", [{name.replace("_", " "): row[name] for name in shown} for row in rows]
+
+
+def _width(rows: Rows, shown: list[str]) -> int:
+    """The least width of a table in characters: lines break in headings and licences only, and between words."""
+
+    def longest(text: str, *, breaks: bool = True) -> int:
+        return max(map(len, text.split() if breaks else [text]), default=0)
+
+    cells = (max(longest(cell(row[name]), breaks=name == "licence") for row in rows) for name in shown)
+    return 1 + sum(
+        3 + max(longest(name.replace("_", " ")), cell_width) for name, cell_width in zip(shown, cells, strict=True)
+    )
 
 
 def _heads() -> Rows:

@@ -10,22 +10,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """A table of rows; the keys of the first row are the header."""
+def table(title: str, rows: list[dict[str, Any]], *, breaks: str | None = None) -> Table:
+    """A table of rows; the keys of the first row are the header.
+
+    breaks: the only column whose cells are broken into lines, and headings then are at each space; None: every column
+    but the first.
+    """
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(title=Text(printable(title)), title_justify="left")
     for i, column in enumerate(rows[0] if rows else ()):
-        shown.add_column(Text(printable(column)), no_wrap=i == 0, overflow="fold")  # nothing is cut
+        whole = i == 0 if breaks is None else column != breaks
+        words = [column] if breaks is None else column.split(" ")
+        shown.add_column(Text("\n".join(map(printable, words))), no_wrap=whole, overflow="fold")  # nothing is cut
     for row in rows:
         shown.add_row(
-            *(Text(printable(_cell(value))) for value in row.values())
+            *(Text(printable(cell(value))) for value in row.values())
         )  # Text, so that brackets are not read as markup
     return shown
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it is shown."""
     if value is None:
         return "-"
     if isinstance(value, list):

@@ -164,9 +164,15 @@ def say(what: Table | str, *, to_stderr: bool = False) -> None:
     if isinstance(what, str):
         typer.echo(printable(what), err=to_stderr)
         return
+    Console(stderr=to_stderr, width=columns(to_stderr=to_stderr)).print(what)
+
+
+def columns(*, to_stderr: bool = False) -> int:
+    """How wide a table may be. A pipe has no width; 80 columns would cut the figures off."""
+    from rich.console import Console
+
     console = Console(stderr=to_stderr)
-    # A pipe has no width; 80 columns would cut the figures off.
-    (console if console.is_terminal else Console(stderr=to_stderr, width=140)).print(what)
+    return console.width if console.is_terminal else 140
 
 
 def say_text(piece: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,7 +174,16 @@ class Recipe(Frozen):
         return f"{self.name}-{self.head['kind']}" if self.heads and "kind" in self.head else self.name
 
     def with_head(self, kind: str) -> Recipe:
-        """This recipe with the head `kind`; settings in its own `[head]` for that kind are kept."""
+        """This recipe with the head `kind`; settings in its own `[head]` for that kind are kept.
+
+        Raises UsageError if the recipe has a head of another kind whose weights are in the variant's own file.
+        """
+        own = self.head.get("kind")
+        if own not in (None, kind) and not self.heads:
+            raise UsageError(
+                f"{self.name} has its own head, {own}, and takes no other.",
+                next_step=f"Leave out --head {shlex.quote(kind)}, or choose another variant: dinoexport list.",
+            )
         return self.changed(head={**self.head, "kind": kind})
 
     @model_validator(mode="after")
@@ -208,6 +218,8 @@ def _problem(kind: type[BaseModel], details: Any) -> str:
     key = ".".join(map(str, loc))
     if details["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{closest(str(loc[-1]), _keys(kind, loc[:-1]))}"
+    if details["type"] == "value_error":  # without pydantic's prefix
+        return f"{key!r}: {details['ctx']['error']}" if key else str(details["ctx"]["error"])
     if details["type"] == "missing":
         return f"key {key!r} is missing"
     if details["type"] in ("enum", "literal_error"):

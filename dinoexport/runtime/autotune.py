@@ -136,28 +136,39 @@ def _timed(way: Way, found: timing.Latencies) -> Timed:
 
 
 def without_chosen(model: Runnable, wanted: GraphForms, facts: CpuFacts, why: str) -> CpuFacts | None:
-    """The next fastest way of another runtime, where the chosen one is out of the question; None if there is none.
+    """The next best way of another runtime, where the chosen one is out of the question; None if there is none.
 
-    why: what is wrong with it, for the record. Nothing is timed again.
+    why: what is wrong with it, for the record. Nothing is timed again; what was measured is judged by the same rule.
     """
     refused = {**facts.refused, facts.chosen.runtime: why}
-    left = [
-        timed
-        for timed in facts.measured
-        if timed.way.precision is wanted.precision and timed.way.runtime not in refused
-    ]
+    taken = {timed.way: _Recorded.of(timed) for timed in facts.measured}
+    ours = {way: taken[way] for way in taken if way.precision is wanted.precision}
+    left = {way: recorded for way, recorded in ours.items() if way.runtime not in refused}
     if not left:
         return None
-    best = min(left, key=lambda timed: timed.median_ms)
-    chosen_ms, times_fp32 = facts.measured_ms, facts.times_fp32
-    assert chosen_ms is not None
+    best, fp32 = choice.choose(left, others_share=facts.others_share), [way for way in taken if way not in ours]
     return facts.changed(
         chosen=best.way,
         runtime_version=cpu.version(best.way.runtime),
         arithmetic=dict(_arithmetic(model, wanted, best.way, model.workloads[0])),
-        times_fp32=None if times_fp32 is None else times_fp32 * best.median_ms / chosen_ms,
+        times_fp32=choice.times(best.way, fp32, taken, others_share=facts.others_share) if fp32 else None,
         refused=refused,
+        basis=best.basis,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """A `choice.Taken` of what a bundle keeps."""
+
+    median_ms: float
+    best_ms: float
+    cpu_ms: float | None
+
+    @classmethod
+    def of(cls, timed: Timed) -> _Recorded:
+        best_ms = timed.median_ms if timed.best_ms is None else timed.best_ms
+        return cls(median_ms=timed.median_ms, best_ms=best_ms, cpu_ms=timed.cpu_ms)
 
 
 def _without_choice(model: Runnable, wanted: GraphForms, way: Way, workload: Workload) -> CpuFacts:

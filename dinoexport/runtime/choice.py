@@ -22,12 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Literal
+from typing import Literal, Protocol
 
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import untrusted
 from dinoexport.system.cache import cache_folder
-from dinoexport.system.timing import Latencies
 
 # What is this near to the first cannot be told from it.
 _ALIKE = 1.04
@@ -45,6 +44,22 @@ _RECORD_MAX_BYTES = 4096
 Basis = Literal["measured", "known", "usual"]
 
 
+class Taken(Protocol):
+    """What was measured of one way; `timing.Latencies` are one. cpu_ms: all threads together, None if not known."""
+
+    @property
+    def median_ms(self) -> float:
+        """The median of its samples."""
+
+    @property
+    def best_ms(self) -> float:
+        """The shortest."""
+
+    @property
+    def cpu_ms(self) -> float | None:
+        """The least CPU time of one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """The way, and on what it was chosen: figures that agree, an earlier choice, or what is usually the faster one."""
@@ -53,7 +68,7 @@ class Chosen:
     basis: Basis
 
 
-def figures(way: Way, taken: Latencies) -> tuple[float, ...]:
+def figures(way: Way, taken: Taken) -> tuple[float, ...]:
     """What the way is ranked by, in milliseconds: median, best, and CPU time for each of its threads if that is known.
 
     CPU time says nothing of how well threads share the work, so it is compared with the best where there are several.
@@ -62,13 +77,13 @@ def figures(way: Way, taken: Latencies) -> tuple[float, ...]:
     return (taken.median_ms, taken.best_ms, *cpu)
 
 
-def settled(samples: Mapping[Way, Latencies]) -> bool:
+def settled(samples: Mapping[Way, Taken]) -> bool:
     """Whether every figure puts the same way first, or cannot tell the same ways apart: more visits show no more."""
     near = _near(samples)
     return all(ways == near[0] for ways in near)
 
 
-def agreed(samples: Mapping[Way, Latencies]) -> Way | None:
+def agreed(samples: Mapping[Way, Taken]) -> Way | None:
     """The way that every figure puts first, and clearly; None where they disagree or others are too near."""
     near = _near(samples)
     if len(near[0]) != 1 or not settled(samples):
@@ -77,7 +92,7 @@ def agreed(samples: Mapping[Way, Latencies]) -> Way | None:
     return way
 
 
-def hopeful(samples: Mapping[Way, Latencies], *, behind: float = _BEHIND) -> tuple[Way, ...]:
+def hopeful(samples: Mapping[Way, Taken], *, behind: float = _BEHIND) -> tuple[Way, ...]:
     """The ways that are not behind by so much in every figure."""
     firsts = _firsts(samples)
     return tuple(
@@ -87,7 +102,7 @@ def hopeful(samples: Mapping[Way, Latencies], *, behind: float = _BEHIND) -> tup
     )
 
 
-def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None, others_share: float = 0.0) -> Chosen:
+def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_share: float = 0.0) -> Chosen:
     """The best way after the last visit.
 
     known: what was the fastest on an earlier, quiet occasion. others_share: of the CPUs, by other processes meanwhile.
@@ -110,25 +125,25 @@ def choose(samples: Mapping[Way, Latencies], *, known: Way | None = None, others
     return Chosen(way=min(alike, key=_unusual), basis="measured" if decided else "usual")
 
 
-def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Latencies], *, others_share: float) -> float:
+def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Taken], *, others_share: float) -> float:
     """How many times as long `way` takes as the fastest of others, by the figure that other processes disturb least.
 
     Not by medians: a neighbour that comes while one is measured would decide whether a precision is worth it.
     """
     crowded = _crowded(samples, others_share)
 
-    def figure(taken: Latencies) -> float:
+    def figure(taken: Taken) -> float:
         return taken.cpu_ms if crowded and taken.cpu_ms is not None else taken.best_ms
 
     return figure(samples[way]) / min(figure(samples[other]) for other in fastest_of)
 
 
-def _crowded(samples: Mapping[Way, Latencies], others_share: float) -> bool:
+def _crowded(samples: Mapping[Way, Taken], others_share: float) -> bool:
     """Whether the clock shows nothing, and the CPU time is known instead."""
     return others_share > CROWDED_SHARE and all(taken.cpu_ms is not None for taken in samples.values())
 
 
-def _least_work(samples: Mapping[Way, Latencies]) -> list[Way]:
+def _least_work(samples: Mapping[Way, Taken]) -> list[Way]:
     """All ways of the runtimes that need the least CPU time, each with its best number of threads."""
     work_ms: dict[Runtime, float] = {}
     for way, taken in samples.items():
@@ -143,11 +158,11 @@ def _unusual(way: Way) -> tuple[int, int]:
     return (_USUALLY.index(way.runtime) if way.runtime in _USUALLY else len(_USUALLY), -way.threads)
 
 
-def _firsts(samples: Mapping[Way, Latencies]) -> tuple[float, ...]:
+def _firsts(samples: Mapping[Way, Taken]) -> tuple[float, ...]:
     return tuple(map(min, zip(*(figures(way, taken) for way, taken in samples.items()), strict=True)))
 
 
-def _near(samples: Mapping[Way, Latencies]) -> list[set[Way]]:
+def _near(samples: Mapping[Way, Taken]) -> list[set[Way]]:
     """For each figure the ways that are first or cannot be told from it."""
     firsts = _firsts(samples)
     return [

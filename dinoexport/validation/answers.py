@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dinoexport.config.limits import Limit, Limits
-from dinoexport.spec import Array, OutputKind
+from dinoexport.spec import Array, Arrays, Case, OutputKind
 from dinoexport.validation.metrics import Distance, distance
 
 _WITHIN = 1.25  # the ratio that published depth results count by (Eigen et al. 2014, arXiv:1406.2283: delta < 1.25)
@@ -85,6 +85,39 @@ def compare_labels(answer: Array, expected: Array, lead: Array, error: float, li
         bounds.append(at_least("label_agreement", share, limits.label_agreement_min))
     figures = {"decided": float(decided.mean()), "label_agreement": share, "mean_iou": mean_iou(answer, expected)}
     return Compared(distance=None, bounds=tuple(bounds), figures=figures)
+
+
+def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
+    """The distributions `output` of both sides, (N, V) each, up to the first choice that differs.
+
+    Later distributions follow different choices, so they cannot be compared. Raises ValueError if shapes differ.
+    """
+    import numpy as np
+
+    ours, theirs = answers[output], expected[output]
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shape {ours.shape} where the reference has {theirs.shape}")
+    chosen_by = next((choice for choice, logits in case.choices.items() if logits == output), None)
+    if chosen_by is None or chosen_by not in answers or answers[chosen_by].shape != expected[chosen_by].shape:
+        return ours, theirs
+    differs_BN = answers[chosen_by] != expected[chosen_by]
+    before_BN = np.cumsum(differs_BN, axis=1) - differs_BN
+    return ours[before_BN == 0], theirs[before_BN == 0]
+
+
+def changed_choice_gap(answer_BN: Array, expected_BN: Array, logits_BNV: Array) -> float | None:
+    """The widest gap at a sequence's first different choice; None if all choices are the same.
+
+    A gap is the difference between the reference's best logit and its logit of the answer's choice.
+    """
+    import numpy as np
+
+    gaps = []
+    for ours, theirs, logits_NV in zip(answer_BN, expected_BN, logits_BNV, strict=True):
+        if (ours != theirs).any():
+            first = int(np.argmax(ours != theirs))
+            gaps.append(float(logits_NV[first].max() - logits_NV[first][ours[first]]))
+    return max(gaps, default=None)
 
 
 def as_vectors(kind: OutputKind, array: Array) -> Array:

@@ -12,23 +12,29 @@ from dataclasses import dataclass
 from math import inf, isnan
 
 from dinoexport.errors import DinoexportError
-from dinoexport.spec import Array, Arrays, Case, Runner
-from dinoexport.validation.metrics import distance
+from dinoexport.spec import Arrays, Case, Runner
+from dinoexport.validation import answers as comparison
+from dinoexport.validation.metrics import centred, distance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Determinism:
     """The largest relative L2 difference, over all outputs of `cases`, between two runs of the same inputs.
 
+    Of integers, the share that differs; of logits, the difference up to the first choice that differs, because later
+    ones follow other choices.
+
     again: the same call twice. alone: an item by itself and inside its batch; None where no case has a batch.
     one_thread: one thread and the usual number; None where there is no choice. 0 means bit-identical; NaN means that an
-    output was not finite, or had another shape.
+    output was not finite, or had another shape. changed_choice_gap: the widest gap between the logits of two choices
+    where runs chose differently for the first time; None where all chose the same.
     """
 
     cases: tuple[str, ...]
     again: float
     alone: float | None
     one_thread: float | None
+    changed_choice_gap: float | None = None
 
     @property
     def lines(self) -> dict[str, str]:
@@ -38,7 +44,10 @@ class Determinism:
             "alone and in a batch": self.alone,
             "one thread and all threads": self.one_thread,
         }
-        return {words: _apart(value) for words, value in measured.items() if value is not None}
+        lines = {words: _apart(value) for words, value in measured.items() if value is not None}
+        if self.changed_choice_gap is not None:
+            lines["choices that differed"] = f"logits at most {self.changed_choice_gap:.2g} apart"
+        return lines
 
 
 def _apart(relative_l2: float) -> str:
@@ -54,21 +63,28 @@ def measure(candidate: Runner, cases: Sequence[Case], one_thread: Callable[[], R
     time.
     """
     asked, again, alone, threads = [], [], [], []
+    gaps: list[float] = []
     single: Runner | None = None
     for case in chosen(cases):
         try:
             answer = candidate(case.inputs)
-            again.append(_difference(candidate(case.inputs), answer))
-            alone += [_difference(candidate(inputs), part) for inputs, part in _ends(case, answer)]
+            again.append(_difference(case, candidate(case.inputs), answer, gaps))
+            alone += [_difference(case, candidate(inputs), part, gaps) for inputs, part in _ends(case, answer)]
             if one_thread is not None:
                 single = single or one_thread()
-                threads.append(_difference(single(case.inputs), answer))
+                threads.append(_difference(case, single(case.inputs), answer, gaps))
         except DinoexportError:  # outside an engine's profiles, or failed: the report has a row for it
             continue
         asked.append(case.name)
     if not asked:
         return None
-    return Determinism(cases=tuple(asked), again=_worst(again) or 0.0, alone=_worst(alone), one_thread=_worst(threads))
+    return Determinism(
+        cases=tuple(asked),
+        again=_worst(again) or 0.0,
+        alone=_worst(alone),
+        one_thread=_worst(threads),
+        changed_choice_gap=_worst(gaps),
+    )
 
 
 def chosen(cases: Sequence[Case]) -> tuple[Case, ...]:
@@ -102,13 +118,23 @@ def _ends(case: Case, answer: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
         )
 
 
-def _difference(ours: Arrays, theirs: Arrays) -> float:
-    """The largest relative difference of any of `theirs`."""
-    return _worst([_relative(ours[name], array) for name, array in theirs.items()]) or 0.0
-
-
-def _relative(ours: Array, theirs: Array) -> float:
-    return distance(ours, theirs).relative_l2 if ours.shape == theirs.shape else float("nan")
+def _difference(case: Case, ours: Arrays, theirs: Arrays, gaps: list[float]) -> float:
+    """The largest difference of any of `theirs`; adds the gap of a choice that differs to `gaps`."""
+    differences = []
+    for name, array in theirs.items():
+        if ours[name].shape != array.shape:
+            return float("nan")
+        if name in case.choices:
+            gap = comparison.changed_choice_gap(ours[name], array, theirs[case.choices[name]])
+            gaps += [] if gap is None else [gap]
+        elif name in case.distributions:
+            lossy, wanted = comparison.comparable(case, name, ours, theirs)
+            differences.append(distance(centred(lossy), centred(wanted)).relative_l2)
+        elif array.dtype.kind in "iu":
+            differences.append(float((ours[name] != array).mean()))
+        else:
+            differences.append(distance(ours[name], array).relative_l2)
+    return _worst(differences) or 0.0
 
 
 def _worst(values: Sequence[float]) -> float | None:

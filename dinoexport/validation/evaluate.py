@@ -35,7 +35,7 @@ from dinoexport.spec import (
     silent,
 )
 from dinoexport.validation import determinism, error_analysis, judge
-from dinoexport.validation.answers import as_vectors
+from dinoexport.validation.answers import as_vectors, comparable
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import centred, distance, divergence
 from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
@@ -146,7 +146,7 @@ def _own_error(case: Case, ours: Arrays, exact: Arrays, kinds: judge.Kinds) -> d
         if kind in ("labels", "probabilities") or name.endswith(LEAD):
             continue
         if name in case.distributions:
-            lossy, wanted = judge.comparable(case, name, ours, exact)
+            lossy, wanted = comparable(case, name, ours, exact)
             errors[name] = distance(centred(lossy), centred(wanted)).relative_l2
             errors[judge.own_kl(name)] = divergence(lossy, wanted).kl_mean
         else:

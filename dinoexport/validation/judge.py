@@ -177,7 +177,7 @@ def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limi
     if name in case.choices:
         return _Figures(bounds=_first_difference(answer, expected, expectation.outputs[case.choices[name]], limits))
     if name in case.distributions:
-        ours, theirs = comparable(case, name, answers, expectation.outputs)
+        ours, theirs = comparison.comparable(case, name, answers, expectation.outputs)
         apart, diverges = distance(centred(ours), centred(theirs)), divergence(ours, theirs)
         bounds = of_vectors(apart, limits, own.get(name)) + _divergence(diverges, limits, own.get(own_kl(name)))
         return _Figures(distance=apart, divergence=diverges, bounds=bounds)
@@ -194,24 +194,6 @@ def _measured(name: str, answers: Arrays, expectation: Expectation, limits: Limi
     if kind == "vectors" and case.neighbours and limits.neighbour_agreement_min:
         bounds += _agreement(answer, expected, limits.neighbour_agreement_min)
     return _Figures(distance=compared.distance, bounds=bounds, known=compared.figures)
-
-
-def comparable(case: Case, output: str, answers: Arrays, expected: Arrays) -> tuple[Array, Array]:
-    """The distributions `output` of both sides, (N, V) each, up to the first choice that differs.
-
-    Later distributions follow different choices, so they cannot be compared. Raises ValueError if shapes differ.
-    """
-    import numpy as np
-
-    ours, theirs = answers[output], expected[output]
-    if ours.shape != theirs.shape:
-        raise ValueError(f"shape {ours.shape} where the reference has {theirs.shape}")
-    chosen_by = next((choice for choice, logits in case.choices.items() if logits == output), None)
-    if chosen_by is None or chosen_by not in answers or answers[chosen_by].shape != expected[chosen_by].shape:
-        return ours, theirs
-    differs_BN = answers[chosen_by] != expected[chosen_by]
-    before_BN = np.cumsum(differs_BN, axis=1) - differs_BN
-    return ours[before_BN == 0], theirs[before_BN == 0]
 
 
 def own_kl(output: str) -> str:
@@ -239,15 +221,9 @@ def _divergence(measured: Divergence, limits: Limits, own_kl_mean: float | None)
 
 def _first_difference(answer: Array, expected: Array, logits_BNV: Array, limits: Limits) -> tuple[Bound, ...]:
     """The reference's lead at the first choice where the candidate differs; 0 if all choices are the same."""
-    import numpy as np
-
     if answer.shape != expected.shape:
         raise ValueError(f"shape {answer.shape} where the reference has {expected.shape}")
-    gap = 0.0
-    for ours, theirs, logits_NV in zip(answer, expected, logits_BNV, strict=True):
-        if (ours != theirs).any():
-            first = int(np.argmax(ours != theirs))
-            gap = max(gap, float(logits_NV[first].max() - logits_NV[first][ours[first]]))
+    gap = comparison.changed_choice_gap(answer, expected, logits_BNV) or 0.0
     limit = limits.top1_gap_max
     if limit is None:
         raise ValueError("the limits have no top1_gap_max to compare a first difference with")

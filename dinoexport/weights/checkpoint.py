@@ -218,9 +218,13 @@ def _named(source: str | None, shown: str) -> str:
 
 
 def digest_of(source: str, *, progress: Progress) -> str:
-    """The SHA-256 of the local checkpoint at `source`; for several files, the hash of their hashes."""
+    """The SHA-256 of the local checkpoint at `source`; for several files, the hash of their hashes.
+
+    Raises WeightsError if two files are the same.
+    """
     with formats.readable(source):
         digests = [_sha256(path, progress) for path in formats.local(Path(source))]
+    _refuse_twice(digests, source)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

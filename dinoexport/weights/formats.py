@@ -105,6 +105,7 @@ def local(path: Path) -> tuple[Path, ...]:
             "*.pt",
         ):
             if parts := tuple(sorted(file for file in path.glob(pattern) if file.is_file())):
+                unusable.check_parts(path, parts)
                 return parts
         raise WeightsError(
             f"{path} holds no .safetensors file and no other weight file.", next_step="Give the weights file itself."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dinoexport.errors import WeightsError
+from dinoexport.system import untrusted
 
 _STATE_DICT = "torch.save(model.state_dict(), 'weights.pth')"
 _SHARDED = (
@@ -22,6 +24,9 @@ _QUANTISED = re.compile(
     r"(^|\.)(SCB|weight_format|qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_scale|weight_zero_point|"
     r"_packed_params(\._packed_params)?|quant_state\.\w+|scb)$"
 )
+# The name of one part, as transformers numbers them, and more bytes than an index of them has.
+_PART = re.compile(r"(?P<start>.+-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
+_INDEX_MAX_BYTES = 1 << 26
 
 
 def check_names(names: Iterable[str], shown: str) -> None:
@@ -79,3 +84,24 @@ def check_folder(folder: Path) -> None:
         )
     if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
         raise WeightsError(f"{folder} holds an adapter without its model.", next_step=_MERGE)
+
+
+def check_parts(folder: Path, files: Collection[Path]) -> None:
+    """Refuses some of a checkpoint's numbered files without the others, by their names and by the index beside them."""
+    there = {file.name for file in files}
+    wanted: set[str] = set()
+    for name in there:
+        if (part := _PART.fullmatch(name)) is not None:
+            wanted |= {f"{part['start']}{i + 1:05d}-of-{part['count']}{part['end']}" for i in range(int(part["count"]))}
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            listed = json.loads(untrusted.read_bytes(index, max_bytes=_INDEX_MAX_BYTES))["weight_map"].values()
+            named = {name for name in listed if isinstance(name, str)}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, untrusted.Unreadable):
+            continue  # the tensors themselves show what is there
+        wanted |= named if named & there else set()
+    if missing := sorted(wanted - there):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WeightsError(
+            f"{folder} lacks {missing[0]}{others} of its checkpoint.", next_step="Give all files of the checkpoint."
+        )

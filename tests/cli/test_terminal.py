@@ -67,6 +67,32 @@ def test_no_table_steers_the_terminal(text: str) -> None:
     assert len(shown.splitlines()) <= 11, "a cell is one line"
 
 
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_list_breaks_no_number_and_no_word(columns: int) -> None:
+    """At any usual width; what a narrow table leaves out is named."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from dinoexport.cli import catalogue
+
+    variants = catalogue.everything()["variants"]
+    seen: list[str] = []
+    for title, rows in catalogue.variant_tables(variants, columns):
+        out = StringIO()
+        Console(file=out, width=columns).print(tables.table(title, rows, breaks="licence"))
+        shown = out.getvalue()
+        assert max(map(len, shown.splitlines())) <= columns
+        for row in rows:
+            (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {row['variant']} ")]
+            assert all(f"│ {tables.cell(value)} " in line for name, value in row.items() if name != "licence"), line
+        left_out = {name for row in variants if row["variant"] == rows[0]["variant"] for name, value in row.items()
+                    if value is not None and name.replace("_", " ") not in rows[0]}  # fmt: skip
+        assert all(name.replace("_", " ") in title for name in left_out) and ("(" in title) == bool(left_out)
+        seen += [row["variant"] for row in rows]
+    assert sorted(seen) == sorted(row["variant"] for row in variants)
+
+
 def test_nobody_else_prints() -> None:
     """Found in the syntax: a new module is under this the moment it exists."""
     allowed = {PACKAGE / "cli" / "terminal.py", PACKAGE / "cli" / "app.py"}

@@ -399,6 +399,21 @@ def test_a_register_variant_has_no_depth_head() -> None:
         model_of("vitb14_reg", "nyu_dpt")
 
 
+@pytest.mark.parametrize(
+    ("variant", "kind", "words"),
+    [
+        ("vits14", "upside_down", r"there is no head 'upside_down'\. There are linear, linear4, nyu_linear"),
+        ("vits14", "nyu_dtp", r"Did you mean 'nyu_dpt'\?"),
+        ("vits14", "logreg", "needs classes; dinoexport fit makes such a head from images"),
+        ("depth-anything-v2-vits", "nyu_dpt", "depth-anything-v2-vits has its own head, depth_anything, and takes no"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused_in_words(variant: str, kind: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        model_of(variant, kind)
+    assert "Value error" not in refused.value.message
+
+
 def test_hugging_faces_depth_anything_agrees_at_518() -> None:
     """A second oracle, and the key map of its layout: the published names go in, its own numbers come out."""
     import transformers

@@ -176,6 +176,36 @@ def test_a_missing_shard_stops_it(folders: dict[str, Path], tmp_path: Path) -> N
         settled(tmp_path)
 
 
+@pytest.mark.parametrize("indexed", [True, False], ids=["by the index", "by its name"])
+def test_a_missing_part_is_named(indexed: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    for file in folders["hf"].iterdir():
+        if file.name != "model-00001-of-00002.safetensors" and (indexed or not file.name.endswith(".index.json")):
+            # With an index, whatever the part is called.
+            name = "model-b.safetensors" if indexed and file.suffix == ".safetensors" else file.name
+            (tmp_path / name).symlink_to(file)
+    if indexed:
+        index = tmp_path / "model.safetensors.index.json"
+        content = (
+            index.read_text().replace("model-00001-of-00002", "model-a").replace("model-00002-of-00002", "model-b")
+        )
+        index.unlink()
+        index.write_text(content)
+    for recipe in (None, own_recipe()):
+        with pytest.raises(WeightsError, match="model-a" if indexed else "lacks model-00001-of-00002"):
+            settled(tmp_path, recipe)
+    if indexed:  # an index that makes no sense stops nothing by itself
+        index.write_text('{"weight_map": [3]}')
+        with pytest.raises(UsageError, match="no installed family"):
+            settled(tmp_path)
+
+
+def test_a_doubled_part_stops_the_plan(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, source in (("params.json",) * 2, *((f"consolidated.0{i}.pth", "consolidated.00.pth") for i in range(2))):
+        (tmp_path / name).symlink_to(folders["meta in two files"] / source)
+    with pytest.raises(WeightsError, match="the same file twice"):
+        settled(tmp_path)
+
+
 def test_prompts_by_the_tokenizer_s_configuration(edited: Callable[..., Path]) -> None:
     folder = edited("hf")
     template = "{{ '<|im_start|>' + message['role'] }}"

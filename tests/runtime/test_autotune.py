@@ -287,3 +287,11 @@ def test_the_next_runtime_follows_one_that_misses_the_limits(monkeypatch: pytest
     assert other is not None and other.chosen == measured[3].way
     assert other.times_fp32 == 0.75 and other.refused == {"onnxruntime": "it misses the limits"}
     assert autotune.without_chosen(model, wanted, other, "so does it") is None
+    # Where others use the CPUs, medians say nothing: then CPU time decides as in the first choice.
+    work = {Runtime.ONNXRUNTIME: 40.0, Runtime.OPENVINO: 44.0}
+    crowded = tuple(
+        t.changed(median_ms=50.0 - 5 * t.median_ms, best_ms=9.0, cpu_ms=work[t.way.runtime]) for t in measured
+    )
+    other = autotune.without_chosen(model, wanted, facts.changed(measured=crowded, others_share=0.9), "as before")
+    assert other is not None and other.chosen == measured[3].way and other.basis == "measured"
+    assert crowded[2].median_ms < crowded[3].median_ms and other.times_fp32 == 1.0

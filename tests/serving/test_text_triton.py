@@ -27,6 +27,7 @@ from dinoexport.bundle import reference_file
 from dinoexport.config import recipe
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.stages.text import check_tokenizer
 from dinoexport.runtime import text_model
 from dinoexport.serving import check, text_check, transport
 from dinoexport.serving.openai import sources
@@ -130,8 +131,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     weights = llama_files.write_hf(tmp_path / "weights", arch, seed=5)
     tiny.tokenizer_json(weights, controls=(*tiny.CONTROLS, "<one>", "<two>"))
     request = pipeline.build_request(RECIPE, weights=str(weights), target="cpu", out=tmp_path / "bundle")
-    with pytest.raises(UsageError, match="262 ids, the model 260"):
-        pipeline.export_only(request)
+    for refuses in (pipeline.export_only, check_tokenizer):
+        with pytest.raises(UsageError, match="262 ids, the model 260"):
+            refuses(request)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -62,6 +62,30 @@ def test_an_item_that_depends_on_its_neighbours_is_found(last_only: bool) -> Non
     assert "1.3e-01 apart" in measured.lines["alone and in a batch"]
 
 
+def test_what_follows_another_choice_is_not_compared() -> None:
+    logits = np.array([[[0, 3, 2.9], [0, 0, 5]], [[9, 0, 0], [9, 0, 0]]], np.float32)
+    asked = Case(
+        name="greedy",
+        why="a test",
+        inputs={"x": np.arange(2)},
+        distributions=("rollout_logits",),
+        choices={"rollout": "rollout_logits"},
+    )
+
+    def rounding(inputs: Arrays) -> dict[str, Array]:
+        found = logits[inputs["x"]]
+        if len(inputs["x"]) == 1:  # alone, the near tie of the first sequence is decided the other way
+            found = np.where(inputs["x"][:, None, None] == 0, [[[0, 3, 3.01], [7, 0, -5]]], found).astype(np.float32)
+        return {"rollout": found.argmax(axis=2), "rollout_logits": found, "label": inputs["x"]}
+
+    measured = found(rounding, cases=(asked,))
+    assert measured.again == 0 and 0.01 < (measured.alone or 0) < 0.05, "the second choice is after another first"
+    assert measured.changed_choice_gap == pytest.approx(0.1, rel=1e-3)
+    assert measured.lines["choices that differed"] == "logits at most 0.1 apart"
+    renamed = lambda inputs: rounding(inputs) | {"label": inputs["x"] + (len(inputs["x"]) == 1)}  # noqa: E731
+    assert found(renamed, cases=(asked,)).alone == 1, "of integers, the share that differs"
+
+
 def test_threads_that_matter_are_found() -> None:
     measured = found(doubled, lambda inputs: {n: a * np.float32(1.5) for n, a in doubled(inputs).items()})
     assert measured.one_thread == pytest.approx(0.5) and measured.alone == 0

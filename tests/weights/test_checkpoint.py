@@ -116,7 +116,7 @@ def test_shards_in_a_folder_are_one_checkpoint(tmp_path: Path, state: Tensors) -
     assert checkpoint.sha256 == hashlib.sha256((first + last).encode()).hexdigest()
 
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert f"missing: {names[1]} {tuple(state[names[1]].shape)}" in refused(tmp_path).message
+    assert "lacks model-00002-of-00002.safetensors" in refused(tmp_path).message
 
 
 def test_a_folder_with_two_whole_checkpoints_is_refused(tmp_path: Path, state: Tensors) -> None:

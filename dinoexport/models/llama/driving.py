@@ -18,9 +18,9 @@ def drive(runners: Mapping[str, Runner], graph: Graph, arch: Architecture, input
 
     check(arch, inputs)
     tokens, keep, steps = inputs["tokens"], setting(inputs, "keep"), setting(inputs, "steps")
-    batch, width = tokens.shape
     lengths = (tokens >= 0).sum(axis=1)
     ids, mask = decoding.padded([row[:n] for row, n in zip(tokens, lengths, strict=True)])
+    batch, width = ids.shape
     first = setting(inputs, "first_position")
     decoder = decoding.begin(runners[graph.name], graph)
     chunk = setting(inputs, "chunk") or width

@@ -60,7 +60,7 @@ def of(
     kept = ask(every, [setting(arrays, "keep") for arrays in inputs], watch=inside)
     results: list[dict[str, Array]] = [{LOGITS: np.stack(rows)} for rows in kept]
     for j, named in enumerate(streams):
-        width = inputs[j]["tokens"].shape[1]
+        width = max(map(len, prompts[j]))
         for name, rows in named.items():
             results[j][name] = np.stack([np.pad(row, ((width - len(row), 0), (0, 0))) for row in rows])
     seen = [[results[j][LOGITS][:, -1]] for j in every]

@@ -127,7 +127,11 @@ class HeadTable(Frozen):
     @model_validator(mode="after")
     def _only_what_the_kind_has(self) -> Self:
         if self.kind not in KINDS:
-            raise ValueError(f"kind: there is no head {self.kind!r}.{closest(self.kind, tuple(KINDS))}")
+            released = tuple(
+                kind for kind, facts in KINDS.items() if facts.dataset.classes or facts.dataset.depth_range
+            )
+            known = closest(self.kind, released) or f" There are {', '.join(released)}."
+            raise ValueError(f"there is no head {self.kind!r}.{known}")
         form = KINDS[self.kind].form
         of_form = {
             "depth_range": ("linear_depth", "dpt_depth"),
@@ -148,7 +152,8 @@ class HeadTable(Frozen):
             "fitted_knn": ("classes", "bank", "neighbours", "temperature"),
         }
         if missing := [key for key in needed.get(form, ()) if getattr(self, key) in (None, ())]:
-            raise ValueError(f"a {self.kind} head needs {', '.join(missing)}")
+            made = "; dinoexport fit makes such a head from images" if form.startswith("fitted") else ""
+            raise ValueError(f"a {self.kind} head needs {', '.join(missing)}{made}")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
             raise ValueError("depth_range: the least depth comes first, and neither is negative")
         return self
