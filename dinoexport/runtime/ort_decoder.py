@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import BuildError
+from dinoexport.errors import BuildError, require
 from dinoexport.runtime import check_inputs, decoding, ort_shared_cache, telemetry
 from dinoexport.runtime.ort_shared_cache import ALL_TOKENS, LAST_TOKEN
 from dinoexport.spec import Array, Arrays, Graph
@@ -17,6 +17,7 @@ _MORE_TOKENS = 256
 
 def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
     """The file at `path` with its cache in place, its weights left where they are; None if it has another form."""
+    require("text", "onnx")
     import onnx
 
     model = onnx.load(path, load_external_data=False)
