@@ -36,8 +36,18 @@ DATA = Path(__file__).parent / "data"
 HEARING_SIGINT = ("env", "--default-signal=INT")
 
 
-# What --quick leaves out besides long work: servers, browsers, devices, and what is marked slow.
-NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt"})
+# Files that wait for a server, or whose processes are watched, take minutes though few of their tests are marked slow.
+LONG = frozenset({"slow", "triton", "traced"})
+# What --quick leaves out besides long work: servers, browsers, devices, whole vocabularies, and what is marked slow.
+NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt", "vocabulary"})
+
+
+class _Refusing:
+    """Skips the test that imports a package whose models are other people's and take seconds to load."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name in ("transformers", "timm"):
+            pytest.skip(f"loads {name}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,11 +64,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, then those with most tests: no worker is left with a long file at the end."""
+    """Files with long tests come first, then those with most tests: no worker is left with a long file at the end."""
     weights: dict[Path, tuple[bool, int]] = {}
     for item in items:
-        slow, count = weights.get(item.path, (False, 0))
-        weights[item.path] = (slow or item.get_closest_marker("slow") is not None, count + 1)
+        long, count = weights.get(item.path, (False, 0))
+        long = long or any(mark.name in LONG for mark in item.iter_markers())
+        weights[item.path] = (long, count + 1)
     items.sort(key=lambda item: weights[item.path], reverse=True)
 
 
@@ -111,12 +122,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """With --quick, a test that begins long work is skipped there, so no list of such tests is kept.
 
-    Long work is a build, a trace, a model in a runtime or in PyTorch, and another process of Python.
+    Long work is a build, a trace, a model in a runtime, in PyTorch or of another library, and another process.
     """
     if not request.config.getoption("--quick"):
         yield
         return
     import torch
+
+    from dinoexport.graph import tracer
 
     def skipping(reason: str) -> Callable[..., None]:
         return lambda *_, **__: pytest.skip(reason)
@@ -133,7 +146,9 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
         for place, name, reason in (
             (pipeline, "build", "needs a whole build"),
             (pipeline, "export_only", "needs a whole build"),
+            (tracer, "_as_taken", "traces a model"),
             (torch.export, "export", "traces a model"),
+            (os, "fork", "starts a process of Python"),
             (telemetry, "onnxruntime", "opens a runtime"),
             (telemetry, "openvino", "opens a runtime"),
             (functional, "linear", "runs a model in PyTorch"),
@@ -141,6 +156,9 @@ def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
         ):
             patch.setattr(place, name, skipping(reason))
         patch.setattr(subprocess.Popen, "__init__", starting)
+        patch.setattr(sys, "meta_path", [_Refusing(), *sys.meta_path])
+        # jsonschema checks formats of addresses by it, which sbom's test in `make test` does; its parsers take 4 s.
+        patch.setitem(sys.modules, "rfc3987_syntax", None)
         yield
 
 

@@ -1,8 +1,9 @@
 """Random single-point mutants of the package, and whether the tests notice: `make mutants` (MUTANTS=40 SEED=0).
 
-A mutant is one changed comparison, boolean operator, constant or dropped `not`. The tests that mirror the mutated
-module run on it, then all quick tests if those pass. What survives is printed with its line: either a test is missing,
-or the code does nothing. The tree itself is never touched: each mutant lives in a copy.
+A mutant is one changed comparison, boolean operator, constant or dropped `not`. The quick tests of the files that name
+the mutated module run on it, then all quick ones, then all that mirror its package, until one fails. What survives is
+printed with its line: either a test is missing, or the code does nothing. The tree itself is never touched: each mutant
+lives in a copy.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import ast
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,9 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
 }  # fmt: skip
-SECONDS_MAX = 600
+SECONDS_MAX = 1200
+# What make sets up beside the code.
+ENVIRONMENTS = (".venv", ".triton", ".text", ".interop", ".tensorrt-bindings")
 
 
 def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
@@ -58,25 +62,55 @@ def mutate(node: ast.AST, change: str) -> None:
         node.value = not node.value if isinstance(node.value, bool) else node.value + 1
 
 
-def mirrored(module: Path) -> list[str]:
-    """The tests of a module: those named after it, else those of its package, else every quick one."""
+def stages(module: Path) -> list[list[str]]:
+    """The tests to run on a mutant of `module`, those that most likely notice it first.
+
+    The quick ones of the files that name it, every quick test, then all of the nearest folder that mirrors its package.
+    """
     package = Path("tests", *module.parts[1:-1])
-    named = sorted(package.glob(f"test_{module.stem}*.py")) if (ROOT / package).is_dir() else []
-    named = [path for path in named if (ROOT / path).exists()]
-    return [str(path) for path in named] or [str(package if (ROOT / package).is_dir() else "tests")]
+    while not (ROOT / package).is_dir():
+        package = package.parent
+    place = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
+    parent, _, stem = place.rpartition(".")
+    naming = re.compile(rf"from {re.escape(parent)} import .*\b{stem}\b|\b{re.escape(place)}\b")
+    named = [path for path in (ROOT / "tests").rglob("test_*.py") if naming.search(path.read_text())]
+    named.sort(key=lambda path: (not path.stem.startswith(f"test_{stem}"), path))
+    first = [["--quick", *(str(path.relative_to(ROOT)) for path in named)]] if named else []
+    return [*first, ["--quick", "tests"], *([[str(package)]] if package != Path("tests") else [])]
 
 
-def killed(copy: Path, tests: list[str]) -> bool:
-    """Whether `tests` fail on the mutant in `copy`; one that never ends is noticed too."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+def copy_tree(to: Path) -> None:
+    """The tree with the changes that are not committed; what `make` set up beside it is linked."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+        check=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    for name in ENVIRONMENTS:
+        if (ROOT / name).exists():
+            (to / name).symlink_to((ROOT / name).resolve())
+
+
+def killer(copy: Path, tests: list[str]) -> str:
+    """The first of `tests` that fails on the mutant in `copy`; empty where all pass.
+
+    One that never ends is noticed too, but so is a machine that is too slow: it is named as such.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *tests]
     try:
         ran = subprocess.run(
             command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, timeout=SECONDS_MAX,
-            check=False,
+            check=False, text=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return True
-    return ran.returncode not in (0, 5)
+        return f"no end after {SECONDS_MAX} s"
+    if ran.returncode in (0, 5):
+        return ""
+    failed = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0] if failed else f"pytest itself: {ran.stderr.strip()[-200:]}"
 
 
 def main() -> None:
@@ -92,22 +126,23 @@ def main() -> None:
         for module in modules
         for index, _ in enumerate(mutations(ast.parse((ROOT / module).read_text())))
     ]
+    sample = chance.sample(places, min(wanted.count, len(places)))
     survivors = 0
-    for module, index in chance.sample(places, min(wanted.count, len(places))):
+    for module, index in sample:
         tree = ast.parse((ROOT / module).read_text())
         node, change = list(mutations(tree))[index]
         line = getattr(node, "lineno", 0)
         mutate(node, change)
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "copy"
-            ignored = shutil.ignore_patterns(".git", ".venv*", ".triton", "bundles", "build", "__pycache__", ".*_cache")
-            shutil.copytree(ROOT, copy, ignore=ignored)
+            copy_tree(copy)
             (copy / module).write_text(ast.unparse(ast.fix_missing_locations(tree)))
-            dead = killed(copy, mirrored(module)) or killed(copy, ["-m", "not slow", "--quick", "tests"])
-        survivors += not dead
+            by = next(filter(None, (killer(copy, tests) for tests in stages(module))), "")
+        survivors += not by
         source = (ROOT / module).read_text().splitlines()[line - 1].strip()
-        print(f"{'killed  ' if dead else 'SURVIVED'} {module}:{line} {change}: {source}", flush=True)
-    print(f"{wanted.count - survivors} of {wanted.count} killed")
+        said = f"killed by {by}" if by else "SURVIVED"
+        print(f"{module}:{line} {change}: {source}\n    {said}", flush=True)
+    print(f"{len(sample) - survivors} of {len(sample)} killed")
 
 
 if __name__ == "__main__":

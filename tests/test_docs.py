@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def command_lines(program: str) -> list[Any]:
     ]
 
 
+@cache
 def verbs() -> dict[str, Any]:
     group: Any = typer.main.get_command(cli.app)
     return dict(group.commands)

@@ -65,7 +65,10 @@ class TextRequest:
     def asked(self, prompts: Prompts) -> Prompt:
         """The prompt it asks of a model that knows `prompts`."""
         if self.messages is not None:
-            return prompts.chat(self.messages)
+            asked = prompts.chat(self.messages)
+            if not self.messages[-1].content.strip():  # the format's own words around it are not a prompt
+                raise InputRefused("The prompt is empty: the last message has no text.", next_step="Give some text.")
+            return asked
         assert self.prompt is not None, "one of three is given"
         if self.suffix is not None:
             return prompts.infill(self.prompt, self.suffix, suffix_first=self.suffix_first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import shutil
 import signal
@@ -16,6 +17,10 @@ import pytest
 from benchmarks import attack
 from tests.attack import commands, hostile, kit, scenarios, verb_scenarios
 from tests.kills import dies_at
+
+# Loaded once, for the hundreds of processes that are forked from this one; what is only loaded has no threads yet.
+for _package in ("dinoexport.cli", "onnxruntime", "onnxscript.optimizer", "torch", "torch.export"):
+    importlib.import_module(_package)
 
 # Every kind in turn, this often.
 _TURNS = 2

@@ -54,6 +54,7 @@ def test_chatml_is_the_published_template(smollm2: Path) -> None:
         assert prompts.end_ids(ours, asked) == {2}
 
 
+@pytest.mark.vocabulary
 @needs_smollm2
 def test_a_byte_level_vocabulary(smollm2: Path) -> None:
     ours = tokenizer.load(smollm2)

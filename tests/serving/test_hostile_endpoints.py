@@ -231,7 +231,7 @@ def drip(prefix: bytes, piece: bytes) -> Callable[[socket.socket], None]:
     def answer(connection: socket.socket) -> None:
         connection.sendall(prefix)
         while True:
-            time.sleep(0.1)
+            time.sleep(0.05)
             connection.sendall(piece)
 
     return answer
@@ -248,7 +248,7 @@ def drip(prefix: bytes, piece: bytes) -> Callable[[socket.socket], None]:
 )  # fmt: skip
 def test_a_dripped_answer_ends_at_the_deadline(endpoint: Endpoint, answer: Callable[[socket.socket], None]) -> None:
     endpoint.answers["/v2/models/tiny/infer"] = answer
-    client = DinoClient(f"http://127.0.0.1:{endpoint.port}", timeout_s=0.7)
+    client = DinoClient(f"http://127.0.0.1:{endpoint.port}", timeout_s=0.4)
     started = time.monotonic()
     with pytest.raises(DinoexportError, match="did not answer in time"):
         client(INPUT)

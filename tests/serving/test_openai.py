@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import openai
 import pytest
 import uvicorn
 
@@ -35,6 +34,8 @@ class Paced(tiny.Tiny):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    import openai
+
     run = Paced()
     decoder = tiny.decoder_of(run)
     words = tokenizer.load(tiny.tokenizer_json(tmp_path_factory.mktemp("tiny")))
@@ -158,6 +159,14 @@ def test_models_and_health(served) -> None:
     assert [model.id for model in served.client.models.list()] == ["tiny"]
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_question_without_text_is_refused(served, content: str) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="the last message has no text"):
+        served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -175,6 +184,8 @@ def test_models_and_health(served) -> None:
     ],
 )
 def test_bad_requests_say_why(served, wrong: dict, words: str) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as caught:
         served.client.completions.create(**{"model": "tiny", "prompt": "x", "max_tokens": 4} | wrong)
     assert words in caught.value.message
@@ -196,6 +207,8 @@ def test_bad_requests_say_why(served, wrong: dict, words: str) -> None:
     ],
 )
 def test_bad_conversations_say_why(served, messages: list, words: str) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as caught:
         served.client.chat.completions.create(model="tiny", messages=messages)
     assert words in caught.value.message
@@ -234,6 +247,8 @@ def test_a_client_that_leaves_is_written_for_no_more(served, stream: bool) -> No
 
 
 def test_a_full_queue_is_told(served) -> None:
+    import openai
+
     served.run.pace_s = 0.2
     connections = []
     try:

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -116,6 +115,7 @@ def test_generate(built: Path, model: requests.TextModel) -> None:
         (["x", "--system", "y"], "--system has no effect here"),
         (["x", "--suffix-first"], "--suffix-first has no effect here"),
         ([""], "The prompt is empty"),
+        (["", "--chat"], "The prompt is empty"),
         (["x" * 600], "601 tokens; the model takes 512"),
         (["x", "--top-p", "2"], "top_p 2.0 means nothing"),
     ],
@@ -269,6 +269,7 @@ def test_a_crowd_is_refused_in_words(served: Server) -> None:
         ({"prompt": "x", "top_p": 0}, "top_p 0.0 means nothing"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens -1 means nothing"),
         ({"messages": "[1]"}, "A message has a role"),
+        ({"messages": '[{"role": "user", "content": ""}]'}, "The prompt is empty"),
         ({"messages": "[" * 5000}, "messages are not a list"),
         ({"prompt_ids": [5, 999]}, "The model has no token 999"),
         ({"messages": '[{"role": "assistant", "content": "x"}]'}, "the user has the last word"),
@@ -310,6 +311,8 @@ def test_a_gap_tells_rounding_from_damage() -> None:
 
 @pytest.mark.triton
 def test_openai_in_front(served: Server, model: requests.TextModel) -> None:
+    import openai
+
     with running(sources.TritonSource(TextClient(served.http, model="words"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         wanted = written(model, prompt="hello world", max_tokens=20)

@@ -1,25 +1,22 @@
-"""A folder on disk or a prefix in an object store (S3, Google, Azure, HTTP) behind one interface of whole files.
+"""A prefix in an object store (S3, Google, Azure) or a web server as a place, by way of obstore.
 
-A file appears complete or not at all: on disk by rename, in a store by one PUT or a completed multipart upload. The
-stores are obstore's, which reads credentials and endpoints from the environment as each vendor's own tools do
-(AWS_ENDPOINT_URL, AWS_PROFILE is not read; GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME).
+A file appears by one PUT or a completed multipart upload. obstore reads credentials and endpoints from the environment
+as each vendor's own tools do (AWS_ENDPOINT_URL, AWS_PROFILE is not read; GOOGLE_APPLICATION_CREDENTIALS,
+AZURE_STORAGE_ACCOUNT_NAME).
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dinoexport.errors import MissingRequirement, UsageError, require
-from dinoexport.system import files, untrusted
+from dinoexport.system.store.place import PIECE_BYTES, check_size, draft_name
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _READ_ONLY = ("http", "https")
@@ -27,184 +24,6 @@ _READ_ONLY = ("http", "https")
 _RETRY_S = 60
 # How many times an object is requested again, from its beginning, if the store breaks off.
 _FETCHES = 4
-_PIECE_BYTES = 8 << 20
-_DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.partial$")
-
-
-class Place(Protocol):
-    """Where files are read from and written to, by names relative to it with `/` between their parts."""
-
-    @property
-    def local(self) -> Path | None:
-        """The folder, if it is on disk."""
-
-    def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """(name, size in bytes) of every file below `under`, in any order."""
-
-    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        """A file's content. Raises FileNotFoundError if it is missing, ValueError if it is larger than `max_bytes`."""
-
-    def fetch(self, name: str, target: Path) -> None:
-        """Copies a file to the new local file `target`. Raises FileNotFoundError if it is missing."""
-
-    def size(self, name: str) -> int | None:
-        """A file's size in bytes; None if it is missing."""
-
-    def write(self, name: str, content: bytes, *, new: bool = False) -> None:
-        """Writes a whole file at once. new: raises FileExistsError if it exists already."""
-
-    def draft(self, name: str) -> Path:
-        """A local path to write to; `publish` then puts the file at `name`."""
-
-    def publish(self, draft: Path, name: str) -> None:
-        """Puts the finished draft at `name` and replaces an older file; the draft is removed."""
-
-    def upload(self, source: Path, name: str, *, new: bool = False) -> None:
-        """Puts a copy of the local file `source` at `name`. new: raises FileExistsError if `name` exists."""
-
-    def remove(self, name: str) -> None:
-        """Removes a file; a missing file is no error."""
-
-
-def is_url(place: str) -> bool:
-    """Whether `place` names an object store or a server instead of a path."""
-    return "://" in place
-
-
-def open_place(place: str) -> Place:
-    """The folder or the object-store prefix called `place`. Nothing is created, and no request is sent yet."""
-    return RemotePlace(place) if is_url(place) else LocalPlace(Path(place))
-
-
-class LocalPlace:
-    """A folder on disk. It and the folders inside it are made when something is written to them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.local: Path | None = folder
-        self._folder = folder
-
-    def __str__(self) -> str:
-        return str(self._folder)
-
-    def files(self, under: str = "") -> Iterator[tuple[str, int]]:
-        """Every regular file; links are not followed."""
-        pending = [self._folder / under]
-        while pending:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(pending.pop()) as found:
-                for entry in found:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(Path(entry.path))
-                    elif entry.is_file(follow_symlinks=False):
-                        name = Path(entry.path).relative_to(self._folder).as_posix()
-                        yield name, entry.stat(follow_symlinks=False).st_size
-
-    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        """The file's content. Like `fetch` it opens only regular files: somebody else may write to the folder."""
-        with self._opened(name) as found:
-            _check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
-            return found.read()
-
-    def fetch(self, name: str, target: Path) -> None:
-        """Copies its bytes."""
-        with self._opened(name) as found, target.open("xb") as made:
-            shutil.copyfileobj(found, made, _PIECE_BYTES)
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO]:
-        try:
-            with untrusted.opened(self._folder / name, links=False) as found:
-                yield found
-        except untrusted.Unreadable as error:
-            if error.absent:
-                raise FileNotFoundError(name) from None
-            raise
-
-    def names(self) -> list[str]:
-        """What is in the folder itself; nothing where there is none. Raises UsageError for what is not a folder."""
-        try:
-            return [path.name for path in self._folder.iterdir()]
-        except FileNotFoundError:
-            if self._folder.is_symlink():
-                raise UsageError(
-                    f"{self} is a link to nothing.", next_step="Make the folder that it leads to, or remove it."
-                ) from None
-            return []
-        except OSError as error:
-            raise UsageError(
-                f"{self} is not a folder that can be read: {error.strerror}.", next_step="Name another folder."
-            ) from None
-
-    def size(self, name: str) -> int | None:
-        """The file system's."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return (self._folder / name).stat().st_size
-        return None
-
-    def write(self, name: str, content: bytes, *, new: bool = False) -> None:
-        """By rename; a new file by a link, which fails if the name exists."""
-        draft = self.draft(name)
-        with files.disk_errors(self._folder):
-            try:
-                with draft.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if new:
-                    try:
-                        os.link(draft, self._folder / name)
-                    except FileExistsError:
-                        raise
-                    except OSError:  # a file system without links cannot detect two writers at once
-                        if (self._folder / name).exists():
-                            raise FileExistsError(name) from None
-                        os.replace(draft, self._folder / name)
-                else:
-                    os.replace(draft, self._folder / name)
-            except FileExistsError:
-                raise _Exists(name) from None
-            finally:
-                draft.unlink(missing_ok=True)
-
-    def draft(self, name: str) -> Path:
-        """A hidden file beside the final one, named after the process, so that a dead process's file is recognised."""
-        path = self._folder / name
-        with files.disk_errors(self._folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
-
-    def publish(self, draft: Path, name: str) -> None:
-        """By rename, after the bytes are written to the disk."""
-        with files.disk_errors(self._folder):
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, self._folder / name)
-
-    def upload(self, source: Path, name: str, *, new: bool = False) -> None:
-        """By a copy beside its final name, and a rename."""
-        if new:
-            self.write(name, source.read_bytes(), new=True)
-            return
-        draft = self.draft(name)
-        try:
-            shutil.copyfile(source, draft)
-            self.publish(draft, name)
-        finally:
-            draft.unlink(missing_ok=True)
-
-    def remove(self, name: str) -> None:
-        """Removes the file."""
-        (self._folder / name).unlink(missing_ok=True)
-
-    def sweep(self) -> None:
-        """Removes drafts of this machine's dead processes."""
-        for path in self._folder.rglob(".*.partial"):
-            found = _DRAFT.match(path.name)
-            if found and found["host"] == _host() and not _alive(int(found["pid"])):
-                path.unlink(missing_ok=True)
-
-
-class _Exists(FileExistsError):
-    """Distinct from the FileExistsError of a wrong path, which `disk_errors` translates."""
 
 
 class RemotePlace:
@@ -269,7 +88,7 @@ class RemotePlace:
 
         with self._errors(name):
             found = obstore.get(self._store, name)
-            _check_size(name, int(found.meta["size"]), max_bytes)
+            check_size(name, int(found.meta["size"]), max_bytes)
             return bytes(found.bytes())
 
     def fetch(self, name: str, target: Path) -> None:
@@ -281,7 +100,7 @@ class RemotePlace:
                 file.seek(0)
                 file.truncate()
                 try:
-                    for piece in obstore.get(self._store, name).stream(min_chunk_size=_PIECE_BYTES):
+                    for piece in obstore.get(self._store, name).stream(min_chunk_size=PIECE_BYTES):
                         file.write(piece)
                 except obstore.exceptions.GenericError:
                     if not left:
@@ -308,7 +127,7 @@ class RemotePlace:
     def draft(self, name: str) -> Path:
         """A file in the folder for temporary files."""
         self.check_writable()
-        return Path(self._drafts) / f".{name.replace('/', '_')}.{_host()}.{os.getpid()}.partial"
+        return Path(self._drafts) / draft_name(name.replace("/", "_"))
 
     def publish(self, draft: Path, name: str) -> None:
         """As `upload`."""
@@ -348,7 +167,7 @@ class RemotePlace:
 
         with suppress(FileNotFoundError), self._errors(name):
             found = obstore.get(self._store, name)
-            _check_size(name, int(found.meta["size"]), max_bytes)
+            check_size(name, int(found.meta["size"]), max_bytes)
             return bytes(found.bytes()), str(found.meta["e_tag"])
         return b"", ""
 
@@ -424,22 +243,3 @@ class RemotePlace:
                 f"{where}: the store {f'answers {status[1]}' if status else 'cannot be reached or broke off'}.",
                 next_step="Check the address and the network, and run it again: what is finished is kept.",
             ) from None
-
-
-def _check_size(name: str, size_bytes: int, max_bytes: int | None) -> None:
-    if max_bytes is not None and size_bytes > max_bytes:
-        raise ValueError(f"{name} has {size_bytes} bytes, more than {max_bytes}")
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
