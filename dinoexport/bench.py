@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,11 @@ def _pytorch(
     import torch
 
     torch.set_num_threads(cpu.usable_cpus())
-    tensors = {name: checkpoint.read(name) for name in model.tensors if name not in model.optional_tensors}
+    # PyTorch may read more than the graph has: a depth head leaves the final norm out.
+    read = cache(checkpoint.read)
 
     def ask(workload: Workload) -> object:
-        return model.reference(tensors.__getitem__, [workload.inputs], precision=Precision.FP32, progress=silent)
+        return model.reference(read, [workload.inputs], precision=Precision.FP32, progress=silent)
 
     return ask, ""
 

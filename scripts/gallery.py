@@ -65,8 +65,8 @@ def shown(name: str, model: Any, answer: Any) -> str:
     if "depth" in answer:
         depth = answer["depth"][0]
         low, high = (float(end) for end in np.percentile(depth, (2, 98)))
-        unit = "" if head.form == "depth_anything" and head.table.max_depth is None else " m"
-        return f"{saved(name, pictures.depth_image(depth, low, high))} | dark {low:.3g}, bright {high:.3g}{unit}"
+        ends = f"dark {low:.3g}, bright {high:.3g}{head.depth_unit}"
+        return f"{saved(name, pictures.depth_image(depth, low, high))} | {ends}"
     if "labels" in answer:
         labels = answer["labels"][0]
         found, counts = np.unique(labels, return_counts=True)

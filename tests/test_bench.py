@@ -80,6 +80,17 @@ def test_every_load_is_timed_beside_pytorch(folder: Path) -> None:
     assert [row["load"] for row in table] == ["1 x 56 x 56", "3 x 98 x 98"] and "images/s" in table[0]
 
 
+def test_a_head_that_needs_less_than_pytorch_reads_is_timed(tmp_path: Path) -> None:
+    """A depth head reads tokens before the final norm: its graph has no norm, PyTorch's backbone does."""
+    out = tmp_path / "bundle"
+    recipe = str(DATA / "tiny_heads.toml")
+    pipeline.export_only(
+        pipeline.build_request(recipe, weights="synthetic:0", head="nyu_linear", head_weights="synthetic:0", out=out)
+    )
+    found = bench.bench(out)
+    assert found.rows and all(row.pytorch is not None for row in found.rows)
+
+
 def test_figures_follow_from_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "GEMM_GFLOP", 0.5)
     row = bench.Row(

@@ -43,10 +43,12 @@ def choose(graph: Graph, wanted: Sequence[str] | None) -> tuple[Column, ...]:
     if wanted is None:
         first = next((c for c in known.values() if c.kind == "vector"), None) or next(iter(known.values()))
         return (first,)
+    others = {tensor.name: tensor.dtype for tensor in graph.outputs if tensor.name not in known}
     for name in wanted:
         if name not in known:
+            why = f"The model has no output {name!r}.{closest(name, list(known))}"
             raise UsageError(
-                f"The model has no output {name!r}.{closest(name, list(known))}",
+                f"{name} is {others[name]}; columns are of floating-point outputs." if name in others else why,
                 next_step=f"--outputs takes any of {', '.join(known)}.",
             )
     if len(set(wanted)) < len(wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinoexport.errors import InputRefused
+from dinoexport.errors import InputRefused, UsageError
 from dinoexport.models.dinov2.heads import finishing, pictures
 from dinoexport.models.dinov2.heads.finishing import PHOTOGRAPH_SIZE
 from dinoexport.models.dinov2.heads.serving import size_of
@@ -126,3 +127,42 @@ def test_no_pixel_that_differs_is_lost_in_a_smaller_picture() -> None:
     seen = {tuple(colour) for colour in np.asarray(Image.open(BytesIO(theirs.data))).reshape(-1, 3)}
     assert {colour for colour, _ in theirs.legend} == {colours[colour] for colour in seen}
     assert [words for _, words in theirs.legend] == ["background 58%", "dog 42%"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "head", "unit"), [("vits14", "kitti_linear", " m"), ("depth-anything-v2-vits", None, "")]
+)
+def test_depths_in_pictures_have_their_unit(variant: str, head: str | None, unit: str) -> None:
+    """Metres of a metric head; relative depth has none."""
+    model = model_of(variant, head)
+    depth = np.linspace(1, 3, 28 * 28, dtype=np.float32).reshape(1, 28, 28)
+    ((_, theirs, _, difference),) = pictures.of_case(
+        model.head, np.zeros((1, 3, 28, 28), np.float32), {"depth": depth}, {"ours": {"depth": depth + 0.5}},
+        model.backbone.preprocessing,
+    )  # fmt: skip
+    assert theirs.caption == f"dark 1.04, bright 2.96{unit}"
+    assert difference.caption == f"of ours: dark 0, bright 5.0e-01{unit}, worst 5.0e-01{unit}"
+
+
+def test_bars_have_no_text_on_them() -> None:
+    """Grey text on a blue bar is hard to read: each bar ends above the next line of text, and begins below its own."""
+    model = model_of("vits14", "linear")
+    answer = {"probabilities": np.full((1, 1000), 1e-3, np.float32)}
+    ((_, theirs),) = pictures.of_case(
+        model.head, np.zeros((1, 3, 28, 28), np.float32), answer, {}, model.backbone.preprocessing
+    )
+    tops = [int(y) for y in re.findall(rb'<rect x="0" y="(\d+)"', theirs.data)]
+    baselines = [int(y) for y in re.findall(rb'<text x="0" y="(\d+)"', theirs.data)]
+    assert len(tops) == 5 and all(top > baseline for top, baseline in zip(tops, baselines, strict=True))
+    assert all(baseline - 12 >= top + 3 for top, baseline in zip(tops, baselines[1:], strict=False))
+
+
+def test_an_output_that_is_no_column_is_not_called_absent() -> None:
+    """class_index of a fitted head exists; it is integers."""
+    from dinoexport.embed import columns
+
+    graph = model_of("tiny_heads", "logreg", head={"kind": "logreg", **CLASSES}).graphs[0]
+    with pytest.raises(UsageError, match="class_index is int32; columns are of floating-point outputs"):
+        columns.choose(graph, ["class_index"])
+    with pytest.raises(UsageError, match="has no output 'class_indices'"):
+        columns.choose(graph, ["class_indices"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def test_the_graphs_probabilities_are_scikit_learns(
     assert validate_bundle.validate(made.folder).report.passed
     page = (made.folder / bundle.REPORT_HTML).read_text()
     assert f"{made.held.right} of {made.held.images} images that the head was not fitted on" in page
+    (limit,) = {found.strip() for found in re.findall(r'"largest difference"><span>\S+\s*<small>([^<]+)<', page)}
+    assert float(limit) == of_heads.value, "the limit of probabilities is below their figure"
     assert all(f"{true}, taken for {given}" in page for _, true, given, _ in made.held.confusions)
     assert all(f"{share:.0%}".replace("%", " % of 2") in page for share in made.held.recall.values())
 
@@ -233,13 +236,14 @@ def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:
 
         uses = None
 
-    for label, count in (("a", 2), ("b", 50)):
+    for label, count in (("a", 5), ("b", 50), ("c", 0), (".hidden", 0)):
         (tmp_path / label).mkdir()
         for i in range(count):
             (tmp_path / label / f"{i}.txt").write_text(f"{label}{i % 40}")
     source: Any = Source()
     said = " ".join(examples.read(source, tmp_path, seed=0).said)
-    assert "broken.png" in said and "b has 50 images, a has 2" in said and "10 files are copies" in said
+    assert "broken.png" in said and "b has 50 images, a has 5" in said and "10 files are copies" in said
+    assert "c: a folder without an image" in said and "hidden" not in said
 
 
 def test_held_out_images_are_counted_by_class() -> None:

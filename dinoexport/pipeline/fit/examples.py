@@ -18,7 +18,7 @@ from dinoexport.spec import Progress, silent
 from dinoexport.system import files, untrusted
 
 HELD_OUT = 0.2  # of each class, and of every class at least one image
-_IMBALANCE = 20  # times the smallest class; a larger ratio is reported as imbalance
+_IMBALANCE = 10  # times the smallest class; from this ratio on it is reported as imbalance
 _NAMED_MAX = 8
 
 
@@ -80,15 +80,19 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
     fitted, held_out = split(found, seed=seed)
     refuse_leak(fitted, held_out)
     said = [f"skipped: {line}" for line in skipped]
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if empty := sorted(folders - set(classes)):
+        said.append(f"{_listed(empty)}: a folder without an image that can be read is no class of the new bundle")
     counts = Counter(example.label for example in found)
     most, least = max(counts, key=lambda k: (counts[k], k)), min(counts, key=lambda k: (counts[k], k))
-    if counts[most] > _IMBALANCE * counts[least]:
+    if counts[most] >= _IMBALANCE * counts[least]:
         said.append(
             f"classes are imbalanced: {most} has {counts[most]} images, {least} has {counts[least]}; "
             "--balanced gives them the same weight"
         )
     if copies := len(found) - len({example.digest for example in found}):
-        said.append(f"{copies} files are copies of others; copies are on the same side of the split")
+        files_are = "1 file is a copy of another" if copies == 1 else f"{copies} files are copies of others"
+        said.append(f"{files_are}; copies are on the same side of the split")
     return Examples(classes=classes, fitted=tuple(fitted), held_out=tuple(held_out), said=tuple(said))
 
 

@@ -357,7 +357,8 @@ def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequenc
     if left := sorted(ours - set(models)):
         raise UsageError(
             f"{', '.join(left)} would stay behind in the previous version.",
-            next_step="Deploy with the same options as before (--samples, --answers), or remove it first.",
+            next_step="Deploy with the same options as before (--samples, --answers), give another model another "
+            "--name, or remove it first.",
         )
     for name in models:  # a version's folder is new, and what else is written to must be no link to somewhere else
         home = repository_state.home_of(repository, name, known)

@@ -202,6 +202,11 @@ class Head:
         return self.form != "depth_anything"
 
     @property
+    def depth_unit(self) -> str:
+        """What follows a depth in words; relative depth has no unit."""
+        return "" if self.form == "depth_anything" and self.table.max_depth is None else " m"
+
+    @property
     def depth_range(self) -> tuple[float, float]:
         """Least and greatest depth, metres."""
         chosen = self.table.depth_range or self.kind.dataset.depth_range

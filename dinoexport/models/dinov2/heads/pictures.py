@@ -30,7 +30,8 @@ def of_case(
             if all(output in answers and answers[output].shape == array.shape for output, array in reference.items())
         }
         if "depth" in of_image:
-            row += _depths(of_image["depth"], {name: answer["depth"] for name, answer in others.items()})
+            depths = {name: answer["depth"] for name, answer in others.items()}
+            row += _depths(of_image["depth"], depths, head.depth_unit)
         elif "labels" in of_image:
             labels = {name: answer["labels"] for name, answer in others.items()}
             row += _label_maps(head, of_image["labels"], labels)
@@ -68,11 +69,11 @@ def label_colours(count: int) -> Array:
     return colours
 
 
-def _depths(reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
+def _depths(reference_HW: Array, others: Mapping[str, Array], unit: str) -> list[Picture]:
     import numpy as np
 
     low, high = (float(end) for end in np.percentile(reference_HW, (2, 98)))
-    row = [_drawn(depth_image(reference_HW, low, high), "PyTorch", f"dark {low:.3g}, bright {high:.3g}")]
+    row = [_drawn(depth_image(reference_HW, low, high), "PyTorch", f"dark {low:.3g}, bright {high:.3g}{unit}")]
     errors = {name: np.abs(depth.astype(np.float64) - reference_HW) for name, depth in others.items()}
     largest = max((float(e[np.isfinite(e)].max(initial=0.0)) for e in errors.values()), default=0.0)
     for name, depth in others.items():
@@ -80,7 +81,8 @@ def _depths(reference_HW: Array, others: Mapping[str, Array]) -> list[Picture]:
         worst = float(errors[name][np.isfinite(errors[name])].max(initial=0.0))
         shown = _most_of_each_block(np.nan_to_num(errors[name], nan=largest))
         colours = viridis(shown / max(largest, 1e-300))
-        row.append(_drawn(colours, "Difference", f"of {name}: dark 0, bright {largest:.1e}, worst {worst:.1e}"))
+        caption = f"of {name}: dark 0, bright {largest:.1e}{unit}, worst {worst:.1e}{unit}"
+        row.append(_drawn(colours, "Difference", caption))
     return row
 
 
@@ -118,7 +120,7 @@ def _best_classes(head: Head, reference: Arrays, others: Mapping[str, Arrays]) -
 
 
 def _bars(names: Sequence[str], probabilities_K: Array, title: str) -> Picture:
-    """The most probable classes as bars in an SVG, whose text a reader can select."""
+    """The most probable classes in an SVG, each with its bar below it: text on a bar is hard to read."""
     from xml.sax.saxutils import escape
 
     import numpy as np
@@ -128,9 +130,9 @@ def _bars(names: Sequence[str], probabilities_K: Array, title: str) -> Picture:
     for line, k in enumerate(best):
         share, y = float(probabilities_K[k]), 22 * line
         width = 260 * min(max(share, 0.0), 1.0) if np.isfinite(share) else 0.0
-        lines.append(f'<rect x="0" y="{y}" width="{width:.1f}" height="18" fill="#5b8dd9" opacity="0.55"/>')
+        lines.append(f'<rect x="0" y="{y + 16}" width="{width:.1f}" height="3" fill="#5b8dd9"/>')
         text = escape(f"{names[k]} {share:.1%}")
-        lines.append(f'<text x="4" y="{y + 13}" font-size="12" font-family="sans-serif" fill="#888">{text}</text>')
+        lines.append(f'<text x="0" y="{y + 12}" font-size="12" font-family="sans-serif" fill="#777">{text}</text>')
     height = 22 * len(best)
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="260" height="{height}" viewBox="0 0 260 {height}">'
     data = (svg + "".join(lines) + "</svg>").encode()
