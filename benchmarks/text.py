@@ -1,8 +1,8 @@
-"""Decoders beside their peers: a step after 1024 tokens, and a prompt of 512: `python -m benchmarks.text`.
+"""Decoders beside their peers: a step after 1024 tokens, and a prompt of 512: `make bench-text`.
 
-Every candidate has a process of its own and is asked in turn, several times; each figure is the median of its rounds.
-The peers' packages are in an environment of their own (`--peers PYTHON`); a candidate that cannot be opened is a row
-with the reason. Writes benchmarks/results/text.md.
+Every candidate has the same GGUF file, a process of its own and a turn in each round; each figure is the median of the
+rounds. The peers' packages are in an environment of their own (`--peers PYTHON`). A candidate that cannot be opened is
+a row with the reason. Writes benchmarks/results/text.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAST, PROMPT, STEPS = 1024, 512, 24
+PRECISIONS = ("fp32", "int8", "int4")
 PROBE_BYTES = 1 << 29
 Figures = dict[str, float]
 
@@ -134,12 +135,67 @@ def of_openvino_genai(place: str) -> Figures:
     return {"prefill_ms": prefill, "step_ms": ask(PAST, STEPS, 0).get_tpot().mean}
 
 
+def of_llama_cpp(place: str) -> Figures:
+    """A GGUF file, by llama.cpp's server in this process; its own figures."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = place, 2 * PAST, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    server = xllamacpp.Server(params)
+
+    def ask(count: int, tokens: int) -> Any:
+        wanted = {"n_predict": tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        return server.handle_completions({"prompt": prompt_ids()[:count], **wanted})["timings"]
+
+    ask(PROMPT, 1)
+    return {"prefill_ms": ask(PROMPT, 1)["prompt_ms"], "step_ms": ask(PAST, STEPS + 1)["predicted_per_token_ms"]}
+
+
 KINDS: dict[str, Callable[[str], Figures]] = {
     "dinoexport": of_bundle,
     "transformers": of_transformers,
     "onnxruntime-genai": of_onnxruntime_genai,
     "openvino-genai": of_openvino_genai,
+    "llama.cpp": of_llama_cpp,
 }
+
+
+def prepare_peers(gguf: Path, work: Path) -> None:
+    """The files that two of the peers read, in their own Python: Hugging Face's folder, and genai's int4 of it."""
+    import transformers
+
+    read = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    del read.config.quantization_config  # or transformers refuses to save it, although the numbers are fp32
+    model = transformers.AutoModelForCausalLM.from_config(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(work / "hf")
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work / "hf")
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    subprocess.run([*builder, "-i", work / "hf", "-o", work / "genai-int4", "-c", work / "cache"], check=True)
+
+
+def prepare(gguf: Path, work: Path, peers: str) -> list[str]:
+    """Makes what is not there yet. Returns the candidates, as LABEL=KIND=PLACE."""
+    work.mkdir(parents=True, exist_ok=True)
+    for precision in PRECISIONS:
+        if not (work / precision / "manifest.json").exists():
+            build = ["-m", "dinoexport", "build", "smollm2-135m", "--weights", gguf, "--precision", precision]
+            subprocess.run([sys.executable, *build, "--target", "cpu", "--out", work / precision], check=True)
+    if not (work / "genai-int4" / "genai_config.json").exists():
+        subprocess.run([peers, "-m", "benchmarks.text", gguf, "--work", work, "--prepare"], cwd=ROOT, check=True)
+    ours = [
+        f"dinoexport {precision}, {title}=dinoexport={runtime}:{work / precision}"
+        for precision in PRECISIONS
+        for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO"))
+    ]
+    return [
+        *ours,
+        f"onnxruntime-genai int4=onnxruntime-genai={work / 'genai-int4'}",
+        f"llama.cpp, the GGUF file=llama.cpp={gguf}",
+        f"OpenVINO GenAI, the GGUF file=openvino-genai={gguf}",
+        f"transformers fp32=transformers={work / 'hf'}",
+    ]
 
 
 def memory_gb_per_s() -> float:
@@ -151,52 +207,63 @@ def memory_gb_per_s() -> float:
         return PROBE_BYTES / 1e6 / min(timed(lambda: list(pool.map(np.sum, halves))) for _ in range(10))
 
 
+def figures_of(candidate: str, peers: str) -> Figures | str:
+    """One turn of a candidate in a process of its own, or the reason why there is none."""
+    python = sys.executable if candidate.split("=")[1] == "dinoexport" else peers
+    command = [python, "-m", "benchmarks.text", candidate, "--one"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        return (ran.stderr.strip().splitlines() or ["it ended"])[-1][:100]
+    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
+
+
+def row(label: str, rounds: list[Figures | str], memory: float) -> str:
+    """The candidate's line of the table. memory: GB/s."""
+    found = [figures for figures in rounds if not isinstance(figures, str)]
+    if not found:
+        return f"| {label} | {rounds[0]} | | | | |"
+    step, prefill = (statistics.median(figures[key] for figures in found) for key in ("step_ms", "prefill_ms"))
+    share = f"{found[0]['bytes'] / 1e6 / step / memory:.0%}" if "bytes" in found[0] else ""
+    return f"| {label} | {step:.1f} | {1000 / step:.0f} | {share} | {prefill:.0f} | {1000 * PROMPT / prefill:.0f} |"
+
+
 def main() -> None:
-    """Asks every candidate in turn, and writes the table."""
+    """Prepares, asks every candidate in turn, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("candidates", nargs="+", help="LABEL=KIND=PLACE; kinds are " + ", ".join(KINDS))
+    parser.add_argument("gguf", help="The model that everyone reads.")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-text", help="Where bundles are kept.")
     parser.add_argument("--peers", default=sys.executable, help="The Python that has the peers' packages.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--note", default="", help="What else the machine did.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "text.md")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        _, kind, place = asked.candidates[0].split("=", 2)
+        _, kind, place = asked.gguf.split("=", 2)
         print(json.dumps(KINDS[kind](place)))
         return
-    rounds: dict[str, list[Figures]] = {candidate: [] for candidate in asked.candidates}
-    reasons: dict[str, str] = {}
-    speed = memory_gb_per_s()
+    gguf, work = Path(asked.gguf).absolute(), asked.work.absolute()
+    if asked.prepare:
+        prepare_peers(gguf, work)
+        return
+    candidates = prepare(gguf, work, asked.peers)
+    rounds: dict[str, list[Figures | str]] = {candidate: [] for candidate in candidates}
+    memory = memory_gb_per_s()
     for _ in range(asked.rounds):
-        for candidate in asked.candidates:
-            python = sys.executable if candidate.split("=")[1] == "dinoexport" else asked.peers
-            command = [python, "-m", "benchmarks.text", candidate, "--one"]
-            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if ran.returncode:
-                reasons[candidate] = (ran.stderr.strip().splitlines() or ["it ended"])[-1][:100]
-            else:
-                rounds[candidate].append(json.loads(ran.stdout.strip().splitlines()[-1]))
-        speed = max(speed, memory_gb_per_s())
+        for candidate in candidates:
+            rounds[candidate].append(figures_of(candidate, asked.peers))
+        memory = max(memory, memory_gb_per_s())
     lines = [
         "# Decoders beside their peers",
         "",
-        f"`python -m benchmarks.text`, SmolLM2-135M on {platform.machine()}, {os.cpu_count()} CPUs, "
-        f"{asked.rounds} rounds in turn, medians. Memory: {speed:.0f} GB/s. {asked.note}".strip(),
+        f"`make bench-text`, SmolLM2-135M on {platform.machine()}, {os.cpu_count()} CPUs, {asked.rounds} rounds "
+        f"in turn, medians. Memory: {memory:.0f} GB/s. {asked.note}".strip(),
         "",
         f"| candidate | step after {PAST}, ms | tokens/s | of memory speed | prompt of {PROMPT}, ms | tokens/s |",
         "| --- | --- | --- | --- | --- | --- |",
+        *(row(candidate.split("=")[0], rounds[candidate], memory) for candidate in candidates),
     ]
-    for candidate, found in rounds.items():
-        label = candidate.split("=")[0]
-        if not found:
-            lines.append(f"| {label} | {reasons.get(candidate, '')} | | | | |")
-            continue
-        step, prefill = (statistics.median(figures[key] for figures in found) for key in ("step_ms", "prefill_ms"))
-        share = f"{found[0]['bytes'] / 1e6 / step / speed:.0%}" if "bytes" in found[0] else ""
-        lines.append(
-            f"| {label} | {step:.1f} | {1000 / step:.0f} | {share} | {prefill:.0f} | {1000 * PROMPT / prefill:.0f} |"
-        )
     asked.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

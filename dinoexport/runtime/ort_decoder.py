@@ -1,22 +1,36 @@
-"""A decoder in ONNX Runtime whose cache stays in the runtime's own tensors from step to step."""
+"""A decoder in ONNX Runtime, which writes each new token into the cache where it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from dinoexport.errors import BuildError
-from dinoexport.runtime import decoding, telemetry
+from dinoexport.errors import BuildError, require
+from dinoexport.runtime import check_inputs, decoding, ort_shared_cache, telemetry
+from dinoexport.runtime.ort_shared_cache import ALL_TOKENS, LAST_TOKEN
 from dinoexport.spec import Array, Arrays, Graph
+
+# A cache that is full is copied to one with room for so many tokens more; the portable graph copies it at every token.
+_MORE_TOKENS = 256
+
+
+def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
+    """The file at `path` with its cache in place, its weights left where they are; None if it has another form."""
+    require("text", "onnx")
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    return bytes(model.SerializeToString()) if ort_shared_cache.share_cache(model, graph) else None
 
 
 class OrtDecoder:
-    """A `decoding.Decoder` that binds the outputs that carry state as the next call's inputs, without a copy."""
+    """A `decoding.Decoder` of a session `with_shared_cache`; several may use one session."""
 
     def __init__(self, session: Any, graph: Graph) -> None:
         self._session, self._graph = session, graph
-        self._cache: dict[str, Any] = {}
-        self._batch = 0
+        self._binding: Any = None
+        self._buffers: dict[str, Array] = {}
         self.past_tokens = 0
         self.inside: dict[str, Array] = {}
 
@@ -27,56 +41,91 @@ class OrtDecoder:
 
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
-        onnxruntime = telemetry.onnxruntime()
+        import numpy as np
 
         inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
         decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
-        if not self._cache:
-            self._cache = {
-                name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
-                for name, array in decoding.empty_cache(self._graph, len(input_ids_BT)).items()
-            }
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
+        batch, new = input_ids_BT.shape
+        if batch == 1 or new == 1 or not self.past_tokens:
+            return self._run(inputs)
+        # The operator adds several tokens to a past only for one sequence.
+        one_by_one = [
+            self._run(decoding.inputs_of(ids, attention_mask_BS[:, : self.past_tokens + 1], 1, first_position))
+            for ids in np.split(input_ids_BT, new, axis=1)
+        ]
+        return np.concatenate(one_by_one[-keep:], axis=1)
+
+    def whole(self, arrays: Arrays) -> dict[str, Array]:
+        """A call of the graph as it is in the file: the cache is an input, and an output with the new tokens."""
+        check_inputs(self._graph, arrays)
+        self.resume({name: arrays[name] for name in self._graph.carried})
+        keep, first_position = (
+            int(arrays[name][0]) if name in arrays else 0 for name in (decoding.LOGITS_TO_KEEP, decoding.FIRST_POSITION)
+        )
+        logits = self.rows(
+            arrays[decoding.INPUT_IDS], arrays[decoding.ATTENTION_MASK], keep=keep, first_position=first_position
+        )
+        return {decoding.LOGITS: logits} | {self._graph.carried[name]: array for name, array in self.carried().items()}
+
+    @property
+    def _batch(self) -> int:
+        """The sequences in the cache; 0 for an empty one."""
+        return len(next(iter(self._buffers.values()), ()))
+
+    def _run(self, inputs: Arrays) -> Array:
+        import numpy as np
+
+        onnxruntime = telemetry.onnxruntime()
+
+        batch, total = len(inputs[decoding.INPUT_IDS]), inputs[decoding.ATTENTION_MASK].shape[1]
+        self._make_room(batch, total)
+        lengths = {LAST_TOKEN: np.full(batch, total - 1, np.int32), ALL_TOKENS: np.array([total], np.int32)}
+        for name, array in {**inputs, **lengths}.items():
             # Bound as a value: for an input with a default the binding knows no type for an array.
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in (decoding.LOGITS, *self._graph.carried.values()):
-            binding.bind_output(name)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output(decoding.LOGITS)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exception classes share no public base but Exception
             shapes = {name: array.shape for name, array in inputs.items()}
             raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
-        logits, *presents = binding.get_outputs()
-        self._cache = dict(zip(self._graph.carried, presents, strict=True))
-        self._batch = len(input_ids_BT)
-        self.past_tokens += input_ids_BT.shape[1]
-        answer: Array = logits.numpy()
-        return answer
+        self.past_tokens = total
+        logits: Array = self._binding.get_outputs()[-1].numpy()  # bound last
+        return logits
+
+    def _make_room(self, batch: int, total: int) -> None:
+        """Sees to buffers for so many sequences and tokens, bound as input and output, with the cache in them."""
+        import numpy as np
+
+        past = self.carried() or decoding.empty_cache(self._graph, batch)
+        if self._binding is not None and next(iter(self._buffers.values())).shape[2] >= total:
+            return
+        onnxruntime = telemetry.onnxruntime()
+
+        self._binding = self._session.io_binding()
+        for name, array in past.items():
+            heads, width = array.shape[1], array.shape[3]
+            buffer = np.zeros((batch, heads, total + _MORE_TOKENS, width), array.dtype)
+            buffer[:, :, : self.past_tokens] = array
+            self._buffers[name] = buffer
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)  # the same memory
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(self._graph.carried[name], value)
 
     def reset(self) -> None:
         """See `Decoder`."""
-        self._cache, self._batch, self.past_tokens = {}, 0, 0
+        self._binding, self._buffers, self.past_tokens = None, {}, 0
 
     def reorder(self, rows: Sequence[int]) -> None:
         """See `Decoder`."""
-        onnxruntime = telemetry.onnxruntime()
-
-        chosen = list(rows)
-        self._cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()[chosen]) for name, value in self._cache.items()
-        }
-        self._batch = len(chosen) if self._cache else 0
+        self.resume({name: array[list(rows)] for name, array in self.carried().items()})
 
     def carried(self) -> dict[str, Array]:
         """See `Decoder`."""
-        return {name: value.numpy() for name, value in self._cache.items()}
+        return {name: buffer[:, :, : self.past_tokens] for name, buffer in self._buffers.items()}
 
     def resume(self, carried: Arrays) -> None:
         """See `Decoder`."""
-        onnxruntime = telemetry.onnxruntime()
-
-        self._cache = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in carried.items()}
-        self._batch, self.past_tokens = len(next(iter(carried.values()))), decoding.past_of(carried)
+        self._binding, self._buffers = None, dict(carried)
+        self.past_tokens = decoding.past_of(carried) if carried else 0

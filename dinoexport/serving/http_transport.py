@@ -127,20 +127,20 @@ class Http:
     ) -> Iterator[Any]:
         """A response whose body is still to be read; an unread rest is never taken for the next answer."""
         url, sent = f"{self._address}{path}", {**self._address.headers, **(headers or {})}
-        with self._errors(deadline):
-            response = self._pool.request(
-                method, url, body=body, headers=sent, preload_content=False, redirect=False, decode_content=False
-            )
+        response: Any = None
         try:
+            with self._errors(deadline):  # also raises where the answer came when the deadline had passed
+                response = self._pool.request(
+                    method, url, body=body, headers=sent, preload_content=False, redirect=False, decode_content=False
+                )
             with self._errors(deadline):
                 deadline.also(response.shutdown)  # a body without a length has left its connection
                 if response.status != HTTPStatus.OK:
                     raise refusal(response.status, self._body(response))
             yield response
         finally:
-            if (
-                response.connection is not None
-            ):  # not back into the pool, so that the server sees that the client has left
+            # Not back into the pool, so that the server sees that the client has left.
+            if response is not None and response.connection is not None:
                 response.close()
 
     @contextmanager

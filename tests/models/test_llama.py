@@ -26,8 +26,8 @@ from dinoexport.graph import traces
 from dinoexport.graph.onnx_writer import export, traced
 from dinoexport.models.llama import cases
 from dinoexport.models.llama.config import Architecture
-from dinoexport.runtime import cpu, decoding
-from dinoexport.spec import Precision, Runtime, Way, silent
+from dinoexport.runtime import cpu, decoding, ort, ort_decoder
+from dinoexport.spec import Graph, Precision, Runner, Runtime, Way, silent
 from dinoexport.validation.metrics import distance
 from tests import conformance, llama_files
 from tests.conftest import DATA
@@ -122,6 +122,19 @@ def test_reference_is_meta_s(name: str) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The ONNX file of a configuration, traced when it is first asked for."""
     return functools.cache(lambda name: write(model_of(name), tmp_path_factory.mktemp(name)))
+
+
+def as_in_the_file(path: Path, graph: Graph) -> Runner:
+    """The file's own operators in ONNX Runtime, as other people's tools run it: no cache is kept in place."""
+    return ort.open_edited(path.read_bytes(), path, graph, more_outputs=())
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_gqa"])
+def test_file_is_meta_s_as_it_is(name: str, exported: Callable[[str], Path]) -> None:
+    model, golden = model_of(name), Golden(name)
+    opened = {model.graphs[0].name: as_in_the_file(exported(name), model.graphs[0])}
+    for case in CASES:
+        golden.check(case, model.drive(opened, golden.inputs(case)))
 
 
 @pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
@@ -238,7 +251,7 @@ def test_decoder_continues_resets_and_reorders(way: Way, exported: Callable[[str
     model = model_of("tiny_gqa")
     graph = model.graphs[0]
     decoder = cpu.open_decoder(exported("tiny_gqa"), graph, way)
-    plain = decoding.ArrayDecoder(cpu.open_graphs({exported("tiny_gqa"): graph}, way)[graph.name].run, graph)
+    plain = decoding.ArrayDecoder(as_in_the_file(exported("tiny_gqa"), graph), graph)
     ids, mask = decoding.padded([cases.synthetic.prompt(320, n, SEED, n) for n in (9, 4, 6)])
     one = np.ones((3, 1), np.int64)
     for _ in range(2):
@@ -255,6 +268,31 @@ def test_decoder_continues_resets_and_reorders(way: Way, exported: Callable[[str
     alone = cpu.open_decoder(exported("tiny_gqa"), graph, way)
     alone.step(ids[2:, 3:], mask[2:, 3:])
     assert np.allclose(alone.step(token[:1], later[:1, 3:]), ours[:1], atol=1e-5)
+
+
+def test_cache_in_place_is_the_file_s(exported: Callable[[str], Path]) -> None:
+    """Unequal prompts, chunks on a filled cache, more tokens than there is room for, other sequences, one call."""
+    (graph,) = model_of("tiny_gqa").graphs
+    opened = cpu.open_graphs({exported("tiny_gqa"): graph}, ORT)[graph.name]
+    plain = decoding.ArrayDecoder(as_in_the_file(exported("tiny_gqa"), graph), graph)
+    decoder = decoding.begin(opened, graph)
+    assert isinstance(decoder, ort_decoder.OrtDecoder)
+    ids, mask = decoding.padded([cases.synthetic.prompt(320, n, SEED, n) for n in (290, 4, 201)])
+    began = 0
+    for upto, keep in ((20, 3), (25, 2), (26, 1), (289, 0), (290, 1)):
+        given = ids[:, began:upto], mask[:, :upto]
+        ours, theirs = (each.rows(*given, keep=keep, first_position=9) for each in (decoder, plain))
+        assert ours.shape == theirs.shape
+        assert np.allclose(ours, theirs, atol=2e-5), upto
+        began = upto
+    for name, array in plain.carried().items():
+        assert np.allclose(decoder.carried()[name], array, atol=1e-5), name
+    two = {name: array[1:, :, 80:] for name, array in plain.carried().items()}
+    arrays = decoding.inputs_of(ids[1:, :1], np.concatenate((mask[1:, 80:], mask[1:, -1:]), axis=1), 1) | two
+    ours, theirs = opened(arrays), as_in_the_file(exported("tiny_gqa"), graph)(arrays)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert np.allclose(ours[name], array, atol=1e-5), name
 
 
 @pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)

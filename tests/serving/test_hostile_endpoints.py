@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dinoexport.bundle import GraphFacts
 from dinoexport.errors import DinoexportError, UsageError
-from dinoexport.serving import address, answers
+from dinoexport.serving import address, answers, http_transport
 from dinoexport.serving.client import DinoClient
 from dinoexport.serving.triton.signature import PARAMETER, Served
 from dinoexport.spec import Dim, Graph, Precision, Tensor
@@ -437,3 +437,24 @@ def test_secrets_are_not_shown(endpoint: Endpoint, monkeypatch: pytest.MonkeyPat
         DinoClient(f"http://me:hidden@127.0.0.1:{endpoint.port}")
     assert "hidden" not in caught.value.message + caught.value.next_step
     assert "hidden" not in repr(address.parse("http://me:hidden@host"))
+
+
+def test_an_answer_that_comes_with_the_deadline_leaves_no_connection(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = DinoClient(f"http://127.0.0.1:{endpoint.port}", timeout_s=5.0)
+    pool, answered = client._transport._pool, []
+    request = pool.request
+
+    def late(*words: Any, **settings: Any) -> Any:
+        answered.append(request(*words, **settings))
+        return answered[-1]
+
+    class Over(http_transport.Deadline):
+        expired = property(lambda _: bool(answered), lambda *_: None)
+
+    monkeypatch.setattr(pool, "request", late)
+    monkeypatch.setattr(http_transport, "Deadline", Over)
+    with pytest.raises(DinoexportError, match="did not answer in time"):
+        client(INPUT)
+    assert answered[-1].connection is None or answered[-1].closed
