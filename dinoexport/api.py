@@ -339,7 +339,7 @@ def build(
         variant: A shipped variant, or the path of a recipe. None: made from the weights and the files beside them.
         weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
         prefix: The prefix of tensor names that selects one of several models in the file.
-        precision: "fp32", "fp16", "bf16", "int8" or "auto". None: the recipe's, else the target's first.
+        precision: "fp32", "fp16", "bf16", "int8", "int4" or "auto". None: the recipe's, else the target's first.
         target: The machine to build for. None: the GPU of this machine, else "cpu".
         runtime: One of the target's runtimes. None: the first that can be used.
         profiles: Names of the engine's profiles. Empty: the recipe's.

@@ -21,7 +21,7 @@ from typing import Any
 HOME = Path(__file__).parent.parent / ".triton"
 _WHEEL = HOME / "server" / "pytriton" / "tritonserver"
 BINARY = _WHEEL / "bin" / "tritonserver"
-_START_S = 60.0
+_START_S = 120.0
 
 
 def missing() -> str:

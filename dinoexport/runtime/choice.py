@@ -37,7 +37,8 @@ CROWDED_SHARE = 0.4
 # The least CPU time of one way differed by up to 1.5 between choices on such a machine, from 57 to 86 ms, because
 # others empty the caches (`benchmarks/busy_choice.py`, ViT-S with four blocks).
 _ALIKE_CROWDED = 1.5
-# For runtimes with equal times: in all our comparisons on a quiet CPU the first was faster.
+# For runtimes with equal times: in all our comparisons on a quiet CPU the first was faster. In four bits, which only
+# decoders have, the second was: 29 to 41 ms a step (benchmarks/results/text.md).
 _USUALLY = (Runtime.OPENVINO, Runtime.ONNXRUNTIME)
 _RECORD_MAX_BYTES = 4096
 
@@ -155,7 +156,8 @@ def _least_work(samples: Mapping[Way, Taken]) -> list[Way]:
 
 def _unusual(way: Way) -> tuple[int, int]:
     """Small for what usually is the fastest."""
-    return (_USUALLY.index(way.runtime) if way.runtime in _USUALLY else len(_USUALLY), -way.threads)
+    usually = _USUALLY[::-1] if way.precision is Precision.INT4 else _USUALLY
+    return (usually.index(way.runtime) if way.runtime in usually else len(usually), -way.threads)
 
 
 def _firsts(samples: Mapping[Way, Taken]) -> tuple[float, ...]:

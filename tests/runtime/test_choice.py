@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,13 @@ def test_what_cannot_be_told_apart_is_not_left_to_chance(chosen: Any) -> None:
     facts = [chosen(BusyMachine({FAST: 30.0, SLOW: 30.3}, seed, load=3.0), (FAST, SLOW)) for seed in range(20)]
     assert {fact.chosen for fact in facts} == {SLOW}
     assert {fact.basis for fact in facts} == {"usual"}
+
+
+def test_the_usual_order_of_four_bits_is_another() -> None:
+    four = [replace(way, precision=Precision.INT4) for way in (SLOW, FAST)]
+    same = Latencies(samples_ms=(30.0,) * 5, cpu_samples_ms=(60.0,) * 5)
+    for ways, first in ((four, four[1]), ([FAST, SLOW], SLOW)):
+        assert choice.choose(dict.fromkeys(ways, same)) == choice.Chosen(way=first, basis="usual")
 
 
 def test_what_was_chosen_when_it_was_quiet_decides(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
