@@ -123,6 +123,9 @@ class DinoClient:
         model, answering = self._models[front_end], self._answering[front_end]
         names = [tensor.name for tensor in answering.outputs]
         found = self._patiently(lambda: self._transport.infer(model, arrays, names, shared=shared))
+        for tensor in answering.outputs:  # Triton has no outputs of one number for each item: they come as (B, 1)
+            if len(tensor.shape) == 1 and tensor.name in found and found[tensor.name].shape[1:] == (1,):
+                found[tensor.name] = found[tensor.name][:, 0]
         answers.check_outputs(answering, found, arrays)
         return found
 

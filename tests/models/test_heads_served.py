@@ -166,3 +166,15 @@ def test_an_output_that_is_no_column_is_not_called_absent() -> None:
         columns.choose(graph, ["class_index"])
     with pytest.raises(UsageError, match="has no output 'class_indices'"):
         columns.choose(graph, ["class_indices"])
+
+
+def test_one_number_for_each_item_has_dims() -> None:
+    """Triton refuses a model with empty dims: class_index (B,) is served as (B, 1), which the model does not see."""
+    from dinoexport.serving.triton import served_models
+    from dinoexport.serving.triton.config import to_text
+
+    graph = model_of("tiny_heads", "logreg", head={"kind": "logreg", **CLASSES}).graphs[0]
+    (index,) = (tensor for tensor in graph.outputs if tensor.name == "class_index")
+    text = " ".join(to_text([served_models._tensor("output", index, graph)]).split())
+    assert "dims: [1]" in text and "shape: []" in text
+    assert "reshape" not in to_text([served_models._tensor("output", index, graph, ensemble=True)])

@@ -328,10 +328,10 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
         entries = [
             *identity(name, version),
             Entry("platform", "ensemble") if not code else Entry("backend", "python"),
-            *(_tensor("output", tensor, graph) for tensor in outputs),
+            *(_tensor("output", tensor, graph, ensemble=not code) for tensor in outputs),
             last,
             Entry("max_batch_size", largest, "the graph's"),
-            *(_tensor("input", tensor, graph) for tensor in inputs),
+            *(_tensor("input", tensor, graph, ensemble=not code) for tensor in inputs),
             parameter(PARAMETER, facts.model_dump_json(), "what clients check their inputs by"),
         ]
         return TritonModel(name=name, config=config_text(served, entries), code=code)
@@ -368,16 +368,19 @@ def identity(name: str, version: int) -> list[Entry]:
     return [Entry("name", name), Entry("version_policy", policy, "the version this configuration was made for")]
 
 
-def _tensor(side: str, tensor: Tensor, graph: Graph) -> Entry:
+def _tensor(side: str, tensor: Tensor, graph: Graph, *, ensemble: bool = False) -> Entry:
     """An input or output without its batch dimension; a comment gives the range of each dynamic one."""
     dims = {dim.name: dim for dim in graph.dims}
     dynamic = [word for word in tensor.shape[1:] if isinstance(word, str)]
     ranges = [f"{w} {dims[w].min} to {dims[w].max}" if w in dims else f"{w} follows from the inputs" for w in dynamic]
-    content = (
+    sizes = tuple(-1 if isinstance(size, str) else size for size in tensor.shape[1:])
+    content: tuple[Entry, ...] = (
         Entry("name", tensor.name),
         Entry("data_type", Word(DATA_TYPES[tensor.dtype])),
-        Entry("dims", tuple(-1 if isinstance(size, str) else size for size in tensor.shape[1:]), ", ".join(ranges)),
+        Entry("dims", sizes or (1,), ", ".join(ranges)),
     )
+    if not tensor.shape[1:] and not ensemble:  # Triton refuses empty dims; an ensemble passes on what its models give
+        content += (Entry("reshape", (Entry("shape", ()),), "one number for each item"),)
     return Entry(side, content, tensor.meaning)
 
 
