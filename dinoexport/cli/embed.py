@@ -53,7 +53,10 @@ def embed(
     ] = "default",
     outputs: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Columns: outputs, or NAME_mean of NAME_tokens. Default: class_token."),
+        typer.Option(
+            metavar="NAME,...",
+            help="Columns: outputs, or NAME_mean of NAME_tokens. Default: the first output with a vector per image.",
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="float32|float16", help="The type in which vectors are stored.")
