@@ -36,6 +36,7 @@ from dinoexport.errors import InputRefused, UsageError
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2 import cases, serving
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.fit import flow
 from dinoexport.runtime import openvino, ort
 from dinoexport.serving.client import DinoClient
 from dinoexport.serving.transport import ServerBusy, ServerError
@@ -172,6 +173,40 @@ def test_a_heads_answers_as_files_and_at_the_photographs_size(server: Server, tm
             with pytest.raises(InputRefused, match="image 1"):
                 client.encoded([b"no image"], front_end="images_png")
         assert evaluate.judged(client, reference_file.read(tmp_path / "depth" / bundle.REFERENCE), "served").passed
+    finally:
+        for model in reversed(deployed.models):
+            server.unload(model)
+            shutil.rmtree(server.repository / model)
+
+
+def test_classes_of_a_fitted_head(server: Server, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """class_index is one number for each image, which Triton has only as a row of one."""
+    from PIL import Image
+
+    for name in ("chelsea", "coffee"):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        whole = Image.open(IMAGES / f"{name}.png").convert("RGB")
+        for i in range(6):
+            whole.crop((20 * i, 10 * i, 20 * i + 200, 10 * i + 150)).save(tmp_path / "photographs" / name / f"{i}.png")
+    flow.fit(bundles["floats"], tmp_path / "photographs", out=tmp_path / "own")
+    graph = bundle.read_manifest(tmp_path / "own").graphs[0].graph()
+    pixels = np.random.RandomState(0).standard_normal((2, 3, 70, 98)).astype(np.float32)
+    expected = ort.open_graph(tmp_path / "own" / "model.onnx", graph)({"pixels": pixels})
+    deployed = model_repository.deploy(
+        tmp_path / "own", server.repository, name="own", backend="python", answers=("names",)
+    )
+    try:
+        for model in deployed.models:
+            assert server.load(model)[0] == 200, model
+        for url in (server.http, server.grpc):
+            client = DinoClient(url, model="own")
+            answer = client({"pixels": pixels})
+            assert answer.keys() == expected.keys()
+            for name, array in expected.items():
+                assert answer[name].shape == array.shape, name
+                np.testing.assert_allclose(answer[name], array, rtol=0, atol=1e-5)
+            named = client.encoded(photographs("chelsea.png"), front_end="images_names")["class_names"]
+            assert sorted(named[0].tolist()) == [b"chelsea", b"coffee"]
     finally:
         for model in reversed(deployed.models):
             server.unload(model)
