@@ -38,6 +38,8 @@ HEARING_SIGINT = ("env", "--default-signal=INT")
 
 # Files that wait for a server, or whose processes are watched, take minutes though few of their tests are marked slow.
 LONG = frozenset({"slow", "triton", "traced"})
+# Files that fork come before all others: a forked process may not survive the threads of gRPC and of servers' clients.
+FORKING = ("every_moment", "dies_at")
 # What --quick leaves out besides long work: servers, browsers, devices, whole vocabularies, and what is marked slow.
 NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt", "vocabulary"})
 
@@ -64,12 +66,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests come first, then those with most tests: no worker is left with a long file at the end."""
-    weights: dict[Path, tuple[bool, int]] = {}
+    """Files that fork come first, then those with long tests, then those with most: no worker ends with a long file."""
+    weights: dict[Path, tuple[bool, bool, int]] = {}
     for item in items:
-        long, count = weights.get(item.path, (False, 0))
+        forks, long, count = weights.get(item.path, (False, False, 0))
+        forks = forks or any(hasattr(item.module, name) for name in FORKING)
         long = long or any(mark.name in LONG for mark in item.iter_markers())
-        weights[item.path] = (long, count + 1)
+        weights[item.path] = (forks, long, count + 1)
     items.sort(key=lambda item: weights[item.path], reverse=True)
 
 
