@@ -98,9 +98,9 @@ class OrtDecoder:
         """Sees to buffers for so many sequences and tokens, bound as input and output, with the cache in them."""
         import numpy as np
 
-        past = self.carried() or decoding.empty_cache(self._graph, batch)
         if self._binding is not None and next(iter(self._buffers.values())).shape[2] >= total:
             return
+        past = self.carried() or decoding.empty_cache(self._graph, batch)
         onnxruntime = telemetry.onnxruntime()
 
         self._binding = self._session.io_binding()
