@@ -149,6 +149,9 @@ class _Exists(FileExistsError):
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs. A dead one that nobody has waited for does not: PID 1 of a container may never do so."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
