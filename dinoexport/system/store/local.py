@@ -45,9 +45,10 @@ class LocalPlace:
             check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
             return found.read()
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
         """Copies its bytes."""
         with self._opened(name) as found, target.open("xb") as made:
+            check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
             shutil.copyfileobj(found, made, PIECE_BYTES)
 
     @contextmanager

@@ -91,7 +91,7 @@ class RemotePlace:
             check_size(name, int(found.meta["size"]), max_bytes)
             return bytes(found.bytes())
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
         """In pieces; again from the beginning if the store breaks off."""
         import obstore
 
@@ -100,7 +100,10 @@ class RemotePlace:
                 file.seek(0)
                 file.truncate()
                 try:
-                    for piece in obstore.get(self._store, name).stream(min_chunk_size=PIECE_BYTES):
+                    found = obstore.get(self._store, name)
+                    check_size(name, int(found.meta["size"]), max_bytes)
+                    for piece in found.stream(min_chunk_size=PIECE_BYTES):
+                        check_size(name, file.tell() + len(piece), max_bytes)
                         file.write(piece)
                 except obstore.exceptions.GenericError:
                     if not left:
