@@ -160,7 +160,7 @@ def _disturbed(words: list[str], out: Path, shards: int, state: _Kills) -> bool:
     Two of three moments are counted from the first part that it writes, because half of its time is its start.
     """
     chance, before = state.chance, _parts(out)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
     ends = time.monotonic() + chance.uniform(0.2, state.begin_s + state.work_s)
     if chance.random() < 2 / 3:
         _wait(process, out, before)
@@ -240,7 +240,10 @@ def _children_cpu_s() -> float:
 
 
 def memory(items: int) -> dict[str, Any]:
-    """Megabytes of each worker and of the command itself at every tenth of the images."""
+    """Megabytes of each worker and of the command itself at every tenth of the images.
+
+    widest_after_the_first_tenth: by how much the largest median of a tenth is above the smallest.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         bundle = small_bundle(work)
@@ -259,6 +262,7 @@ def memory(items: int) -> dict[str, Any]:
 
         watcher = threading.Thread(target=sample)
         watcher.start()
+        before_s = _children_cpu_s()
         started = time.monotonic()
         try:
             found = run.embed(bundle, str(work / "images"), str(work / "out"), workers=2, max_failed=1, watch=watch)
@@ -266,6 +270,7 @@ def memory(items: int) -> dict[str, Any]:
             stop.set()
             watcher.join()
         seconds = time.monotonic() - started
+        cpu_s = _children_cpu_s() - before_s
     tenths = [[s for share, _, s in samples if i <= share * 10 < i + 1 and len(s) == 2] for i in range(10)]
     workers = [[round(median(sizes[w] for sizes in some) / 1e6, 1) for w in (0, 1)] for some in tenths if some]
     parents = [[p for share, p, _ in samples if i <= share * 10 < i + 1] for i in range(10)]
@@ -274,9 +279,13 @@ def memory(items: int) -> dict[str, Any]:
         "failed": found.failed,
         "shards": found.shards,
         "seconds": round(seconds),
+        "workers_cpu_ms_an_image": round(1000 * cpu_s / items, 2),
         "workers_mb_by_tenths": workers,
         "command_mb_by_tenths": [round(median(some) / 1e6, 1) for some in parents if some],
         "growth_after_the_first_tenth": [round(workers[-1][w] / workers[1][w] - 1, 4) for w in (0, 1)],
+        "widest_after_the_first_tenth": [
+            round(max(some[w] for some in workers[1:]) / min(some[w] for some in workers[1:]) - 1, 4) for w in (0, 1)
+        ],
     }
 
 
