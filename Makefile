@@ -17,7 +17,8 @@
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
 # make attack    1,000 kills and 2,000 hostile inputs; the table must be 0 everywhere (KILLS=, INPUTS=, SEED= for others)
-# make stores    the tests of object stores and registries against Azurite, fake-gcs-server, WebDAV and Docker's registry, which it fetches
+# make stores    the tests of object stores and registries against emulators of Azure and Google, WebDAV and Docker's
+#                registry, which it fetches
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -192,7 +192,8 @@ class RemotePlace:
             self.write(name, content, new=True)
             return
         with self._no_bucket(), self._errors(name):
-            obstore.put(self._store, name, content, mode={"e_tag": tag.e_tag, "version": tag.version}, use_multipart=False)
+            known: Any = {key: value for key, value in asdict(tag).items() if value is not None}
+            obstore.put(self._store, name, content, mode=known, use_multipart=False)
 
     def check_writable(self) -> None:
         """Raises UsageError for a place that cannot be written to."""
