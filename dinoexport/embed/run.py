@@ -92,7 +92,7 @@ def embed(
     if `out` has another run or the bundle takes no images, ValidationFailed if the bundle did not pass its validation
     or is not right on this machine, or if too many images failed. Finished shards are kept in every case.
     """
-    require("embed", "pyarrow")
+    _require(engine)
     manifest = bundle.read_manifest(folder)
     place = store.open_place(out)
     if isinstance(place, store.LocalPlace):
@@ -125,10 +125,10 @@ def embed(
     present = {name for name, _ in place.files()}
     mine = [(plan, shard) for plan in known for shard in range(plan.shards) if shard % part[1] == part[0]]
     missing = [(plan, shard) for plan, shard in mine if plan.part(shard) not in present]
-    tasks = [Task(plan=plan, shard=shard) for plan, shard in missing]
+    tasks = [Task(plan=plan, shard=shard, rows=plan.items // plan.shards) for plan, shard in missing]
     if retry_failed:
         finished = [(plan, shard) for plan, shard in mine if plan.part(shard) in present]
-        tasks += [Task(plan=p, shard=s, again=True) for p, s in finished if _done(place, p, s).failed]
+        tasks += [Task(plan=p, shard=s, rows=n, again=True) for p, s in finished if (n := _done(place, p, s).failed)]
     if tasks:
         planned(known, layout)
         job = Job(
@@ -143,6 +143,13 @@ def embed(
         if isinstance(place, store.LocalPlace):
             place.sweep()  # of workers that died meanwhile, and of those that an earlier killed command left behind
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
+
+
+def _require(engine: Engine) -> None:
+    """Raises MissingRequirement, before anything is written."""
+    require("embed", "pyarrow")
+    if engine == "ray":
+        require("ray", "ray")
 
 
 def _summary(
@@ -232,8 +239,7 @@ class _Counter:
     """Turns workers' messages into `State`s, with the rate of the last minute."""
 
     def __init__(self, tasks: Sequence[Task], watch: Watch) -> None:
-        share = {id(task): task.plan.items // task.plan.shards for task in tasks}
-        self._total = sum(share.values())
+        self._total = sum(task.rows for task in tasks)
         self._tasks, self._watch = tasks, watch
         self._rows = self._failed = self._shards = 0
         self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])

@@ -25,7 +25,7 @@ from dinoexport import bundle, cli
 from dinoexport.embed import local, opening, run, sources, verify
 from dinoexport.embed import plan as plans
 from dinoexport.embed.embedder import Prepared, model_of
-from dinoexport.errors import BuildError, UsageError, ValidationFailed
+from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline.request import build_request
 from dinoexport.runtime import sizes
 from dinoexport.spec import Precision, Runtime, Way
@@ -204,8 +204,9 @@ def test_extend_and_retry(tiny: Path, tmp_path: Path) -> None:
     for name in failed[:2]:
         (photos / name).write_bytes(picture(hash(name) % 1000))
     untouched = {r["path"]: r["class_token"] for r in rows_of(out)}
-    found = run.embed(tiny, str(photos), str(out), retry_failed=True, **LENIENT)
-    assert found.failed == len(failed) - 2
+    seen: list[run.State] = []
+    found = run.embed(tiny, str(photos), str(out), retry_failed=True, watch=seen.append, **LENIENT)
+    assert found.failed == len(failed) - 2 and {state.rows_total for state in seen} == {len(failed)}
     after = {r["path"]: r for r in rows_of(out)}
     assert len(after) == 35 and all(after[name]["error"] is None for name in failed[:2])
     assert all(after[name]["class_token"] == tokens for name, tokens in untouched.items() if name not in failed)
@@ -257,6 +258,26 @@ def _group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("theirs", [None, "7"])
+def test_a_worker_has_one_heap(
+    theirs: str | None, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user's environment says another number."""
+    seen: list[str] = []
+
+    def started(_: object, *, env: dict[str, str], **__: object) -> None:
+        seen.append(env["MALLOC_ARENA_MAX"])
+        raise BuildError("seen", next_step="None.")
+
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if theirs:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", theirs)
+    monkeypatch.setattr(local.subprocess, "Popen", started)
+    with pytest.raises(BuildError, match="seen"):
+        run.embed(tiny, str(photos), str(tmp_path / "out"), **LENIENT)
+    assert seen == [theirs or "1"]
 
 
 def test_an_image_that_kills_the_decoder_is_one_failed_row(
@@ -486,6 +507,10 @@ def test_refusals(tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(UsageError, match="not a share"):
             run.share_of(word)
     assert run.share_of("1%") == 0.01 and run.share_of("0.5") == 0.5
+    with monkeypatch.context() as patch, pytest.raises(MissingRequirement, match="ray is not installed"):
+        patch.setitem(sys.modules, "ray", None)
+        run.embed(tiny, str(photos), str(tmp_path / "out"), engine="ray", **LENIENT)
+    assert not (tmp_path / "out").exists(), "nothing is written before a refusal"
     locked = tmp_path / "locked"
     locked.write_text("a file where the folder should be")
     with pytest.raises(UsageError, match="is not a folder that can be read: Not a directory"):
