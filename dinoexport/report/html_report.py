@@ -53,7 +53,7 @@ class HeldOut:
     """How a fitted classifier did on images it was never fitted on.
 
     interval: of the share that is right, 95 %. recall: by class. counts: images by class. confusions: images that were
-    given another class.
+    given another class. notes: about the images, such as skipped files and imbalance.
     """
 
     images: int
@@ -62,6 +62,7 @@ class HeldOut:
     recall: Mapping[str, float]
     counts: Mapping[str, int]
     confusions: tuple[Picture, ...]
+    notes: tuple[str, ...] = ()
 
 
 def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kept) -> Candidate:
