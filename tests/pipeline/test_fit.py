@@ -260,7 +260,7 @@ def test_a_bundle_of_other_classes_is_not_replaced_silently(features: Path, imag
     )
     (folder / "rocket").rename(folder / "ship")
     before = (out / bundle.MANIFEST).read_bytes()
-    with pytest.raises(UsageError, match="other classes: chelsea, china, coffee, rocket.*would be replaced") as caught:
+    with pytest.raises(UsageError, match=r"other classes: chelsea, china, coffee, rocket.*would be replaced") as caught:
         flow.fit(features, folder, kind="knn", out=out)
     assert "--force" in caught.value.next_step and (out / bundle.MANIFEST).read_bytes() == before
     made = flow.fit(features, folder, kind="knn", out=out, force=True)

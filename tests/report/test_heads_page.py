@@ -48,6 +48,17 @@ def test_the_page_says_how_to_build_it_again(built: pipeline.Built) -> None:
     assert built.manifest.head.sha256 in page
 
 
+def test_the_page_says_that_synthetic_weights_mean_nothing(built: pipeline.Built) -> None:
+    """Random depths and labels look like answers; of a file's weights nothing is said."""
+    page = (built.folder / bundle.REPORT_HTML).read_text(encoding="utf-8")
+    assert "The weights are synthetic: what the model answers, and the pictures of it, mean nothing." in page
+    real = built.manifest.checkpoint.changed(source="vits14.pth")
+    assert built.manifest.head is not None
+    assert built.manifest.model_copy(update={"checkpoint": real}).synthetic == "the weights of the head"
+    head = built.manifest.head.model_copy(update={"source": "nyu.pth"})
+    assert built.manifest.model_copy(update={"checkpoint": real, "head": head}).synthetic == ""
+
+
 def test_the_table_of_a_build_has_the_labels_measure(built: pipeline.Built) -> None:
     assert built.report is not None
     shown = [row for row in formatting.report_rows(built.report) if row["output"] == "labels"]

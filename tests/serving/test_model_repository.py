@@ -222,13 +222,15 @@ def test_another_head_does_not_become_the_next_version_unasked(built: Path, tmp_
     nyu, kitti = (with_head(built, tmp_path / kind, kind) for kind in ("nyu_linear", "kitti_linear"))
     model_repository.deploy(built, repository)
     before = snapshot(repository)
-    with pytest.raises(UsageError, match=r"serves tiny_swiglu with no head \(outputs class_token.*nyu_linear") as caught:
+    with pytest.raises(
+        UsageError, match=r"serves tiny_swiglu with no head \(outputs class_token.*nyu_linear"
+    ) as caught:
         model_repository.deploy(nyu, repository)
     assert "--name tiny_swiglu" in caught.value.next_step and snapshot(repository) == before
     # Asked for by name it is the next version, and then the same head needs no name.
     assert model_repository.deploy(nyu, repository, name="tiny_swiglu").version == 2
     assert model_repository.deploy(nyu, repository).version == 3
-    with pytest.raises(UsageError, match="with the head nyu_linear.*has the head kitti_linear"):
+    with pytest.raises(UsageError, match=r"with the head nyu_linear.*has the head kitti_linear"):
         model_repository.deploy(kitti, repository)
     assert model_repository.deploy(kitti, repository, name="kitti").version == 1
     # What is served counts, not what was deployed last; and a configuration that says nothing refuses nothing.
