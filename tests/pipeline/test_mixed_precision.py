@@ -27,7 +27,6 @@ from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
 PARTS = tuple("abcdefgh")
-INT64 = onnx.TensorProto.INT64
 
 
 @given(st.sets(st.frozensets(st.sampled_from(PARTS), min_size=1), min_size=1, max_size=4))
@@ -163,47 +162,23 @@ def test_a_head_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipe.graph["fp32"] == ["head"] and form.promotable == request.model.promotable
 
 
-def test_a_model_that_overflows_before_its_head_is_repaired(tmp_path: Path) -> None:
-    """A linear head is fp32 anyway: of the backbone only what overflows goes back, and depths are PyTorch's."""
-    chosen = {"weights": "synthetic-stress:0:100000", "head": "nyu_linear", "head_weights": "synthetic:0"}
+def test_a_model_that_overflows_before_its_head_is_repaired(repaired: Path, tmp_path: Path) -> None:
+    """A linear head is fp32 anyway: of the backbone what overflows goes back, and no more than without a head."""
     request = pipeline.build_request(
-        str(DATA / "tiny_heads.toml"), **chosen, precision="auto", target="cpu", out=tmp_path / "bundle"
-    )
+        TINY, weights="synthetic-stress:0:100000", head="linear", head_weights="synthetic:0", precision="auto",
+        out=tmp_path / "bundle",
+    )  # fmt: skip
     built = pipeline.build(request)
     found = built.manifest.report["precision"]
     assert not found["trials"][0]["passed"] and "overflows" in found["trials"][0]["failed_by"]
+    assert found["fp32"] == bundle.read_manifest(repaired).report["precision"]["fp32"] == ["residual", "blocks.1"]
     assert built.manifest.verdict == "passed" and built.manifest.precision is Precision.FP16
-    kept = set(found["fp32"])
-    assert kept and kept < set(request.model.promotable), "something overflows, and not everything"
+    assert {output for row in built.manifest.report["rows"] for output in [row["output"]]} >= {"logits", "probabilities"}
     graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
-    types = {weight.name: weight.data_type for weight in graph.initializer}
-    assert {kind for name, kind in types.items() if name.startswith("head.")} <= {onnx.TensorProto.FLOAT, INT64}
-    for block in range(4):
-        half = types[f"blocks.{block}.first_weight_IO"] == onnx.TensorProto.FLOAT16
-        assert half == (f"blocks.{block}" not in kept)
-    assert validate_bundle.validate(tmp_path / "bundle").report.passed
-
-
-def test_a_head_that_overflows_is_repaired(tmp_path: Path) -> None:
-    """A DPT head whose maps pass 65,504 inside and whose depths are ordinary: it alone goes back to fp32."""
-    import torch
-
-    tiny, scale = str(DATA / "tiny_heads.toml"), 1e5
-    wanted = pipeline.build_request(tiny, weights="synthetic:0", head="nyu_dpt", head_weights="synthetic:0").model
-    assert wanted.head_weights is not None
-    state = {name: torch.from_numpy(wanted.head_weights.synthetic(name, 0)) for name in wanted.head_weights.tensors}
-    for i in range(4):
-        state[f"decode_head.convs.{i}.conv.weight"] *= scale
-    state["decode_head.project.conv.weight"] /= scale
-    torch.save({"meta": {}, "state_dict": state}, tmp_path / "head.pth")
-    chosen = {"weights": "synthetic:0", "head": "nyu_dpt", "head_weights": str(tmp_path / "head.pth")}
-    built = pipeline.build(pipeline.build_request(tiny, **chosen, precision="auto", out=tmp_path / "auto"))
-    found = built.manifest.report["precision"]
-    assert found["fp32"] == ["head"] and not found["trials"][0]["passed"], found
-    assert built.manifest.verdict == "passed" and built.manifest.recipe["graph"]["fp32"] == ["head"]
-    graph = onnx.load(tmp_path / "auto" / "model.onnx", load_external_data=False).graph
     half = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
-    assert half and not [name for name in half if name.startswith("head.")]
+    assert {name.split("_")[0] for name in half} >= {"blocks.0.qkv", "blocks.2.qkv"}
+    assert not [name for name in half if name.startswith(("head.", "blocks.1."))]
+    assert validate_bundle.validate(tmp_path / "bundle").report.passed
 
 
 def test_parts_in_a_recipe_are_checked(tmp_path: Path) -> None:
