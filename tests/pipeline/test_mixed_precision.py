@@ -173,7 +173,10 @@ def test_a_model_that_overflows_before_its_head_is_repaired(repaired: Path, tmp_
     assert not found["trials"][0]["passed"] and "overflows" in found["trials"][0]["failed_by"]
     assert found["fp32"] == bundle.read_manifest(repaired).report["precision"]["fp32"] == ["residual", "blocks.1"]
     assert built.manifest.verdict == "passed" and built.manifest.precision is Precision.FP16
-    assert {output for row in built.manifest.report["rows"] for output in [row["output"]]} >= {"logits", "probabilities"}
+    assert {output for row in built.manifest.report["rows"] for output in [row["output"]]} >= {
+        "logits",
+        "probabilities",
+    }
     graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
     half = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
     assert {name.split("_")[0] for name in half} >= {"blocks.0.qkv", "blocks.2.qkv"}
