@@ -266,7 +266,7 @@ def test_a_bundle_of_other_classes_is_not_replaced_silently(features: Path, imag
     made = flow.fit(features, folder, kind="knn", out=out, force=True)
     assert made.manifest.head is not None and "ship" in made.manifest.head.classes
     shutil.copytree(features, tmp_path / "backbone")
-    with pytest.raises(UsageError, match="backbone is no bundle with a fitted head"):
+    with pytest.raises(UsageError, match="backbone has no fitted head"):
         flow.fit(features, folder, kind="knn", out=tmp_path / "backbone")
 
 

@@ -130,7 +130,7 @@ def _replaced(target: Path, found: Examples, *, force: bool) -> tuple[str, ...]:
         return ()
     fitted = old.report.get("fit")
     if old.head is None or not fitted:
-        was = "is no bundle with a fitted head"
+        was = "has no fitted head"
     elif old.head.classes != found.classes:
         was = f"was fitted on other classes: {examples.listed(old.head.classes)}"
     else:
