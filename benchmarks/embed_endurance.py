@@ -62,7 +62,18 @@ def small_bundle(folder: Path) -> Path:
     """A bundle of one block that passed; made in another process."""
     recipe = kit.narrow_recipe(folder)
     out = folder / "bundle"
-    words = ["build", str(recipe), "--weights", "synthetic:0", "--out", str(out), "--target", "cpu"]
+    words = [
+        "build",
+        str(recipe),
+        "--weights",
+        "synthetic:0",
+        "--out",
+        str(out),
+        "--target",
+        "cpu",
+        "--runtime",
+        "onnxruntime",
+    ]
     subprocess.run([sys.executable, "-m", "dinoexport", *words], check=True, capture_output=True)
     return out
 
