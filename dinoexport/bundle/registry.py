@@ -27,6 +27,8 @@ _FILE_TYPE = "application/vnd.dinoexport.bundle.file"
 _ARTIFACT = "application/vnd.oci.image.manifest.v1+json"
 _TITLE = "org.opencontainers.image.title"
 _ARTIFACT_MAX_BYTES = 4 << 20
+_SIGNATURE_MAX_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 20
 _REFERENCE = re.compile(
     r"(?P<host>[A-Za-z0-9.-]+(?::\d{1,5})?)/(?P<name>[a-z0-9][a-z0-9._/-]*)"
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))",
@@ -91,9 +93,9 @@ def pull(reference: str, out: Path, *, plain_http: bool = False, progress: Progr
                 manifest = _manifest(registry, reference, layers, partial)
                 for file in manifest.files:
                     progress(f"pulling {file.name}", 0, file.size_bytes)
-                    _layer(registry, reference, layers, file.name, partial)
+                    _layer(registry, reference, layers, file.name, partial, max_bytes=file.size_bytes)
                 if SIGNATURE in layers:
-                    _layer(registry, reference, layers, SIGNATURE, partial)
+                    _layer(registry, reference, layers, SIGNATURE, partial, max_bytes=_SIGNATURE_MAX_BYTES)
             checks.check_files(partial, manifest.files, progress=progress)
             partial.rename(out)
         finally:
@@ -150,11 +152,19 @@ def _artifact(registry: Any, reference: str) -> bytes:
     container = registry.get_container(reference)
     registry.auth.load_configs(container)
     url = f"{registry.prefix}://{container.manifest_url()}"
-    answer = registry.do_request(url, "GET", headers={"Accept": _ARTIFACT})
+    with registry.do_request(url, "GET", headers={"Accept": _ARTIFACT}, stream=True) as answer:
+        return b"".join(_pieces(answer, "the artifact", _ARTIFACT_MAX_BYTES))
+
+
+def _pieces(answer: Any, name: str, max_bytes: int) -> Iterator[bytes]:
+    """What a registry sends; raises ValidationFailed as soon as that is more than `max_bytes`."""
     answer.raise_for_status()
-    if len(answer.content) > _ARTIFACT_MAX_BYTES:
-        raise ValueError("too large")
-    return bytes(answer.content)
+    received = 0
+    for piece in answer.iter_content(_PIECE_BYTES):
+        received += len(piece)
+        if received > max_bytes:
+            raise manifests.damaged(f"{name} is larger than {max_bytes} bytes")
+        yield piece
 
 
 def _layers(artifact: bytes, reference: str) -> Mapping[str, str]:
@@ -169,16 +179,17 @@ def _layers(artifact: bytes, reference: str) -> Mapping[str, str]:
 def _manifest(registry: Any, reference: str, layers: Mapping[str, str], folder: Path) -> Manifest:
     if MANIFEST not in layers:
         raise ValidationFailed(f"{reference} is not a bundle.", next_step="dinoexport push makes one.")
-    _layer(registry, reference, layers, MANIFEST, folder)
-    if (folder / MANIFEST).stat().st_size > MANIFEST_MAX_BYTES:
-        raise manifests.damaged(f"{MANIFEST} is too large")
+    _layer(registry, reference, layers, MANIFEST, folder, max_bytes=MANIFEST_MAX_BYTES)
     return manifests.read_manifest(folder)
 
 
-def _layer(registry: Any, reference: str, layers: Mapping[str, str], name: str, folder: Path) -> None:
+def _layer(
+    registry: Any, reference: str, layers: Mapping[str, str], name: str, folder: Path, *, max_bytes: int
+) -> None:
     if name not in layers:
         raise manifests.damaged(f"{name} is not in the artifact")
-    registry.download_blob(reference, layers[name], str(folder / name))
+    with registry.get_blob(reference, layers[name], stream=True) as answer, (folder / name).open("xb") as file:
+        file.writelines(_pieces(answer, name, max_bytes))
     if f"sha256:{files.sha256(folder / name)}" != layers[name]:
         raise manifests.damaged(f"{name} does not have the digest of its layer")
 

@@ -50,7 +50,7 @@ class SharedCache:
             found = None if self._given_up else self._index(name, key)
             for file in found.files if found else ():
                 progress(f"taking {file.name} from {self._place}", 0, file.size_bytes)
-                self._place.fetch(_named(file.sha256), folder / file.name)
+                self._place.fetch(_named(file.sha256), folder / file.name, max_bytes=file.size_bytes)
                 if files.sha256(folder / file.name, progress=progress) != file.sha256:
                     self._wrong.add(file.sha256)
                     raise FileNotFoundError(file.name)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 # has decides, because a quantised product has float scales in addition to its bytes.
 _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "bf16", "float": "f32", "double": "f64"}
 
+# A decoder's step is hundreds of operators of some microseconds each. Threads that spin from one to the next save 0.15
+# to 0.2 of the step's time (SmolLM2 in int4, two threads). Spinning without this bound saves no more, and takes up to
+# twice the time beside other processes.
+_SPINNING_US = 50
+
 
 def version() -> str:
     """ONNX Runtime's version."""
@@ -60,7 +65,7 @@ def open_graph(
         from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
 
         if shared := with_shared_cache(path, graph):
-            session = _session(path, model=shared, threads=threads)
+            session = _session(path, model=shared, threads=threads, spinning_us=_SPINNING_US)
 
             def begin() -> Decoder:
                 return OrtDecoder(session, graph)
@@ -167,17 +172,22 @@ def _session(
     optimised: bool = True,
     cuda: bool = False,
     sizes: Mapping[str, int] = MappingProxyType({}),
+    spinning_us: int = 0,
 ) -> Any:
-    """A session of the file at `path`, or of `model`, whose weights lie beside it. sizes: of dynamic dimensions."""
+    """A session of the file at `path`, or of `model`, whose weights lie beside it. sizes: of dynamic dimensions.
+
+    spinning_us: microseconds for which an idle thread waits in a busy loop before it sleeps.
+    """
     require("cpu", "onnxruntime")
     onnxruntime = telemetry.onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised too; as lines they hold a graph's own names, unescaped
     options.intra_op_num_threads = threads
-    # Without this, idle threads of several sessions in one process compete by spinning. A decoder's step takes 0.8 of
-    # the time with spinning threads on a free machine (SmolLM2, two threads), and twice the time on a busy one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # By default idle threads of several sessions in one process compete by spinning for as long as a millisecond.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning_us > 0)))
+    if spinning_us:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spinning_us))
     # Activations of products with weights of few bits are quantised to int8 in blocks: today's default, set explicitly.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     for name, size in sizes.items():

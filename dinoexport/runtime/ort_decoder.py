@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import BuildError, require
-from dinoexport.runtime import check_inputs, decoding, ort_shared_cache, telemetry
+from dinoexport.runtime import check_inputs, decoding, ort_joined_products, ort_shared_cache, telemetry
 from dinoexport.runtime.ort_shared_cache import ALL_TOKENS, LAST_TOKEN
 from dinoexport.spec import Array, Arrays, Graph
 
@@ -16,12 +16,19 @@ _MORE_TOKENS = 256
 
 
 def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
-    """The file at `path` with its cache in place, its weights left where they are; None if it has another form."""
+    """The file at `path` with its cache in place and operators joined; None if it has another form.
+
+    Weights are left where they are, but for a copy of those that are joined.
+    """
     require("text", "onnx")
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    return bytes(model.SerializeToString()) if ort_shared_cache.share_cache(model, graph) else None
+    if not ort_shared_cache.share_cache(model, graph):
+        return None
+    ort_joined_products.join_products(model, path.parent)
+    ort_joined_products.join_norms(model)
+    return bytes(model.SerializeToString())
 
 
 class OrtDecoder:
@@ -104,7 +111,8 @@ class OrtDecoder:
         onnxruntime = telemetry.onnxruntime()
 
         self._binding = self._session.io_binding()
-        for name, array in past.items():
+        for name in list(past):
+            array = past.pop(name)  # and with it the last buffer: at most one is held twice
             heads, width = array.shape[1], array.shape[3]
             buffer = np.zeros((batch, heads, total + _MORE_TOKENS, width), array.dtype)
             buffer[:, :, : self.past_tokens] = array

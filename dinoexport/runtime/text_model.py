@@ -12,7 +12,7 @@ from dinoexport.bundle import Manifest
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.family import WeightLayout
-from dinoexport.runtime import cpu, decoding, runners
+from dinoexport.runtime import carried_memory, cpu, decoding, runners
 from dinoexport.spec import Graph, Way
 from dinoexport.system import changes
 from dinoexport.text import tokenizer
@@ -66,11 +66,14 @@ def open_served(
     if model.text is None:
         raise UsageError(f"A {family_name} does not generate text.", next_step="Use a bundle of a decoder.")
     found = tokenizer.load(tokenizer_path)
+    carried = carried_memory.of(graph)
+    assert carried is not None, "a decoder carries its cache"
     (opened,) = cpu.open_graphs({onnx: graph}, cpu.way_here(way)).values()
     decoder = SteppedDecoder(
         begin_steps=lambda: decoding.begin(opened, graph),
         vocabulary=vocabulary_of(graph),
         context=context_of(graph),
+        token_bytes=carried.a_token,
         chunk=chunk_for(model, graph),
     )
     tokenizer.check_vocabulary(found, decoder.vocabulary)

@@ -40,6 +40,10 @@ class Decoder(Protocol):
         """The number of logits."""
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of the cache for each token of one sequence."""
+
+    @property
     def chunk(self) -> int:
         """The largest number of tokens that one call reads."""
 
@@ -70,6 +74,7 @@ class SteppedDecoder:
     begin_steps: Callable[[], Steps]
     vocabulary: int
     context: int
+    token_bytes: int
     chunk: int = 512
 
     def begin(self) -> PaddedRows:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dinoexport.errors import DinoexportError, InputRefused, ValidationFailed
 from dinoexport.spec import Array
+from dinoexport.system import memory
 from dinoexport.text import prompts
 from dinoexport.text.decoder import Decoder, Rows
 from dinoexport.text.detokenise import Detokeniser, StopStrings
@@ -73,12 +74,27 @@ def task_of_ids(
         )
     if wrong := [i for i in ids if not 0 <= i < decoder.vocabulary]:
         raise InputRefused(f"The model has no token {wrong[0]}.", next_step="Give the tokenizer of this model.")
+    limit = min(sampling.max_tokens, room)
+    _check_memory(decoder, len(ids), limit)
     return Task(
         prompt_ids=tuple(ids),
         end_ids=end_ids,
         continuing=continuing,
         sampling=sampling,
-        limit=min(sampling.max_tokens, room),
+        limit=limit,
+    )
+
+
+def _check_memory(decoder: Decoder, read: int, limit: int) -> None:
+    """Raises InputRefused if the cache of a prompt of `read` tokens and an answer of `limit` fits no free memory."""
+    free, needed = memory.available_bytes(), decoder.token_bytes * (read + limit)
+    if free is None or needed <= free:
+        return
+    fits = free // decoder.token_bytes - read
+    raise InputRefused(
+        f"The cache of a prompt of {read} tokens and an answer of up to {limit} takes {needed / 1e9:.2f} GB; "
+        f"{free / 1e9:.2f} GB of memory are free.",
+        next_step=f"Set max_tokens to {fits} or less." if fits > 0 else "Shorten the prompt, or free memory.",
     )
 
 

@@ -42,6 +42,11 @@ def test_whole_files_and_one_winner(server: S3Server, tmp_path: Path) -> None:
     draft.write_bytes(bytes(12 << 20))  # more than one part of a multipart upload
     place.publish(draft, "large")
     assert dict(place.files())["large"] == 12 << 20 and not draft.exists()
+    with pytest.raises(ValueError, match="more than"):
+        place.fetch("large", tmp_path / "bounded", max_bytes=(12 << 20) - 1)
+    assert (tmp_path / "bounded").stat().st_size == 0
+    place.fetch("large", tmp_path / "whole", max_bytes=12 << 20)
+    assert (tmp_path / "whole").stat().st_size == 12 << 20
     place.remove("a/b")
     place.remove("a/b")
     with pytest.raises(FileNotFoundError):

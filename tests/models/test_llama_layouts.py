@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dinoexport import family
 from dinoexport.errors import WeightsError
 from dinoexport.graph.onnx_writer import Traces, export
 from dinoexport.models.llama import cases
+from dinoexport.runtime import decoding, ort
+from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
 from dinoexport.spec import Precision, silent
 from dinoexport.validation.metrics import distance
 from dinoexport.weights.checkpoint import open_checkpoint
@@ -92,8 +95,6 @@ def int4_traces() -> Traces:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_four_bits_of_a_gguf_are_kept(kind: str, int4_traces: Traces, tmp_path: Path) -> None:
     """The int4 file answers as PyTorch does with the GGUF file's own values, as far as fp32 goes."""
-    import onnxruntime
-
     model = model_of("tiny_gqa", precision=Precision.INT4)
     model = family.find("llama").model(model.recipe.changed(graph={"int8": []}))
     source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, kind)
@@ -102,14 +103,40 @@ def test_four_bits_of_a_gguf_are_kept(kind: str, int4_traces: Traces, tmp_path: 
     export(graph, model.calls(graph, read), tmp_path, metadata={}, traces=int4_traces)
     inputs = cases.inputs_of(cases.synthetic.prompt(model.arch.vocabulary, 40, SEED)[None], keep=40)
     (reference,) = model.reference(read, [inputs], precision=Precision.FP32, progress=silent)
-    options = onnxruntime.SessionOptions()  # its optimisations would round activations to eight bits
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    heads, size = model.arch.kv_heads, model.arch.head_dim
-    feeds = {name: np.zeros((1, heads, 0, size), np.float32) for name in graph.carried}
-    feeds |= {"input_ids": inputs["tokens"], "attention_mask": np.ones((1, 40), np.int64)}
-    logits = session.run(["logits"], feeds)[0]
-    assert distance(logits, reference["logits"]).relative_l2 <= 1e-5
+    for logits in answers_in_fp32(tmp_path / "model.onnx", graph, inputs["tokens"]):
+        assert distance(logits, reference["logits"]).relative_l2 <= 1e-5
+
+
+def test_products_with_weights_of_different_bits_are_not_joined(int4_traces: Traces, tmp_path: Path) -> None:
+    """Values and down projections are in eight bits: queries and keys become one product, gate and up another."""
+    model = model_of("tiny_gqa", precision=Precision.INT4)
+    (graph,) = model.graphs
+    calls = model.calls(graph, lambda name: model.synthetic(name, SEED))
+    export(graph, calls, tmp_path, metadata={}, traces=int4_traces)
+    tokens = cases.synthetic.prompt(model.arch.vocabulary, 40, SEED)[None]
+    in_file, joined = answers_in_fp32(tmp_path / "model.onnx", graph, tokens)
+    assert distance(joined, in_file).relative_l2 <= 1e-5
+    operators = operators_of(with_shared_cache(tmp_path / "model.onnx", graph))
+    assert operators["DequantizeLinear"] == 5 * model.arch.layers + 1
+    assert operators["SkipSimplifiedLayerNormalization"] == 2 * model.arch.layers - 1
+
+
+def answers_in_fp32(path: Path, graph: Any, tokens: Any) -> Iterator[Any]:
+    """Logits of the file, and of what is made of it when it is opened; optimised, both would round activations."""
+    shared = with_shared_cache(path, graph)
+    assert operators_of(shared)["MatMul"] < operators_of(path.read_bytes())["MatMul"]
+    in_file = decoding.ArrayDecoder(
+        ort._runner(ort._session(path, optimised=False), graph, [tensor.name for tensor in graph.outputs]), graph
+    )
+    opened = OrtDecoder(ort._session(path, model=shared, optimised=False), graph)
+    for decoder in (in_file, opened):
+        yield decoder.rows(tokens, np.ones(tokens.shape, np.int64), keep=tokens.shape[1])
+
+
+def operators_of(model: Any) -> Counter[str]:
+    import onnx
+
+    return Counter(node.op_type for node in onnx.ModelProto.FromString(model).graph.node)
 
 
 def open_folder(model: Any, folder: Path) -> Any:

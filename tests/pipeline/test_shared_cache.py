@@ -146,10 +146,10 @@ class Breaking(store.LocalPlace):
         self._count()
         return super().read(name, max_bytes=max_bytes)
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
         self._count()
         target.write_bytes(b"half")
-        super().fetch(name, target.with_name("x"))
+        super().fetch(name, target.with_name("x"), max_bytes=max_bytes)
 
     def size(self, name: str) -> int | None:
         self._count()
@@ -176,6 +176,30 @@ def test_a_store_that_never_answers_stops_the_build_and_one_that_breaks_off_does
         assert (stage.reused, make.calls) == (False, 1)
         assert (tmp_path / "out" / "model.onnx").read_bytes() == b"graph"
         assert any("going on without the shared cache" in words for words in said) or answers == 2
+
+
+class Measured(store.LocalPlace):
+    """Records how much was copied."""
+
+    copied: list[int]
+
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
+        self.copied = [*getattr(self, "copied", []), 0]
+        try:
+            super().fetch(name, target, max_bytes=max_bytes)
+        finally:
+            self.copied[-1] = target.stat().st_size
+
+
+def test_a_file_larger_than_recorded_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store cannot fill the disk: what it holds is refused by its size, before it is hashed."""
+    place = Measured(tmp_path / "shared")
+    build(tmp_path / "one", make := Maker(), SharedCache(place), monkeypatch)
+    (file,) = (tmp_path / "shared" / "files").iterdir()
+    os.truncate(file, 1 << 26)
+    assert not build(tmp_path / "two", make, SharedCache(place), monkeypatch).reused
+    assert place.copied == [0]
+    assert build(tmp_path / "three", make, SharedCache(place), monkeypatch).reused
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import http.server
 import threading
+from contextlib import suppress
 from typing import Any
+
+ENDLESS_BYTES = 200 << 20
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -14,6 +17,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     store: dict[str, bytes]
     refuses = 0
+    endless = ""
+    sent_bytes = 0
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -42,7 +47,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.store[digest] = body
         self._answer(201, Location=f"/{digest}", Docker_Content_Digest=digest)
 
+    def _answer_endlessly(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(ENDLESS_BYTES))
+        self.end_headers()
+        with suppress(OSError):
+            while type(self).sent_bytes < ENDLESS_BYTES:
+                self.wfile.write(bytes(1 << 20))
+                type(self).sent_bytes += 1 << 20
+
     def do_GET(self) -> None:
+        if self.endless and self.path.endswith(self.endless):
+            self._answer_endlessly()
+            return
         found = self.store.get(self.path.rpartition("/")[2])
         if self.refuses or found is None:
             self._answer(self.refuses or 404, b"a-secret-token")

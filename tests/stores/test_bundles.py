@@ -86,8 +86,8 @@ def test_a_reader_while_it_is_replaced(
     place.write(bundle.REPORT_HTML, b"of another bundle")
     fetch = store.RemotePlace.fetch
 
-    def finished_meanwhile(self: store.RemotePlace, name: str, target: Path) -> None:
-        fetch(self, name, target)
+    def finished_meanwhile(self: store.RemotePlace, name: str, target: Path, **how: int) -> None:
+        fetch(self, name, target, **how)
         if name == bundle.REPORT_HTML and place.read(bundle.MANIFEST) == real:
             place.write(bundle.REPORT_HTML, page)
             place.write(bundle.MANIFEST, changed)

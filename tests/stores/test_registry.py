@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dinoexport import bundle, cli
 from dinoexport.bundle import registry as artifacts
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
-from tests.stores.oci_registry import Registry
+from tests.stores.oci_registry import ENDLESS_BYTES, Registry
 
 HTTP: Any = {"plain_http": True}
 TITLE = "org.opencontainers.image.title"
@@ -85,6 +85,17 @@ def test_a_registry_that_answers_something_else(registry: Registry, tiny: Path, 
         with pytest.raises(ValidationFailed, match=said):
             artifacts.pull(reference, tmp_path / "out", **HTTP)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["artifact", "manifest.json", "model.onnx"])
+def test_a_registry_that_does_not_stop(which: str, registry: Registry, tiny: Path, tmp_path: Path) -> None:
+    """What it sends is refused by its length: it fills neither the disk nor the memory."""
+    artifacts.push(tiny, f"{registry.host}/tiny:v1", **HTTP)
+    digests = {layer["annotations"][TITLE]: layer["digest"] for layer in artifact_of(registry)["layers"]}
+    registry.handler.endless = digests.get(which, "v1")
+    with pytest.raises(ValidationFailed, match="is larger than"):
+        artifacts.pull(f"{registry.host}/tiny:v1", tmp_path / "out", **HTTP)
+    assert not list(tmp_path.iterdir()) and registry.handler.sent_bytes < ENDLESS_BYTES
 
 
 def test_what_is_refused(registry: Registry, tiny: Path, tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_the_context_is_the_limit(words) -> None:
         task(words, "a" * (tiny.CONTEXT - 1))
 
 
+def test_a_cache_that_fits_no_memory_is_refused(words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 bytes a token: so many are free that 30 tokens fit, and the prompt has 11."""
+    monkeypatch.setattr("dinoexport.system.memory.available_bytes", lambda: 30 * 128)
+    assert task(words, "a" * 10, Sampling(max_tokens=19)).limit == 19
+    with pytest.raises(InputRefused, match="prompt of 11 tokens and an answer of up to 20 takes") as refused:
+        task(words, "a" * 10, Sampling(max_tokens=20))
+    assert refused.value.next_step == "Set max_tokens to 19 or less."
+    with pytest.raises(InputRefused, match="memory are free") as refused:
+        task(words, "a" * 40)
+    assert refused.value.next_step == "Shorten the prompt, or free memory."
+    monkeypatch.setattr("dinoexport.system.memory.available_bytes", lambda: None)
+    assert task(words, "a" * 10, Sampling(max_tokens=20)).limit == 20
+
+
 def test_bad_prompts_are_refused(words) -> None:
     with pytest.raises(InputRefused, match="empty"):
         task(words, "")

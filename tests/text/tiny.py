@@ -86,7 +86,11 @@ def decoder(seed: int = 0, *, chunk: int = 512) -> SteppedDecoder:
 
 def decoder_of(run: Tiny, *, chunk: int = 512) -> SteppedDecoder:
     return SteppedDecoder(
-        begin_steps=lambda: ArrayDecoder(run, GRAPH), vocabulary=VOCABULARY, context=CONTEXT, chunk=chunk
+        begin_steps=lambda: ArrayDecoder(run, GRAPH),
+        vocabulary=VOCABULARY,
+        context=CONTEXT,
+        token_bytes=2 * 4 * HEADS * WIDTH,
+        chunk=chunk,
     )
 
 

@@ -45,9 +45,10 @@ class LocalPlace:
             check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
             return found.read()
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
         """Copies its bytes."""
         with self._opened(name) as found, target.open("xb") as made:
+            check_size(name, os.fstat(found.fileno()).st_size, max_bytes)
             shutil.copyfileobj(found, made, PIECE_BYTES)
 
     @contextmanager
@@ -149,6 +150,9 @@ class _Exists(FileExistsError):
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs. A dead one that nobody has waited for does not: PID 1 of a container may never do so."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -26,8 +26,8 @@ class Place(Protocol):
     def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """A file's content. Raises FileNotFoundError if it is missing, ValueError if it is larger than `max_bytes`."""
 
-    def fetch(self, name: str, target: Path) -> None:
-        """Copies a file to the new local file `target`. Raises FileNotFoundError if it is missing."""
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
+        """Copies a file to the new local file `target`. Raises as `read`."""
 
     def size(self, name: str) -> int | None:
         """A file's size in bytes; None if it is missing."""

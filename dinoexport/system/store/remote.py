@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,6 +25,14 @@ _READ_ONLY = ("http", "https")
 _RETRY_S = 60
 # How many times an object is requested again, from its beginning, if the store breaks off.
 _FETCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tag:
+    """One content of an object: S3 and Azure distinguish it by its e_tag, Google by its version."""
+
+    e_tag: str | None
+    version: str | None
 
 
 class RemotePlace:
@@ -91,7 +100,7 @@ class RemotePlace:
             check_size(name, int(found.meta["size"]), max_bytes)
             return bytes(found.bytes())
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(self, name: str, target: Path, *, max_bytes: int | None = None) -> None:
         """In pieces; again from the beginning if the store breaks off."""
         import obstore
 
@@ -100,7 +109,10 @@ class RemotePlace:
                 file.seek(0)
                 file.truncate()
                 try:
-                    for piece in obstore.get(self._store, name).stream(min_chunk_size=PIECE_BYTES):
+                    found = obstore.get(self._store, name)
+                    check_size(name, int(found.meta["size"]), max_bytes)
+                    for piece in found.stream(min_chunk_size=PIECE_BYTES):
+                        check_size(name, file.tell() + len(piece), max_bytes)
                         file.write(piece)
                 except obstore.exceptions.GenericError:
                     if not left:
@@ -161,26 +173,27 @@ class RemotePlace:
         with self._errors(source):
             obstore.copy(self._store, source, target)
 
-    def read_tagged(self, name: str, *, max_bytes: int) -> tuple[bytes, str]:
-        """An object's content and the store's tag of that content; (b"", "") if it is missing."""
+    def read_tagged(self, name: str, *, max_bytes: int) -> tuple[bytes, Tag | None]:
+        """An object's content and the store's tag of that content; (b"", None) if it is missing."""
         import obstore
 
         with suppress(FileNotFoundError), self._errors(name):
             found = obstore.get(self._store, name)
             check_size(name, int(found.meta["size"]), max_bytes)
-            return bytes(found.bytes()), str(found.meta["e_tag"])
-        return b"", ""
+            return bytes(found.bytes()), Tag(e_tag=found.meta["e_tag"], version=found.meta["version"])
+        return b"", None
 
-    def write_over(self, name: str, content: bytes, *, tag: str) -> None:
+    def write_over(self, name: str, content: bytes, *, tag: Tag | None) -> None:
         """One PUT over the content that has `tag`, or where there is none; a FileExistsError when there is another."""
         import obstore
 
         self.check_writable()
-        if not tag:
+        if tag is None:
             self.write(name, content, new=True)
             return
         with self._no_bucket(), self._errors(name):
-            obstore.put(self._store, name, content, mode={"e_tag": tag}, use_multipart=False)
+            known: Any = {key: value for key, value in asdict(tag).items() if value is not None}
+            obstore.put(self._store, name, content, mode=known, use_multipart=False)
 
     def check_writable(self) -> None:
         """Raises UsageError for a place that cannot be written to."""

@@ -1,0 +1,30 @@
+"""A folder as a place: whose unfinished files are removed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinoexport.system.store import LocalPlace
+from dinoexport.system.store.place import host
+
+
+def test_only_drafts_of_dead_processes_are_swept(tmp_path: Path) -> None:
+    """A killed process that nobody waits for, as under a container's PID 1, is dead too."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    names = {whose: f".part.{host()}.{pid}.partial" for whose, pid in (("its", ended.pid), ("ours", os.getpid()))}
+    names["elsewhere"] = f".part.another-machine.{ended.pid}.partial"
+    for name in names.values():
+        (tmp_path / name).touch()
+    try:
+        if not sys.platform.startswith("linux"):
+            pytest.skip("a dead process that was not waited for is recognised on Linux only")
+        LocalPlace(tmp_path).sweep()
+    finally:
+        ended.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {names["ours"], names["elsewhere"]}
