@@ -7,7 +7,8 @@
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
 # make pictures  the pictures in docs/images, from real builds; needs a Chromium
-# make gallery   docs/gallery.md: one photograph through every head, with the published weights
+# make gallery   build/gallery/gallery.md: one photograph through every head, with the published weights
+#                (GALLERY='--head nyu_linear --weights synthetic:0' for one head without a download)
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
 #                (QUICK=1: one variant in five minutes, nothing is written)

@@ -17,10 +17,9 @@ from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.family import Model, Runnable
 from dinoexport.runtime import Arithmetic, Opened, cpu, runners
 from dinoexport.runtime import sizes as of_size
-from dinoexport.spec import Graph, Precision, Progress, Runner, Way, Workload, silent
+from dinoexport.spec import SYNTHETIC, Graph, Precision, Progress, Runner, Way, Workload, silent
 from dinoexport.system import timing
 from dinoexport.validation import evaluate
-from dinoexport.weights.checkpoint import SYNTHETIC
 
 _ROUNDS = 30
 _BUDGET_S = 6.0

@@ -31,6 +31,10 @@ def silent(_doing: str, _done: int, _total: int) -> None:
     """A `Progress` that reports nothing."""
 
 
+# How the source of weights begins that are generated from a seed: their outputs mean nothing.
+SYNTHETIC = ("synthetic:", "synthetic-stress:")
+
+
 class Precision(enum.StrEnum):
     """The arithmetic of a model's body. The family or the runtime decides which parts stay in fp32."""
 

@@ -23,7 +23,7 @@ from pydantic import (
 
 from dinoexport.config.recipe import Frozen, Sha256
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
-from dinoexport.spec import Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
+from dinoexport.spec import SYNTHETIC, Dim, Graph, Precision, Progress, Runtime, Tensor, Way, silent
 from dinoexport.system import change_steps, changes, files, untrusted
 from dinoexport.system.untrusted import Unreadable
 
@@ -236,6 +236,13 @@ class Manifest(Frozen):
     card: dict[str, str]
     report: dict[str, Any]
     created: datetime
+
+    @property
+    def synthetic(self) -> str:
+        """Which weights are synthetic, so that the outputs mean nothing; empty if they all come from a file."""
+        if self.checkpoint.source.startswith(SYNTHETIC):
+            return "the weights"
+        return "the weights of the head" if self.head and self.head.source.startswith(SYNTHETIC) else ""
 
     @model_validator(mode="after")
     def _lists_what_is_opened(self) -> Self:

@@ -175,6 +175,8 @@ def build(
             show_report(built.engines.report)
         _say_reused(built)
         say("")
+        if which := built.manifest.synthetic:
+            say(f"Note:   {which} are synthetic, so the outputs mean nothing; they were compared with PyTorch's")
         where = out or str(built.folder)
         say(f"Bundle: {where}")
         say(f"Report: {built.folder / 'report.html'}")

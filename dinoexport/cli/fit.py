@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.build import Force
 from dinoexport.cli.escaping import printable
 from dinoexport.cli.tables import table
 from dinoexport.cli.terminal import Json, choice, progress_lines, reporting, say, say_json
@@ -28,7 +27,10 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the new bundle goes. Default: BUNDLE-HEAD.")
     ] = None,
-    force: Force = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Repeat every stage, and replace a bundle that was fitted on other classes."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fit a classifier on a bundle's features and publish a bundle that outputs its probabilities; needs no torch."""

@@ -148,18 +148,23 @@ def report_rows(report: Report) -> Rows:
 
     Of more than anybody reads, the rows that failed and those nearest to their limit.
     """
+    measured = any(row.figures or row.divergence for row in report.rows)
     if len(report.rows) <= _ROWS_MAX:
-        return [_report_row(row) for row in report.rows]
+        return [_report_row(row, measured=measured) for row in report.rows]
     rest = f"and {len(report.rows) - _ROWS_MAX:,} more; --json has them all"
-    shown = [_report_row(row) for row in sorted(report.rows, key=_closeness, reverse=True)[:_ROWS_MAX]]
+    nearest = sorted(report.rows, key=_closeness, reverse=True)[:_ROWS_MAX]
+    shown = [_report_row(row, measured=measured) for row in nearest]
     return [*shown, {column: rest if column == "case" else "" for column in shown[0]}]
 
 
 def _closeness(row: Row) -> float:
-    """A row's error divided by its limit; infinite if it failed."""
+    """A row's largest error divided by its limit; infinite if it failed."""
     if not row.passed:
         return math.inf
-    return max((b.value / b.limit for b in row.bounds if b.figure == "relative_l2" and b.limit > 0), default=0.0)
+    upper = [b.value / b.limit for b in row.bounds if b.figure in ("relative_l2", "largest_difference") and b.limit > 0]
+    shares = ("within_1.25", "label_agreement")
+    lower = [(1 - b.value) / (1 - b.limit) for b in row.bounds if b.figure in shares and b.limit < 1]
+    return max((*upper, *lower), default=0.0)
 
 
 def growth_rows(growth: Growth) -> Rows:
@@ -200,33 +205,54 @@ def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) 
     ]
 
 
-def _report_row(row: Row) -> dict[str, Any]:
+def _report_row(row: Row, *, measured: bool) -> dict[str, Any]:
+    """measured: whether the table has a column for what is usual to say of labels, depths and distributions."""
     figures = row.distance
     missed = "; ".join(f"{b.figure} {_figure(b.value)}, limit {_figure(b.limit)}" for b in row.bounds if not b.holds)
-    largest = [b.value for b in row.bounds if b.figure == "largest"]
-    limit = min((b.limit for b in row.bounds if b.figure == "relative_l2"), default=math.nan)
+    limit = _limit_of(row, "relative_l2")
+    cosine = "" if figures is None or row.divergence is not None else f"{figures.cosine_worst:.8f}"
     return {
         "case": row.case,
         "output": row.output,
         "shape": shape_of(list(row.shape)),
         "relative L2": "" if figures is None else f"{figures.relative_l2:.1e}",
-        "limit": "" if math.isnan(limit) else f"{limit:.1e}",
+        "limit": "" if limit is None else f"{limit:.1e}",
         "worst vector": "" if figures is None else f"{figures.worst_l2:.1e}",
-        "worst cosine": _direction(row),
-        "largest abs": f"{largest[0]:.1e}" if largest else "" if figures is None else f"{figures.max_abs:.1e}",
+        "worst cosine": cosine,
+        **({"measure": _measure(row)} if measured else {}),
+        "largest abs": _largest(row),
         "verdict": "ok" if row.passed else f"FAILED {row.problem or missed}",
     }
 
 
-def _direction(row: Row) -> str:
-    """The worst vector's cosine; of a distribution its mean divergence, of depths and labels their usual measure."""
+def _limit_of(row: Row, figure: str) -> float | None:
+    """The strictest limit of one figure; None if it has none. An upper limit, or a share that has one lower limit."""
+    return min((bound.limit for bound in row.bounds if bound.figure == figure), default=None)
+
+
+def _largest(row: Row) -> str:
+    """The largest difference with its limit, which probabilities have; of an fp16 range the largest magnitude."""
+    if largest := [bound.value for bound in row.bounds if bound.figure == "largest"]:
+        return f"{largest[0]:.1e}"
+    if row.distance is None:
+        return ""
+    limit = _limit_of(row, "largest_difference")
+    return f"{row.distance.max_abs:.1e}" + ("" if limit is None else f" (limit {limit:.1e})")
+
+
+def _measure(row: Row) -> str:
+    """The usual measure of distributions, labels or depths, with its limit if it has one."""
+    said = []
     if row.divergence is not None:
-        return f"KL {row.divergence.kl_mean:.1e}"
+        limit = _limit_of(row, "kl_mean")
+        said.append(f"KL {row.divergence.kl_mean:.1e}" + ("" if limit is None else f" (limit {limit:.1e})"))
+    for figure, words in (("label_agreement", "same label"), ("within_1.25", "within 1.25")):
+        if figure in row.figures:
+            limit = _limit_of(row, figure)
+            said.append(f"{words} {row.figures[figure]:.2%}" + ("" if limit is None else f" (limit {limit:.2%})"))
     if "mean_iou" in row.figures:
-        return f"mIoU {row.figures['mean_iou']:.4f}"
-    if "within_1.25" in row.figures:
-        return f"{row.figures['within_1.25']:.2%} within 1.25"
-    return "" if row.distance is None else f"{row.distance.cosine_worst:.8f}"
+        said.append(f"mIoU {row.figures['mean_iou']:.4f}")
+    return ", ".join(said)
 
 
 def _figure(value: float) -> str:

@@ -53,7 +53,7 @@ class HeldOut:
     """How a fitted classifier did on images it was never fitted on.
 
     interval: of the share that is right, 95 %. recall: by class. counts: images by class. confusions: images that were
-    given another class.
+    given another class. notes: about the images, such as skipped files and imbalance.
     """
 
     images: int
@@ -62,6 +62,7 @@ class HeldOut:
     recall: Mapping[str, float]
     counts: Mapping[str, int]
     confusions: tuple[Picture, ...]
+    notes: tuple[str, ...] = ()
 
 
 def keeping(candidate: Candidate, expectations: Sequence[Expectation], kept: Kept) -> Candidate:
@@ -106,7 +107,7 @@ def render(
     return template.render(
         title=f"{_model_name(manifest)}, {manifest.precision}, for {manifest.target}",
         facts=_facts(manifest),
-        cautions=sorted({engine.caution for engine in manifest.engines if engine.caution}),
+        cautions=[*_about_weights(manifest), *sorted({e.caution for e in manifest.engines if e.caution})],
         versions=manifest.versions,
         card=manifest.card,
         repeat=_repeat(manifest),
@@ -125,6 +126,15 @@ def render(
         histograms=[_histogram(name, parts) for name, parts in sorted(kept[report.candidate].errors.items())],
         sizes=_sizes(model.graphs, reference),
     )
+
+
+def _about_weights(manifest: Manifest) -> list[str]:
+    if not (which := manifest.synthetic):
+        return []
+    return [
+        f"{which[0].upper()}{which[1:]} are synthetic: what the model answers, and the pictures of it, mean nothing.",
+        "The report shows that the model gives PyTorch's outputs for the same weights.",
+    ]
 
 
 def _model_name(manifest: Manifest) -> str:

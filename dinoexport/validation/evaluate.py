@@ -21,6 +21,7 @@ from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, 
 from dinoexport.family import CaseSource, Model, Oracle, Runnable, WeightLayout
 from dinoexport.runtime import runners
 from dinoexport.spec import (
+    SYNTHETIC,
     Array,
     Arrays,
     Candidate,
@@ -38,7 +39,7 @@ from dinoexport.validation import determinism, error_analysis, judge
 from dinoexport.validation.answers import as_vectors, comparable
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.metrics import centred, distance, divergence
-from dinoexport.weights.checkpoint import SYNTHETIC, Checkpoint, open_checkpoint
+from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
 
 Judge = Literal["plain", "hub"]
 # Suffix of the name under which a reference gives each label's lead over the second best: `labels/lead`.

@@ -20,13 +20,12 @@ from dinoexport.config import recipe
 from dinoexport.config.recipe import Recipe, WeightFile
 from dinoexport.errors import DinoexportError, UsageError, WeightsError
 from dinoexport.family import HeadWeights, Read, Shapes, WeightLayout, find
-from dinoexport.spec import Array, Progress
+from dinoexport.spec import SYNTHETIC, Array, Progress
 from dinoexport.system import files
 from dinoexport.weights import download, formats, pins
 
 # Suffix of the name of a shipped variant that is built with other weights than its published ones.
 YOURS = "-yours"
-SYNTHETIC = ("synthetic:", "synthetic-stress:")
 _SYNTHETIC = re.compile(
     r"synthetic(:|(?P<stress>-stress:))(?P<seed>\d{1,18})(?(stress)(:(?P<peak>\d{1,9}))?)", re.ASCII
 )

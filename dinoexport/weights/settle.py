@@ -13,7 +13,7 @@ from dinoexport.config import recipe as recipes
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
 from dinoexport.family import DescribesWeights, Fact, Family, Shapes
-from dinoexport.spec import Progress
+from dinoexport.spec import SYNTHETIC, Progress
 from dinoexport.weights import checkpoint, formats
 
 _WEIGHTS = "the weights"
@@ -39,7 +39,7 @@ def settle(recipe: Recipe | None, source: str | None, *, prefix: str | None, pro
     Raises UsageError if recipe and files disagree, or if there is neither a recipe nor a family that recognises the
     weights.
     """
-    if source is None or source.startswith(checkpoint.SYNTHETIC):
+    if source is None or source.startswith(SYNTHETIC):
         if prefix is not None:
             raise UsageError("--prefix applies to a weight file.", next_step="Give it with --weights PATH.")
         if recipe is None:

@@ -226,6 +226,59 @@ def test_what_k_nn_cannot_do_is_refused(features: Path, images: Path, tmp_path: 
         flow.fit(features, images, kind="knn", balanced=True, out=tmp_path / "out")
 
 
+def test_the_page_has_the_notes(features: Path, images: Path, tmp_path: Path) -> None:
+    """Without the folder's own path, which is of the machine and not of the images."""
+    folder = tmp_path / "own photographs"
+    shutil.copytree(images, folder)
+    (folder / "china" / "notes.txt").write_text("no image")
+    shutil.copy(folder / "china" / "00.png", folder / "china" / "again.png")
+    made = flow.fit(features, folder, kind="logreg", out=tmp_path / "fitted")
+    notes = ("skipped: china/notes.txt", "1 file is a copy of another")
+    page = (made.folder / bundle.REPORT_HTML).read_text()
+    for found in (made.said, made.manifest.report["fit"]["notes"]):
+        assert len(found) == 2 and all(line.startswith(note) for line, note in zip(found, notes, strict=True))
+    assert all(f"<li>{note}" in page for note in notes)
+    assert not any(b"own photographs" in path.read_bytes() for path in made.folder.iterdir())
+
+
+def test_many_notes_are_shortened_in_the_bundle() -> None:
+    notes = [f"skipped: {i}" for i in range(1000)] + ["classes are imbalanced"]
+    kept = publishing._shortened(notes)
+    assert len(kept) == 51 and kept[0] == notes[0] and kept[-1] == notes[-1] and kept[25] == "and 951 more"
+    assert publishing._shortened(notes[:50]) == tuple(notes[:50])
+
+
+def test_a_bundle_of_other_classes_is_not_replaced_silently(features: Path, images: Path, tmp_path: Path) -> None:
+    """The same classes with another image are replaced, and said; other classes and other bundles need --force."""
+    folder, out = tmp_path / "images", tmp_path / "fitted"
+    shutil.copytree(images, folder)
+    assert flow.fit(features, folder, kind="logreg", out=out).said == ()
+    assert flow.fit(features, folder, kind="knn", out=out).said == (), "the same images"
+    Image.new("RGB", (30, 30), "red").save(folder / "rocket" / "new.png")
+    assert flow.fit(features, folder, kind="knn", out=out).said == (
+        "replaced the bundle that was fitted on 40 other images",
+    )
+    (folder / "rocket").rename(folder / "ship")
+    before = (out / bundle.MANIFEST).read_bytes()
+    with pytest.raises(UsageError, match=r"other classes: chelsea, china, coffee, rocket.*would be replaced") as caught:
+        flow.fit(features, folder, kind="knn", out=out)
+    assert "--force" in caught.value.next_step and (out / bundle.MANIFEST).read_bytes() == before
+    made = flow.fit(features, folder, kind="knn", out=out, force=True)
+    assert made.manifest.head is not None and "ship" in made.manifest.head.classes
+    shutil.copytree(features, tmp_path / "backbone")
+    with pytest.raises(UsageError, match="backbone has no fitted head"):
+        flow.fit(features, folder, kind="knn", out=tmp_path / "backbone")
+
+
+def test_a_folder_that_cannot_do_is_refused_before_the_bundle_is_read(tmp_path: Path) -> None:
+    """Hashing a large bundle takes a minute; here there is not even a bundle."""
+    (tmp_path / "images" / "only").mkdir(parents=True)
+    with pytest.raises(UsageError, match="There is no folder"):
+        flow.fit(tmp_path / "nothing", tmp_path / "absent")
+    with pytest.raises(UsageError, match="has one class, 'only'"):
+        flow.fit(tmp_path / "nothing", tmp_path / "images")
+
+
 def test_imbalance_copies_and_unreadable_files_are_said(tmp_path: Path) -> None:
     class Source:
         def cases_from(self, folder: Path, *, progress: Any, only: Any = None) -> Any:

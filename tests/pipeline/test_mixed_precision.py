@@ -162,6 +162,28 @@ def test_a_head_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipe.graph["fp32"] == ["head"] and form.promotable == request.model.promotable
 
 
+def test_a_model_that_overflows_before_its_head_is_repaired(repaired: Path, tmp_path: Path) -> None:
+    """A linear head is fp32 anyway: of the backbone what overflows goes back, and no more than without a head."""
+    request = pipeline.build_request(
+        TINY, weights="synthetic-stress:0:100000", head="linear", head_weights="synthetic:0", precision="auto",
+        out=tmp_path / "bundle",
+    )  # fmt: skip
+    built = pipeline.build(request)
+    found = built.manifest.report["precision"]
+    assert not found["trials"][0]["passed"] and "overflows" in found["trials"][0]["failed_by"]
+    assert found["fp32"] == bundle.read_manifest(repaired).report["precision"]["fp32"] == ["residual", "blocks.1"]
+    assert built.manifest.verdict == "passed" and built.manifest.precision is Precision.FP16
+    assert {output for row in built.manifest.report["rows"] for output in [row["output"]]} >= {
+        "logits",
+        "probabilities",
+    }
+    graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
+    half = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
+    assert {name.split("_")[0] for name in half} >= {"blocks.0.qkv", "blocks.2.qkv"}
+    assert not [name for name in half if name.startswith(("head.", "blocks.1."))]
+    assert validate_bundle.validate(tmp_path / "bundle").report.passed
+
+
 def test_parts_in_a_recipe_are_checked(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('base = "vits14"\nname = "mine"\nprecision = "fp16"\n[graph]\nfp32 = ["block.3"]\n')

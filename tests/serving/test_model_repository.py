@@ -207,6 +207,41 @@ def test_next_version_and_rollback(built: Path, tmp_path: Path) -> None:
         model_repository.rollback(repository, "tiny_swigl")
 
 
+def with_head(built: Path, copy: Path, kind: str) -> Path:
+    """A copy of a bundle that says it has this head; only its manifest is changed."""
+    manifest = bundle.read_manifest(built)
+    shutil.copytree(built, copy)
+    changed = manifest.model_copy(update={"recipe": {**manifest.recipe, "head": {"kind": kind}}})
+    (copy / bundle.MANIFEST).write_bytes(changed.to_bytes())
+    return copy
+
+
+def test_another_head_does_not_become_the_next_version_unasked(built: Path, tmp_path: Path) -> None:
+    """All heads of a variant have its name by default; clients of one cannot use the next one's answers."""
+    repository = tmp_path / "models"
+    nyu, kitti = (with_head(built, tmp_path / kind, kind) for kind in ("nyu_linear", "kitti_linear"))
+    model_repository.deploy(built, repository)
+    before = snapshot(repository)
+    with pytest.raises(
+        UsageError, match=r"serves tiny_swiglu with no head \(outputs class_token.*nyu_linear"
+    ) as caught:
+        model_repository.deploy(nyu, repository)
+    assert "--name tiny_swiglu" in caught.value.next_step and snapshot(repository) == before
+    # Asked for by name it is the next version, and then the same head needs no name.
+    assert model_repository.deploy(nyu, repository, name="tiny_swiglu").version == 2
+    assert model_repository.deploy(nyu, repository).version == 3
+    with pytest.raises(UsageError, match=r"with the head nyu_linear.*has the head kitti_linear"):
+        model_repository.deploy(kitti, repository)
+    assert model_repository.deploy(kitti, repository, name="kitti").version == 1
+    # What is served counts, not what was deployed last; and a configuration that says nothing refuses nothing.
+    model_repository.rollback(repository, "tiny_swiglu")
+    model_repository.rollback(repository, "tiny_swiglu")
+    assert model_repository.deploy(built, repository).version == 4
+    config = repository / "tiny_swiglu" / "4" / "config.pbtxt"
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if "string_value" not in line))
+    assert model_repository.deploy(kitti, repository).version == 5
+
+
 def test_what_is_refused_leaves_nothing(built: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     shutil.copytree(built, tmp_path / "damaged")

@@ -7,10 +7,12 @@ and files with the same bytes are always in the same share.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from dinoexport.errors import UsageError
 from dinoexport.family import CaseSource
@@ -51,38 +53,43 @@ class Examples:
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
+def check_folder(folder: Path) -> None:
+    """Raises UsageError for what no image needs to be read to see: there is no folder, or fewer than two in it."""
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.", next_step="Give a folder with a subfolder for each class.")
+    if len(_subfolders(folder)) < 2:
+        _refuse_few(folder, sorted(_subfolders(folder)))
+
+
 def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = silent) -> Examples:
     """The images of `folder`, in two shares.
 
     Raises UsageError for a folder with one class, for classes that cannot be split, for images in no class, and for one
     image in two classes; each names what is wrong.
     """
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder {folder}.", next_step="Give a folder with a subfolder for each class.")
+    check_folder(folder)
     found: list[Example] = []
     skipped: list[str] = []
     for case in model.cases_from(folder, progress=progress):
         if isinstance(case, str):
-            skipped.append(case)
+            skipped.append(case.removeprefix(f"{folder}{os.sep}"))  # the notes are part of the bundle
             continue
         digest = files.sha256(folder / untrusted.check_name(case.name))  # which its class is a part of
         found.append(Example(name=case.name, label=case.label, digest=digest))
     if outside := [example.name for example in found if not example.label]:
         raise UsageError(
-            f"{_listed(outside)} of {folder} are in no subfolder, so they have no class.",
+            f"{listed(outside)} of {folder} are in no subfolder, so they have no class.",
             next_step="Put each image into the folder of its class.",
         )
     classes = tuple(sorted({example.label for example in found}))
     if len(classes) < 2:
-        had = f"one class, {classes[0]!r}" if classes else "no image that can be read"
-        raise UsageError(f"{folder} has {had}.", next_step="A classifier needs at least two subfolders of images.")
+        _refuse_few(folder, classes)
     _refuse_two_labels(found)
     fitted, held_out = split(found, seed=seed)
     refuse_leak(fitted, held_out)
     said = [f"skipped: {line}" for line in skipped]
-    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if empty := sorted(folders - set(classes)):
-        said.append(f"{_listed(empty)}: a folder without an image that can be read is no class of the new bundle")
+    if empty := sorted(_subfolders(folder) - set(classes)):
+        said.append(f"{listed(empty)}: a folder without an image that can be read is no class of the new bundle")
     counts = Counter(example.label for example in found)
     most, least = max(counts, key=lambda k: (counts[k], k)), min(counts, key=lambda k: (counts[k], k))
     if counts[most] >= _IMBALANCE * counts[least]:
@@ -96,6 +103,15 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
     return Examples(classes=classes, fitted=tuple(fitted), held_out=tuple(held_out), said=tuple(said))
 
 
+def _subfolders(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def _refuse_few(folder: Path, classes: Sequence[str]) -> NoReturn:
+    had = f"one class, {classes[0]!r}" if classes else "no image that can be read in a subfolder"
+    raise UsageError(f"{folder} has {had}.", next_step="A classifier needs at least two subfolders of images.")
+
+
 def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
     """(fitted, held out) by class; raises UsageError that names the classes with one image."""
     by_class: dict[str, dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
@@ -103,7 +119,7 @@ def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], lis
         by_class[example.label][example.digest].append(example)
     if single := sorted(label for label, groups in by_class.items() if len(groups) < 2):
         raise UsageError(
-            f"{_listed(single)}: a class with one image cannot be both fitted and held out.",
+            f"{listed(single)}: a class with one image cannot be both fitted and held out.",
             next_step="Add images, or leave the class out.",
         )
     fitted: list[Example] = []
@@ -123,7 +139,7 @@ def refuse_leak(fitted: Sequence[Example], held_out: Sequence[Example]) -> None:
     if both:
         names = sorted(example.name for example in held_out if example.digest in both)
         raise UsageError(
-            f"{_listed(names)} are both held out and fitted: the accuracy would be too high.",
+            f"{listed(names)} are both held out and fitted: the accuracy would be too high.",
             next_step="Remove the copies.",
         )
 
@@ -134,10 +150,11 @@ def _refuse_two_labels(examples: Sequence[Example]) -> None:
         labels[example.digest].setdefault(example.label, example.name)
     if wrong := [" and ".join(sorted(names.values())) for names in labels.values() if len(names) > 1]:
         raise UsageError(
-            f"One image in two classes: {_listed(sorted(wrong))}.", next_step="Keep it only in its own class."
+            f"One image in two classes: {listed(sorted(wrong))}.", next_step="Keep it only in its own class."
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:_NAMED_MAX])
     return shown if len(names) <= _NAMED_MAX else f"{shown} and {len(names) - _NAMED_MAX} more"

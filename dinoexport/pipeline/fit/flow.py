@@ -13,11 +13,11 @@ from pathlib import Path
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, sbom
 from dinoexport.config.recipe import Recipe, parse
-from dinoexport.errors import UsageError, ValidationFailed, require
+from dinoexport.errors import DinoexportError, UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, examples, features, publishing
 from dinoexport.pipeline.fit.classifiers import HeadKind, Held
-from dinoexport.pipeline.fit.examples import Example
+from dinoexport.pipeline.fit.examples import Example, Examples
 from dinoexport.pipeline.workspace import check_place
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
@@ -40,6 +40,8 @@ def fit(
 ) -> publishing.FittedBundle:
     """Fits a classifier on `images`, whose subfolders are classes, and publishes the bundle with the classifier.
 
+    force: repeats every stage, and replaces a bundle at `out` that was not fitted on images of these classes.
+
     Raises UsageError for images or a bundle that cannot be used, ValidationFailed if the graph's probabilities are not
     those computed from PyTorch's tokens.
     """
@@ -50,6 +52,7 @@ def fit(
     if files.same_place(target, folder):
         raise UsageError(f"{target} is the bundle the features come from.", next_step="Choose another --out.")
     check_place(target)  # before the work, not only after it
+    examples.check_folder(images)  # likewise: a large bundle takes a minute to hash
     with bundle.checked(folder, progress=progress) as manifest:
         return _fitted(folder, manifest, images, kind, balanced, target, force, progress)
 
@@ -68,6 +71,7 @@ def _fitted(
     model = family.find(manifest.family).model(recipe)
     _refuse(folder, manifest, model, kind)
     found = examples.read(model, images, seed=publishing.SEED, progress=progress)
+    replaced = _replaced(target, found, force=force)
     reads = model.fits[kind]
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
     candidate = runners.open_candidate(model, graphs, runners.way_of(manifest))
@@ -95,9 +99,11 @@ def _fitted(
     head = {"kind": model.fitted_head(kind), "classes": list(found.classes), **fitted.table}
     changed = recipe.changed(head=head)
     confused = _confused(model, images, held)
-    return publishing.publish(
+    made = publishing.publish(
         folder, target, manifest, changed, found, fitted, held, confused, reads, kind, force, progress
     )
+    # What stood there before is no property of the new bundle, whose bytes depend on the images alone.
+    return replace(made, said=(*replaced, *made.said))
 
 
 def _refuse(folder: Path, manifest: Manifest, model: Model, kind: str) -> None:
@@ -111,6 +117,30 @@ def _refuse(folder: Path, manifest: Manifest, model: Model, kind: str) -> None:
             f"{folder} gives no features that a classifier can be fitted on.",
             next_step="Build the variant without a head: dinoexport build VARIANT.",
         )
+
+
+def _replaced(target: Path, found: Examples, *, force: bool) -> tuple[str, ...]:
+    """A note if the bundle at `target`, which is replaced, was fitted on other images of the same classes.
+
+    Raises UsageError, unless `force`, for a bundle that is something else: it may be of another data set.
+    """
+    try:
+        old = bundle.read_manifest(target)
+    except DinoexportError:  # absent or damaged: nothing to lose
+        return ()
+    fitted = old.report.get("fit")
+    if old.head is None or not fitted:
+        was = "has no fitted head"
+    elif old.head.classes != found.classes:
+        was = f"was fitted on other classes: {examples.listed(old.head.classes)}"
+    else:
+        same = fitted["images_sha256"] == found.digest
+        return () if same else (f"replaced the bundle that was fitted on {fitted['images']} other images",)
+    if not force:
+        raise UsageError(
+            f"{target} {was}. It would be replaced.", next_step="Choose another --out, or replace it with --force."
+        )
+    return ()
 
 
 def _confused(model: Model, images: Path, held: Held) -> tuple[Picture, ...]:

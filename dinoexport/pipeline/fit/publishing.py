@@ -35,6 +35,7 @@ HEAD_FILE = "head.safetensors"
 LABELS_FILE = "labels.json"
 SEED = 0
 _LARGE_BYTES = 50_000_000
+_NOTES_MAX = 50  # in the bundle: a folder can hold any number of files that are no images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def publish(
     model = family.find(recipe.family).model(recipe)
     (graph,), (old,) = model.graphs, manifest.graphs
     graph = replace(graph, dims=old.graph().dims)
+    said = (*found.said, *_warnings(fitted, manifest))
     facts = {
         "head": kind,
         "images": len(found.fitted) + len(found.held_out),
@@ -73,6 +75,7 @@ def publish(
         "held_out": asdict(held),
         "images_sha256": found.digest,
         "seed": SEED,
+        "notes": list(_shortened(said)),
         **fitted.facts,
         "versions": versions_of(("scikit-learn", "numpy")),
     }
@@ -125,6 +128,7 @@ def publish(
             recall=held.recall,
             counts=held.counts,
             confusions=tuple(confused),
+            notes=_shortened(said),
         )
         page = _page(work, new, model, report, reference, {name: kept}, shown)
         made["page"] = page
@@ -132,9 +136,7 @@ def publish(
         bill = list_materials(work, new)
         new = new.with_stage(bill.name, bill.key, bill.files)
         work.publish({**made, bill.name: bill}, new)
-    return FittedBundle(
-        folder=out, manifest=new, held=held, report=report, said=(*found.said, *_warnings(fitted, manifest))
-    )
+    return FittedBundle(folder=out, manifest=new, held=held, report=report, said=said)
 
 
 def _warnings(fitted: Fitted, manifest: Manifest) -> list[str]:
@@ -144,6 +146,14 @@ def _warnings(fitted: Fitted, manifest: Manifest) -> list[str]:
     if manifest.engines:
         said.append("the bundle's engines output features and were left out; only the ONNX has the head")
     return said
+
+
+def _shortened(notes: Sequence[str]) -> tuple[str, ...]:
+    """The notes, the first of them `skipped` files, as a bundle keeps them."""
+    if (rest := len(notes) - _NOTES_MAX) <= 0:
+        return tuple(notes)
+    first = _NOTES_MAX // 2
+    return (*notes[:first], f"and {rest} more", *notes[first + rest :])
 
 
 def _write(

@@ -11,10 +11,9 @@ from dinoexport.errors import require
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.runtime import text_model
-from dinoexport.spec import Progress, silent
+from dinoexport.spec import SYNTHETIC, Progress, silent
 from dinoexport.text import tokenizer
 from dinoexport.weights import download
-from dinoexport.weights.checkpoint import SYNTHETIC
 
 
 def text_stage(work: Workspace, request: BuildRequest) -> dict[str, Stage]:

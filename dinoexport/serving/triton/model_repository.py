@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
-from dinoexport.errors import UsageError, ValidationFailed
+from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
 from dinoexport.family import FrontEnd, Model
 from dinoexport.runtime.sizes import shapes_of
 from dinoexport.serving.triton import model_files, releases, repository_state, served_models, text_models
@@ -75,7 +76,9 @@ def deploy(
     verify: Path | None = None,
     progress: Progress = silent,
 ) -> Deployed:
-    """Adds the bundle in `folder` to `repository` as the next version of `name` (default: its variant), and serves it.
+    """Adds the bundle in `folder` to `repository` as the next version of `name`, and serves it.
+
+    name: default: the bundle's variant, if what is served under that has the same head and outputs.
 
     backend: how its graphs run; default: classic TensorRT plans if the bundle has them, else Triton's ONNX Runtime;
     Python runs them as the bundle was validated, also in OpenVINO.
@@ -96,6 +99,7 @@ def deploy(
                 f"{folder} is {manifest.verdict}; only bundles that passed are deployed.",
                 next_step="dinoexport build makes a validated bundle.",
             )
+        by_default = name is None
         name = _checked_name(name or manifest.variant)
         if triton is not None and not re.match(r"\d\d\.\d\d(=|$)", triton):
             raise UsageError(f"{triton!r} is not a tag of a Triton image.", next_step="Write it as --triton 26.08.")
@@ -112,11 +116,13 @@ def deploy(
             files.disk_errors(repository),
             changes.changing(repository, doing=f"deploying to {repository}", progress=progress) as change,
         ):
+            known = repository_state.read_releases(change.place, name)
+            if by_default:
+                _refuse_another_model(change.place, known, model)
             wanted = model_files.wanted(manifest, backend, tokenizer)
             copied = model_files.copied(folder, change.new, manifest, wanted, progress=progress)
             model_files.check_readable(copied, manifest, triton if backend == "onnxruntime" else None)
             reference = reference_file.read(copied / bundle.REFERENCE)
-            known = repository_state.read_releases(change.place, name)
             standing = repository_state.deployed_as(change.place, name)
             version = known.next_version([v for path in standing for v in repository_state.versions_of(path)])
             served: tuple[TritonModel, ...]
@@ -343,6 +349,35 @@ def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
                 next_step=f"Build the plan with TensorRT {wanted}, or serve with the image that has "
                 f"{plan.tensorrt_version}.",
             )
+
+
+def _refuse_another_model(repository: Path, known: Releases, model: Model) -> None:
+    """Refuses the variant's name if the served release has another head or outputs: its clients expect those."""
+    served = repository_state.served_as(repository, known)
+    if served is None:
+        return
+    try:
+        there = family.find(served.family).model(parse(Recipe, served.recipe, where=f"the served {known.name}"))
+    except DinoexportError:  # of another version of dinoexport
+        return
+    if _given(there) != _given(model):
+        raise UsageError(
+            f"{repository} serves {known.name} with {_in_words(there)}; this bundle has {_in_words(model)}.",
+            next_step=f"Give it a name of its own with --name, or replace what is served with --name {known.name}.",
+        )
+
+
+def _given(model: Model) -> tuple[Any, ...]:
+    """What a client relies on: the head, its classes, and the names of the outputs."""
+    head = model.head_facts
+    outputs = {tensor.name for graph in model.graphs for tensor in graph.outputs}
+    return (head and head.kind, head and tuple(head.classes), outputs)
+
+
+def _in_words(model: Model) -> str:
+    kind, classes, outputs = _given(model)
+    counted = f" of {len(classes)} classes" if classes else ""
+    return f"{f'the head {kind}{counted}' if kind else 'no head'} (outputs {', '.join(sorted(outputs))})"
 
 
 def _refuse_strangers(repository: Path, models: Sequence[str], standing: Sequence[Path], known: Releases) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from dinoexport.serving.triton import releases, served_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
+from dinoexport.serving.triton.signature import Served
 from dinoexport.system import untrusted
 from dinoexport.system.untrusted import Unreadable
 
@@ -61,6 +62,14 @@ def config_of(repository: Path, model: str, version: int, known: Releases) -> st
     """A version's own configuration; None if it is missing or not written by dinoexport."""
     config = _config(home_of(repository, model, known) / str(version))
     return config if config is not None and served_models.deployed_name(config) == known.name else None
+
+
+def served_as(repository: Path, known: Releases) -> Served | None:
+    """The facts of the first model of the release that is served; None if there is none, or they cannot be read."""
+    if known.current is None:
+        return None
+    config = config_of(repository, known.current.models[0], known.current.version, known)
+    return None if config is None else Served.of_text(config)
 
 
 def _config(folder: Path) -> str | None:

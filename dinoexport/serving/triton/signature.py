@@ -5,6 +5,8 @@ With them a client raises the server's own error before sending, without the bun
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -43,6 +45,15 @@ class Served(Frozen):
     settings: dict[str, Any] = Field(default_factory=dict)
     answers: GraphFacts | None = None
     tokenizer: str = ""
+
+    @classmethod
+    def of_text(cls, config: str) -> Served | None:
+        """The facts in a config.pbtxt that dinoexport wrote (`config.to_text`); None if there are none to be read."""
+        found = re.search(rf'key: "{PARAMETER}"\n *value {{\n *string_value: (".*")\n', config)
+        try:
+            return cls.model_validate_json(json.loads(found[1])) if found else None
+        except (ValidationError, ValueError):
+            return None
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Served | None:

@@ -52,11 +52,11 @@ def deploy(folder: Path, url: str, *, name: str | None = None, progress: Progres
     """
     place = RemotePlace(url)
     place.check_writable()
-    name = name or bundle.read_manifest(folder).variant
+    known_as = name or bundle.read_manifest(folder).variant
     taken: set[str] = set()
     for _ in range(_ATTEMPTS):
         with TemporaryDirectory(prefix="dinoexport-") as scratch:
-            mirror = _Mirror(place, Path(scratch), name, taken)
+            mirror = _Mirror(place, Path(scratch), known_as, taken)
             deployed = model_repository.deploy(folder, mirror.folder, name=name, progress=progress, **how)
             try:
                 mirror.send(deployed, progress)
