@@ -110,7 +110,8 @@ def local(path: Path) -> tuple[Path, ...]:
                 return parts
         if whole := sorted(path.glob("*.gguf")):
             raise WeightsError(
-                f"{path} is a folder; a GGUF file is a whole checkpoint.", next_step=f"Give --weights {shlex.quote(str(whole[0]))}."
+                f"{path} is a folder; a GGUF file is a whole checkpoint.",
+                next_step=f"Give --weights {shlex.quote(str(whole[0]))}.",
             )
         raise WeightsError(
             f"{path} holds no .safetensors file and no other weight file.", next_step="Give the weights file itself."
