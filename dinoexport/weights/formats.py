@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -107,6 +108,11 @@ def local(path: Path) -> tuple[Path, ...]:
             if parts := tuple(sorted(file for file in path.glob(pattern) if file.is_file())):
                 unusable.check_parts(path, parts)
                 return parts
+        if whole := sorted(path.glob("*.gguf")):
+            raise WeightsError(
+                f"{path} is a folder; a GGUF file is a whole checkpoint.",
+                next_step=f"Give --weights {shlex.quote(str(whole[0]))}.",
+            )
         raise WeightsError(
             f"{path} holds no .safetensors file and no other weight file.", next_step="Give the weights file itself."
         )

@@ -173,6 +173,13 @@ def test_rounded_frequencies_are_ignored(model: Any, tmp_path: Path) -> None:
     assert all(np.array_equal(read(name), model.synthetic(name, SEED)) for name in model.tensors)
 
 
+def test_a_folder_with_gguf_files_names_one(model: Any, tmp_path: Path) -> None:
+    source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, "F16")
+    with pytest.raises(WeightsError, match="a GGUF file is a whole checkpoint") as refused:
+        open_folder(model, tmp_path)
+    assert str(source) in refused.value.next_step
+
+
 def test_a_damaged_gguf_is_refused(model: Any, tmp_path: Path) -> None:
     source = llama_files.write_gguf(tmp_path / "weights.gguf", model.arch, SEED, "F16")
     source.write_bytes(source.read_bytes()[:5000])
