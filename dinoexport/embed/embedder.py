@@ -26,7 +26,7 @@ from dinoexport.embed.sources import Read, Source, Unusable, open_source
 from dinoexport.errors import UsageError
 from dinoexport.family import FrontEnd, Model
 from dinoexport.spec import Array, Arrays, Graph
-from dinoexport.system import files, memory, store
+from dinoexport.system import files, store
 
 # The number of batches that are decoded ahead of the running one, so that a slow image does not delay it.
 _BATCHES_AHEAD = 3
@@ -217,7 +217,6 @@ class Embedder:
                 for group in groups:
                     if group:
                         writer.write(tables.table(group, self.columns, schema))
-                        memory.give_back()
                     rows, failed = rows + len(group), failed + sum(bool(row.error) for row in group)
                 writer.close()
                 done = Done(rows=rows, failed=failed, sha256=files.sha256(draft), size_bytes=draft.stat().st_size)

@@ -1,8 +1,7 @@
-"""How much memory this machine has for a process, as Linux and its container say; and giving back what was freed."""
+"""How much memory this machine has for a process, as Linux and the container it runs in say."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -35,11 +34,3 @@ def _limit(path: str) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     return int(word) if word.isdigit() else None
-
-
-def give_back() -> None:
-    """Gives freed memory back to the system, which glibc does on its own only at the end of a heap."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):  # another C library, which has no such function
-        ctypes.CDLL(None).malloc_trim(0)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -259,26 +258,6 @@ def _group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_freed_memory_goes_back_to_the_system() -> None:
-    """As after a shard: what was freed below a block that is still in use."""
-    code = """
-from pathlib import Path
-from dinoexport.system import memory
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-blocks = [bytearray(60_000) for _ in range(2000)]
-kept = blocks[-1]
-del blocks
-before = resident()
-memory.give_back()
-print(before - resident())
-"""
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("no glibc here")
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) > 60 << 20
 
 
 def test_an_image_that_kills_the_decoder_is_one_failed_row(
