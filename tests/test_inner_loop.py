@@ -1,4 +1,4 @@
-"""The inner loop is one list of checks: `make check`, the hooks before a commit and CONTRIBUTING name the same."""
+"""CONTRIBUTING names what there is: every package, the slow tests, and the checks that `make` and the hooks run."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def test_slow_tests_give_a_reason_and_are_listed() -> None:
         marked = r"^@pytest\.mark\.slow\((.*?)\)\n.*?^def (\w+)"
         for reason, name in re.findall(marked, path.read_text(), flags=re.MULTILINE | re.DOTALL):
             assert len(reason) > 20 and f"`{name}`" in listed, f"{path}: {name}"
+
+
+def test_every_package_and_module_has_its_line() -> None:
+    listed = re.findall(r"^\| (`.*`) \| .* \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    named = {name.rstrip("/") for cell in listed for name in re.findall(r"`([\w./]+)`", cell)}
+    rooms = {path.name for path in (ROOT / "dinoexport").iterdir() if not path.name.startswith("_")} - {"py.typed"}
+    assert not rooms - named
