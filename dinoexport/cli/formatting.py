@@ -82,7 +82,7 @@ def cpu_lines(manifest: bundle.Manifest) -> list[str]:
         f"Runs:   {_way(facts.chosen, facts.runtime_version)} ({ran}) on {facts.machine}, {facts.usable_cpus} CPUs"
     ]
     if not facts.measured:
-        lines.append("        the only installed runtime for this precision; nothing was timed")
+        lines.append("        the only runtime there was to choose from; nothing was timed")
         return lines
     for timed in facts.measured:
         chosen = ", chosen" if timed.way == facts.chosen else ""
