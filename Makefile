@@ -63,10 +63,9 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --quick -r fE
 
-# Three workers on two cores: the tests of servers wait longer than they compute.
 test: environments
 	$(MAKE) check
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(REQUIRE:%=--require %)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(REQUIRE:%=--require %)
 
 # They are downloaded and unpacked at the same time, which takes as long as the largest of them.
 environments:

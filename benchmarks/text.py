@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 PAST, PROMPT, STEPS = 1024, 512, 24
 PRECISIONS = ("fp32", "int8", "int4")
 PROBE_BYTES = 1 << 29
+# Everyone gets all CPUs of the system. By default some count cores and leave the second thread of each idle.
+THREADS = os.cpu_count() or 1
 Figures = dict[str, float]
 
 
@@ -52,7 +54,8 @@ def of_bundle(place: str) -> Figures:
     manifest = bundle.read_manifest(Path(folder))
     (facts,) = manifest.graphs
     graph, path = facts.graph(), Path(folder) / facts.file
-    opened = cpu.open_graphs({path: graph}, Way(runtime=Runtime(runtime), precision=manifest.precision))[graph.name]
+    way = Way(runtime=Runtime(runtime), precision=manifest.precision, threads=THREADS)
+    opened = cpu.open_graphs({path: graph}, way)[graph.name]
     ids = np.array([prompt_ids()])
 
     def read(count: int) -> Any:
@@ -78,6 +81,7 @@ def of_transformers(place: str) -> Figures:
     import torch
     import transformers
 
+    torch.set_num_threads(THREADS)
     model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     ids = torch.tensor([prompt_ids()])
     with torch.inference_mode():
@@ -95,7 +99,10 @@ def of_onnxruntime_genai(place: str) -> Figures:
     """A folder of its builder's."""
     import onnxruntime_genai
 
-    model = onnxruntime_genai.Model(place)
+    config = onnxruntime_genai.Config(place)
+    options = {"intra_op_num_threads": THREADS}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = onnxruntime_genai.Model(config)
     params = onnxruntime_genai.GeneratorParams(model)
     params.set_search_options(max_length=PAST + STEPS + 8, do_sample=False, min_length=PAST + STEPS + 8)
 
@@ -117,7 +124,7 @@ def of_openvino_genai(place: str) -> Figures:
     import openvino
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(place, "CPU")
+    pipeline = openvino_genai.LLMPipeline(place, "CPU", INFERENCE_NUM_THREADS=THREADS)
     config = openvino_genai.GenerationConfig()
     config.do_sample, config.apply_chat_template, config.ignore_eos = False, False, True
 
@@ -141,7 +148,7 @@ def of_llama_cpp(place: str) -> Figures:
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = place, 2 * PAST, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
     server = xllamacpp.Server(params)
 
     def ask(count: int, tokens: int) -> Any:
@@ -257,8 +264,8 @@ def main() -> None:
     lines = [
         "# Decoders beside their peers",
         "",
-        f"`make bench-text`, SmolLM2-135M on {platform.machine()}, {os.cpu_count()} CPUs, {asked.rounds} rounds "
-        f"in turn, medians. Memory: {memory:.0f} GB/s. {asked.note}".strip(),
+        f"`make bench-text`, SmolLM2-135M on {platform.machine()}, {THREADS} CPUs, as many threads for each, "
+        f"{asked.rounds} rounds in turn, medians. Memory: {memory:.0f} GB/s. {asked.note}".strip(),
         "",
         f"| candidate | step after {PAST}, ms | tokens/s | of memory speed | prompt of {PROMPT}, ms | tokens/s |",
         "| --- | --- | --- | --- | --- | --- |",

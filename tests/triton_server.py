@@ -5,6 +5,7 @@ The wheel holds the Python backend alone; its models run on the environment in `
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -65,7 +66,16 @@ class Server:
         return f"grpc://127.0.0.1:{self.grpc_port}"
 
     def start(self) -> None:
-        """Starts the process and waits until it says that it is ready."""
+        """Starts the process and waits until it says that it is ready.
+
+        One server at a time: where starting ones compete for the CPU, locks of Triton's Python backend time out and the
+        server ends with boost::interprocess::lock_exception (triton-inference-server/server#8882).
+        """
+        with (HOME / "starting").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            self._start()
+
+    def _start(self) -> None:
         ports = [
             f"--{kind}-{option}={value}"
             for kind, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port))
