@@ -63,13 +63,12 @@ check: $(READY)
 quick: check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --quick -r fE
 
-test: environments
-	$(MAKE) check
+# The environments are made at the same time. The checks need the first one only, and run while the others are downloaded.
+test:
+	$(MAKE) --jobs --output-sync=target environments check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(REQUIRE:%=--require %)
 
-# They are downloaded and unpacked at the same time, which takes as long as the largest of them.
-environments:
-	$(MAKE) --jobs $(READY) $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
+environments: $(READY) $(TRITON_READY) $(TEXT)/.ready $(INTEROP)/.ready $(BINDINGS_READY)
 
 MUTANTS ?= 40
 SEED ?= 0

@@ -98,6 +98,8 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         def cases_from(self, folder: Path, **_: object) -> list[object]:
             return [type("Case", (), {"name": self.name, "label": self.name.partition("/")[0]})]
 
+    for label in "ab":
+        (tmp_path / label).mkdir()
     for name in ("caf\udce9/1.png", "a/1\udce9.png"):
         with pytest.raises(UsageError, match="is not UTF-8"):
             examples.read(Source(name), tmp_path, seed=0)  # type: ignore[arg-type]

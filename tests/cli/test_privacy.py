@@ -94,7 +94,7 @@ VERBS = {
     "inspect": ("inspect", "bundle"),
     "report": ("report", "bundle"),
     "diff": ("diff", "bundle", "bundle"),
-    "bench": ("bench", "bundle"),
+    "bench": ("bench", "bundle", "--size", "28x42"),
     "deploy": ("deploy", "bundle", "--to", "models"),
     "check": ("check", "http://127.0.0.1:9", "bundle", "--timeout-s", "1"),
     "rollback": ("rollback", "models", "tiny_swiglu"),
