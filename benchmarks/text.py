@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PAST, PROMPT, STEPS = 1024, 512, 24
 PRECISIONS = ("fp32", "int8", "int4")
 PROBE_BYTES = 1 << 29
-# Everyone gets all CPUs of the system. By default some count cores and leave the second thread of each idle.
+# Everyone gets all CPUs of the system; onnxruntime-genai took one of two by default.
 THREADS = os.cpu_count() or 1
 Figures = dict[str, float]
 
