@@ -230,26 +230,29 @@ def _limit_of(row: Row, figure: str) -> float | None:
     return min((bound.limit for bound in row.bounds if bound.figure == figure), default=None)
 
 
+def _beside_limit(row: Row, figure: str, value: float, form: str) -> str:
+    """The value with the limit of that figure, if it has one; `form` is how both are written."""
+    limit = _limit_of(row, figure)
+    return format(value, form) + ("" if limit is None else f" (limit {limit:{form}})")
+
+
 def _largest(row: Row) -> str:
     """The largest difference with its limit, which probabilities have; of an fp16 range the largest magnitude."""
     if largest := [bound.value for bound in row.bounds if bound.figure == "largest"]:
         return f"{largest[0]:.1e}"
     if row.distance is None:
         return ""
-    limit = _limit_of(row, "largest_difference")
-    return f"{row.distance.max_abs:.1e}" + ("" if limit is None else f" (limit {limit:.1e})")
+    return _beside_limit(row, "largest_difference", row.distance.max_abs, ".1e")
 
 
 def _measure(row: Row) -> str:
     """The usual measure of distributions, labels or depths, with its limit if it has one."""
     said = []
     if row.divergence is not None:
-        limit = _limit_of(row, "kl_mean")
-        said.append(f"KL {row.divergence.kl_mean:.1e}" + ("" if limit is None else f" (limit {limit:.1e})"))
+        said.append(f"KL {_beside_limit(row, 'kl_mean', row.divergence.kl_mean, '.1e')}")
     for figure, words in (("label_agreement", "same label"), ("within_1.25", "within 1.25")):
         if figure in row.figures:
-            limit = _limit_of(row, figure)
-            said.append(f"{words} {row.figures[figure]:.2%}" + ("" if limit is None else f" (limit {limit:.2%})"))
+            said.append(f"{words} {_beside_limit(row, figure, row.figures[figure], '.2%')}")
     if "mean_iou" in row.figures:
         said.append(f"mIoU {row.figures['mean_iou']:.4f}")
     return ", ".join(said)

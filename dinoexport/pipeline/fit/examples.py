@@ -57,8 +57,8 @@ def check_folder(folder: Path) -> None:
     """Raises UsageError for what no image needs to be read to see: there is no folder, or fewer than two in it."""
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}.", next_step="Give a folder with a subfolder for each class.")
-    if len(_subfolders(folder)) < 2:
-        _refuse_few(folder, sorted(_subfolders(folder)))
+    if len(labels := _subfolders(folder)) < 2:
+        _refuse_few(folder, sorted(labels))
 
 
 def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = silent) -> Examples:
