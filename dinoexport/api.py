@@ -223,7 +223,7 @@ class Bundle:
 
     def _runtime(self) -> Runtime | None:
         if self._device == "cpu":
-            return Runtime.ONNXRUNTIME
+            return runners.built_way(self.manifest).runtime
         return self.manifest.engines[0].runtime if self._device == "gpu" and self.manifest.engines else None
 
     def _only_input(self) -> str:
