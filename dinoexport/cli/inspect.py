@@ -27,6 +27,7 @@ from dinoexport.cli.terminal import (
     show_ways,
     signer_of,
 )
+from dinoexport.spec import Runtime
 
 
 @app.command(epilog=EXIT_CODES)
@@ -44,7 +45,7 @@ def validate(
     runtime: Annotated[
         str | None,
         typer.Option(
-            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
+            metavar="|".join(Runtime),
             help="Default: the engine if it can run here, else the graph.",
         ),
     ] = None,

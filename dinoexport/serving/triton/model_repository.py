@@ -34,7 +34,7 @@ from dinoexport.serving.triton import model_files, releases, repository_state, s
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
-from dinoexport.spec import Precision, Progress, closest, silent
+from dinoexport.spec import Precision, Progress, Runtime, closest, silent
 from dinoexport.system import change_steps, changes, files
 from dinoexport.system.change_steps import Step
 from dinoexport.system.changes import Change
@@ -188,7 +188,7 @@ def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Seque
 def _note(manifest: Manifest) -> str:
     """A note if a CPU bundle has a precision only in OpenVINO, and Triton's ONNX Runtime will run it."""
     chosen = manifest.cpu.chosen if manifest.cpu else None
-    if chosen is None or chosen.runtime != "openvino" or chosen.precision is Precision.FP32:
+    if chosen is None or chosen.runtime is not Runtime.OPENVINO or chosen.precision is Precision.FP32:
         return ""
     return (
         f"this bundle has {chosen.precision} in OpenVINO; ONNX Runtime, which Triton runs it in, computes it in fp32. "
