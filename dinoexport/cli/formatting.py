@@ -185,17 +185,15 @@ def growth_rows(growth: Growth) -> Rows:
     ]
 
 
-def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
-    """The explanation as text; without `growth`, the reason why inner values were not compared."""
-    from dinoexport.runtime import runners
+def explained(report: Report, growth: Growth | None, way: Way) -> list[str]:
+    """The explanation as text; without `growth`, the reason why inner values were not compared. way: of the graph."""
     from dinoexport.runtime.table import TABLE
     from dinoexport.validation import error_analysis
 
     if growth is None:
-        way = runners.way_of(manifest)
         if way.runtime is not Runtime.ONNXRUNTIME:
             return [
-                f"Inner values were not compared: {TABLE[way.runtime].title} runs this bundle and does not show them."
+                f"Inner values were not compared: {TABLE[way.runtime].title} ran this bundle and does not show them."
             ]
         return ["Inner values were not compared: no output has an error, or the family names no inner values."]
     return error_analysis.causes(report, growth) or [

@@ -256,5 +256,5 @@ def _show_growth(validated: Any, *, to_stderr: bool) -> None:
     if validated.growth is not None:
         title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
         say(table(title, formatting.growth_rows(validated.growth)), to_stderr=to_stderr)
-    for line in formatting.explained(validated.report, validated.growth, validated.manifest):
+    for line in formatting.explained(validated.report, validated.growth, validated.way):
         say(line, to_stderr=to_stderr)
