@@ -27,7 +27,7 @@ from dinoexport.system.hardware import Gpu
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
 # The largest variant's checkpoint, graph and engine side by side.
 _DISK_WANTED = 16 * 10**9
-State = Literal["ok", "missing", "wrong"]
+FindingState = Literal["ok", "missing", "wrong"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Finding:
 
     subject: str
     found: str
-    state: State = "ok"
+    state: FindingState = "ok"
     fix: str = ""
 
 

@@ -51,7 +51,7 @@ HeadOption = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="The head: turns tokens into depth, labels or classes; see `list`."),
 ]
-HeadWeights = Annotated[
+HeadWeightsOption = Annotated[
     str | None,
     typer.Option(metavar="PATH|synthetic:SEED", help="The weights of the head. Default: the published ones."),
 ]
@@ -108,7 +108,7 @@ def build(
     variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
@@ -197,7 +197,7 @@ def export(
     variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,

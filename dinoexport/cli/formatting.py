@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dinoexport.validation.error_analysis import Growth
     from dinoexport.validation.judge import Report, Row
 
-Rows = list[dict[str, Any]]
+TableRows = list[dict[str, Any]]
 # More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
 
@@ -133,7 +133,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
     ]
 
 
-def latency_rows(latency_ms: Mapping[str, float]) -> Rows:
+def latency_rows(latency_ms: Mapping[str, float]) -> TableRows:
     """A row for each case that was sent to the server."""
     return [{"case": case, "latency ms": f"{ms:.1f}"} for case, ms in latency_ms.items()]
 
@@ -143,7 +143,7 @@ def shape_of(shape: list[int | str]) -> str:
     return " x ".join(map(str, shape))
 
 
-def report_rows(report: Report) -> Rows:
+def report_rows(report: Report) -> TableRows:
     """A row for each output of each case: its figures and, where it failed, the limits it missed.
 
     Of more than anybody reads, the rows that failed and those nearest to their limit.
@@ -167,7 +167,7 @@ def _closeness(row: Row) -> float:
     return max((*upper, *lower), default=0.0)
 
 
-def growth_rows(growth: Growth) -> Rows:
+def growth_rows(growth: Growth) -> TableRows:
     """A row for each value inside the graph that was compared with PyTorch's."""
     return [
         {

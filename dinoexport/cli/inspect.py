@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.build import HeadWeights, ReferenceOption, Weights
+from dinoexport.cli.build import HeadWeightsOption, ReferenceOption, Weights
 from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
@@ -41,7 +41,7 @@ def validate(
         typer.Option(metavar="FILE.html", help="Write a page that shows the images with different results."),
     ] = None,
     weights: Weights = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -212,7 +212,7 @@ def diff(
 def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     size: Annotated[
         list[str] | None,
         typer.Option(
