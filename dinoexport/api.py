@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from dinoexport.validation.validate_bundle import Validated
 
     # One image: its path, its encoded bytes, or a Pillow image.
-    Item: TypeAlias = str | PathLike[str] | bytes | Image.Image
+    ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image
     # What a bundle can be called with: images, the graph's only input, or all of its inputs by name.
-    Inputs: TypeAlias = Item | Sequence[Item] | Array | Arrays
+    Inputs: TypeAlias = ImageLike | Sequence[ImageLike] | Array | Arrays
 
 Device = Literal["cpu", "gpu"]
 _DEVICES: tuple[Device, ...] = ("cpu", "gpu")
@@ -223,7 +223,7 @@ class Bundle:
 
     def _runtime(self) -> Runtime | None:
         if self._device == "cpu":
-            return Runtime.ONNXRUNTIME
+            return runners.built_way(self.manifest).runtime
         return self.manifest.engines[0].runtime if self._device == "gpu" and self.manifest.engines else None
 
     def _only_input(self) -> str:
@@ -235,7 +235,7 @@ class Bundle:
             )
         return inputs[0]
 
-    def _prepared(self, items: Sequence[Item], wanted: str | None) -> Iterator[Arrays]:
+    def _prepared(self, items: Sequence[ImageLike], wanted: str | None) -> Iterator[Arrays]:
         """Batches of the graph's inputs, made of encoded items."""
         if not items:
             raise InputRefused("There is no image in an empty sequence.", next_step="Give one or more images.")
@@ -393,5 +393,5 @@ def _is_array(inputs: Any) -> TypeGuard[Array]:
     return hasattr(inputs, "__array_interface__") and hasattr(inputs, "ndim")
 
 
-def _items(inputs: Any) -> Sequence[Item]:
+def _items(inputs: Any) -> Sequence[ImageLike]:
     return list(inputs) if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]

@@ -183,6 +183,8 @@ def test_the_runtime_is_the_one_that_judged(folder: Path, tmp_path: Path) -> Non
     with dinoexport.load(other) as opened:
         assert opened.runs_on.startswith("OpenVINO")
         assert opened(PHOTOGRAPH)["class_token"].shape == (1, 96)
+    with dinoexport.load(other, device="cpu") as opened:
+        assert opened.validate().report.candidate.startswith("OpenVINO"), "validated is what is called"
     with dinoexport.load(folder) as opened:
         assert opened.runs_on.startswith("ONNX Runtime") and "fp32" in opened.runs_on
 
