@@ -27,7 +27,7 @@ from dinoexport.runtime import text_model
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.serving.triton import model_repository
 from dinoexport.text import generation, requests
-from dinoexport.text.requests import TextModel
+from dinoexport.text.requests import OpenTextModel
 from tests.triton_server import Server, missing
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +81,7 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def written(model: TextModel, prompt: str, tokens: int) -> tuple[int, ...]:
+def written(model: OpenTextModel, prompt: str, tokens: int) -> tuple[int, ...]:
     """The tokens of an answer, written here."""
     task = model.task(requests.parse({"prompt": prompt, "max_tokens": tokens}))
     *_, last = generation.write(model.tokenizer, model.decoder, task)
@@ -90,7 +90,7 @@ def written(model: TextModel, prompt: str, tokens: int) -> tuple[int, ...]:
 
 
 def level(
-    server: Server, model: TextModel, streams: int, seconds: float, tokens: int, wanted: dict[str, tuple[int, ...]]
+    server: Server, model: OpenTextModel, streams: int, seconds: float, tokens: int, wanted: dict[str, tuple[int, ...]]
 ) -> tuple[object, ...]:
     """The figures of one number of streams: the server's, then this process's."""
     before_mb = memory_mb(server)
@@ -133,7 +133,7 @@ def level(
     )  # fmt: skip
 
 
-def alone(model: TextModel, streams: int, seconds: float, tokens: int) -> float:
+def alone(model: OpenTextModel, streams: int, seconds: float, tokens: int) -> float:
     """Tokens a second of the same batches without a server."""
     batch = generation.Batch(model.decoder)
     count, turn, started = 0, 0, time.monotonic()

@@ -35,7 +35,7 @@ BLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class WorkloadTimes:
     """One workload, timed in turn with a large fp32 matrix product and, if it is installed, with PyTorch.
 
     gflop: arithmetic of the products in one run. peak: times of the matrix product, measured under the
@@ -75,7 +75,7 @@ class Bench:
     usable_cpus: int
     candidate: str
     peak_gflop_per_s: float
-    rows: tuple[Row, ...]
+    rows: tuple[WorkloadTimes, ...]
     notes: tuple[str, ...]
 
     def table(self) -> list[dict[str, Any]]:
@@ -232,12 +232,14 @@ def _row(
     workload: Workload,
     gflop: float,
     ask_pytorch: Callable[[Workload], object] | None,
-) -> Row:
+) -> WorkloadTimes:
     runs: dict[str, Callable[[], object]] = {"ours": lambda: model.drive(opened, workload.inputs), "peak": gemm()}
     if ask_pytorch is not None:
         runs["pytorch"] = lambda: ask_pytorch(workload)
     taken = timing.in_turn(runs, rounds=_ROUNDS, budget_s=_BUDGET_S)
-    return Row(workload=workload, gflop=gflop, ours=taken["ours"], peak=taken["peak"], pytorch=taken.get("pytorch"))
+    return WorkloadTimes(
+        workload=workload, gflop=gflop, ours=taken["ours"], peak=taken["peak"], pytorch=taken.get("pytorch")
+    )
 
 
 def _pytorch(

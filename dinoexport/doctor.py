@@ -27,7 +27,7 @@ from dinoexport.system.hardware import Gpu
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
 # The largest variant's checkpoint, graph and engine side by side.
 _DISK_WANTED = 16 * 10**9
-State = Literal["ok", "missing", "wrong"]
+FindingState = Literal["ok", "missing", "wrong"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Finding:
 
     subject: str
     found: str
-    state: State = "ok"
+    state: FindingState = "ok"
     fix: str = ""
 
 
@@ -51,9 +51,9 @@ def findings() -> tuple[Finding, ...]:
         *_gpus(gpus),
         *_cuda_mix(),
         *(
-            Finding(subject=f"privacy of {package}", found=found)
-            for package, found in telemetry.findings().items()
-            if hardware.installed(package)
+            Finding(subject=f"privacy of {runtime}", found=found)
+            for runtime, found in telemetry.findings().items()
+            if TABLE[runtime].installed_version()
         ),
         *(_target(load_target(name), gpus) for name in resources.names("recipes/targets")),
         *(_disk(place, folder) for place, folder in (("here", Path()), ("cache", cache_folder()))),
@@ -70,25 +70,26 @@ def _package(subject: str, package: str, extra: str, does: str) -> Finding:
 
 
 def _onnxruntime(gpus: Sequence[Gpu]) -> Finding:
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if hardware.installed(name)]
-    if len(both) == 2:
+    facts = TABLE[Runtime.ONNXRUNTIME]
+    both = [name for name in facts.distributions if hardware.installed(name)]
+    if len(both) > 1:
         return Finding(
-            subject="ONNX Runtime",
-            found="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            subject=facts.title,
+            found=f"{' and '.join(both)} are both installed and overwrite each other's files",
             state="wrong",
-            fix="pip uninstall onnxruntime onnxruntime-gpu, then install the one you want",
+            fix=f"pip uninstall {' '.join(both)}, then install the one you want",
         )
     if not both:
-        return _package("ONNX Runtime", "onnxruntime", "cpu", "validates the graph")
+        return _runtime(Runtime.ONNXRUNTIME)
     onnxruntime = telemetry.onnxruntime()
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__} with {', '.join(providers)}"
     if gpus and "CUDA" not in providers:
         return Finding(
-            subject="ONNX Runtime", found=found + "; no CUDA, though a GPU is here", state="missing",
+            subject=facts.title, found=found + "; no CUDA, though a GPU is here", state="missing",
             fix="pip uninstall onnxruntime && pip install 'dinoexport[gpu]'",
         )  # fmt: skip
-    return Finding(subject="ONNX Runtime", found=found)
+    return Finding(subject=facts.title, found=found)
 
 
 def _runtime(runtime: Runtime) -> Finding:

@@ -93,7 +93,7 @@ def test_a_head_that_needs_less_than_pytorch_reads_is_timed(tmp_path: Path) -> N
 
 def test_figures_follow_from_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "GEMM_GFLOP", 0.5)
-    row = bench.Row(
+    row = bench.WorkloadTimes(
         workload=LOADS[1],
         gflop=5.0,
         ours=timing.Latencies(samples_ms=(10.0, 20.0, 30.0)),

@@ -56,6 +56,7 @@ def test_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["target a100"].found == "tensorrt (built and run), onnxruntime"
     assert found["target a100"].fix == "tensorrt_rtx: pip install 'dinoexport[rtx]'"
     assert "driver" not in found and "CUDA packages" not in found
+    assert "telemetry off" in found["privacy of onnxruntime"].found, "its GPU package has another name"
     assert found["ONNX Runtime"].state == "missing", "a GPU, but no CUDA provider in the ONNX Runtime that is here"
 
 

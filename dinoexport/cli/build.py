@@ -26,6 +26,7 @@ from dinoexport.cli.terminal import (
     show_ways,
     signer_of,
 )
+from dinoexport.spec import Precision, Runtime
 
 Variant = Annotated[
     str | None,
@@ -50,14 +51,14 @@ HeadOption = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="The head: turns tokens into depth, labels or classes; see `list`."),
 ]
-HeadWeights = Annotated[
+HeadWeightsOption = Annotated[
     str | None,
     typer.Option(metavar="PATH|synthetic:SEED", help="The weights of the head. Default: the published ones."),
 ]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
-        metavar="fp32|fp16|bf16|int8|int4|auto",
+        metavar="|".join((*Precision, "auto")),
         help="auto: fp16, with parts in fp32 if the limits require it. Default: the recipe's, else the target's first.",
     ),
 ]
@@ -70,7 +71,7 @@ TargetOption = Annotated[
 RuntimeOption = Annotated[
     str | None,
     typer.Option(
-        metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
+        metavar="|".join(Runtime),
         help="Default: the first of the target's runtimes that can be used; on a CPU, the faster one.",
     ),
 ]
@@ -107,7 +108,7 @@ def build(
     variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
@@ -196,7 +197,7 @@ def export(
     variant: Variant = None,
     weights: Weights = None,
     head: HeadOption = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     prefix: Prefix = None,
     precision: PrecisionOption = None,
     target: TargetOption = None,
@@ -282,8 +283,6 @@ def _show_plan(request: Any, *, as_json: bool) -> None:
 
 def precision_of(word: str | None) -> Any:
     """The requested precision, `auto`, or None for the recipe's."""
-    from dinoexport.spec import Precision
-
     if word in (None, "auto"):
         return word
     return Precision(choice("precision", word, (*Precision, "auto")))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dinoexport import family
-from dinoexport.cli.formatting import Rows
+from dinoexport.cli.formatting import TableRows
 from dinoexport.cli.tables import cell
 from dinoexport.config import recipe, resources
 from dinoexport.config.recipe import Recipe, load
@@ -17,7 +17,7 @@ from dinoexport.config.target import load_target
 _COMMON = ("variant", "parameters", "published_bytes", "licence")
 
 
-def everything() -> dict[str, Rows]:
+def everything() -> dict[str, TableRows]:
     """Variants with their sizes and licences, and targets."""
     return {
         "variants": sorted(map(_variant, map(load, recipe.variants())), key=lambda row: row["parameters"]),
@@ -35,12 +35,12 @@ def everything() -> dict[str, Rows]:
     }
 
 
-def variant_tables(variants: Rows, columns: int) -> Iterator[tuple[str, Rows]]:
+def variant_tables(variants: TableRows, columns: int) -> Iterator[tuple[str, TableRows]]:
     """Title and rows of a table for each set of facts that variants have; licences without their remarks.
 
     columns: of the terminal. A table that is wider leaves out facts, the last first, and its title names them.
     """
-    groups: dict[tuple[str, ...], Rows] = {}
+    groups: dict[tuple[str, ...], TableRows] = {}
     for row in variants:
         groups.setdefault(tuple(row), []).append({**row, "licence": row["licence"].split(" (")[0]})
     for rows in groups.values():
@@ -54,7 +54,7 @@ def variant_tables(variants: Rows, columns: int) -> Iterator[tuple[str, Rows]]:
         yield f"Variants{more}", [{name.replace("_", " "): row[name] for name in shown} for row in rows]
 
 
-def _width(rows: Rows, shown: list[str]) -> int:
+def _width(rows: TableRows, shown: list[str]) -> int:
     """The least width of a table in characters: lines break in headings and licences only, and between words."""
 
     def longest(text: str, *, breaks: bool = True) -> int:
@@ -66,7 +66,7 @@ def _width(rows: Rows, shown: list[str]) -> int:
     )
 
 
-def _heads() -> Rows:
+def _heads() -> TableRows:
     """Each head that is published, and the variants it is published for."""
     variants: dict[str, list[str]] = {}
     for loaded in map(load, recipe.variants()):

@@ -10,7 +10,7 @@ from typing import Any
 from dinoexport import bundle
 from dinoexport.bundle import signing
 from dinoexport.cli import formatting
-from dinoexport.cli.formatting import Rows
+from dinoexport.cli.formatting import TableRows
 from dinoexport.errors import UsageError, require
 from dinoexport.runtime import carried_memory
 from dinoexport.system import changes, memory, untrusted
@@ -110,7 +110,7 @@ def page_of(folder: Path) -> Path:
     return folder / bundle.REPORT_HTML
 
 
-def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
+def _engines(manifest: bundle.Manifest) -> dict[str, TableRows]:
     rows = [
         {
             "engine": e.file,
@@ -128,7 +128,7 @@ def _engines(manifest: bundle.Manifest) -> dict[str, Rows]:
     return {"Engines": rows} if rows else {}
 
 
-def _cpu(manifest: bundle.Manifest) -> dict[str, Rows]:
+def _cpu(manifest: bundle.Manifest) -> dict[str, TableRows]:
     """What was measured to choose how the bundle runs on a CPU."""
     if manifest.cpu is None or not manifest.cpu.measured:
         return {}

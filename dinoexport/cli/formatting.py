@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dinoexport.validation.error_analysis import Growth
     from dinoexport.validation.judge import Report, Row
 
-Rows = list[dict[str, Any]]
+TableRows = list[dict[str, Any]]
 # More rows than a build has; a user's images can give a hundred thousand.
 _ROWS_MAX = 150
 
@@ -133,7 +133,7 @@ def deployed_lines(deployed: Deployed) -> list[str]:
     ]
 
 
-def latency_rows(latency_ms: Mapping[str, float]) -> Rows:
+def latency_rows(latency_ms: Mapping[str, float]) -> TableRows:
     """A row for each case that was sent to the server."""
     return [{"case": case, "latency ms": f"{ms:.1f}"} for case, ms in latency_ms.items()]
 
@@ -143,7 +143,7 @@ def shape_of(shape: list[int | str]) -> str:
     return " x ".join(map(str, shape))
 
 
-def report_rows(report: Report) -> Rows:
+def report_rows(report: Report) -> TableRows:
     """A row for each output of each case: its figures and, where it failed, the limits it missed.
 
     Of more than anybody reads, the rows that failed and those nearest to their limit.
@@ -167,7 +167,7 @@ def _closeness(row: Row) -> float:
     return max((*upper, *lower), default=0.0)
 
 
-def growth_rows(growth: Growth) -> Rows:
+def growth_rows(growth: Growth) -> TableRows:
     """A row for each value inside the graph that was compared with PyTorch's."""
     return [
         {
@@ -185,17 +185,15 @@ def growth_rows(growth: Growth) -> Rows:
     ]
 
 
-def explained(report: Report, growth: Growth | None, manifest: bundle.Manifest) -> list[str]:
-    """The explanation as text; without `growth`, the reason why inner values were not compared."""
-    from dinoexport.runtime import runners
+def explained(report: Report, growth: Growth | None, way: Way) -> list[str]:
+    """The explanation as text; without `growth`, the reason why inner values were not compared. way: of the graph."""
     from dinoexport.runtime.table import TABLE
     from dinoexport.validation import error_analysis
 
     if growth is None:
-        way = runners.way_of(manifest)
         if way.runtime is not Runtime.ONNXRUNTIME:
             return [
-                f"Inner values were not compared: {TABLE[way.runtime].title} runs this bundle and does not show them."
+                f"Inner values were not compared: {TABLE[way.runtime].title} ran this bundle and does not show them."
             ]
         return ["Inner values were not compared: no output has an error, or the family names no inner values."]
     return error_analysis.causes(report, growth) or [

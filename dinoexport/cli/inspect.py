@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import EXIT_CODES, app
-from dinoexport.cli.build import HeadWeights, ReferenceOption, Weights
+from dinoexport.cli.build import HeadWeightsOption, ReferenceOption, Weights
 from dinoexport.cli.places import BundleArgument, folder_of
 from dinoexport.cli.tables import facts as facts_table
 from dinoexport.cli.tables import table
@@ -27,6 +27,7 @@ from dinoexport.cli.terminal import (
     show_ways,
     signer_of,
 )
+from dinoexport.spec import Runtime
 
 
 @app.command(epilog=EXIT_CODES)
@@ -40,11 +41,11 @@ def validate(
         typer.Option(metavar="FILE.html", help="Write a page that shows the images with different results."),
     ] = None,
     weights: Weights = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            metavar="tensorrt|tensorrt_rtx|onnxruntime|openvino",
+            metavar="|".join(Runtime),
             help="Default: the engine if it can run here, else the graph.",
         ),
     ] = None,
@@ -211,7 +212,7 @@ def diff(
 def bench(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     weights: Weights = None,
-    head_weights: HeadWeights = None,
+    head_weights: HeadWeightsOption = None,
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -255,5 +256,5 @@ def _show_growth(validated: Any, *, to_stderr: bool) -> None:
     if validated.growth is not None:
         title = f"Inside the graph, on {validated.growth.case}; expected: {validated.growth.rule}"
         say(table(title, formatting.growth_rows(validated.growth)), to_stderr=to_stderr)
-    for line in formatting.explained(validated.report, validated.growth, validated.manifest):
+    for line in formatting.explained(validated.report, validated.growth, validated.way):
         say(line, to_stderr=to_stderr)

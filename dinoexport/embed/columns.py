@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FLOAT16_MAX = 65504.0
-Kind = Literal["scalar", "vector", "tokens", "mean", "tensor"]
+ColumnKind = Literal["scalar", "vector", "tokens", "mean", "tensor"]
 _TOKENS = "_tokens"
 _MEAN = "_mean"
 
@@ -25,7 +25,7 @@ class Column:
 
     name: str
     output: str
-    kind: Kind
+    kind: ColumnKind
     width: int = 0
 
     def of(self, answers: Arrays) -> list[Array]:
@@ -86,7 +86,7 @@ def row_bytes(columns: Sequence[Column], graph: Graph, dtype: str) -> int:
 
 
 @dataclass(kw_only=True)
-class Row:
+class ImageRow:
     """One image's row. error: why it has no values; empty if it has values."""
 
     name: str
@@ -118,7 +118,7 @@ def schema(columns: Sequence[Column], *, dtype: str, metadata: Mapping[str, str]
     import pyarrow as pa
 
     number = pa.float16() if dtype == "float16" else pa.float32()
-    kinds: dict[Kind, Any] = {
+    kinds: dict[ColumnKind, Any] = {
         "scalar": lambda _: number,
         "vector": lambda width: pa.list_(number, width),
         "mean": lambda width: pa.list_(number, width),
@@ -140,7 +140,7 @@ def schema(columns: Sequence[Column], *, dtype: str, metadata: Mapping[str, str]
     return pa.schema([*fields, pa.field("error", pa.string())], metadata=dict(metadata))
 
 
-def table(rows: Sequence[Row], columns: Sequence[Column], schema: pa.Schema) -> pa.Table:
+def table(rows: Sequence[ImageRow], columns: Sequence[Column], schema: pa.Schema) -> pa.Table:
     """The rows as one table."""
     import pyarrow as pa
 

@@ -20,9 +20,9 @@ from dinoexport.config.recipe import Frozen, Recipe, parse
 from dinoexport.embed import columns as tables
 from dinoexport.embed import opening
 from dinoexport.embed import plan as plans
-from dinoexport.embed.columns import Row
+from dinoexport.embed.columns import ImageRow
 from dinoexport.embed.plan import Done, Plan
-from dinoexport.embed.sources import Read, Source, Unusable, open_source
+from dinoexport.embed.sources import ImageSource, ReadImage, Unusable, open_source
 from dinoexport.errors import UsageError
 from dinoexport.family import FrontEnd, Model
 from dinoexport.spec import Array, Arrays, Graph
@@ -49,10 +49,10 @@ class Job(Frozen):
 
 
 @dataclass(kw_only=True)
-class Item:
+class PreparedImage:
     """An image in progress. inputs: of the graph, for this image; None if it failed, with the reason in `row`."""
 
-    row: Row
+    row: ImageRow
     inputs: Arrays | None = None
 
 
@@ -64,9 +64,9 @@ class Prepared:
     front_end: FrontEnd
     graph: Graph
 
-    def of(self, name: str, read: Read) -> Item:
+    def of(self, name: str, read: ReadImage) -> PreparedImage:
         """The image's row and inputs; an error of this image is stored in its row."""
-        row = Row(name=name)
+        row = ImageRow(name=name)
         try:
             encoded = read()
             row.sha256 = hashlib.sha256(encoded).hexdigest()
@@ -80,8 +80,8 @@ class Prepared:
         except MemoryError:
             row.error = "too large to decode in this machine's memory"
         else:
-            return Item(row=row, inputs=inputs)
-        return Item(row=row)
+            return PreparedImage(row=row, inputs=inputs)
+        return PreparedImage(row=row)
 
     def _grid(self, inputs: Arrays) -> tuple[int, int] | None:
         """How many patches the image has, by the steps of the graph's dimensions; None for graphs without them."""
@@ -127,7 +127,7 @@ class Embedder:
                 next_step="Give that bundle, or use another folder.",
             )
         self._settings, self._decoders = settings, job.decoders
-        self._source: Source = open_source(job.images)
+        self._source: ImageSource = open_source(job.images)
         self._model = model_of(manifest)
         self._candidate, self.runtime = opening.opened(folder, manifest, self._model, job.threads, settings.forms)
         opening.prove(self._candidate, folder, self.runtime)
@@ -166,7 +166,7 @@ class Embedder:
             draft.write_bytes(self._place.read(plan.part(shard)))
         found = pq.ParquetFile(draft if local is None else local / plan.part(shard))
 
-        def groups() -> Iterator[list[Row]]:
+        def groups() -> Iterator[list[ImageRow]]:
             for batch in (found.read_row_group(i) for i in range(found.num_row_groups)):
                 rows = [self.stored_row(values) for values in batch.to_pylist()]
                 failed = [row.name for row in rows if row.error]
@@ -178,7 +178,7 @@ class Embedder:
         finally:
             draft.unlink(missing_ok=True)
 
-    def stored_row(self, values: Mapping[str, object]) -> Row:
+    def stored_row(self, values: Mapping[str, object]) -> ImageRow:
         """A row as it was read back from a part."""
         import numpy as np
 
@@ -189,7 +189,7 @@ class Embedder:
                 shape = values.get(f"{column.name}_shape")
                 arrays[column.name] = array if shape is None else array.reshape(np.asarray(shape))
         grid = (values.get("grid_height"), values.get("grid_width"))
-        return Row(
+        return ImageRow(
             name=str(values["path"]),
             sha256=values["sha256"],  # type: ignore[arg-type]
             height=values["height"],  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ class Embedder:
             error=str(values["error"] or ""),
         )
 
-    def answers(self, names: Iterable[str]) -> Iterator[Row]:
+    def answers(self, names: Iterable[str]) -> Iterator[ImageRow]:
         """Rows for these items, embedded now with a batch size of one, for `verify` to compare with."""
         for name, read in self._source.readers(list(names)):
             item = self._prepared.of(name, read)
@@ -207,7 +207,7 @@ class Embedder:
                 self._run([item])
             yield item.row
 
-    def _write(self, plan: Plan, shard: int, groups: Iterable[list[Row]]) -> Done:
+    def _write(self, plan: Plan, shard: int, groups: Iterable[list[ImageRow]]) -> Done:
         schema = tables.schema(self.columns, dtype=self._settings.dtype, metadata=self._metadata(plan))
         draft = self._place.draft(plan.part(shard))
         rows = failed = 0
@@ -246,18 +246,18 @@ class Embedder:
         tick: Tick,
         known_bad: Mapping[str, str] = MappingProxyType({}),
         begins: Callable[[str], None] | None = None,
-    ) -> Iterator[list[Row]]:
+    ) -> Iterator[list[ImageRow]]:
         """The items' rows, a row group at a time. Only the plan and undecodable items determine the batches."""
         size = self._group_rows(plan)
         items = self._items(names, known_bad, begins)
         while group := self._group(items, size, tick):
             yield group
 
-    def _group(self, items: Iterator[Item], size: int, tick: Tick) -> list[Row]:
+    def _group(self, items: Iterator[PreparedImage], size: int, tick: Tick) -> list[ImageRow]:
         """The next rows, at most `size`, with their values. Images of one size are batched together."""
-        rows: list[Row] = []
+        rows: list[ImageRow] = []
         told = bad = 0
-        waiting: dict[tuple[tuple[int, ...], ...], list[Item]] = {}
+        waiting: dict[tuple[tuple[int, ...], ...], list[PreparedImage]] = {}
         for item in islice(items, size):
             rows.append(item.row)
             if len(rows) - told == self._settings.batch:
@@ -284,13 +284,13 @@ class Embedder:
 
     def _items(
         self, names: list[str], known_bad: Mapping[str, str], begins: Callable[[str], None] | None
-    ) -> Iterator[Item]:
+    ) -> Iterator[PreparedImage]:
         """The items in order, decoded ahead on threads."""
         readers = self._source.readers(names)
 
-        def prepared(name: str, read: Read) -> Item:
+        def prepared(name: str, read: ReadImage) -> PreparedImage:
             if name in known_bad:
-                return Item(row=Row(name=name, error=known_bad[name]))
+                return PreparedImage(row=ImageRow(name=name, error=known_bad[name]))
             return self._prepared.of(name, read)
 
         if begins is not None:
@@ -299,7 +299,7 @@ class Embedder:
                 yield prepared(name, read)
             return
         ahead = self._settings.batch * _BATCHES_AHEAD
-        under_way: deque[Future[Item]] = deque()
+        under_way: deque[Future[PreparedImage]] = deque()
         with ThreadPoolExecutor(self._decoders) as pool:
             try:
                 for name, read in readers:
@@ -312,7 +312,7 @@ class Embedder:
                 for future in under_way:
                     future.cancel()
 
-    def _run(self, batch: list[Item]) -> None:
+    def _run(self, batch: list[PreparedImage]) -> None:
         """Writes the values of a batch into its items' rows."""
         import numpy as np
 

@@ -28,7 +28,7 @@ _STOP_S = 10
 
 
 @dataclass(kw_only=True)
-class Task:
+class ShardTask:
     """A shard to do. rows: about how many, for the progress. again: only its failed rows.
 
     deaths: workers that died on it since an image was last excluded.
@@ -42,7 +42,7 @@ class Task:
     known_bad: dict[str, str] = field(default_factory=dict)
 
 
-Finished = Callable[[Done], None]
+OnFinished = Callable[[Done], None]
 Ticked = Callable[[int, int], None]
 
 
@@ -52,7 +52,7 @@ class _Worker:
     pipe: int
     log: Path
     heard: bytes = b""
-    task: Task | None = None
+    task: ShardTask | None = None
     begun: str | None = None
     counted: tuple[int, int] = (0, 0)
     ready: bool = False
@@ -61,11 +61,11 @@ class _Worker:
 
 def run(
     job: Job,
-    tasks: Sequence[Task],
+    tasks: Sequence[ShardTask],
     *,
     workers: int,
     environments: Sequence[dict[str, str]],
-    finished: Finished,
+    finished: OnFinished,
     ticked: Ticked,
 ) -> None:
     """Does every task in `workers` processes. environments: of each of them, in turn.
@@ -97,11 +97,11 @@ def run(
 @dataclass(frozen=True, kw_only=True)
 class _Pool:
     job: Job
-    waiting: deque[Task]
+    waiting: deque[ShardTask]
     environments: Sequence[dict[str, str]]
     scratch: Path
     selector: selectors.BaseSelector
-    finished: Finished
+    finished: OnFinished
     ticked: Ticked
     running: dict[int, _Worker] = field(default_factory=dict)
 
@@ -162,7 +162,7 @@ def _stop(worker: _Worker) -> None:
     os.close(worker.pipe)
 
 
-def _give(worker: _Worker, task: Task) -> None:
+def _give(worker: _Worker, task: ShardTask) -> None:
     """Gives a task to a worker. From the second death on, items are decoded one by one, to find the failing one."""
     worker.task, worker.begun, worker.counted = task, None, (0, 0)
     order = {
@@ -183,7 +183,7 @@ def _messages(worker: _Worker, raw: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _hear(worker: _Worker, message: dict[str, Any], finished: Finished, ticked: Ticked) -> None:
+def _hear(worker: _Worker, message: dict[str, Any], finished: OnFinished, ticked: Ticked) -> None:
     if "ready" in message:
         worker.ready = True
     elif "begins" in message:
@@ -206,7 +206,7 @@ def _raised(facts: dict[str, str]) -> DinoexportError:
     return error
 
 
-def _buried(worker: _Worker, ticked: Ticked) -> Task | None:
+def _buried(worker: _Worker, ticked: Ticked) -> ShardTask | None:
     """The task that a dead worker left, without the image that killed it if that is known."""
     code = worker.process.wait()
     task = worker.task

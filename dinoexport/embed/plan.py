@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dinoexport.config.recipe import Frozen, Sha256
-from dinoexport.embed.sources import Item, Source
+from dinoexport.embed.sources import ImageSource, Item
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.spec import Progress
 from dinoexport.system.store import LocalPlace, Place
@@ -128,7 +128,7 @@ def refuse_foreign(place: LocalPlace) -> None:
 
 
 def make(
-    source: Source,
+    source: ImageSource,
     place: Place,
     settings: Settings,
     *,
@@ -177,7 +177,7 @@ def make(
     return plan
 
 
-def listing_hash(source: Source, progress: Progress) -> str:
+def listing_hash(source: ImageSource, progress: Progress) -> str:
     """The `Plan.listing_sha256` that a first plan would have now."""
     with TemporaryDirectory() as scratch:
         return _listed(source.items(), Path(scratch) / "listing.jsonl", progress)[2]
@@ -207,10 +207,10 @@ def shard_of(key: str, shards: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % shards
 
 
-Found = tuple[int, int, str]  # number of items, their bytes, hash of the listing
+Listing = tuple[int, int, str]  # number of items, their bytes, hash of the listing
 
 
-def _listed(items: Iterable[Item], listing: Path, progress: Progress) -> Found:
+def _listed(items: Iterable[Item], listing: Path, progress: Progress) -> Listing:
     """Writes the listing to a file. The hash covers only the names, because a store may report other sizes later."""
     count, image_bytes, digest = 0, 0, hashlib.sha256()
     with listing.open("w", encoding="utf-8") as file:
@@ -250,7 +250,7 @@ def _shared_out(lines: Iterable[tuple[str, str]], count: int, folder: Path) -> l
     return paths
 
 
-def _without(listing: Path, plan: Plan, place: Place, folder: Path) -> tuple[Path, Found]:
+def _without(listing: Path, plan: Plan, place: Place, folder: Path) -> tuple[Path, Listing]:
     """The listing without the items of `plan`, shard by shard: only one shard's names are in memory."""
     kept = listing.with_name(f"without-{plan.generation}.jsonl")
     parts = _shared_out(_read_lines(listing), plan.shards, folder)

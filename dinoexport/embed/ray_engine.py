@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dinoexport.embed.embedder import Embedder, Job
-from dinoexport.embed.local import DEATHS_MAX, Finished, Task, Ticked
+from dinoexport.embed.local import DEATHS_MAX, OnFinished, ShardTask, Ticked
 from dinoexport.embed.plan import Done, Plan
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement, require
 
 
-def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) -> None:
+def run(job: Job, tasks: Sequence[ShardTask], *, finished: OnFinished, ticked: Ticked) -> None:
     """Does every task on the cluster that RAY_ADDRESS names, with one actor for every `job.threads` CPUs.
 
     A cluster with GPUs gives each actor one. Raises MissingRequirement without a cluster, and exceptions of shards.
@@ -63,14 +63,14 @@ def run(job: Job, tasks: Sequence[Task], *, finished: Finished, ticked: Ticked) 
 
 
 def _spread(
-    ray: Any, start: Callable[[], Any], tasks: Sequence[Task], count: int, finished: Finished, ticked: Ticked
+    ray: Any, start: Callable[[], Any], tasks: Sequence[ShardTask], count: int, finished: OnFinished, ticked: Ticked
 ) -> None:
     """Keeps `count` actors at work. A dead actor is replaced, which may wait long for a node; its shard does not wait.
 
     Ray's own retries are not used: they keep a shard for its actor, for which no node may ever have room again.
     """
     waiting = deque(tasks)
-    under_way: dict[Any, tuple[Any, Task | None]] = {}
+    under_way: dict[Any, tuple[Any, ShardTask | None]] = {}
 
     def begin() -> None:
         actor = start()

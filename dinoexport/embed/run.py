@@ -19,7 +19,7 @@ from dinoexport.embed import local
 from dinoexport.embed import plan as plans
 from dinoexport.embed.embedder import Job, fingerprint, front_end_graph, model_of
 from dinoexport.embed.layout import Layout, layout_of
-from dinoexport.embed.local import Task
+from dinoexport.embed.local import ShardTask
 from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
 from dinoexport.errors import UsageError, ValidationFailed, require
@@ -31,7 +31,7 @@ from dinoexport.system.store import Place
 
 # "default", "nearest", or sizes that the user names: "224x224,518x518".
 Size = str
-Engine = Literal["local", "ray"]
+Scheduler = Literal["local", "ray"]
 # Larger batches gain nothing on a CPU: 71 to 92 ms an image for 1 to 64 (ViT-S at 224). A GPU needs larger ones.
 _BATCH_CPU, _BATCH_GPU = 16, 64
 _RATE_OVER_S = 60.0
@@ -78,7 +78,7 @@ def embed(
     shards: int | None = None,
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
-    engine: Engine = "local",
+    engine: Scheduler = "local",
     max_failed: float = 0.01,
     retry_failed: bool = False,
     extend: bool = False,
@@ -125,10 +125,12 @@ def embed(
     present = {name for name, _ in place.files()}
     mine = [(plan, shard) for plan in known for shard in range(plan.shards) if shard % part[1] == part[0]]
     missing = [(plan, shard) for plan, shard in mine if plan.part(shard) not in present]
-    tasks = [Task(plan=plan, shard=shard, rows=plan.items // plan.shards) for plan, shard in missing]
+    tasks = [ShardTask(plan=plan, shard=shard, rows=plan.items // plan.shards) for plan, shard in missing]
     if retry_failed:
         finished = [(plan, shard) for plan, shard in mine if plan.part(shard) in present]
-        tasks += [Task(plan=p, shard=s, rows=n, again=True) for p, s in finished if (n := _done(place, p, s).failed)]
+        tasks += [
+            ShardTask(plan=p, shard=s, rows=n, again=True) for p, s in finished if (n := _done(place, p, s).failed)
+        ]
     if tasks:
         planned(known, layout)
         job = Job(
@@ -145,7 +147,7 @@ def embed(
     return _summary(place, known, mine, len(mine) - len(tasks), max_failed, layout if tasks else None)
 
 
-def _require(engine: Engine) -> None:
+def _require(engine: Scheduler) -> None:
     """Raises MissingRequirement, before anything is written."""
     require("embed", "pyarrow")
     if engine == "ray":
@@ -218,7 +220,7 @@ def _done(place: Place, plan: Plan, shard: int) -> Done:
         return done
 
 
-def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, watch: Watch) -> None:
+def _do(job: Job, tasks: Sequence[ShardTask], layout: Layout, engine: Scheduler, watch: Watch) -> None:
     counter = _Counter(tasks, watch)
     if engine == "ray":
         from dinoexport.embed import ray_engine
@@ -238,7 +240,7 @@ def _do(job: Job, tasks: Sequence[Task], layout: Layout, engine: Engine, watch: 
 class _Counter:
     """Turns workers' messages into `State`s, with the rate of the last minute."""
 
-    def __init__(self, tasks: Sequence[Task], watch: Watch) -> None:
+    def __init__(self, tasks: Sequence[ShardTask], watch: Watch) -> None:
         self._total = sum(task.rows for task in tasks)
         self._tasks, self._watch = tasks, watch
         self._rows = self._failed = self._shards = 0
@@ -351,7 +353,7 @@ def _refuse_others(
 ) -> None:
     """A source at another path is the same if its listing is the same."""
     if plan.settings.images != wanted.images:
-        moved = wanted.model_copy(update={"images": plan.settings.images})
+        moved = wanted.changed(images=plan.settings.images)
         plans.refuse_others(plan, moved, shards, place)
         if plans.listing_hash(open_source(images), progress) == plan.listing_sha256:
             return

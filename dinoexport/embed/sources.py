@@ -36,16 +36,16 @@ class Item:
     key: str
 
 
-Read = Callable[[], bytes]
+ReadImage = Callable[[], bytes]
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """A listing and a way to read what it lists."""
 
     def items(self) -> Iterator[Item]:
         """All items, in the same order on every machine."""
 
-    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, ReadImage]]:
         """For each of `names` in order, a function that reads its bytes on any thread, or raises Unusable."""
 
     @property
@@ -53,7 +53,7 @@ class Source(Protocol):
         """A local folder of such images, if there is one."""
 
 
-def open_source(images: str) -> Source:
+def open_source(images: str) -> ImageSource:
     """The images that DIR, GLOB, URL or FILE.parquet[:COLUMN] names; raises UsageError if there are none."""
     place, column = _column_of(images)
     if column is not None:
@@ -127,7 +127,7 @@ class LocalFiles:
         untrusted.check_name(name)
         return Item(name=name, size_bytes=size_bytes, key=name)
 
-    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, ReadImage]]:
         """Each reader opens one file."""
         for name in names:
             yield name, lambda name=name: self._read(name)  # type: ignore[misc]
@@ -178,7 +178,7 @@ class RemoteFolder:
         for name, size_bytes in sorted(found):
             yield Item(name=name, size_bytes=size_bytes, key=name)
 
-    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, ReadImage]]:
         """Each reader sends one request."""
         for name in names:
             yield name, lambda name=name: self._read(name)  # type: ignore[misc]
@@ -248,7 +248,7 @@ class ParquetColumn:
                     yield Item(name=f"{name}#{row}", size_bytes=size, key=f"{name}#{index}")
                     row += 1
 
-    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, Read]]:
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[str, ReadImage]]:
         """A row group is read with its first row and released after its last."""
         for file_name, of_file in groupby(names, key=lambda name: name.rpartition("#")[0]):
             file = self._files.get(file_name)

@@ -12,7 +12,7 @@ from dinoexport.bundle import reference_file
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.limits import Limit, Limits
 from dinoexport.embed import plan as plans
-from dinoexport.embed.columns import Row, stored
+from dinoexport.embed.columns import ImageRow, stored
 from dinoexport.embed.embedder import Embedder, Job
 from dinoexport.embed.plan import Done, Plan
 from dinoexport.errors import UsageError, require
@@ -29,7 +29,7 @@ _FLOAT16_ROUNDING = 2.0**-11
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verified:
+class VerifiedRows:
     """sampled: rows compared. changed: images whose bytes have changed. damaged: parts that are not as written.
 
     report: on the sample, compared with the stored rows; None if nothing could be compared.
@@ -55,7 +55,9 @@ class Verified:
         )
 
 
-def verify(folder: Path, images: str, out: str, *, seed: int | None = None, progress: Progress = silent) -> Verified:
+def verify(
+    folder: Path, images: str, out: str, *, seed: int | None = None, progress: Progress = silent
+) -> VerifiedRows:
     """Checks every part's bytes, and a thousandth of the finished rows, chosen at random, by the bundle's limits."""
     require("embed", "pyarrow")
     place = store.open_place(out)
@@ -68,14 +70,14 @@ def verify(folder: Path, images: str, out: str, *, seed: int | None = None, prog
 
 def _verified(
     folder: Path, images: str, out: str, place: Place, known: Sequence[Plan], seed: int | None, progress: Progress
-) -> Verified:
+) -> VerifiedRows:
     present = {name for name, _ in place.files()}
     parts = [(plan, s) for plan in known for s in range(plan.shards) if plan.part(s) in present]
     generator = random.Random(seed)  # noqa: S311 (a sample, no secret)
     job = Job(bundle=str(folder), out=out, images=images, threads=0, decoders=cpu.usable_cpus())
     embedder = Embedder(job)
     damaged: list[str] = []
-    rows: list[Row] = []
+    rows: list[ImageRow] = []
     total = sum(plan.items // plan.shards for plan, _ in parts)
     wanted = min(_MOST, max(_LEAST, round(total * _SHARE)))
     chosen = {id(part) for part in generator.sample(parts, min(len(parts), wanted))}
@@ -94,7 +96,7 @@ def _verified(
         limits = _widened(reference_file.read(folder / bundle.REFERENCE).limits, settings.dtype)
         reference = Reference(name=f"what is stored in {out}", limits=limits, expectations=expectations, refusals=())
         report = evaluate.judged(lambda inputs: again[str(inputs["name"])], reference, embedder.runtime)
-    return Verified(sampled=len(expectations), changed=tuple(changed), damaged=tuple(damaged), report=report)
+    return VerifiedRows(sampled=len(expectations), changed=tuple(changed), damaged=tuple(damaged), report=report)
 
 
 def _read(place: Place, plan: Plan, shard: int) -> bytes | None:
@@ -109,7 +111,7 @@ def _read(place: Place, plan: Plan, shard: int) -> bytes | None:
     return raw if hashlib.sha256(raw).hexdigest() == done.sha256 else None
 
 
-def _sample(embedder: Embedder, content: bytes, count: int, generator: random.Random) -> Iterator[Row]:
+def _sample(embedder: Embedder, content: bytes, count: int, generator: random.Random) -> Iterator[ImageRow]:
     import io
 
     import pyarrow.parquet as pq
@@ -122,7 +124,7 @@ def _sample(embedder: Embedder, content: bytes, count: int, generator: random.Ra
 
 
 def _compared(
-    embedder: Embedder, rows: Sequence[Row], progress: Progress
+    embedder: Embedder, rows: Sequence[ImageRow], progress: Progress
 ) -> tuple[list[str], tuple[Expectation, ...], dict[str, dict[str, Array]]]:
     """Images that changed, the stored values of the others, and the bundle's outputs for them now."""
     import numpy as np
@@ -162,4 +164,4 @@ def _widened(limits: Limits, dtype: str) -> Limits:
         name: Limit(value=min(getattr(limits, name).value, floor), reason=reason)
         for name in ("cosine_mean_min", "cosine_p01_min", "cosine_worst_min")
     }
-    return limits.model_copy(update=changes)
+    return limits.changed(**changes)

@@ -37,7 +37,7 @@ _WEIGHTS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class BuiltEngine:
     """A built engine and the facts found in it.
 
     weight_bytes: None if TensorRT does not report it. attentions: how many the graph has. fused_attentions: how many
@@ -84,7 +84,7 @@ def build(
     gpu: Gpu | None = None,
     timeout_s: float = TIMEOUT_S,
     progress: Progress = silent,
-) -> Engine:
+) -> BuiltEngine:
     """Builds an engine of `onnx` with these profiles into `folder` and checks it.
 
     `gpu`: the GPU on which a classic plan is built; TensorRT-RTX needs none. Raises MissingRequirement without the
@@ -137,7 +137,7 @@ def build(
             f"The engine holds {weight_bytes} bytes of weights, the graph {stored}: it is not the same model.",
             next_step="Report it.",
         )
-    return Engine(
+    return BuiltEngine(
         path=path,
         log=log,
         runtime_version=header.version,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dinoexport.spec import Runtime
 from dinoexport.system import subprocess_job
 
 _LEVELS = {"fast": 1, "balanced": 3, "max": 5}
@@ -25,7 +26,7 @@ def main(job: dict[str, Any]) -> None:
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.VERBOSE  # some forty lines, among them the memory that the engine needs
-    classic = job["runtime"] == "tensorrt"
+    classic = Runtime(job["runtime"]) is Runtime.TENSORRT
     profiles = []
     for shapes in job["profiles"]:
         profile = Profile()

@@ -8,11 +8,12 @@ import dinoexport
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.report import html_report
 from dinoexport.runtime.table import TABLE
+from dinoexport.spec import CPU_RUNTIMES, Runtime
 from dinoexport.system import hardware
 
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-RUNTIMES = ("onnxruntime", "openvino", "numpy")
-QUANTISERS = ("onnxruntime", "onnx", "onnx-ir")
+RUNTIMES = (*(name for runtime in CPU_RUNTIMES for name in TABLE[runtime].distributions), "numpy")
+QUANTISERS = (*TABLE[Runtime.ONNXRUNTIME].distributions, "onnx", "onnx-ir")
 _ABSENT = "not installed"
 
 

@@ -62,7 +62,7 @@ class Taken(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class ChosenWay:
     """The way, and on what it was chosen: figures that agree, an earlier choice, or what is usually the faster one."""
 
     way: Way
@@ -103,7 +103,7 @@ def hopeful(samples: Mapping[Way, Taken], *, behind: float = _BEHIND) -> tuple[W
     )
 
 
-def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_share: float = 0.0) -> Chosen:
+def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_share: float = 0.0) -> ChosenWay:
     """The best way after the last visit.
 
     known: what was the fastest on an earlier, quiet occasion. others_share: of the CPUs, by other processes meanwhile.
@@ -114,7 +114,7 @@ def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_sha
     else:
         way = agreed(samples)
         if way is not None:
-            return Chosen(way=way, basis="measured")
+            return ChosenWay(way=way, basis="measured")
         # Without the median, which others disturb most.
         scores = {way: geometric_mean(figures(way, taken)[1:]) for way, taken in samples.items()}
         first = min(scores.values())
@@ -122,8 +122,8 @@ def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_sha
         decided = len(alike) == 1
     if known in alike and not decided:
         assert known is not None
-        return Chosen(way=known, basis="known")
-    return Chosen(way=min(alike, key=_unusual), basis="measured" if decided else "usual")
+        return ChosenWay(way=known, basis="known")
+    return ChosenWay(way=min(alike, key=_unusual), basis="measured" if decided else "usual")
 
 
 def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Taken], *, others_share: float) -> float:

@@ -20,12 +20,12 @@ from dinoexport.runtime import Opened, check_inputs
 from dinoexport.spec import Array, Arrays, Graph, Precision
 
 # Input name -> its shape.
-Shapes = Mapping[str, tuple[int, ...]]
+InputShapes = Mapping[str, tuple[int, ...]]
 # Compiles the graph for these shapes alone.
-Specialise = Callable[[Shapes], Opened]
+Specialise = Callable[[InputShapes], Opened]
 # Inputs and what the general form answered.
 _Asked = tuple[Arrays, Arrays]
-State = Literal["compiling", "ready", "differs", "refused", "no room"]
+FormState = Literal["compiling", "ready", "differs", "refused", "no room"]
 
 # Asked so often for one size, a form of its own will be worth its compilation.
 _OFTEN = 32
@@ -52,8 +52,8 @@ class Budget:
 class Form:
     """One size's form. memory_bytes: by how much this process grew while it was compiled. why: it is not used."""
 
-    shapes: Shapes
-    state: State
+    shapes: InputShapes
+    state: FormState
     memory_bytes: int = 0
     why: str = ""
 
@@ -78,7 +78,7 @@ def dims_of(size: str, graph: Graph) -> dict[str, int]:
     return dict.fromkeys(names, 1) | dict(zip(names[-len(parts) :], map(int, parts), strict=True))
 
 
-def shapes_of(size: str, graph: Graph) -> Shapes:
+def shapes_of(size: str, graph: Graph) -> InputShapes:
     """The shapes of the graph's inputs for a size, as `dims_of`; also a UsageError for one the graph does not take."""
     import numpy as np
 
@@ -107,7 +107,7 @@ class Specialised:
         *,
         precision: Precision,
         spend: Budget,
-        named: Sequence[Shapes] = (),
+        named: Sequence[InputShapes] = (),
     ) -> None:
         self._graph, self._general, self._specialise = graph, general, specialise
         self._apart_max = _APART_MAX.get(precision, _APART_MAX_NARROW)
@@ -117,7 +117,7 @@ class Specialised:
         self._ready: dict[tuple[tuple[int, ...], ...], tuple[Opened, threading.Lock]] = {}
         self._lock, self._general_turn = threading.Lock(), threading.Lock()
         self._worker: threading.Thread | None = None
-        self._waiting: list[tuple[Shapes, _Asked | None]] = []
+        self._waiting: list[tuple[InputShapes, _Asked | None]] = []
         self._closed = False
         for shapes in named:
             self._begin(shapes, None)
@@ -161,7 +161,7 @@ class Specialised:
         while (worker := self._worker) is not None and worker.is_alive():
             worker.join()
 
-    def _begin(self, shapes: Shapes, asked: _Asked | None) -> None:
+    def _begin(self, shapes: InputShapes, asked: _Asked | None) -> None:
         key = tuple(shapes[name] for name in sorted(shapes))
         with self._lock:
             used = [form for form in self._forms.values() if form.state in ("compiling", "ready")]
@@ -187,7 +187,7 @@ class Specialised:
                 shapes, asked = self._waiting.pop(0)
             self._compile(shapes, asked)
 
-    def _compile(self, shapes: Shapes, asked: _Asked | None) -> None:
+    def _compile(self, shapes: InputShapes, asked: _Asked | None) -> None:
         key = tuple(shapes[name] for name in sorted(shapes))
         form = self._forms[key]
         before = _resident_bytes()
@@ -224,7 +224,7 @@ def _key(arrays: Arrays) -> tuple[tuple[int, ...], ...]:
     return tuple(arrays[name].shape for name in sorted(arrays))
 
 
-def sample(graph: Graph, shapes: Shapes) -> Arrays:
+def sample(graph: Graph, shapes: InputShapes) -> Arrays:
     """Inputs of these shapes that tell a wrong form from a right one: noise, the same each time."""
     import numpy as np
 

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dinoexport.runtime import Opened, openvino, ort
-from dinoexport.runtime.sizes import Shapes
+from dinoexport.runtime.sizes import InputShapes
 from dinoexport.spec import Graph, Precision, Runtime, Way
 from dinoexport.system import hardware
 
 # Opens the ONNX file at a path in the requested way, for inputs of all shapes or of these alone.
-OpenGraph = Callable[[Path, Graph, Way, Shapes | None], Opened]
+OpenGraph = Callable[[Path, Graph, Way, InputShapes | None], Opened]
 
 
 @dataclass(frozen=True, kw_only=True)

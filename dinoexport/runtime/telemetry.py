@@ -14,6 +14,8 @@ import os
 import sys
 from typing import Any
 
+from dinoexport.spec import Runtime
+
 _ORT_SWITCH = "ORT_DISABLE_TELEMETRY"
 _OPENVINO_SENDER = "openvino_telemetry"
 
@@ -46,9 +48,9 @@ def openvino() -> Any:
     return package
 
 
-def findings() -> dict[str, str]:
-    """The disabled telemetry by package, for `doctor`."""
+def findings() -> dict[Runtime, str]:
+    """The disabled telemetry by runtime, for `doctor`."""
     return {
-        "onnxruntime": f"telemetry off: {_ORT_SWITCH}=1 is set before it is loaded",
-        "openvino": f"telemetry off: it is loaded without {_OPENVINO_SENDER}",
+        Runtime.ONNXRUNTIME: f"telemetry off: {_ORT_SWITCH}=1 is set before it is loaded",
+        Runtime.OPENVINO: f"telemetry off: it is loaded without {_OPENVINO_SENDER}",
     }

@@ -16,8 +16,8 @@ from dinoexport.runtime import carried_memory, cpu, decoding, runners
 from dinoexport.spec import Graph, Way
 from dinoexport.system import changes
 from dinoexport.text import tokenizer
-from dinoexport.text.decoder import LOGITS, SteppedDecoder
-from dinoexport.text.requests import TextModel
+from dinoexport.text.decoder import SteppedDecoder
+from dinoexport.text.requests import OpenTextModel
 
 # Multiplications per call: about a second on two cores, so that no request waits longer to join or leave.
 _CALL_PRODUCTS = 2.25e11
@@ -29,13 +29,13 @@ def tokenizer_file(manifest: Manifest) -> str | None:
     return next((file.name for file in manifest.files if file.name in tokenizer.FILES), None)
 
 
-def open_bundle(folder: Path) -> TextModel:
+def open_bundle(folder: Path) -> OpenTextModel:
     """The bundle in `folder`, run as it was validated. Raises UsageError for one that does not generate text."""
     with changes.reading(folder):
         return _opened(folder, bundle.read_manifest(folder))
 
 
-def _opened(folder: Path, manifest: Manifest) -> TextModel:
+def _opened(folder: Path, manifest: Manifest) -> OpenTextModel:
     name = tokenizer_file(manifest)
     if name is None:
         raise UsageError(
@@ -60,7 +60,7 @@ def _opened(folder: Path, manifest: Manifest) -> TextModel:
 
 def open_served(
     onnx: Path, tokenizer_path: Path, *, graph: Graph, family_name: str, recipe: Mapping[str, Any], way: Way
-) -> TextModel:
+) -> OpenTextModel:
     """Graph and tokenizer by their paths; `recipe` as the manifest or the served model has it."""
     model = family.find(family_name).model(parse(Recipe, recipe, where="the recipe"))
     if model.text is None:
@@ -77,7 +77,7 @@ def open_served(
         chunk=chunk_for(model, graph),
     )
     tokenizer.check_vocabulary(found, decoder.vocabulary)
-    return TextModel(tokenizer=found, decoder=decoder, prompts=model.text.prompts)
+    return OpenTextModel(tokenizer=found, decoder=decoder, prompts=model.text.prompts)
 
 
 def context_of(graph: Graph) -> int:
@@ -87,7 +87,7 @@ def context_of(graph: Graph) -> int:
 
 def vocabulary_of(graph: Graph) -> int:
     """The number of logits."""
-    (logits,) = (tensor for tensor in graph.outputs if tensor.name == LOGITS)
+    (logits,) = (tensor for tensor in graph.outputs if tensor.name == decoding.LOGITS)
     size = logits.shape[-1]
     assert isinstance(size, int)
     return size

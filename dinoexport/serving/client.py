@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from dinoexport.errors import DinoexportError, InputRefused, UsageError
 from dinoexport.runtime import check_inputs
 from dinoexport.serving import address, answers, connection
-from dinoexport.serving.transport import Place, ServerBusy, Transport
+from dinoexport.serving.transport import MemoryPlace, ServerBusy, Transport
 from dinoexport.serving.triton.signature import ENCODED, Served
 from dinoexport.spec import Array, Arrays, Graph, closest
 
@@ -119,7 +119,7 @@ class DinoClient:
     def _belongs(self, served: Served) -> bool:
         return served.name == self.served.name and served.graph == self.served.graph
 
-    def _infer(self, front_end: str, arrays: Arrays, shared: dict[str, Place]) -> dict[str, Array]:
+    def _infer(self, front_end: str, arrays: Arrays, shared: dict[str, MemoryPlace]) -> dict[str, Array]:
         model, answering = self._models[front_end], self._answering[front_end]
         names = [tensor.name for tensor in answering.outputs]
         found = self._patiently(lambda: self._transport.infer(model, arrays, names, shared=shared))
@@ -216,7 +216,7 @@ class _SharedRegion:
             self.allowed = False
 
     @contextmanager
-    def holding(self, arrays: Arrays) -> Iterator[dict[str, Place]]:
+    def holding(self, arrays: Arrays) -> Iterator[dict[str, MemoryPlace]]:
         """The place of each of `arrays` while the block runs."""
         from tritonclient.utils import shared_memory
 

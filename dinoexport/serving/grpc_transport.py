@@ -12,7 +12,15 @@ from dinoexport.errors import InputRefused
 from dinoexport.serving.address import Address
 from dinoexport.serving.answers import Malformed
 from dinoexport.serving.deadline import StreamBounds
-from dinoexport.serving.transport import METADATA_MAX_BYTES, WORDS_MAX, Place, inputs_of, names_of, no_answer, refused
+from dinoexport.serving.transport import (
+    METADATA_MAX_BYTES,
+    WORDS_MAX,
+    MemoryPlace,
+    inputs_of,
+    names_of,
+    no_answer,
+    refused,
+)
 from dinoexport.serving.triton import text_signature
 from dinoexport.spec import Array, Arrays
 
@@ -66,7 +74,7 @@ class Grpc:
         return config
 
     def infer(
-        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, Place]
+        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, MemoryPlace]
     ) -> dict[str, Array]:
         """One request."""
         import tritonclient.grpc as triton

@@ -19,7 +19,7 @@ from dinoexport.serving.answers import Malformed
 from dinoexport.serving.deadline import Deadline, EventLines, StreamBounds, watched
 from dinoexport.serving.transport import (
     METADATA_MAX_BYTES,
-    Place,
+    MemoryPlace,
     ServerError,
     event_of,
     inputs_of,
@@ -67,7 +67,7 @@ class Http:
         return found
 
     def infer(
-        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, Place]
+        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, MemoryPlace]
     ) -> dict[str, Array]:
         """One binary request."""
         import tritonclient.http as triton

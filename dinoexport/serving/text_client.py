@@ -35,7 +35,7 @@ class Ended:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class TextAnswer:
     """A whole answer."""
 
     text: str
@@ -74,7 +74,7 @@ class TextClient:
             for event in events:
                 yield from read(event)
 
-    def answer(self, **values: Any) -> Answer:
+    def answer(self, **values: Any) -> TextAnswer:
         """The whole answer."""
         text, ended = [], None
         for item in self.stream(**values):
@@ -84,7 +84,7 @@ class TextClient:
                 ended = item
         if ended is None:
             raise transport.ServerError("The answer broke off.", next_step="Read the server's log.")
-        return Answer(text="".join(text), ended=ended)
+        return TextAnswer(text="".join(text), ended=ended)
 
 
 def wire(values: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:

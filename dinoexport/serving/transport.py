@@ -26,7 +26,7 @@ _MODELS_MAX = 10_000
 WORDS_MAX = 1000
 _KINDS = {400: "invalid", 404: "missing", 503: "busy"}
 # The place of an input in a registered region of shared memory: (region's name, size in bytes, offset in bytes).
-Place = tuple[str, int, int]
+MemoryPlace = tuple[str, int, int]
 
 
 class ServerError(MissingRequirement):
@@ -50,7 +50,7 @@ class Transport(Protocol):
         """A model's configuration in Triton's JSON form."""
 
     def infer(
-        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, Place]
+        self, model: str, arrays: Arrays, outputs: Sequence[str], *, shared: Mapping[str, MemoryPlace]
     ) -> dict[str, Array]:
         """The model's named outputs. shared: input -> its place in shared memory."""
 
@@ -93,7 +93,7 @@ def event_of(line: bytes) -> dict[str, Any]:
     return event
 
 
-def inputs_of(triton: Any, arrays: Arrays, shared: Mapping[str, Place]) -> list[Any]:
+def inputs_of(triton: Any, arrays: Arrays, shared: Mapping[str, MemoryPlace]) -> list[Any]:
     """The inputs of a request, of either kind of tritonclient."""
     inputs = []
     for name, array in arrays.items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV})
-Kind = Literal["move", "link", "remove"]
+StepKind = Literal["move", "link", "remove"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Step:
     `source` is `target` too. remove: `target` goes.
     """
 
-    kind: Kind
+    kind: StepKind
     target: Path
     source: Path | None = None
 
@@ -100,7 +100,7 @@ def _remove(step: Step, _inode: int | None, _old: Path) -> None:
     discard(step.target)
 
 
-STEPS: dict[Kind, Callable[[Step, int | None, Path], None]] = {"move": _move, "link": _link, "remove": _remove}
+STEPS: dict[StepKind, Callable[[Step, int | None, Path], None]] = {"move": _move, "link": _link, "remove": _remove}
 
 
 def _exchange(one: Path, other: Path) -> bool:

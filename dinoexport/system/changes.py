@@ -30,7 +30,7 @@ from typing import Any, get_args
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.spec import Progress, silent
 from dinoexport.system import locks
-from dinoexport.system.change_steps import STEPS, Kind, Step, discard
+from dinoexport.system.change_steps import STEPS, Step, StepKind, discard
 
 _LOCK, _NEW, _OLD, _RECORD = "lock", "new", "old", "change.json"
 # Other folders that a build keeps beside its bundle: a finished stage, named by the beginning of its key, or a new one.
@@ -238,7 +238,7 @@ def _written(change: Change, path: Path) -> str:
 def _parse(change: Change, entry: Any) -> tuple[Step, int | None]:
     """The step in `entry` of a record; raises ValueError for one that this module does not write."""
     kind, source, target, inode = entry
-    if kind not in get_args(Kind) or (source is None) != (kind == "remove") or not isinstance(inode, int | None):
+    if kind not in get_args(StepKind) or (source is None) != (kind == "remove") or not isinstance(inode, int | None):
         raise ValueError(f"{entry!r} is not a step")
     found = [_inside(change, word) for word in (source, target) if word is not None]
     return Step(kind=kind, target=found[-1], source=found[0] if len(found) == 2 else None), inode

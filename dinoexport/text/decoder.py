@@ -12,8 +12,6 @@ from typing import Protocol, Self
 
 from dinoexport.spec import Array, Arrays
 
-LOGITS = "logits"
-
 
 class Rows(Protocol):
     """Sequences that advance together. B is their number, V the vocabulary."""
@@ -28,7 +26,7 @@ class Rows(Protocol):
         """Keeps only the sequences at these places."""
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """A model that generates text."""
 
     @property
@@ -69,7 +67,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedDecoder:
-    """A `Decoder` that uses a runtime's. begin_steps: makes an empty batch."""
+    """A `TextDecoder` that uses a runtime's decoder. begin_steps: makes an empty batch."""
 
     begin_steps: Callable[[], Steps]
     vocabulary: int

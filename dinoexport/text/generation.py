@@ -15,7 +15,7 @@ from dinoexport.errors import DinoexportError, InputRefused, ValidationFailed
 from dinoexport.spec import Array
 from dinoexport.system import memory
 from dinoexport.text import prompts
-from dinoexport.text.decoder import Decoder, Rows
+from dinoexport.text.decoder import Rows, TextDecoder
 from dinoexport.text.detokenise import Detokeniser, StopStrings
 from dinoexport.text.prompts import Prompt
 from dinoexport.text.sampling import Sampling, choose
@@ -52,7 +52,7 @@ class Written:
     seconds: float
 
 
-def task_of(tokenizer: Tokenizer, decoder: Decoder, prompt: Prompt, sampling: Sampling) -> Task:
+def task_of(tokenizer: Tokenizer, decoder: TextDecoder, prompt: Prompt, sampling: Sampling) -> Task:
     """The prompt as ids. Raises InputRefused if it is empty, spells a control token or leaves no room for an answer."""
     ids = prompts.ids_of(tokenizer, prompt)
     if not any(not isinstance(part, prompts.Control) and part.text for part in prompt.parts):
@@ -61,7 +61,7 @@ def task_of(tokenizer: Tokenizer, decoder: Decoder, prompt: Prompt, sampling: Sa
 
 
 def task_of_ids(
-    decoder: Decoder, ids: Sequence[int], end_ids: frozenset[int], sampling: Sampling, *, continuing: bool
+    decoder: TextDecoder, ids: Sequence[int], end_ids: frozenset[int], sampling: Sampling, *, continuing: bool
 ) -> Task:
     """The same for a prompt given as ids; raises InputRefused if the model does not have these ids."""
     room = decoder.context - len(ids)
@@ -85,7 +85,7 @@ def task_of_ids(
     )
 
 
-def _check_memory(decoder: Decoder, read: int, limit: int) -> None:
+def _check_memory(decoder: TextDecoder, read: int, limit: int) -> None:
     """Raises InputRefused if the cache of a prompt of `read` tokens and an answer of `limit` fits no free memory."""
     free, needed = memory.available_bytes(), decoder.token_bytes * (read + limit)
     if free is None or needed <= free:
@@ -162,7 +162,7 @@ class Answer:
 class Batch:
     """Answers of one model that are written together, at most `slots` at a time. One thread may use it."""
 
-    def __init__(self, decoder: Decoder, *, slots: int = SLOTS) -> None:
+    def __init__(self, decoder: TextDecoder, *, slots: int = SLOTS) -> None:
         self._decoder, self.slots = decoder, slots
         self._rows: Rows | None = None
         self._writing: list[tuple[Answer, int]] = []  # and the id with which each continues
@@ -246,7 +246,7 @@ def _accepted(answer: Answer, logits_V: Array) -> str:
     return ""
 
 
-def write(tokenizer: Tokenizer, decoder: Decoder, task: Task) -> Iterator[str | Written]:
+def write(tokenizer: Tokenizer, decoder: TextDecoder, task: Task) -> Iterator[str | Written]:
     """The text of one answer as it becomes certain, and at the end its result."""
     answer, batch = Answer(tokenizer, task), Batch(decoder, slots=1)
     batch.add(answer)

@@ -10,7 +10,7 @@ from typing import Any
 from dinoexport.errors import InputRefused
 from dinoexport.text import generation
 from dinoexport.text import prompts as prompt_parts
-from dinoexport.text.decoder import Decoder
+from dinoexport.text.decoder import TextDecoder
 from dinoexport.text.generation import Task
 from dinoexport.text.prompts import Message, Prompt, Prompts
 from dinoexport.text.sampling import Sampling
@@ -21,11 +21,11 @@ _CHOICES = ("max_tokens", "temperature", "top_p", "seed", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModel:
+class OpenTextModel:
     """An open text model: its tokenizer, its decoder, the prompts it knows."""
 
     tokenizer: Tokenizer
-    decoder: Decoder
+    decoder: TextDecoder
     prompts: Prompts
 
     def task(self, request: TextRequest) -> Task:

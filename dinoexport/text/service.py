@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dinoexport.errors import BuildError, DinoexportError, MissingRequirement
-from dinoexport.text.decoder import Decoder
+from dinoexport.text.decoder import TextDecoder
 from dinoexport.text.generation import SLOTS, Answer, Batch, Task, Written
 from dinoexport.text.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ class Service:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        decoder: Decoder,
+        decoder: TextDecoder,
         *,
         slots: int = SLOTS,
         queue: int = QUEUE,

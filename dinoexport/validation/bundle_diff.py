@@ -23,7 +23,7 @@ from dinoexport.runtime import runners
 from dinoexport.spec import Array, Candidate, OutputKind, Progress, silent
 from dinoexport.validation.metrics import distance
 
-Rows = list[dict[str, Any]]
+Differences = list[dict[str, Any]]
 _ROUNDS = 5
 
 
@@ -40,7 +40,7 @@ class _Side:
         return [[dict(tensor) for tensor in graph.inputs] for graph in self.manifest.graphs]
 
 
-def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[str, Rows]:
+def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[str, Differences]:
     """Tables by title: what differs, files, operations, outputs, speed.
 
     Raises UsageError when the two take different inputs, or the first has no reference to take inputs from.
@@ -49,7 +49,7 @@ def compare(first: Path, second: Path, *, progress: Progress = silent) -> dict[s
         return _compared(_opened(first, one), _opened(second, other), progress)
 
 
-def _compared(a: _Side, b: _Side, progress: Progress) -> dict[str, Rows]:
+def _compared(a: _Side, b: _Side, progress: Progress) -> dict[str, Differences]:
     first, second = a.folder, b.folder
     if a.manifest.family != b.manifest.family or a.inputs != b.inputs:
         raise UsageError(
@@ -78,7 +78,7 @@ def _opened(folder: Path, manifest: Manifest) -> _Side:
     return _Side(folder=folder, manifest=manifest, candidate=runners.open_candidate(model, graphs))
 
 
-def _differences(a: Manifest, b: Manifest) -> Rows:
+def _differences(a: Manifest, b: Manifest) -> Differences:
     """The facts that differ between the manifests; an empty table means that none do."""
     first, second = _facts(a), _facts(b)
     return [
@@ -108,7 +108,7 @@ def _flat(name: str, value: Any) -> dict[str, str]:
     return {key: text for inner, content in value.items() for key, text in _flat(f"{name}.{inner}", content).items()}
 
 
-def _files(a: Manifest, b: Manifest) -> Rows:
+def _files(a: Manifest, b: Manifest) -> Differences:
     first, second = ({file.name: file for file in manifest.files} for manifest in (a, b))
     rows = []
     for name in first | second:
@@ -125,7 +125,7 @@ def _files(a: Manifest, b: Manifest) -> Rows:
     return rows
 
 
-def _operations(a: _Side, b: _Side) -> Rows:
+def _operations(a: _Side, b: _Side) -> Differences:
     """The number of each operation, where it differs. Without the package onnx, a row that says so."""
     try:
         import onnx
@@ -137,7 +137,7 @@ def _operations(a: _Side, b: _Side) -> Rows:
         return Counter(node.op_type for model in loaded for node in model.graph.node)
 
     first, second = counted(a), counted(b)
-    rows: Rows = [
+    rows: Differences = [
         {"operation": op, "first": first[op], "second": second[op]}
         for op in sorted(first | second)
         if first[op] != second[op]
@@ -145,7 +145,7 @@ def _operations(a: _Side, b: _Side) -> Rows:
     return [*rows, {"operation": "all", "first": first.total(), "second": second.total()}]
 
 
-def _asked(a: _Side, b: _Side, reference: Reference, progress: Progress) -> tuple[Rows, Rows]:
+def _asked(a: _Side, b: _Side, reference: Reference, progress: Progress) -> tuple[Differences, Differences]:
     """The error of the second's outputs against the first's, of both against PyTorch's, and the time of each case."""
     outputs, speed = [], []
     asked = reference.expectations

@@ -32,7 +32,7 @@ _DISTANCES_MIB = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class ItemFeatures:
     """The features of one item. label: its class; empty if it has none.
 
     reference, candidate: vectors (D,) by name; the candidate's are empty if its output is unusable. matched: the share
@@ -129,7 +129,7 @@ class Agreement:
         return content
 
 
-def agreement(uses: Uses, items: Sequence[Item], limits: Limits, *, progress: Progress = silent) -> Agreement:
+def agreement(uses: Uses, items: Sequence[ItemFeatures], limits: Limits, *, progress: Progress = silent) -> Agreement:
     """Every measure that the items allow: how often candidate and PyTorch give the same result."""
     require("export", *PACKAGES)
     import sklearn
@@ -160,7 +160,7 @@ def neighbours_for(count: int) -> int:
     return min(NEIGHBOURS, (count - 1) // 2)
 
 
-def _vectors(items: Sequence[Item], names: Sequence[str]) -> tuple[Array, Array]:
+def _vectors(items: Sequence[ItemFeatures], names: Sequence[str]) -> tuple[Array, Array]:
     """PyTorch's features and the candidate's, (N, D) each, in float64 so that rounding here changes no result."""
     import numpy as np
 
@@ -171,7 +171,7 @@ def _vectors(items: Sequence[Item], names: Sequence[str]) -> tuple[Array, Array]
     return side([item.reference for item in items]), side([item.candidate for item in items])
 
 
-def _recall(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]) -> Measure | None:
+def _recall(uses: Uses, items: Sequence[ItemFeatures], limit: Limit | None, said: list[str]) -> Measure | None:
     """The share of nearest neighbours in PyTorch's features that are also nearest in the candidate's."""
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
@@ -211,7 +211,7 @@ def _recall(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[s
     )
 
 
-def _by_class(uses: Uses, items: Sequence[Item], limits: Limits, said: list[str]) -> tuple[Measure | None, ...]:
+def _by_class(uses: Uses, items: Sequence[ItemFeatures], limits: Limits, said: list[str]) -> tuple[Measure | None, ...]:
     """The measures that need classes of at least two items."""
     sizes = Counter(item.label for item in items if item.label)
     alone = sorted(label for label, size in sizes.items() if size < 2)
@@ -229,7 +229,7 @@ def _by_class(uses: Uses, items: Sequence[Item], limits: Limits, said: list[str]
     return _knn(uses, labelled, knn_limit, said), _probe(uses, labelled, probe_limit)
 
 
-def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]) -> Measure:
+def _knn(uses: Uses, items: Sequence[ItemFeatures], limit: Limit | None, said: list[str]) -> Measure:
     """k-NN: each item gets the class of its nearest neighbours, once with each side's features."""
     import numpy as np
     from sklearn.neighbors import KNeighborsClassifier
@@ -251,7 +251,7 @@ def _knn(uses: Uses, items: Sequence[Item], limit: Limit | None, said: list[str]
     return _decided(KNN, uses.neighbours_by, items, labels, exact, ours, limit, f"by {count} neighbours")
 
 
-def _probe(uses: Uses, items: Sequence[Item], limit: Limit | None) -> Measure:
+def _probe(uses: Uses, items: Sequence[ItemFeatures], limit: Limit | None) -> Measure:
     """Linear probe: fitted on PyTorch's features of some items, it classifies the others from both sides' features.
 
     Ridge regression has one solution, needs no random start, and takes seconds for ten thousand items.
@@ -273,7 +273,7 @@ def _probe(uses: Uses, items: Sequence[Item], limit: Limit | None) -> Measure:
 def _decided(
     figure: str,
     names: Sequence[str],
-    items: Sequence[Item],
+    items: Sequence[ItemFeatures],
     labels: Array,
     exact: Array,
     ours: Array,
@@ -289,7 +289,7 @@ def _decided(
     return _measure(figure, names, exact == ours, limit, f"{how}; {right}", differs)
 
 
-def _correspondence(items: Sequence[Item], limit: Limit | None) -> Measure | None:
+def _correspondence(items: Sequence[ItemFeatures], limit: Limit | None) -> Measure | None:
     """The share of parts whose nearest part in the second view is the same for both sides."""
     import numpy as np
 

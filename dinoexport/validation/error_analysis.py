@@ -26,7 +26,7 @@ RANGE = "(fp16 range)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class GrowthStep:
     """The error of one value inside the graphs. norm: the mean norm of its vectors, in candidate and reference.
 
     expected: the largest relative L2 error that normal error growth explains. largest: the largest magnitude in the
@@ -54,10 +54,10 @@ class Growth:
 
     case: str
     rule: str
-    steps: tuple[Step, ...]
+    steps: tuple[GrowthStep, ...]
 
     @property
-    def leaves(self) -> Step | None:
+    def leaves(self) -> GrowthStep | None:
         """The first step whose error is larger than expected."""
         return next((step for step in self.steps if not step.holds), None)
 
@@ -125,7 +125,7 @@ def growth(
         magnitudes = np.abs(reference[name])
         median = float(np.median(magnitudes))
         steps.append(
-            Step(
+            GrowthStep(
                 name=name,
                 relative_l2=measured.relative_l2,
                 expected=expected,

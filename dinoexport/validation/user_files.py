@@ -27,18 +27,18 @@ from dinoexport.family import CaseSource, Uses
 from dinoexport.spec import Array, Arrays, Candidate, Case, Expectation, Progress, silent
 from dinoexport.system.cache import cache_folder
 from dinoexport.validation import downstream
-from dinoexport.validation.downstream import Agreement, Item
+from dinoexport.validation.downstream import Agreement, ItemFeatures
 from dinoexport.validation.judge import Report, Row
 
 _FACTS = "facts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class CaseResult:
     """The results of one case: rows of the report, and features. covered: false outside an engine's profiles."""
 
     rows: tuple[Row, ...]
-    item: Item
+    item: ItemFeatures
     covered: bool
 
 
@@ -81,17 +81,17 @@ class Keep:
             return False
         return os.access(self.folder, os.W_OK)
 
-    def read(self, digest: str, case: Case) -> Found | None:
+    def read(self, digest: str, case: Case) -> CaseResult | None:
         """The stored results for these inputs, under any name; None if there are none, or they are damaged."""
         try:
             arrays = archive.read(self._path(digest))
             facts = _STORED.validate_json(arrays.pop(_FACTS).tobytes())
         except Exception:  # zipfile, zlib, NumPy and pydantic raise a dozen kinds of exceptions for damaged files
             return None
-        return Found(
+        return CaseResult(
             rows=tuple(replace(row, case=case.name, why=case.why) for row in facts.rows),
             covered=facts.covered,
-            item=Item(
+            item=ItemFeatures(
                 name=case.name,
                 label=case.label,
                 reference=_under("reference/", arrays),
@@ -100,7 +100,7 @@ class Keep:
             ),
         )
 
-    def write(self, digest: str, found: Found) -> None:
+    def write(self, digest: str, found: CaseResult) -> None:
         """Stores results. If that fails, for example on a full disk, the next run computes them again."""
         import numpy as np
 
@@ -199,13 +199,13 @@ def judge_own(
         require("export", *downstream.PACKAGES)  # before the hours this may take, not after
     recorded = Recorded(candidate=candidate)
 
-    def found_of(chunk: Sequence[Case]) -> list[Found]:
+    def found_of(chunk: Sequence[Case]) -> list[CaseResult]:
         reference = ask(chunk)
         report = judged(recorded, reference)
         views = [uses.second_view(case.inputs) for case in chunk] if uses else []
         viewed = iter(zip(views, exact(views) if views else (), strict=True))
         of_chunk = [
-            Found(
+            CaseResult(
                 rows=tuple(row for row in report.rows if row.case == expectation.case.name),
                 item=_item(uses, expectation, next(viewed, None), recorded),
                 covered=expectation.case.name not in report.not_covered,
@@ -218,7 +218,7 @@ def judge_own(
     keep = Keep.named(*names, *identity, limits.model_dump_json())
     said = [] if keep.usable else [f"{keep.folder} cannot be written: an interrupted run must start again"]
     rows: list[Row] = []
-    items: list[Item] = []
+    items: list[ItemFeatures] = []
     not_covered: list[str] = []
     known = 0
     for found, before in _found(cases, found_of, keep, at_once=at_once):
@@ -240,8 +240,8 @@ def judge_own(
 
 
 def _found(
-    cases: Iterable[Case], ask: Callable[[Sequence[Case]], Sequence[Found]], keep: Keep, *, at_once: int
-) -> Iterator[tuple[Found, bool]]:
+    cases: Iterable[Case], ask: Callable[[Sequence[Case]], Sequence[CaseResult]], keep: Keep, *, at_once: int
+) -> Iterator[tuple[CaseResult, bool]]:
     """The results of each case, and whether an earlier run had stored them; `ask` gets at most `at_once` cases."""
     rest = iter(cases)
     while chunk := tuple(islice(rest, at_once)):
@@ -260,12 +260,12 @@ def _found(
 
 def _item(
     uses: Uses | None, expectation: Expectation, viewed: tuple[Arrays, Arrays] | None, candidate: Recorded
-) -> Item:
+) -> ItemFeatures:
     """The features of a case. viewed: the inputs of its second view and PyTorch's outputs for them."""
     import numpy as np
 
     case, expected = expectation.case, expectation.outputs
-    nothing = Item(name=case.name, label=case.label, reference={}, candidate={}, matched=None)
+    nothing = ItemFeatures(name=case.name, label=case.label, reference={}, candidate={}, matched=None)
     if uses is None or viewed is None:
         return nothing
     answer = candidate.to(case.inputs)

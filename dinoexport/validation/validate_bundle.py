@@ -20,7 +20,7 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Model
 from dinoexport.runtime import cpu, runners
-from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, silent
+from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, Way, silent
 from dinoexport.validation import evaluate, judge, user_files
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.evaluate import Judge
@@ -37,7 +37,7 @@ class Validated:
 
     aggregate: the results over all other files. not_run: why the graph was run instead of the bundle's engines.
     recorded: whether the manifest now records that the engines passed on this machine; not_recorded: the reason if it
-    does not. growth: of the error inside the graph, on request.
+    does not. growth: of the error inside the graph, on request; way: how the graph ran for it.
     """
 
     manifest: Manifest
@@ -48,6 +48,7 @@ class Validated:
     recorded: bool = False
     not_recorded: str = ""
     growth: Growth | None = None
+    way: Way | None = None
 
 
 def validate(
@@ -144,6 +145,7 @@ def _judged(
         if not explained:
             return validated
         cases = user_files.usable(model, images, [], silent)
+    way = runners.way_of(manifest, runtime if runtime in CPU_RUNTIMES else None)
     growth = evaluate.growth_of(
         validated.report,
         cases,
@@ -151,11 +153,11 @@ def _judged(
         graphs,
         checkpoint,
         limits,
-        way=runners.way_of(manifest),
+        way=way,
         precision=manifest.precision,
         progress=progress,
     )
-    return replace(validated, growth=growth)
+    return replace(validated, growth=growth, way=way)
 
 
 def _by_reference(manifest: Manifest, opened: _Opened, reference: Reference, progress: Progress) -> Validated:

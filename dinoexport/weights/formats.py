@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,8 @@ from dinoexport.family import Read, Shapes
 from dinoexport.spec import Array
 from dinoexport.system import untrusted
 from dinoexport.system.untrusted import Unreadable
-from dinoexport.weights import gguf_file, pickle_check, shards, torch_zip, unusable
+from dinoexport.weights import gguf_file, mapped_tensors, pickle_check, shards, torch_zip, unusable
+from dinoexport.weights.mapped_tensors import Stored
 from dinoexport.weights.shards import SplitAxis
 
 if TYPE_CHECKING:
@@ -39,8 +42,10 @@ _INERT = re.compile(
     r"transformers\.(training_args|trainer_utils|integrations)|hydra\.|timm\.)"
 )
 _LIKE_DICT = re.compile(r"\.(defaultdict|AttributeDict|AttrDict|Dict|ConfigDict|EasyDict|Box)$")
-# What a safetensors file calls the numbers that NumPy reads, bfloat16 with onnx's ml_dtypes.
-_NUMPY_READS = frozenset({"F64", "F32", "F16", "BF16"})
+# What a safetensors file calls the numbers that NumPy reads -> NumPy's name of them.
+_NUMPY_READS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What a safetensors file begins with: the length of its header, JSON, which the numbers follow.
+_HEADER_LENGTH = struct.Struct("<Q")
 _Kind = TypeVar("_Kind")
 # `torch.serialization.safe_globals` affects the whole process while it is active.
 _UNPICKLING = threading.Lock()
@@ -151,15 +156,32 @@ def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
         file = safetensors.safe_open(path, framework="np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        plain = {part.get_dtype() for part in slices.values()} <= _NUMPY_READS
+        plain = {part.get_dtype() for part in slices.values()} <= _NUMPY_READS.keys()
     except safetensors.SafetensorError as error:
         raise WeightsError(
             f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
         ) from None
     if plain:
-        return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="np").get_tensor, _widened)
+        places = _places(path)
+        return shapes, _reader(path, lambda: mapped_tensors.mapped(path, places), _widened)
     require("export", "torch")
     return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor, _of_torch)
+
+
+def _places(path: Path) -> Mapping[str, Stored]:
+    """Where a safetensors file, whose header was checked when it was opened, has the numbers of its tensors."""
+    with path.open("rb") as file:
+        (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+        header = json.loads(file.read(length))
+    return {
+        name: Stored(
+            dtype=_NUMPY_READS[facts["dtype"]],
+            shape=tuple(facts["shape"]),
+            start=_HEADER_LENGTH.size + length + facts["data_offsets"][0],
+        )
+        for name, facts in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _open_zip(path: Path) -> tuple[Shapes, Read]:
@@ -167,13 +189,9 @@ def _open_zip(path: Path) -> tuple[Shapes, Read]:
     _check_zip(path)
     saved = torch_zip.content_of(path)
     if saved is not None and (stored := _plain(saved)) is not None:
-        places: dict[str, torch_zip.Stored] = stored
-
-        def mapped() -> Callable[[str], Array]:
-            numbers = torch_zip.mapped(path)
-            return lambda name: numbers(places[name])
-
-        return {name: tensor.shape for name, tensor in places.items()}, _reader(path, mapped, _widened)
+        places: dict[str, Stored] = stored
+        shapes = {name: tensor.shape for name, tensor in places.items()}
+        return shapes, _reader(path, lambda: mapped_tensors.mapped(path, places), _widened)
     require("export", "torch")
     import torch
 
@@ -278,9 +296,9 @@ def _check_zip(path: Path) -> None:
         ) from None
 
 
-def _plain(saved: Any) -> dict[str, torch_zip.Stored] | None:
+def _plain(saved: Any) -> dict[str, Stored] | None:
     try:
-        return _tensors(saved, torch_zip.Stored)
+        return _tensors(saved, Stored)
     except ValueError:
         return None  # torch says the same in the words that are known
 

@@ -14,12 +14,11 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoexport.spec import Array
+from dinoexport.weights.mapped_tensors import Stored, numpy_dtype
 
 # Storage class -> NumPy's name of its numbers, for those that are floating point.
 _DTYPES = {
@@ -30,20 +29,6 @@ _DTYPES = {
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LOCAL_START = b"PK\x03\x04"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor of the file: where its numbers begin, in bytes, and what they are. dtype: NumPy's name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def count(self) -> int:
-        """The number of its elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,30 +62,6 @@ def content_of(path: Path) -> Any | None:
         return None
 
 
-def mapped(path: Path) -> Callable[[Stored], Array]:
-    """Maps the file again; returns a function that gives a tensor's numbers as stored."""
-    import numpy as np
-
-    with path.open("rb") as file:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # PyTorch warns about read-only arrays
-
-    def numbers(tensor: Stored) -> Array:
-        array: Array = np.frombuffer(whole, _numpy_dtype(tensor.dtype), tensor.count, tensor.start)
-        return array.reshape(tensor.shape)
-
-    return numbers
-
-
-def _numpy_dtype(name: str) -> Any:
-    import numpy as np
-
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes  # onnx depends on it; it has the dtypes that NumPy lacks
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
 class _Unpickler(pickle.Unpickler):
     """Finds four names only; any other name ends the reading."""
 
@@ -126,7 +87,7 @@ class _Unpickler(pickle.Unpickler):
             raise _NotPlain
         start, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(self._whole, entry.header_offset)
         begin = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        size = count * _numpy_dtype(_DTYPES[storage]).itemsize
+        size = count * numpy_dtype(_DTYPES[storage]).itemsize
         if start != _LOCAL_START or entry.compress_type != zipfile.ZIP_STORED or not 0 <= size <= entry.file_size:
             raise _NotPlain
         if begin + size > len(self._whole):
@@ -155,7 +116,7 @@ def _tensor(
     )
     if not in_order or offset + math.prod(shape) > storage.count:
         raise _NotPlain
-    item = int(np.dtype(_numpy_dtype(storage.dtype)).itemsize)
+    item = int(np.dtype(numpy_dtype(storage.dtype)).itemsize)
     return Stored(dtype=storage.dtype, shape=tuple(shape), start=storage.start + offset * item)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from dinoexport import bundle
 from dinoexport.embed import local, run
 from dinoexport.embed.embedder import Embedder, Job
-from dinoexport.embed.local import Task
+from dinoexport.embed.local import ShardTask
 from dinoexport.embed.plan import SUCCESS
 from dinoexport.engines import builder
 from dinoexport.pipeline import compile_bundle as compiling
@@ -127,13 +127,13 @@ def _compiles(source: Path | None, capability: str) -> Callable[[Path], None]:
     return work
 
 
-def _header(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.Engine:
+def _header(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.BuiltEngine:
     """`builder.build` without a compiler, the same plan each time."""
     wanted = tuple(asked["compute_capabilities"])
     return plans.written(graph, folder, capabilities=wanted, content=wanted[0].encode() * 40)
 
 
-def _in_this_process(job: Job, tasks: Sequence[Task], *, finished: Any, ticked: Any, **_: Any) -> None:
+def _in_this_process(job: Job, tasks: Sequence[ShardTask], *, finished: Any, ticked: Any, **_: Any) -> None:
     """`local.run` without processes of its own, so that every file operation of a worker is one of this process."""
     embedder = Embedder(job)
     for task in tasks:

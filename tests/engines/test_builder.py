@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Graph]:
     return exported(TINY, Precision.FP16, tmp_path_factory.mktemp("tiny"))
 
 
-def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any) -> builder.Engine:
+def built(path: Path, graph: Graph, folder: Path, *targets: str, **changes: Any) -> builder.BuiltEngine:
     """The TensorRT-RTX engine for `targets`, over the graph's whole range unless `changes` say otherwise."""
     settings = {"runtime": Runtime.TENSORRT_RTX, "profiles": [profiles.profile("whole", graph, {})]} | changes
     return builder.build(path, graph, folder, compute_capabilities=targets, **settings)

@@ -103,7 +103,7 @@ def test_attentions_are_counted_as_onnx_shows_them(built: Path) -> None:
     assert onnx_file.attention_count(built / "model.onnx") == sum(node.op_type == "Softmax" for node in nodes) == 3
 
 
-def fake_plan(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.Engine:
+def fake_plan(onnx: Path, graph: Any, folder: Path, **asked: Any) -> builder.BuiltEngine:
     """`builder.build` without a compiler, another plan each time."""
     return plans.written(graph, folder, capabilities=tuple(asked["compute_capabilities"]), content=os.urandom(100))
 

@@ -63,7 +63,7 @@ def inputs_of(model: Any, images: Path) -> dict[str, Any]:
     return {case.name: case.inputs for case in model.cases_from(images, progress=silent) if isinstance(case, Case)}
 
 
-def tokens(folder: Path, found: tuple[examples.Example, ...], inputs: dict[str, Any], *, mean: bool) -> Any:
+def tokens(folder: Path, found: tuple[examples.LabelledImage, ...], inputs: dict[str, Any], *, mean: bool) -> Any:
     """The bundle's own features of images, one image at a time."""
     graph = bundle.read_manifest(folder).graphs[0]
     run = ort.open_graph(folder / graph.file, graph.graph())
@@ -176,8 +176,8 @@ def test_features_are_computed_once(
     assert len(ran) == 1
 
 
-def example(name: str, label: str, digest: str) -> examples.Example:
-    return examples.Example(name=name, label=label, digest=digest)
+def example(name: str, label: str, digest: str) -> examples.LabelledImage:
+    return examples.LabelledImage(name=name, label=label, digest=digest)
 
 
 def test_a_planted_leak_is_caught() -> None:

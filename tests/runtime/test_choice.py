@@ -91,7 +91,7 @@ def test_the_usual_order_of_four_bits_is_another() -> None:
     four = [replace(way, precision=Precision.INT4) for way in (SLOW, FAST)]
     same = Latencies(samples_ms=(30.0,) * 5, cpu_samples_ms=(60.0,) * 5)
     for ways, first in ((four, four[1]), ([FAST, SLOW], SLOW)):
-        assert choice.choose(dict.fromkeys(ways, same)) == choice.Chosen(way=first, basis="usual")
+        assert choice.choose(dict.fromkeys(ways, same)) == choice.ChosenWay(way=first, basis="usual")
 
 
 def test_what_was_chosen_when_it_was_quiet_decides(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import uvicorn
 from dinoexport.models.llama.prompts import LlamaPrompts
 from dinoexport.serving.openai import app, sources
 from dinoexport.text import generation, requests, tokenizer
-from dinoexport.text.requests import TextModel
+from dinoexport.text.requests import OpenTextModel
 from tests.text import tiny
 
 CHATML = LlamaPrompts(bos="", eos="<|im_end|>", chat_format="chatml", system="Be brief.")
@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     run = Paced()
     decoder = tiny.decoder_of(run)
     words = tokenizer.load(tiny.tokenizer_json(tmp_path_factory.mktemp("tiny")))
-    model = TextModel(tokenizer=words, decoder=decoder, prompts=CHATML)
+    model = OpenTextModel(tokenizer=words, decoder=decoder, prompts=CHATML)
     source = sources.LocalSource("tiny", model)
     with running(source) as url:
         yield SimpleNamespace(

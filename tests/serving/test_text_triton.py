@@ -52,7 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(built: Path) -> requests.TextModel:
+def model(built: Path) -> requests.OpenTextModel:
     return text_model.open_bundle(built)
 
 
@@ -69,7 +69,7 @@ def served(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         server.kill(gently=True)
 
 
-def written(model: requests.TextModel, **values) -> generation.Written:
+def written(model: requests.OpenTextModel, **values) -> generation.Written:
     return list(generation.write(model.tokenizer, model.decoder, model.task(requests.parse(values))))[-1]
 
 
@@ -82,7 +82,7 @@ def test_the_tokenizer_is_a_file_of_the_bundle(built: Path) -> None:
     assert "tokenizer.json" in (built / "sbom.cdx.json").read_text()
 
 
-def test_it_writes_what_pytorch_chose(built: Path, model: requests.TextModel) -> None:
+def test_it_writes_what_pytorch_chose(built: Path, model: requests.OpenTextModel) -> None:
     reference = reference_file.read(built / bundle.REFERENCE)
     case = next(e for e in reference.expectations if e.case.name == "two_prompts")
     for row, wanted in zip(case.case.inputs["tokens"], case.outputs["rollout"], strict=True):
@@ -90,7 +90,7 @@ def test_it_writes_what_pytorch_chose(built: Path, model: requests.TextModel) ->
         assert written(model, prompt_ids=ids, max_tokens=6).ids == tuple(int(i) for i in wanted)
 
 
-def test_generate(built: Path, model: requests.TextModel) -> None:
+def test_generate(built: Path, model: requests.OpenTextModel) -> None:
     def run(*words: str, **options) -> str:
         result = CliRunner().invoke(cli.app, ["generate", str(built), *words], **options)
         assert result.exit_code == 0, result.stderr
@@ -152,7 +152,7 @@ def test_a_bundle_without_a_tokenizer_says_so(built: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.triton
-def test_generate_and_generate_stream(served: Server, model: requests.TextModel) -> None:
+def test_generate_and_generate_stream(served: Server, model: requests.OpenTextModel) -> None:
     wanted = written(model, prompt="hello world", max_tokens=30)
     body = {"prompt": "hello world", "max_tokens": 30}
     for asked in (body, body | {"stream": False}):
@@ -169,7 +169,7 @@ def test_generate_and_generate_stream(served: Server, model: requests.TextModel)
 
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_clients(served: Server, model: requests.TextModel, protocol: str) -> None:
+def test_clients(served: Server, model: requests.OpenTextModel, protocol: str) -> None:
     client = TextClient(getattr(served, protocol), model="words")
     for values in (
         {"prompt": PROMPTS[3], "max_tokens": 25},
@@ -194,7 +194,7 @@ def test_clients(served: Server, model: requests.TextModel, protocol: str) -> No
 
 
 @pytest.mark.triton
-def test_many_at_once(served: Server, model: requests.TextModel) -> None:
+def test_many_at_once(served: Server, model: requests.OpenTextModel) -> None:
     """Twelve clients, unequal prompts and lengths, over four places: each gets what it gets alone."""
     asked = [{"prompt": PROMPTS[i % 4] * (1 + i % 3), "max_tokens": 10 + 5 * (i % 5)} for i in range(12)]
     client = TextClient(served.http, model="words")
@@ -310,7 +310,7 @@ def test_a_gap_tells_rounding_from_damage() -> None:
 
 
 @pytest.mark.triton
-def test_openai_in_front(served: Server, model: requests.TextModel) -> None:
+def test_openai_in_front(served: Server, model: requests.OpenTextModel) -> None:
     import openai
 
     with running(sources.TritonSource(TextClient(served.http, model="words"))) as url:
@@ -333,7 +333,7 @@ def test_openai_in_front(served: Server, model: requests.TextModel) -> None:
 
 
 @pytest.mark.triton
-def test_a_killed_process_is_told_and_healed(served: Server, model: requests.TextModel) -> None:
+def test_a_killed_process_is_told_and_healed(served: Server, model: requests.OpenTextModel) -> None:
     """The server calls the model ready for ever; `check --quick` does not."""
     (stub,) = served.stubs("words")
     os.kill(stub, signal.SIGKILL)

@@ -29,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(built: Path) -> requests.TextModel:
+def model(built: Path) -> requests.OpenTextModel:
     return text_model.open_bundle(built)
 
 
@@ -71,7 +71,7 @@ def test_a_tokenizer_that_is_not_the_listed_one(built: Path, tmp_path: Path, how
     assert sum(path.stat().st_blocks for path in tmp_path.rglob("*")) < 1 << 17  # of 512 bytes: no terabyte was copied
 
 
-def test_a_tokenizer_that_is_not_listed_is_not_used(built: Path, tmp_path: Path, model: requests.TextModel) -> None:
+def test_a_tokenizer_that_is_not_listed_is_not_used(built: Path, tmp_path: Path, model: requests.OpenTextModel) -> None:
     """`tokenizer.model` has precedence where weights are read; in a bundle the manifest alone decides."""
     place = copied(built, tmp_path)
     (place / tokenizer.SENTENCEPIECE).write_bytes(b"not listed")

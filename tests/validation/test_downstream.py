@@ -13,7 +13,7 @@ from dinoexport.config.limits import Limit, Limits, load_validation
 from dinoexport.images import Preprocessing
 from dinoexport.models.dinov2.uses import ImageUses
 from dinoexport.validation import downstream, judge
-from dinoexport.validation.downstream import Agreement, Item, Measure, neighbours_for
+from dinoexport.validation.downstream import Agreement, ItemFeatures, Measure, neighbours_for
 
 REASON = "a limit of the tests, for what they know"
 SHIPPED = load_validation("dinov2", beside=None)[0].limits
@@ -33,10 +33,12 @@ def limits(**least: float) -> Limits:
     return NO_LIMITS.model_copy(update={name: Limit(value=value, reason=REASON) for name, value in least.items()})
 
 
-def items(exact: Any, ours: Any, labels: Sequence[str] | None = None, matched: Sequence[float] = ()) -> list[Item]:
+def items(
+    exact: Any, ours: Any, labels: Sequence[str] | None = None, matched: Sequence[float] = ()
+) -> list[ItemFeatures]:
     """Items with vectors `exact` (N, D) from PyTorch and `ours` from the candidate; w is v again, squared."""
     return [
-        Item(
+        ItemFeatures(
             name=f"{i:03}.png",
             label=labels[i] if labels else "",
             reference={"v": exact[i].astype(np.float32), "w": exact[i].astype(np.float32) ** 2},
@@ -51,7 +53,7 @@ def measured(found: Agreement) -> dict[str, Measure]:
     return {measure.figure: measure for measure in found.measures}
 
 
-def of(some: Sequence[Item], held_to: Limits = NO_LIMITS) -> Agreement:
+def of(some: Sequence[ItemFeatures], held_to: Limits = NO_LIMITS) -> Agreement:
     return downstream.agreement(ByVector(), some, held_to)  # type: ignore[arg-type]
 
 

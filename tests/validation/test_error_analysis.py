@@ -12,14 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
+from dinoexport.cli import formatting
 from dinoexport.config.limits import Limit, Limits
 from dinoexport.errors import ValidationFailed
 from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline
-from dinoexport.spec import Case, Graph, Precision, silent
+from dinoexport.spec import Case, Graph, Precision, Runtime, Way, silent
 from dinoexport.validation import error_analysis, validate_bundle
 from dinoexport.weights.checkpoint import open_checkpoint
-from tests.conftest import DATA
+from tests.conftest import DATA, as_if_chosen
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
 OVERFLOW = "synthetic-stress:0:100000"
@@ -165,6 +166,22 @@ def test_explain_of_a_bundle_that_passes(tmp_path: Path) -> None:
     assert validated.report.passed and validated.growth is not None and validated.growth.leaves is None
     shown = CliRunner().invoke(cli.app, ["validate", str(out), "--explain"]).stdout
     assert "as expected everywhere" in shown and "times median" in shown
+
+
+@pytest.mark.parametrize(("asked", "ran"), [(None, Runtime.OPENVINO), (Runtime.ONNXRUNTIME, Runtime.ONNXRUNTIME)])
+def test_explain_is_about_the_runtime_that_was_asked_for(
+    asked: Runtime | None, ran: Runtime, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    chosen = Way(runtime=Runtime.OPENVINO, precision=Precision.FP32, threads=1)
+    other = as_if_chosen(tiny_bundle, tmp_path / "other", chosen)
+    validated = validate_bundle.validate(other, runtime=asked, explained=True)
+    assert validated.way is not None and validated.way.runtime is ran
+    (line,) = formatting.explained(validated.report, validated.growth, validated.way)
+    if ran is Runtime.OPENVINO:
+        assert validated.growth is None and line.startswith("Inner values were not compared: OpenVINO ran")
+    else:
+        assert validated.growth is not None and line == "The error is as expected everywhere."
 
 
 def limits(relative_l2: float, times: float | None = None) -> Limits:

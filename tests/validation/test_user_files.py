@@ -358,7 +358,7 @@ def test_a_missed_limit_fails_the_verb_and_names_the_images(
     right = user_files._item
     exchanged: dict[str, Arrays] = {}
 
-    def wrong(*args: Any) -> downstream.Item:
+    def wrong(*args: Any) -> downstream.ItemFeatures:
         item = right(*args)
         exchanged[item.name] = item.candidate
         if item.name == "dogs/11.png":
@@ -456,7 +456,7 @@ def test_the_page_shows_the_images_that_differ(
     right = user_files._item
     page = tmp_path / "page.html"
 
-    def wrong(*args: Any) -> downstream.Item:
+    def wrong(*args: Any) -> downstream.ItemFeatures:
         item = right(*args)
         if item.name == "dogs/11.png":
             flipped = {name: -vector for name, vector in item.candidate.items()}

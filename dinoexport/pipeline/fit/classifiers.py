@@ -44,7 +44,7 @@ class Fitted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class HeldOutScores:
     """The classifier's accuracy on images it was not fitted on. interval: Wilson's, 95 %.
 
     recall: by class. counts: images by class. confusions: (image, its class, the class it was given, with which
@@ -87,7 +87,9 @@ def probabilities(kind: HeadKind, fitted: Fitted, features_ND: Array) -> Array:
     return summed
 
 
-def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], classes: Sequence[str]) -> Held:
+def judge(
+    probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], classes: Sequence[str]
+) -> HeldOutScores:
     """Evaluates the probabilities of held-out images; `names` are the images'."""
     given = [classes[k] for k in probabilities_NK.argmax(axis=1)]
     counts = Counter(labels)
@@ -98,7 +100,7 @@ def judge(probabilities_NK: Array, labels: Sequence[str], names: Sequence[str], 
         for name, true, ours, best in zip(names, labels, given, probabilities_NK.max(axis=1), strict=True)
         if true != ours
     ]
-    return Held(
+    return HeldOutScores(
         images=len(labels),
         right=right,
         accuracy=right / len(labels),

@@ -25,7 +25,7 @@ _NAMED_MAX = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class LabelledImage:
     """One image. name: its path below the folder. digest: the SHA-256 of its file."""
 
     name: str
@@ -38,8 +38,8 @@ class Examples:
     """All usable images of a folder in two shares. said: notes for the user about them."""
 
     classes: tuple[str, ...]
-    fitted: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    fitted: tuple[LabelledImage, ...]
+    held_out: tuple[LabelledImage, ...]
     said: tuple[str, ...]
 
     @property
@@ -68,14 +68,14 @@ def read(model: CaseSource, folder: Path, *, seed: int, progress: Progress = sil
     image in two classes; each names what is wrong.
     """
     check_folder(folder)
-    found: list[Example] = []
+    found: list[LabelledImage] = []
     skipped: list[str] = []
     for case in model.cases_from(folder, progress=progress):
         if isinstance(case, str):
             skipped.append(case.removeprefix(f"{folder}{os.sep}"))  # the notes are part of the bundle
             continue
         digest = files.sha256(folder / untrusted.check_name(case.name))  # which its class is a part of
-        found.append(Example(name=case.name, label=case.label, digest=digest))
+        found.append(LabelledImage(name=case.name, label=case.label, digest=digest))
     if outside := [example.name for example in found if not example.label]:
         raise UsageError(
             f"{listed(outside)} of {folder} are in no subfolder, so they have no class.",
@@ -112,9 +112,9 @@ def _refuse_few(folder: Path, classes: Sequence[str]) -> NoReturn:
     raise UsageError(f"{folder} has {had}.", next_step="A classifier needs at least two subfolders of images.")
 
 
-def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[LabelledImage], *, seed: int) -> tuple[list[LabelledImage], list[LabelledImage]]:
     """(fitted, held out) by class; raises UsageError that names the classes with one image."""
-    by_class: dict[str, dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
+    by_class: dict[str, dict[str, list[LabelledImage]]] = defaultdict(lambda: defaultdict(list))
     for example in examples:
         by_class[example.label][example.digest].append(example)
     if single := sorted(label for label, groups in by_class.items() if len(groups) < 2):
@@ -122,8 +122,8 @@ def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], lis
             f"{listed(single)}: a class with one image cannot be both fitted and held out.",
             next_step="Add images, or leave the class out.",
         )
-    fitted: list[Example] = []
-    held_out: list[Example] = []
+    fitted: list[LabelledImage] = []
+    held_out: list[LabelledImage] = []
     for label in sorted(by_class):
         groups = by_class[label]
         shuffled = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
@@ -133,7 +133,7 @@ def split(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], lis
     return fitted, held_out
 
 
-def refuse_leak(fitted: Sequence[Example], held_out: Sequence[Example]) -> None:
+def refuse_leak(fitted: Sequence[LabelledImage], held_out: Sequence[LabelledImage]) -> None:
     """Raises UsageError if an image is in both shares: accuracy on fitted images says nothing about new images."""
     both = {example.digest for example in fitted} & {example.digest for example in held_out}
     if both:
@@ -144,7 +144,7 @@ def refuse_leak(fitted: Sequence[Example], held_out: Sequence[Example]) -> None:
         )
 
 
-def _refuse_two_labels(examples: Sequence[Example]) -> None:
+def _refuse_two_labels(examples: Sequence[LabelledImage]) -> None:
     labels: dict[str, dict[str, str]] = defaultdict(dict)
     for example in examples:
         labels[example.digest].setdefault(example.label, example.name)

@@ -10,7 +10,7 @@ from typing import Any
 from dinoexport.bundle import Manifest, archive
 from dinoexport.errors import UsageError
 from dinoexport.family import Model
-from dinoexport.pipeline.fit.examples import Example
+from dinoexport.pipeline.fit.examples import LabelledImage
 from dinoexport.pipeline.workspace import key_of
 from dinoexport.runtime import runners
 from dinoexport.spec import Array, Arrays, Candidate, Progress, silent
@@ -28,7 +28,7 @@ def of_images(
     images: Path,
     candidate: Candidate,
     manifest: Manifest,
-    wanted: Sequence[Example],
+    wanted: Sequence[LabelledImage],
     progress: Progress,
 ) -> dict[str, dict[str, Array]]:
     """Image's digest -> the features of all kinds, float32; cached, so that another head takes only seconds.

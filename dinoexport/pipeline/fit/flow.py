@@ -16,8 +16,8 @@ from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed, require
 from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, examples, features, publishing
-from dinoexport.pipeline.fit.classifiers import HeadKind, Held
-from dinoexport.pipeline.fit.examples import Example, Examples
+from dinoexport.pipeline.fit.classifiers import HeadKind, HeldOutScores
+from dinoexport.pipeline.fit.examples import Examples, LabelledImage
 from dinoexport.pipeline.workspace import check_place
 from dinoexport.report import html_report
 from dinoexport.runtime import runners
@@ -78,7 +78,7 @@ def _fitted(
     by_image = features.of_images(model, images, candidate, manifest, (*found.fitted, *found.held_out), progress)
     order = {label: k for k, label in enumerate(found.classes)}
 
-    def joined(of: Sequence[Example]) -> Array:
+    def joined(of: Sequence[LabelledImage]) -> Array:
         import numpy as np
 
         return np.stack([np.concatenate([by_image[e.digest][features.name_of(read)] for read in reads]) for e in of])
@@ -143,7 +143,7 @@ def _replaced(target: Path, found: Examples, *, force: bool) -> tuple[str, ...]:
     return ()
 
 
-def _confused(model: Model, images: Path, held: Held) -> tuple[Picture, ...]:
+def _confused(model: Model, images: Path, held: HeldOutScores) -> tuple[Picture, ...]:
     """The held-out images that were given another class, worst first, as pictures that say so."""
     worst = {name: (true, given, share) for name, true, given, share in held.confusions[:_SHOWN_MAX]}
     uses, drawn = model.uses, {}

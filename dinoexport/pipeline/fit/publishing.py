@@ -18,7 +18,7 @@ from dinoexport.config.recipe import Recipe
 from dinoexport.errors import ValidationFailed
 from dinoexport.family import Model
 from dinoexport.pipeline.fit import classifiers, fitted_graph
-from dinoexport.pipeline.fit.classifiers import Fitted, HeadKind, Held
+from dinoexport.pipeline.fit.classifiers import Fitted, HeadKind, HeldOutScores
 from dinoexport.pipeline.fit.examples import Examples
 from dinoexport.pipeline.stages.judge import record_verdict
 from dinoexport.pipeline.stages.report import list_materials
@@ -44,7 +44,7 @@ class FittedBundle:
 
     folder: Path
     manifest: Manifest
-    held: Held
+    held: HeldOutScores
     report: Report
     said: tuple[str, ...]
 
@@ -56,7 +56,7 @@ def publish(
     recipe: Recipe,
     found: Examples,
     fitted: Fitted,
-    held: Held,
+    held: HeldOutScores,
     confused: Sequence[Picture],
     reads: Sequence[tuple[str, str]],
     kind: HeadKind,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError, require
 from dinoexport.serving.openai import schema
-from dinoexport.serving.openai.schema import Shape
+from dinoexport.serving.openai.schema import ResponseShape
 from dinoexport.serving.openai.sources import Items, Source
 from dinoexport.serving.text_client import Ended
 from dinoexport.spec import closest
@@ -101,7 +101,7 @@ async def _answered(
             raise UsageError(
                 f"There is no model {asked!r}.{closest(str(asked), [source.name])}", next_step=f"Ask {source.name}."
             )
-        shape = Shape(source.name, chat=chat)
+        shape = ResponseShape(source.name, chat=chat)
         events = source.stream(values_of(body))
         if body.get("stream"):
             # Waits for the first item, so that a refusal can still have its own status.
@@ -150,7 +150,7 @@ async def _while_there(request: Request, wanted: Awaitable[T]) -> T:
     return waiting.result()
 
 
-async def _lines(shape: Shape, first: str | Ended, events: Items, *, counted: bool) -> AsyncIterator[str]:
+async def _lines(shape: ResponseShape, first: str | Ended, events: Items, *, counted: bool) -> AsyncIterator[str]:
     """Server-sent events. An error after the first event is sent as an event."""
     async with aclosing(events):
         try:

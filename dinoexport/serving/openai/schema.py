@@ -81,7 +81,7 @@ def _check(body: Mapping[str, Any], known: set[str]) -> None:
         raise InputRefused(f"{key} is not supported with this value.", next_step="Leave it out.")
 
 
-class Shape:
+class ResponseShape:
     """One answer in OpenAI's format. chat: of a conversation; if false, of a completion."""
 
     def __init__(self, model: str, *, chat: bool) -> None:

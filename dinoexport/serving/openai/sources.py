@@ -20,7 +20,7 @@ from dinoexport.serving.deadline import EventLines, StreamBounds
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.text import requests
 from dinoexport.text.generation import Written
-from dinoexport.text.requests import TextModel
+from dinoexport.text.requests import OpenTextModel
 from dinoexport.text.service import Service
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Source(Protocol):
 class LocalSource:
     """A model opened in this process, and the thread that generates with it."""
 
-    def __init__(self, name: str, model: TextModel) -> None:
+    def __init__(self, name: str, model: OpenTextModel) -> None:
         self.name, self._model = name, model
         self._service = Service(model.tokenizer, model.decoder)
 

@@ -33,8 +33,8 @@ from dinoexport.runtime.sizes import shapes_of
 from dinoexport.serving.triton import model_files, releases, repository_state, served_models, text_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.releases import Release, Releases
-from dinoexport.serving.triton.served_models import BACKENDS, Backend, Plan, TritonModel
-from dinoexport.spec import Precision, Progress, closest, silent
+from dinoexport.serving.triton.served_models import BACKENDS, Backend, TensorRTPlan, TritonModel
+from dinoexport.spec import Precision, Progress, Runtime, closest, silent
 from dinoexport.system import change_steps, changes, files
 from dinoexport.system.change_steps import Step
 from dinoexport.system.changes import Change
@@ -180,15 +180,13 @@ def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Seque
     for size in sizes:
         for graph in graphs:
             shapes_of(size, graph)
-    return manifest.model_copy(
-        update={"recipe": {**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]}}
-    )
+    return manifest.changed(recipe={**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]})
 
 
 def _note(manifest: Manifest) -> str:
     """A note if a CPU bundle has a precision only in OpenVINO, and Triton's ONNX Runtime will run it."""
     chosen = manifest.cpu.chosen if manifest.cpu else None
-    if chosen is None or chosen.runtime != "openvino" or chosen.precision is Precision.FP32:
+    if chosen is None or chosen.runtime is not Runtime.OPENVINO or chosen.precision is Precision.FP32:
         return ""
     return (
         f"this bundle has {chosen.precision} in OpenVINO; ONNX Runtime, which Triton runs it in, computes it in fp32. "
@@ -283,7 +281,7 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _chosen(backend: Backend | None, plans: Sequence[Plan]) -> Backend:
+def _chosen(backend: Backend | None, plans: Sequence[TensorRTPlan]) -> Backend:
     if backend is None:
         return "tensorrt_plan" if plans else "onnxruntime"
     if backend not in BACKENDS:
@@ -323,7 +321,7 @@ def _chosen_for_text(backend: Backend | None) -> Backend:
     return "python"
 
 
-def _refuse_unloadable(plans: Sequence[Plan], triton: str | None) -> None:
+def _refuse_unloadable(plans: Sequence[TensorRTPlan], triton: str | None) -> None:
     """Raises UsageError for a plan that Triton, or the Triton in the image `triton`, cannot load."""
     if stripped := [plan.file for plan in plans if plan.stripped]:
         raise UsageError(

@@ -28,7 +28,7 @@ _QUEUE_TIMEOUT_US = int(1e6 * batching.QUEUE_TIMEOUT_S)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TensorRTPlan:
     """A classic TensorRT plan in a bundle. profiles: for each, the batch it is tuned for and the largest it takes.
 
     version_compatible: it holds its own runtime, for servers started with
@@ -55,10 +55,10 @@ class TritonModel:
     warmup: Mapping[str, Array] = field(default_factory=dict)
 
 
-def plans_of(manifest: Manifest) -> tuple[Plan, ...]:
+def plans_of(manifest: Manifest) -> tuple[TensorRTPlan, ...]:
     """The bundle's classic plans. Only this function knows how a manifest describes an engine."""
     return tuple(
-        Plan(
+        TensorRTPlan(
             file=engine.file,
             graph=engine.graph,
             tensorrt_version=engine.runtime_version,
@@ -179,7 +179,7 @@ def _most_likely(graph: Graph, items: Sequence[Arrays]) -> Arrays:
     return min(items, key=lambda item: abs(math.log(_size(item) / wanted)))
 
 
-def _plan_batching(plans: Sequence[Plan], largest: int) -> tuple[int, Batching]:
+def _plan_batching(plans: Sequence[TensorRTPlan], largest: int) -> tuple[int, Batching]:
     """The largest batch that every plan takes, at most `largest`, and the sizes their profiles are tuned for."""
     largest = min(largest, *(max(most for _, most in plan.profiles) for plan in plans))
     tuned = tuple(sorted({opt for plan in plans for opt, _ in plan.profiles}))
@@ -187,7 +187,7 @@ def _plan_batching(plans: Sequence[Plan], largest: int) -> tuple[int, Batching]:
     return largest, batching.unmeasured(tuned, why, largest)
 
 
-def _plan_entries(plans: Sequence[Plan]) -> tuple[list[Entry], dict[str, str]]:
+def _plan_entries(plans: Sequence[TensorRTPlan]) -> tuple[list[Entry], dict[str, str]]:
     """Backend and instances for plans, one for each compute capability."""
     flag = "the server needs --backend-config=tensorrt,version-compatible=true"
     why = flag if any(plan.version_compatible for plan in plans) else ""
