@@ -353,7 +353,7 @@ def _refuse_others(
 ) -> None:
     """A source at another path is the same if its listing is the same."""
     if plan.settings.images != wanted.images:
-        moved = wanted.model_copy(update={"images": plan.settings.images})
+        moved = wanted.changed(images=plan.settings.images)
         plans.refuse_others(plan, moved, shards, place)
         if plans.listing_hash(open_source(images), progress) == plan.listing_sha256:
             return

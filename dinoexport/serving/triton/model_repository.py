@@ -180,9 +180,7 @@ def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Seque
     for size in sizes:
         for graph in graphs:
             shapes_of(size, graph)
-    return manifest.model_copy(
-        update={"recipe": {**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]}}
-    )
+    return manifest.changed(recipe={**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]})
 
 
 def _note(manifest: Manifest) -> str:
