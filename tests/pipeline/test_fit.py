@@ -174,6 +174,9 @@ def test_features_are_computed_once(
     Image.new("RGB", (30, 30), "red").save(folder / "rocket" / "new.png")
     flow.fit(features, folder, kind="knn", out=tmp_path / "third")
     assert len(ran) == 1
+    monkeypatch.setattr(of_images.cpu, "title", lambda runtime: "another version of the runtime")
+    flow.fit(features, folder, kind="knn", out=tmp_path / "fourth")
+    assert len(ran) > 2, "another version may give other features, so all are computed again"
 
 
 def example(name: str, label: str, digest: str) -> examples.LabelledImage:
