@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoexport import bundle
 from dinoexport.bundle import Manifest, reference_file
 from dinoexport.errors import MissingRequirement, ValidationFailed
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.runtime import Opened, cpu, runners
 from dinoexport.runtime.sizes import Budget, Specialised
 from dinoexport.spec import Candidate, Graph, Way
@@ -28,7 +28,9 @@ def prove(candidate: Candidate, folder: Path, name: str) -> None:
         )
 
 
-def opened(folder: Path, manifest: Manifest, model: Model, threads: int, forms: Sequence[str]) -> tuple[Candidate, str]:
+def opened(
+    folder: Path, manifest: Manifest, model: Runnable, threads: int, forms: Sequence[str]
+) -> tuple[Candidate, str]:
     """The bundle's engines if this machine runs them, else its graphs with forms for these sizes; and their name."""
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
     if manifest.engines:

@@ -10,7 +10,7 @@ from typing import Any
 from dinoexport import family
 from dinoexport.bundle import Manifest, archive
 from dinoexport.errors import UsageError
-from dinoexport.family import Model
+from dinoexport.family import CaseSource
 from dinoexport.pipeline.fit.examples import LabelledImage
 from dinoexport.pipeline.workspace import key_of
 from dinoexport.runtime import cpu, runners
@@ -25,7 +25,7 @@ def name_of(read: tuple[str, str]) -> str:
 
 
 def of_images(
-    model: Model,
+    model: CaseSource,
     images: Path,
     candidate: Candidate,
     manifest: Manifest,
