@@ -80,10 +80,8 @@ class Bundle:
 
         record: whether `validate` may write its result into the manifest.
         """
-        self.folder = folder
-        self.manifest = manifest
-        self._threads = threads
-        self._device = device
+        self.folder, self.manifest = folder, manifest
+        self._threads, self._device = threads, device
         self._trusted, self._seen, self._record = trusted, seen, record
         self._recipe = parse(Recipe, manifest.recipe, where=f"the recipe in {bundle.MANIFEST}")
         self._model: Model = family.find(manifest.family).model(self._recipe)
@@ -141,6 +139,7 @@ class Bundle:
         *,
         images: str | PathLike[str] | None = None,
         weights: str | None = None,
+        head_weights: str | None = None,
         reference: Judge = "plain",
         progress: Progress = silent,
     ) -> Validated:
@@ -150,6 +149,7 @@ class Bundle:
             images: A folder of images to compare with PyTorch on, instead of the reference in the bundle. Needs torch
                 and the weights.
             weights: Where the weights of the bundle are, if not where the manifest says.
+            head_weights: The same of its head's.
             reference: Whose code computes PyTorch's outputs for `images`: "plain" or "hub".
             progress: Called with (what is done, units done, units in all).
 
@@ -166,6 +166,7 @@ class Bundle:
             self.folder,
             images=None if images is None else Path(images),
             weights=weights,
+            head_weights=head_weights,
             runtime=self._runtime(),
             judge_code=reference,
             trust_plan=self._trusted,
@@ -319,6 +320,8 @@ def build(
     variant: str | PathLike[str] | None = None,
     *,
     weights: str | PathLike[str] | None = None,
+    head: str | None = None,
+    head_weights: str | PathLike[str] | None = None,
     prefix: str | None = None,
     precision: str | None = None,
     target: str | None = None,
@@ -338,6 +341,8 @@ def build(
     Args:
         variant: A shipped variant, or the path of a recipe. None: made from the weights and the files beside them.
         weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
+        head_weights: The head's file, or "synthetic:SEED". None: the published one.
+        head: What turns tokens into depth, labels or classes, as "nyu_dpt". None: the recipe's.
         prefix: The prefix of tensor names that selects one of several models in the file.
         precision: "fp32", "fp16", "bf16", "int8", "int4" or "auto". None: the recipe's, else the target's first.
         target: The machine to build for. None: the GPU of this machine, else "cpu".
@@ -363,6 +368,8 @@ def build(
         request = pipeline.build_request(
             None if variant is None else str(variant),
             weights=None if weights is None else str(weights),
+            head=head,
+            head_weights=None if head_weights is None else str(head_weights),
             prefix=prefix,
             precision="auto" if precision == "auto" else _member(Precision, "precision", precision),
             target=target,

@@ -275,7 +275,7 @@ def _pytorch(
 
 
 def _is_here(source: str) -> bool:
-    return source.startswith(SYNTHETIC) or Path(source).is_file()
+    return source.startswith(SYNTHETIC) or Path(source).is_file() or Path(source).is_dir()
 
 
 def gemm() -> Callable[[], object]:

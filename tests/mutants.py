@@ -1,9 +1,9 @@
 """Random single-point mutants of the package, and whether the tests notice: `make mutants` (MUTANTS=40 SEED=0).
 
-A mutant is one changed comparison, boolean operator, constant or dropped `not`. The quick tests of the files that name
-the mutated module run on it, then all quick ones, then all that mirror its package, until one fails. What survives is
-printed with its line: either a test is missing, or the code does nothing. The tree itself is never touched: each mutant
-lives in a copy.
+A mutant is one changed comparison, boolean operator, constant or dropped `not`. The quick tests that run its line run
+on it, or all quick ones where the line runs when the module is imported, then all tests that mirror its package, until
+one fails. What survives is printed with its line: either a test is missing, or the code does nothing. The tree itself
+is never touched: each mutant lives in a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import ast
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -20,18 +19,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from coverage import Coverage, CoverageData
+
 ROOT = Path(__file__).parents[1]
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
 }  # fmt: skip
-SECONDS_MAX = 1200
+SECONDS_MAX = 1800
 # What make sets up beside the code.
 ENVIRONMENTS = (".venv", ".triton", ".text", ".interop", ".tensorrt-bindings")
 
 
-def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+def mutations(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
     """Every place that can be changed: the node, and which change."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -62,21 +63,35 @@ def mutate(node: ast.AST, change: str) -> None:
         node.value = not node.value if isinstance(node.value, bool) else node.value + 1
 
 
-def stages(module: Path) -> list[list[str]]:
-    """The tests to run on a mutant of `module`, those that most likely notice it first.
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """As a plugin of pytest under coverage: what runs from now on, fixtures too, is of this test."""
+    running = Coverage.current()
+    if running is not None:
+        running.switch_context(nodeid)
 
-    The quick ones of the files that name it, every quick test, then all of the nearest folder that mirrors its package.
-    """
+
+def who_runs_what(place: Path) -> CoverageData:
+    """Which quick test runs which line; a line that runs at import is of the test without a name."""
+    settings = place / "coveragerc"
+    settings.write_text(f"[run]\nsource = dinoexport\ndata_file = {place / 'lines'}\n")
+    command = ["-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "--quick", "-q", "-p", "tests.mutants"]
+    # A test that fails under coverage, which is slow, still shows what it runs.
+    subprocess.run([sys.executable, *command, "tests"], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    found = CoverageData(str(place / "lines"))
+    found.read()
+    return found
+
+
+def stages(module: Path, lines: set[int], runners: CoverageData) -> list[list[str]]:
+    """The tests to run on a mutant of these lines of `module`, those that most likely notice it first."""
     package = Path("tests", *module.parts[1:-1])
     while not (ROOT / package).is_dir():
         package = package.parent
-    place = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
-    parent, _, stem = place.rpartition(".")
-    naming = re.compile(rf"from {re.escape(parent)} import .*\b{stem}\b|\b{re.escape(place)}\b")
-    named = [path for path in (ROOT / "tests").rglob("test_*.py") if naming.search(path.read_text())]
-    named.sort(key=lambda path: (not path.stem.startswith(f"test_{stem}"), path))
-    first = [["--quick", *(str(path.relative_to(ROOT)) for path in named)]] if named else []
-    return [*first, ["--quick", "tests"], *([[str(package)]] if package != Path("tests") else [])]
+    by_line = runners.contexts_by_lineno(str(ROOT / module))
+    tests = sorted({test for line in lines for test in by_line.get(line, [])})
+    quick = [["--quick", "tests"]] if "" in tests else [["--quick", *tests]] if tests else []
+    here = (path.relative_to(ROOT) for path in (ROOT / package).glob("test_*.py"))
+    return [*quick, [str(package)] if package != Path("tests") else sorted(map(str, here))]
 
 
 def copy_tree(to: Path) -> None:
@@ -128,16 +143,20 @@ def main() -> None:
     ]
     sample = chance.sample(places, min(wanted.count, len(places)))
     survivors = 0
+    with tempfile.TemporaryDirectory() as place:
+        runners = who_runs_what(Path(place))
     for module, index in sample:
         tree = ast.parse((ROOT / module).read_text())
         node, change = list(mutations(tree))[index]
-        line = getattr(node, "lineno", 0)
+        line = node.lineno
+        # A line of a statement of several lines need not be one that Python counts.
+        lines = {line, max(s.lineno for s in ast.walk(tree) if isinstance(s, ast.stmt) and node in ast.walk(s))}
         mutate(node, change)
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "copy"
             copy_tree(copy)
             (copy / module).write_text(ast.unparse(ast.fix_missing_locations(tree)))
-            by = next(filter(None, (killer(copy, tests) for tests in stages(module))), "")
+            by = next(filter(None, (killer(copy, tests) for tests in stages(module, lines, runners))), "")
         survivors += not by
         source = (ROOT / module).read_text().splitlines()[line - 1].strip()
         said = f"killed by {by}" if by else "SURVIVED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 import dinoexport
-from dinoexport import api, bundle, images
+from dinoexport import api, bundle, cli, images
 from dinoexport.bundle import reference_file
 from dinoexport.config import resources
 from dinoexport.errors import InputRefused, MissingRequirement, UsageError, ValidationFailed
@@ -307,15 +309,37 @@ def test_build_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(ValidationFailed):
         dinoexport.build(
-            "vits14", weights="w.pth", precision="auto", target="a100", runtime="tensorrt", profiles=["latency"],
+            "vits14", weights="w.pth", head="linear", head_weights=tmp_path / "h.pth", precision="auto",
+            target="a100", runtime="tensorrt", profiles=["latency"],
             preset="max", out=str(tmp_path), force=True, keep_rejected=True, reference="hub", progress=progress,
         )  # fmt: skip
     assert asked == {
-        "variant": "vits14", "weights": "w.pth", "prefix": None, "precision": "auto", "target": "a100",
-        "runtime": "tensorrt",
+        "variant": "vits14", "weights": "w.pth", "head": "linear", "head_weights": str(tmp_path / "h.pth"),
+        "prefix": None, "precision": "auto", "target": "a100", "runtime": "tensorrt",
         "engine_choices": {"profiles": ("latency",), "preset": "max"}, "out": tmp_path, "judge_code": "hub",
         "force": True, "keep_rejected": True, "progress": progress,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "function", "other"),
+    [
+        # What only the command line prints or asks for; a key is opened with `bundle.signing`.
+        ("build", dinoexport.build, {"profile": "profiles", "as_json": "", "dry_run": "", "sign": ""}),
+        # `load` has the runtime's place, `device`, and verifies; growth and pages are for people to read.
+        (
+            "validate", dinoexport.Bundle.validate,
+            {"bundle": "self", "runtime": "", "verify": "", "trust_plan": "", "page": "", "explain": "", "sign": "",
+             "as_json": ""},
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_command_takes_its_function_takes(verb: str, function: Any, other: dict[str, str]) -> None:
+    """An option that a command gets must be decided about here too."""
+    group: Any = typer.main.get_command(cli.app)
+    options = [other.get(parameter.name, parameter.name) for parameter in group.commands[verb].params]
+    assert len(options) > 8
+    assert [name for name in options if name and name not in inspect.signature(function).parameters] == []
 
 
 def test_no_torch_no_onnx_no_network(folder: Path) -> None:

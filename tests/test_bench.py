@@ -139,6 +139,8 @@ def test_without_torch_or_weights_pytorch_is_left_out_and_said(folder: Path, mon
     request = pipeline.build_request(TINY)
     ask, why = bench._pytorch(folder, request.model, request.recipe, absent, (None, None), silent)
     assert ask is None and "--weights" in why
+    here = {str(folder): True, str(folder / "manifest.json"): True, "/dev/full": False, str(folder / "none"): False}
+    assert {place: bench._is_here(place) for place in here} == here, "weights may be a folder"
 
 
 @pytest.mark.parametrize("weights", ["/dev/full", "none.pth"])

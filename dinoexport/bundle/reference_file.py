@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -54,6 +54,11 @@ class Reference:
     expectations: tuple[Expectation, ...]
     refusals: tuple[Case, ...]
     kinds: Mapping[str, tuple[OutputKind, str]] = field(default_factory=dict)
+
+    def smallest(self) -> Reference:
+        """The case with the least input alone, compared as in the whole."""
+        cheapest = min(self.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
+        return replace(self, expectations=(cheapest,), refusals=())
 
 
 def write(path: Path, reference: Reference) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoexport import bundle
 from dinoexport.bundle import Manifest, reference_file
 from dinoexport.errors import MissingRequirement, ValidationFailed
-from dinoexport.family import Model
+from dinoexport.family import Runnable
 from dinoexport.runtime import Opened, cpu, runners
 from dinoexport.runtime.sizes import Budget, Specialised
 from dinoexport.spec import Candidate, Graph, Way
@@ -19,18 +19,18 @@ from dinoexport.validation import evaluate
 
 def prove(candidate: Candidate, folder: Path, name: str) -> None:
     """Raises ValidationFailed unless this machine gives PyTorch's outputs on the bundle's smallest case."""
-    reference = reference_file.read(folder / bundle.REFERENCE)
-    smallest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
-    alone = type(reference)(name=reference.name, limits=reference.limits, expectations=(smallest,), refusals=())
-    report = evaluate.judged(candidate, alone, name)
+    reference = reference_file.read(folder / bundle.REFERENCE).smallest()
+    report = evaluate.judged(candidate, reference, name)
     if not report.passed and not report.not_covered:
         raise ValidationFailed(
-            f"On this machine the bundle does not give PyTorch's outputs (case {smallest.case.name}).",
+            f"On this machine the bundle does not give PyTorch's outputs (case {reference.expectations[0].case.name}).",
             next_step=f"dinoexport validate {folder} shows by how much.",
         )
 
 
-def opened(folder: Path, manifest: Manifest, model: Model, threads: int, forms: Sequence[str]) -> tuple[Candidate, str]:
+def opened(
+    folder: Path, manifest: Manifest, model: Runnable, threads: int, forms: Sequence[str]
+) -> tuple[Candidate, str]:
     """The bundle's engines if this machine runs them, else its graphs with forms for these sizes; and their name."""
     graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
     if manifest.engines:

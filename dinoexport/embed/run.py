@@ -23,7 +23,7 @@ from dinoexport.embed.local import ShardTask
 from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
 from dinoexport.errors import UsageError, ValidationFailed, require
-from dinoexport.family import FrontEnd, Model, PreparesSizes
+from dinoexport.family import FrontEnd, PreparesSizes, Servable
 from dinoexport.runtime.sizes import dims_of, shapes_of
 from dinoexport.spec import Graph, Progress, silent
 from dinoexport.system import store
@@ -323,7 +323,7 @@ def _settings(
     )
 
 
-def _named_sizes(model: Model, graph: Graph, size: str) -> FrontEnd:
+def _named_sizes(model: Servable, graph: Graph, size: str) -> FrontEnd:
     """The preparation at sizes that the user names; UsageError for one that the graph does not take."""
     if not isinstance(model, PreparesSizes):
         raise UsageError("This bundle's model prepares images at its own size only.", next_step="Leave --size out.")
@@ -353,7 +353,7 @@ def _refuse_others(
 ) -> None:
     """A source at another path is the same if its listing is the same."""
     if plan.settings.images != wanted.images:
-        moved = wanted.model_copy(update={"images": plan.settings.images})
+        moved = wanted.changed(images=plan.settings.images)
         plans.refuse_others(plan, moved, shards, place)
         if plans.listing_hash(open_source(images), progress) == plan.listing_sha256:
             return

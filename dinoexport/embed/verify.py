@@ -164,4 +164,4 @@ def _widened(limits: Limits, dtype: str) -> Limits:
         name: Limit(value=min(getattr(limits, name).value, floor), reason=reason)
         for name in ("cosine_mean_min", "cosine_p01_min", "cosine_worst_min")
     }
-    return limits.model_copy(update=changes)
+    return limits.changed(**changes)

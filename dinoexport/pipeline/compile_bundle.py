@@ -102,15 +102,16 @@ def compile_bundle(
             raise _rejected(out or folder, verdict.report)
         kept.pop(_ENGINE, None)
         made = {**kept, _ENGINE: stage}
-        changed = manifest.model_copy(
-            update={
-                "target": request.target.name,
-                "engines": verdict.facts,
-                "versions": manifest.versions | _versions(request.runtime),
-            }
-        )
         bundle.check_same(folder, seen)  # what was compiled and judged is what was checked
-        changed, notes = _publish(work, made, changed, signer)
+        changed, notes = _publish(
+            work,
+            made,
+            manifest,
+            signer,
+            target=request.target.name,
+            engines=verdict.facts,
+            versions=manifest.versions | _versions(request.runtime),
+        )
     return Compiled(folder=work.out, manifest=changed, engines=verdict, reused=stage.reused, notes=notes)
 
 
@@ -149,14 +150,15 @@ def merge(
 
         key = key_of(engines=[engine.model_dump(mode="json") for engine in renamed])
         stage = work.stage(_ENGINE, key, collect)
-        changed = manifests[0].model_copy(
-            update={
-                "engines": tuple(renamed),
-                "target": " + ".join(dict.fromkeys(manifest.target for manifest in manifests)),
-                "versions": manifests[1].versions | manifests[0].versions,
-            }
+        changed, notes = _publish(
+            work,
+            {**kept, _ENGINE: stage},
+            manifests[0],
+            signer,
+            engines=tuple(renamed),
+            target=" + ".join(dict.fromkeys(manifest.target for manifest in manifests)),
+            versions=manifests[1].versions | manifests[0].versions,
         )
-        changed, notes = _publish(work, {**kept, _ENGINE: stage}, changed, signer)
     return Compiled(folder=work.out, manifest=changed, engines=evaluate.NO_ENGINE, reused=False, notes=notes)
 
 
@@ -248,15 +250,17 @@ def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]
 
 
 def _publish(
-    work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None
+    work: Workspace, made: Mapping[str, Stage], manifest: Manifest, signer: Signer | None, **changes: Any
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Publishes the stages with a new bill of materials, if the package that writes it is installed."""
-    manifest = manifest.model_copy(
-        update={
-            "files": tuple(file for stage in made.values() for file in stage.files),
-            "stage_keys": {name: stage.key for name, stage in made.items()},
-            "created": datetime.now(UTC),
-        }
+    """Publishes the stages with a new bill of materials, if the package that writes it is installed.
+
+    changes: of the manifest's fields, which hold only together with the stages' files.
+    """
+    manifest = manifest.changed(
+        **changes,
+        files=tuple(file for stage in made.values() for file in stage.files),
+        stage_keys={name: stage.key for name, stage in made.items()},
+        created=datetime.now(UTC),
     )
     notes: tuple[str, ...] = ()
     if find_spec("cyclonedx") is None:
@@ -316,7 +320,7 @@ def _for_cards(engine: EngineFacts) -> EngineFacts:
     """The engine under a name that states its cards; an engine that has such a name keeps it."""
     cards = "_".join(f"sm{capability.replace('.', '')}" for capability in engine.compute_capabilities)
     stem, suffix = f"{engine.graph}.{cards}", Path(engine.file).suffix
-    return engine.model_copy(update={"file": f"{stem}{suffix}", "log": f"{stem}{suffix}.log"})
+    return engine.changed(file=f"{stem}{suffix}", log=f"{stem}{suffix}.log")
 
 
 def _check_distinct(engines: Sequence[EngineFacts]) -> None:

@@ -15,7 +15,7 @@ from dinoexport.config.recipe import EngineChoices, Recipe, load, parse
 from dinoexport.config.target import Chosen, Target
 from dinoexport.engines import profiles
 from dinoexport.errors import UsageError
-from dinoexport.family import HasEngineForm, Model
+from dinoexport.family import Exportable, HasEngineForm, Model
 from dinoexport.runtime import sizes
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import CPU_RUNTIMES, Case, Graph, Precision, Profile, Progress, Runtime, silent
@@ -154,7 +154,7 @@ def _size_cases(recipe: Recipe, model: Model, cases: Sequence[Case], folder: Pat
     return tuple(found)
 
 
-def engine_request(recipe: Recipe, model: Model, chosen: Chosen, gpus: Sequence[Gpu]) -> EngineRequest | None:
+def engine_request(recipe: Recipe, model: Exportable, chosen: Chosen, gpus: Sequence[Gpu]) -> EngineRequest | None:
     """The engines of `recipe` for the chosen target; None if its runtime runs the ONNX itself.
 
     A classic plan consists of kernels measured on the first of `gpus`; TensorRT-RTX compiles without a GPU.

@@ -23,6 +23,7 @@ from dinoexport.runtime import check_inputs, weight_streaming
 from dinoexport.runtime.cuda import Buffers, Cuda
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Profile, Runtime
+from dinoexport.system import hardware
 
 _DOCTOR = "dinoexport doctor shows what this machine has."
 # A name that no tensor has.
@@ -34,10 +35,10 @@ def load(runtime: Runtime) -> Any:
     try:
         return importlib.import_module(runtime.value)
     except (ImportError, OSError) as error:
+        package = next(filter(hardware.installed, TABLE[runtime].distributions), runtime.value)
         raise MissingRequirement(
             f"{runtime} is installed and cannot be loaded: {error}.",
-            next_step=f"pip install --force-reinstall 'dinoexport[{TABLE[runtime].extra}]', or put its libraries on "
-            "LD_LIBRARY_PATH.",
+            next_step=f"pip install --force-reinstall {package}, or put its libraries on LD_LIBRARY_PATH.",
         ) from None
 
 

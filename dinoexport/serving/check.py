@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dinoexport import bundle, family
 from dinoexport.bundle import reference_file
-from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import UsageError
 from dinoexport.serving import address, text_check
@@ -57,7 +56,7 @@ def check(
     with changes.reading(folder, progress=progress):
         reference = reference_file.read(_reference_of(folder, served))
     if quick:
-        reference = smallest(reference)
+        reference = reference.smallest()
     recipe = parse(Recipe, served.recipe, where="the recipe of the served model")
     drive = family.find(served.family).model(recipe).drive
     latency_ms: list[float] = []
@@ -92,18 +91,12 @@ def _checked_text(client: TextClient, url: str, folder: Path, *, quick: bool, pr
         )
     reference = replace(reference, expectations=asked, refusals=())
     if quick:
-        reference = smallest(reference)
+        reference = reference.smallest()
     started = time.perf_counter()
     name = f"{served.name} {served.version} at {url}"
     report = text_check.judged(client, role, reference, path.parent / served.tokenizer, name, progress=progress)
     each_ms = 1000 * (time.perf_counter() - started) / len(reference.expectations)
     return Checked(model=served.name, report=report, latency_ms={e.case.name: each_ms for e in reference.expectations})
-
-
-def smallest(reference: Reference) -> Reference:
-    """The reference with only its cheapest case."""
-    cheapest = min(reference.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
-    return Reference(name=reference.name, limits=reference.limits, expectations=(cheapest,), refusals=())
 
 
 def _reference_of(folder: Path, served: Served) -> Path:

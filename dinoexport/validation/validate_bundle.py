@@ -18,7 +18,7 @@ from dinoexport.bundle.signing import Signer
 from dinoexport.config.limits import Limits, load_validation
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import MissingRequirement, UsageError, require
-from dinoexport.family import Model
+from dinoexport.family import Model, Runnable
 from dinoexport.runtime import cpu, runners
 from dinoexport.spec import CPU_RUNTIMES, Candidate, Case, Graph, Progress, Runtime, Way, silent
 from dinoexport.validation import evaluate, judge, user_files
@@ -194,7 +194,7 @@ class _Opened:
     one_thread: Callable[[], Candidate] | None = None
 
 
-def _open(folder: Path, manifest: Manifest, model: Model, runtime: Runtime | None, *, trusted: bool) -> _Opened:
+def _open(folder: Path, manifest: Manifest, model: Runnable, runtime: Runtime | None, *, trusted: bool) -> _Opened:
     has = {engine.runtime for engine in manifest.engines} | set(CPU_RUNTIMES)
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")

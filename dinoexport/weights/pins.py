@@ -25,10 +25,10 @@ def with_hash(file: WeightFile, *, progress: Progress) -> WeightFile:
         return file
     pin = _pin(file)
     if (known := _read(pin)) is not None:
-        return file.model_copy(update={"sha256": known})
+        return file.changed(sha256=known)
     path = download.fetch_unknown(file, progress=progress)
     digest = files.sha256(path, progress=progress)
-    pinned = file.model_copy(update={"sha256": digest})
+    pinned = file.changed(sha256=digest)
     place = download.cached_path(pinned)
     with files.disk_errors(place.parent):
         place.parent.mkdir(parents=True, exist_ok=True)

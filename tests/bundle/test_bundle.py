@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -392,7 +393,11 @@ def some_reference() -> Reference:
 
     def case(name: str, **inputs: Any) -> Case:
         why = f"why {name} is asked, naïvely"
-        return Case(name=name, why=why, inputs=inputs, neighbours=name.endswith("3"))
+        return Case(
+            name=name, why=why, inputs=inputs, neighbours=name.endswith("3"), shown=name.endswith("4"),
+            distributions=("logits",) if name.endswith("5") else (),
+            choices={"tokens": "logits"} if name.endswith("5") else {},
+        )  # fmt: skip
 
     expectations = tuple(
         Expectation(
@@ -403,6 +408,7 @@ def some_reference() -> Reference:
             },
             own_error={"class_token": 1.25e-3 * i, "patch_tokens": 2e-3} if i % 2 else {},
             own_outputs={"class_token": np.full((1, 4), i, np.float16)} if i % 3 == 0 else {},
+            leads={"labels": np.full((1, 2), i, np.float32)} if i % 4 == 0 else {},
         )
         for i in range(12)  # more than ten: the arrays of case 1 are not those of case 11
     )
@@ -412,7 +418,8 @@ def some_reference() -> Reference:
         inputs={"images": numbers.randint(0, 256, (1, 5, 5, 3), dtype=np.uint8), "flag": np.array(3, np.int64)},
         expect_refusal=True,
     )
-    return Reference(name="PyTorch, for a test", limits=LIMITS, expectations=expectations, refusals=(odd,))
+    kinds: Any = {"labels": ("labels", "patch_logits"), "depth": ("depth", "")}
+    return Reference(name="PyTorch, for a test", limits=LIMITS, expectations=expectations, refusals=(odd,), kinds=kinds)
 
 
 def same(found: Any, wanted: Any) -> None:
@@ -427,17 +434,27 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
     path = tmp_path / bundle.REFERENCE
     reference_file.write(path, original)
     found = reference_file.read(path)
-    assert (found.name, found.limits) == (original.name, original.limits)
+    assert (found.name, found.limits, found.kinds) == (original.name, original.limits, original.kinds)
     for ours, theirs in zip(found.expectations, original.expectations, strict=True):
         assert (ours.case.name, ours.case.why, ours.case.expect_refusal) == (theirs.case.name, theirs.case.why, False)
-        assert ours.case.neighbours == theirs.case.neighbours
+        assert (ours.case.neighbours, ours.case.shown) == (theirs.case.neighbours, theirs.case.shown)
+        assert (ours.case.distributions, ours.case.choices) == (theirs.case.distributions, theirs.case.choices)
         assert ours.own_error == theirs.own_error
         same(ours.case.inputs, theirs.case.inputs)
         same(ours.outputs, theirs.outputs)
         same(ours.own_outputs, theirs.own_outputs)
+        same(ours.leads, theirs.leads)
     for refused, wanted in zip(found.refusals, original.refusals, strict=True):
         assert (refused.name, refused.why, refused.expect_refusal) == (wanted.name, wanted.why, True)
         same(refused.inputs, wanted.inputs)
+
+
+def test_the_smallest_case_is_compared_as_in_the_whole() -> None:
+    """A readiness probe and each worker ask it alone: a depth is still a depth, and a label a label."""
+    whole = some_reference()
+    alone = replace(whole, expectations=whole.expectations[::-1]).smallest()
+    assert [e.case.name for e in alone.expectations] == ["case 0"] and alone.refusals == ()
+    assert (alone.name, alone.limits, alone.kinds) == (whole.name, whole.limits, whole.kinds)
 
 
 def test_the_same_reference_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     openssl("genrsa", "-out", folder / "rsa.pem", "1024")
     openssl("rsa", "-in", folder / "rsa.pem", "-pubout", "-out", folder / "rsa.pub")
     (folder / "text.pem").write_text("no key at all")
+    (folder / "large.pem").write_bytes((folder / "sign.pem").read_bytes() + b"\n" * (1 << 16))
     return folder
 
 
@@ -84,6 +85,7 @@ def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> No
         ("absent.pem", "cannot be read: No such file"), ("sign.pub", "is a public key"),
         ("rsa.pem", "not a private key in PEM"), ("text.pem", "not a private key in PEM"),
         ("bitcoin.pem", "on the curves secp256r1"), ("", "cannot be read: it is a folder"),
+        ("large.pem", "cannot be read: it has .* bytes"),
     ],
 )  # fmt: skip
 def test_what_cannot_sign(keys: Path, key: str, words: str) -> None:

@@ -74,7 +74,7 @@ def test_from_a_bucket_to_a_bucket(server: S3Server, tiny: Path, photos: Path, t
 
 
 def test_no_server_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.remote, "_RETRY_S", 1)
+    monkeypatch.setattr(store.remote, "_RETRY_S", 0.3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
@@ -118,7 +118,7 @@ def test_a_store_that_is_busy_or_breaks_off(monkeypatch: pytest.MonkeyPatch) -> 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Moody)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        monkeypatch.setattr(store.remote, "_RETRY_S", 3)
+        monkeypatch.setattr(store.remote, "_RETRY_S", 2)
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
             "AWS_ACCESS_KEY_ID": "an-id",

@@ -503,6 +503,24 @@ def test_the_crop_keeps_the_top_left() -> None:
     assert np.array_equal(cases.cropped(pictures[:, :28, :42]), pictures[:, :28, :42])
 
 
+@pytest.mark.parametrize("size", [(180, 60), (60, 180)])
+def test_covering_keeps_the_middle(size: tuple[int, int]) -> None:
+    picture = noise(*size)
+    left, top = (size[0] - 60) // 2, (size[1] - 60) // 2
+    expected = np.asarray(picture)[top : top + 60, left : left + 60]
+    assert np.array_equal(Preprocessing().covering(picture, (60, 60)), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_normalised_pixels_are_shown_in_colour(channels: int) -> None:
+    picture = np.random.RandomState(0).randint(0, 256, (1, 5, 7, channels), dtype=np.uint8)
+    preprocessing = Preprocessing(mean=(0.4,) * channels, std=(0.2,) * channels)
+    shown = preprocessing.shown(preprocessing.normalised(picture)[0])
+    expected = np.repeat(picture[0], 3, axis=-1) if channels == 1 else picture[0, ..., :3]
+    assert shown.shape == (5, 7, 3)
+    np.testing.assert_allclose(shown, expected / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b"x", "broken.png": b"x"}])
 def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes], tmp_path: Path) -> None:
     for name, content in files.items():

@@ -21,6 +21,7 @@ from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed, 
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.stages.export import graph_recipe
 from dinoexport.spec import Precision
+from dinoexport.system import untrusted
 from dinoexport.validation import evaluate, validate_bundle
 from tests.conftest import DATA, HEARING_SIGINT
 
@@ -38,9 +39,14 @@ def build_command(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle, built once."""
+    """A tiny bundle, built once. PyTorch's answers are read once for all stages: they are the largest file but one."""
     out = tmp_path_factory.mktemp("built") / "bundle"
-    pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=out))
+    opened: list[str] = []
+    real = untrusted._open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(untrusted, "_open", lambda path, *more: opened.append(path.name) or real(path, *more))
+        pipeline.build(pipeline.build_request(TINY, weights="synthetic:0", out=out))
+    assert opened.count(bundle.REFERENCE) == 2, "hashed when it is written, then read"
     return out
 
 

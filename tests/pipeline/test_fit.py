@@ -24,6 +24,7 @@ from dinoexport.models.dinov2.heads import layouts
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.fit import classifiers, examples, flow, publishing
 from dinoexport.pipeline.fit import features as of_images
+from dinoexport.report import html_report
 from dinoexport.runtime import ort
 from dinoexport.spec import Case, Runtime, silent
 from dinoexport.validation import validate_bundle
@@ -174,6 +175,9 @@ def test_features_are_computed_once(
     Image.new("RGB", (30, 30), "red").save(folder / "rocket" / "new.png")
     flow.fit(features, folder, kind="knn", out=tmp_path / "third")
     assert len(ran) == 1
+    monkeypatch.setattr(of_images.cpu, "title", lambda runtime: "another version of the runtime")
+    flow.fit(features, folder, kind="knn", out=tmp_path / "fourth")
+    assert len(ran) > 2, "another version may give other features, so all are computed again"
 
 
 def example(name: str, label: str, digest: str) -> examples.LabelledImage:
@@ -226,13 +230,19 @@ def test_what_k_nn_cannot_do_is_refused(features: Path, images: Path, tmp_path: 
         flow.fit(features, images, kind="knn", balanced=True, out=tmp_path / "out")
 
 
-def test_the_page_has_the_notes(features: Path, images: Path, tmp_path: Path) -> None:
+def test_the_page_has_the_notes(features: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the folder's own path, which is of the machine and not of the images."""
     folder = tmp_path / "own photographs"
     shutil.copytree(images, folder)
     (folder / "china" / "notes.txt").write_text("no image")
     shutil.copy(folder / "china" / "00.png", folder / "china" / "again.png")
+    drawn: list[Any] = []
+    render = html_report.render
+    monkeypatch.setattr(html_report, "render", lambda *args: drawn.append(args[4]) or render(*args))
     made = flow.fit(features, folder, kind="logreg", out=tmp_path / "fitted")
+    assert {name for e in drawn[0].expectations for name in e.outputs} == {"probabilities", "class_index"}, (
+        "drawn beside the head's own reference, not the backbone's"
+    )
     notes = ("skipped: china/notes.txt", "1 file is a copy of another")
     page = (made.folder / bundle.REPORT_HTML).read_text()
     for found in (made.said, made.manifest.report["fit"]["notes"]):

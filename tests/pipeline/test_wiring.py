@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dinoexport.pipeline import build as pipeline
+from dinoexport.pipeline.stages import engine
 from dinoexport.spec import Precision, Runtime, silent
 from dinoexport.validation.evaluate import EngineVerdict
 
@@ -158,6 +159,25 @@ def test_an_engine_is_compiled_from_the_judged_graph_and_judged_by_the_same_refe
         "model", seen.engine.folder, seen.plain.folder, "stored reference", seen.judged.kept,
     )  # fmt: skip
     assert seen.engine in seen.published.values()
+
+
+def test_engines_are_judged_beside_the_graphs_that_they_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stripped engine takes its weights from the ONNX, which lies in another stage's folder than the engine."""
+    folder, onnx = tmp_path / "engine", tmp_path / "onnx"
+    folder.mkdir()
+    (folder / engine.bundle.ENGINES).write_text('[{"file": "model.plan"}]')
+    facts = SimpleNamespace(file="model.plan")
+    monkeypatch.setattr(engine, "EngineFacts", SimpleNamespace(model_validate=lambda entry: facts))
+    verdict = EngineVerdict(facts=(), report=SimpleNamespace(candidate="TensorRT"))
+    asked: list[Any] = []
+    monkeypatch.setattr(engine.evaluate, "judge_engines", lambda *args, **_: asked.append(args) or verdict)
+    graph = SimpleNamespace(name="model")
+    model, kept = SimpleNamespace(graphs=(graph,)), {"graph": "answers"}
+    assert engine.judge_engines(model, folder, onnx, "reference", kept, progress=silent) is verdict
+    assert asked == [(model, {folder / "model.plan": facts}, {onnx / "model.onnx": graph}, "reference")]
+    assert set(kept) == {"graph", "TensorRT"}
 
 
 def test_automatic_precision_goes_on_with_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ WRONG = {
 def test_a_malformed_answer_is_one_error(endpoint: Endpoint, path: str, kind: str) -> None:
     endpoint.answers[path] = (lambda c: c.close()) if kind == "nothing" else WRONG[kind]
     with pytest.raises(DinoexportError) as caught:
-        ask(endpoint, timeout_s=0.5)
+        ask(endpoint, timeout_s=0.2)
     assert caught.value.message and caught.value.next_step
 
 
@@ -224,7 +224,7 @@ def test_any_json_is_one_error_or_an_answer(endpoint: Endpoint, header: Any, dat
     else:
         endpoint.answers["/v2/repository/index" if where == "index" else "/v2/models/tiny/config"] = response(raw)
     with pytest.raises(DinoexportError):
-        ask(endpoint, timeout_s=0.5)
+        ask(endpoint, timeout_s=0.2)
 
 
 def drip(prefix: bytes, piece: bytes) -> Callable[[socket.socket], None]:

@@ -167,6 +167,17 @@ def test_a_question_without_text_is_refused(served, content: str) -> None:
         served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
 
 
+def test_what_requests_nothing_special_changes_nothing(served) -> None:
+    """Fields that frameworks always send, with their own defaults."""
+    neutral = {
+        "n": 1, "best_of": 1, "echo": False, "logprobs": 0, "frequency_penalty": 0, "presence_penalty": 0,
+        "logit_bias": {}, "user": "someone",
+    }  # fmt: skip
+    plain = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+    first, second = (served.client.completions.create(**plain, **more) for more in ({}, neutral))
+    assert first.choices[0].text == second.choices[0].text
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -176,6 +187,7 @@ def test_a_question_without_text_is_refused(served, content: str) -> None:
         ({"prompt": ["a", "b"]}, "prompt is not a single text"),
         ({"n": 2}, "n is not supported"),
         ({"logprobs": 5}, "logprobs is not supported"),
+        ({"echo": True}, "echo is not supported"),
         ({"suffix": "b"}, "not trained to fill in text"),
         ({"max_tokens": 0}, "max_tokens 0 means nothing"),
         ({"temperature": -1}, "temperature -1 means nothing"),

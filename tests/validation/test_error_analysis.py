@@ -35,7 +35,7 @@ def streams(recipe: str, weights: str) -> list[Any]:
     return [answers[0][name] for name in request.model.probes["model"]]
 
 
-@pytest.mark.parametrize("recipe", ["vits14", TINY, str(DATA / "tiny_swiglu.toml")])
+@pytest.mark.parametrize("recipe", ["vits14", TINY, str(DATA / "tiny_swiglu.toml")], ids=lambda path: Path(path).stem)
 def test_stress_weights_have_massive_activations(recipe: str) -> None:
     """As Sun et al. define them: above 100 and about a thousand times the median, in few channels of few tokens."""
     plain, stressed = streams(recipe, "synthetic:0"), streams(recipe, "synthetic-stress:0")

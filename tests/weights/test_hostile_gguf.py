@@ -24,6 +24,7 @@ KEY = struct.pack("<Q", 1) + b"k"
         START + struct.pack("<QQ", 0, 1 << 60),
         START + struct.pack("<QQ", 1 << 60, 0),
         START + struct.pack("<QQ", 1, 0) + KEY + struct.pack("<I", 1 << 30),
+        START + struct.pack("<QQ", 1, 0) + KEY + struct.pack("<I9QIQ", 9, *[1] * 9, 0, 0),
         START + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1 << 62),
         START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<I", 99),
     ],

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoexport import family
 from dinoexport.bundle import Manifest, archive
 from dinoexport.errors import UsageError
-from dinoexport.family import Model
+from dinoexport.family import CaseSource
 from dinoexport.pipeline.fit.examples import LabelledImage
 from dinoexport.pipeline.workspace import key_of
-from dinoexport.runtime import runners
+from dinoexport.runtime import cpu, runners
 from dinoexport.spec import Array, Arrays, Candidate, Progress, silent
 from dinoexport.system import files
 from dinoexport.system.cache import cache_folder
@@ -24,7 +25,7 @@ def name_of(read: tuple[str, str]) -> str:
 
 
 def of_images(
-    model: Model,
+    model: CaseSource,
     images: Path,
     candidate: Candidate,
     manifest: Manifest,
@@ -35,7 +36,13 @@ def of_images(
 
     Images are decoded one at a time, and only those whose features are not there.
     """
-    key = key_of(graphs=[f.sha256 for f in manifest.files if ".onnx" in f.name], way=str(runners.way_of(manifest)))
+    way = runners.way_of(manifest)
+    key = key_of(
+        graphs=[f.sha256 for f in manifest.files if ".onnx" in f.name],
+        way=str(way),
+        runtime=cpu.title(way.runtime),
+        code=family.code_of(model),  # it prepares the images
+    )
     place = cache_folder() / "features" / key[:32]
     found: dict[str, dict[str, Array]] = {}
     missing: dict[str, str] = {}

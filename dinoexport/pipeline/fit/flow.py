@@ -14,7 +14,7 @@ from dinoexport import bundle, family
 from dinoexport.bundle import Manifest, sbom
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed, require
-from dinoexport.family import Model
+from dinoexport.family import CaseSource, Fittable
 from dinoexport.pipeline.fit import classifiers, examples, features, publishing
 from dinoexport.pipeline.fit.classifiers import HeadKind, HeldOutScores
 from dinoexport.pipeline.fit.examples import Examples, LabelledImage
@@ -106,7 +106,7 @@ def _fitted(
     return replace(made, said=(*replaced, *made.said))
 
 
-def _refuse(folder: Path, manifest: Manifest, model: Model, kind: str) -> None:
+def _refuse(folder: Path, manifest: Manifest, model: Fittable, kind: str) -> None:
     if manifest.verdict != "passed":
         raise ValidationFailed(
             f"{folder} is {manifest.verdict}; a head is fitted only on validated features.",
@@ -143,7 +143,7 @@ def _replaced(target: Path, found: Examples, *, force: bool) -> tuple[str, ...]:
     return ()
 
 
-def _confused(model: Model, images: Path, held: HeldOutScores) -> tuple[Picture, ...]:
+def _confused(model: CaseSource, images: Path, held: HeldOutScores) -> tuple[Picture, ...]:
     """The held-out images that were given another class, worst first, as pictures that say so."""
     worst = {name: (true, given, share) for name, true, given, share in held.confusions[:_SHOWN_MAX]}
     uses, drawn = model.uses, {}

@@ -16,7 +16,7 @@ from dinoexport.bundle.reference_file import Reference
 from dinoexport.config.limits import load_validation
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import ValidationFailed
-from dinoexport.family import Model
+from dinoexport.family import Model, Reported
 from dinoexport.pipeline.fit import classifiers, fitted_graph
 from dinoexport.pipeline.fit.classifiers import Fitted, HeadKind, HeldOutScores
 from dinoexport.pipeline.fit.examples import Examples
@@ -241,7 +241,7 @@ def _manifest(
 def _page(
     work: Workspace,
     manifest: Manifest,
-    model: Model,
+    model: Reported,
     report: Report,
     reference: Reference,
     kept: Mapping[str, html_report.Kept],

@@ -28,7 +28,7 @@ from dinoexport.bundle import Manifest, reference_file, signing
 from dinoexport.config.recipe import Recipe, parse
 from dinoexport.config.target import triton_tags
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
-from dinoexport.family import FrontEnd, Model
+from dinoexport.family import FrontEnd, Model, Runnable, Servable
 from dinoexport.runtime.sizes import shapes_of
 from dinoexport.serving.triton import model_files, releases, repository_state, served_models, text_models
 from dinoexport.serving.triton.model_files import CONFIG
@@ -164,7 +164,7 @@ def deploy(
     )
 
 
-def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Sequence[str]) -> Manifest:
+def _with_sizes(manifest: Manifest, model: Runnable, backend: Backend, sizes: Sequence[str]) -> Manifest:
     """The manifest as it is served, with these sizes beside the recipe's own; UsageError if they cannot have forms."""
     if not sizes:
         return manifest
@@ -180,9 +180,7 @@ def _with_sizes(manifest: Manifest, model: Model, backend: Backend, sizes: Seque
     for size in sizes:
         for graph in graphs:
             shapes_of(size, graph)
-    return manifest.model_copy(
-        update={"recipe": {**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]}}
-    )
+    return manifest.changed(recipe={**manifest.recipe, "sizes": [*manifest.recipe.get("sizes", ()), *sizes]})
 
 
 def _note(manifest: Manifest) -> str:
@@ -298,7 +296,7 @@ def _chosen(backend: Backend | None, plans: Sequence[TensorRTPlan]) -> Backend:
     return backend
 
 
-def _with_answers(model: Model, ends: Sequence[FrontEnd], forms: Sequence[str]) -> list[FrontEnd]:
+def _with_answers(model: Servable, ends: Sequence[FrontEnd], forms: Sequence[str]) -> list[FrontEnd]:
     """Each front end once more for each form; a UsageError for a form that the model does not have."""
     known = model.answer_forms if isinstance(model, family.FinishesAnswers) else ()
     for form in forms:

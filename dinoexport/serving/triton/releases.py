@@ -81,7 +81,7 @@ class Releases(Frozen):
             now = f"version before {self.served[-1]}" if self.served else "version"
             known = ", ".join(str(release.version) for release in self.releases if is_whole(release))
             raise UsageError(f"{self.name} has no {now}.", next_step=f"Versions there are: {known or 'none'}.")
-        return self.model_copy(update={"served": before})
+        return self.changed(served=before)
 
     def to_bytes(self) -> bytes:
         """The record's content."""

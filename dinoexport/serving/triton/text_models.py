@@ -7,7 +7,7 @@ import dataclasses
 from dinoexport import bundle
 from dinoexport.bundle import Manifest
 from dinoexport.errors import UsageError
-from dinoexport.family import Model
+from dinoexport.family import Servable
 from dinoexport.runtime import runners, text_model
 from dinoexport.serving.triton import text_signature as signature
 from dinoexport.serving.triton.config import Entry, Word, parameter
@@ -15,7 +15,7 @@ from dinoexport.serving.triton.served_models import TritonModel, backend_code, c
 from dinoexport.serving.triton.signature import PARAMETER, Served
 
 
-def tokenizer_of(manifest: Manifest, model: Model) -> str | None:
+def tokenizer_of(manifest: Manifest, model: Servable) -> str | None:
     """The tokenizer of a bundle that generates text; None for a model of another kind.
 
     Raises UsageError for a decoder without a tokenizer: its graph alone would keep no cache between requests.

@@ -98,7 +98,7 @@ class HeadedModel:
         head, image = self.head, graph.inputs[0]
         from_bytes = image.name == "images"
         inside = (graph.inputs[0].name, *self.backbone.probes["model"])
-        plain = replace(self.backbone, choices=self.backbone.choices.model_copy(update={"input": "pixels"}))
+        plain = replace(self.backbone, choices=self.backbone.choices.changed(input="pixels"))
         backbone = plain if head.pads else self.backbone
         (own,) = backbone.graphs
         body = [
