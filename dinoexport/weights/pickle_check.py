@@ -16,6 +16,8 @@ MAX_BYTES = 1 << 26
 _DEPTH_MAX = 16
 _FORBIDDEN = frozenset({"FROZENSET", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"})
 _MARKS = frozenset({"MARK"})
+# The second calls a class's __new__, which allocates as well.
+_CALLS = frozenset({"REDUCE", "NEWOBJ"})
 _TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 _PUTS, _GETS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}), frozenset({"GET", "BINGET", "LONG_BINGET"})
 
@@ -45,7 +47,7 @@ def check(raw: bytes) -> None:
             stack.append(memo.get(argument, _Label()))
         elif name == "GLOBAL":
             stack.append(_Label(name=str(argument).replace(" ", ".")))
-        elif name == "REDUCE":
+        elif name in _CALLS:
             arguments, function = _pop(stack), _pop(stack)
             _check_call(function.name)
             stack.append(_Label(depth=arguments.depth))

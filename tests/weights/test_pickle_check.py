@@ -16,20 +16,28 @@ from dinoexport.errors import WeightsError
 from dinoexport.weights import formats, pickle_check
 
 
-def calling(module: str, name: str, argument: bytes) -> bytes:
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85R."
+def calling(module: str, name: str, argument: bytes, *, call: bytes = b"R") -> bytes:
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + argument + b"\x85" + call + b"."
 
 
-def nested(deep: int) -> bytes:
-    """A dict whose key is a tuple that holds itself twice, so many times over: 2**deep tuples to hash."""
-    return b"\x80\x02}K\x01" + b"q\x00h\x00\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, deep)) + b"K\x01s."
+def nested(deep: int, pair: bytes) -> bytes:
+    """A dict whose key is a tuple that holds itself twice, so many times over: 2**deep tuples to hash.
+
+    pair: the opcodes that make a tuple of twice what is kept under the number `i`.
+    """
+    return b"\x80\x02}K\x01" + b"".join(b"q%c" % i + pair.replace(b"i", b"%c" % i) for i in range(deep)) + b"K\x01s."
 
 
+FIVE_GB = b"\x8a\x05\x00\xf2\x05\x2a\x01"
 HOSTILE = {
-    "bytearray": calling("builtins", "bytearray", b"\x8a\x05\x00\xf2\x05\x2a\x01"),
+    "bytearray": calling("builtins", "bytearray", FIVE_GB),
+    "bytearray of a tuple after a mark": b"\x80\x02cbuiltins\nbytearray\n(" + FIVE_GB + b"tR.",
+    "bytearray as a new object": calling("builtins", "bytearray", FIVE_GB, call=b"\x81"),
     "a storage": calling("torch", "FloatStorage", b"J\x00\xca\x9a\x3b"),
     "a tensor": calling("torch", "FloatTensor", b"J\x00\xca\x9a\x3b"),
-    "tuples in tuples": nested(60),
+    "a new tensor": calling("torch", "FloatTensor", b"J\x00\xca\x9a\x3b", call=b"\x81"),
+    "tuples in tuples": nested(60, b"hi\x86"),
+    "tuples in tuples after marks": nested(60, b"(hihit"),
     "a frozen set": b"\x80\x04(K\x01\x91.",
     "an opcode that is none": b"\x80\x02\xff.",
     "no end": b"\x80\x02K\x01",
