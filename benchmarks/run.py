@@ -140,6 +140,7 @@ def exports(variant: str, work: Path, precision: str, rounds: int = EXPORT_ROUND
                 np.median([mine[0] / ours[0] for mine, ours in zip(taken, samples["dinoexport"], strict=True)])
             ),
             "samples_s": [seconds for seconds, _ in taken],
+            "load": round(os.getloadavg()[1], 1),
         }
         for way, taken in samples.items()
     ]
@@ -201,13 +202,15 @@ def markdown(result: dict[str, Any], picture: str = "") -> str:
         "",
         f"Exports, the last {result['export_date']}: whole processes in turn, {rounds} of each. Median ratio to",
         "ours, median and range of the seconds, highest peak. On a virtual machine pages that nobody had before cost",
-        "many times the others, so read the ratios.",
+        "many times the others, so read the ratios. Load: of the machine in the five minutes before the end, these",
+        "processes included; on two CPUs, more than 2 means that other processes waited too.",
         "",
-        "| variant | precision | export | ratio | s | from | to | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | precision | export | ratio | s | from | to | peak MB | load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['variant']} | {row['precision']} | {row['way']} | {row['ratio']:.2f} | {row['seconds']:.1f} "
-            f"| {min(row['samples_s']):.1f} | {max(row['samples_s']):.1f} | {row['peak_mb']} |"
+            f"| {min(row['samples_s']):.1f} | {max(row['samples_s']):.1f} | {row['peak_mb']} "
+            f"| {row.get('load', '')} |"
             for row in result["export"]
         ),
     ]

@@ -18,18 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dinoexport import bundle, images
+from dinoexport import bundle
 from dinoexport.bundle import reference_file
 from dinoexport.cli import formatting
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
-from dinoexport.images import Preprocessing
-from dinoexport.models.dinov2 import serving
 from dinoexport.pipeline import build as pipeline
 from dinoexport.serving.triton import batching, model_repository, served_models
-from dinoexport.serving.triton.config import Entry, Word, to_text
 from dinoexport.serving.triton.signature import Served
 from dinoexport.spec import Dim, Precision, Runtime, Way
 from dinoexport.system import changes, files, locks
@@ -670,50 +665,6 @@ def test_stripped_and_version_compatible_plans(built: Path, tmp_path: Path, monk
     assert "version-compatible=true" in (tmp_path / "models" / "tiny_swiglu" / "config.pbtxt").read_text()
 
 
-@given(st.text(), st.integers(-(2**31), 2**31 - 1), st.booleans(), st.lists(st.integers(-9, 9), min_size=1))
-def test_any_value_survives_the_text_format(text: str, number: int, flag: bool, numbers: list[int]) -> None:
-    """What is written is what protobuf reads back, whatever a name or a comment holds."""
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    written = to_text(
-        [
-            Entry("name", text, text),
-            Entry("max_batch_size", number, text),
-            Entry("response_cache", (Entry("enable", flag),), text),
-            Entry("input", (Entry("data_type", Word("TYPE_FP32")), Entry("dims", numbers, text))),
-        ]
-    )
-    config = text_format.Parse(written, model_config_pb2.ModelConfig())
-    assert (config.name, config.max_batch_size, config.response_cache.enable) == (text, number, flag)
-    assert list(config.input[0].dims) == numbers
-
-
-def test_batches_that_pay() -> None:
-    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0}, 8, of="x")
-    assert chosen.preferred == (2, 4) and chosen.queue_delay_us == 1000
-    alike = batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x")
-    assert (alike.preferred, alike.queue_delay_us) == ((), 0)
-    assert batching.from_latency({1: 5000.0}, 4, of="x").queue_size == 8  # never less than two full batches
-
-
-@pytest.mark.parametrize(
-    ("latency_ms", "largest"),
-    [
-        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
-        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 41.0, 16: 160.0}, 8),
-        ({1: 35.0, 2: 70.0, 4: 140.0, 8: 280.0, 16: 560.0}, 4),
-        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 4),
-        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
-    ],
-)
-def test_batches_that_win_nothing_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
-    chosen = batching.from_latency(latency_ms, 8, of="x")
-    # With any delay at all Triton would merge past the preferred size whenever it is busy.
-    assert (chosen.preferred, chosen.queue_delay_us) == ((largest,), 0)
-    assert f"larger batches than {largest}" in chosen.queue_delay_why
-
-
 def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:
     graph = bundle.read_manifest(built).graphs[0].graph()
     items = served_models.judged_items(graph, reference_file.read(built / bundle.REFERENCE))
@@ -722,85 +673,6 @@ def test_it_is_measured_with_what_is_most_likely(built: Path) -> None:
         dims = tuple(Dim(name=d.name, min=d.min, opt=side, max=d.max) for d in graph.dims)
         likely = served_models._most_likely(dataclasses.replace(graph, dims=dims), items)
         assert likely["pixels"].shape[-1] == expected
-
-
-def test_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    asked = []
-
-    def run(arrays: Any) -> Any:
-        asked.append(len(arrays["x"]))
-        return {}
-
-    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 6, progress=lambda *_: None)
-    assert list(latency_ms) == [1, 2, 4, 6] and set(asked) == {1, 2, 4, 6}
-    assert all(ms >= 0 for ms in latency_ms.values())
-
-
-def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    calls = iter(range(1000))
-
-    def run(arrays: Any) -> Any:
-        time.sleep(0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0))
-        return {}
-
-    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)
-    assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
-
-
-SIDE = Dim(name="height", min=14, opt=518, max=1022, step=14)
-
-
-def test_sizes_follow_the_histogram() -> None:
-    """Two clusters of real sizes give two sizes, each legal and in its cluster."""
-    real = [(480 + i % 5, 640 + i % 7) for i in range(200)] + [(1080 + i % 5, 1920) for i in range(50)]
-    sizes = serving.sizes_for(real, SIDE, SIDE)
-    assert len(sizes) <= serving.SIZES_MAX
-    assert all(h % 14 == 0 and w % 14 == 0 and 14 <= h <= 1022 and 14 <= w <= 1022 for h, w in sizes)
-    assert serving.nearest((480, 640), sizes) == (476, 630) or serving.nearest((480, 640), sizes) == (476, 644)
-    wide = serving.nearest((1080, 1920), sizes)
-    assert wide[1] == 1022 and abs(wide[1] / wide[0] - 1920 / 1080) < 0.1
-
-
-@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=30))
-def test_sizes_are_always_legal(real: list[tuple[int, int]]) -> None:
-    sizes = serving.sizes_for(real, SIDE, SIDE)
-    assert 1 <= len(sizes) <= serving.SIZES_MAX
-    assert all(h % 14 == 0 and w % 14 == 0 and 14 <= h <= 1022 and 14 <= w <= 1022 for h, w in sizes)
-    for size in real:
-        costs = {each: serving._factor(size, each) for each in sizes}
-        assert costs[serving.nearest(size, sizes)] == min(costs.values())
-
-
-def test_covering_neither_stretches_nor_pads() -> None:
-    from PIL import Image
-
-    picture = Image.new("RGB", (300, 200), (10, 20, 30))
-    assert (Preprocessing().covering(picture, (140, 280)) == (10, 20, 30)).all()
-    halves = Image.fromarray(np.repeat([[[0, 0, 0]], [[200, 200, 200]]], [1, 1], axis=0).astype(np.uint8)).resize(
-        (40, 80), 0
-    )
-    covered = Preprocessing().covering(
-        halves, (28, 28)
-    )  # the middle of a tall image: its two halves meet in the centre
-    assert covered.shape == (28, 28, 3) and (covered[:10] < 20).all() and (covered[-10:] > 180).all()
-
-
-def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
-    from PIL import Image
-
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-        loaded = images.load(tmp_path / "turned.jpg")
-        assert images.size_of(tmp_path / "turned.jpg") == (loaded.height, loaded.width)
-
-
-def test_bytes_are_decoded_as_files_are() -> None:
-    for path in IMAGES.glob("*.*g"):
-        assert np.array_equal(np.asarray(images.decode(path.read_bytes(), named="it")), np.asarray(images.load(path)))
 
 
 def test_command(built: Path, tmp_path: Path) -> None:

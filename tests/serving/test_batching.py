@@ -1,0 +1,81 @@
+"""Triton's configuration: its text, and batches that pay by measured latencies."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinoexport.serving.triton import batching
+from dinoexport.serving.triton.config import Entry, Word, to_text
+
+
+@given(st.text(), st.integers(-(2**31), 2**31 - 1), st.booleans(), st.lists(st.integers(-9, 9), min_size=1))
+def test_any_value_survives_the_text_format(text: str, number: int, flag: bool, numbers: list[int]) -> None:
+    """What is written is what protobuf reads back, whatever a name or a comment holds."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    written = to_text(
+        [
+            Entry("name", text, text),
+            Entry("max_batch_size", number, text),
+            Entry("response_cache", (Entry("enable", flag),), text),
+            Entry("input", (Entry("data_type", Word("TYPE_FP32")), Entry("dims", numbers, text))),
+        ]
+    )
+    config = text_format.Parse(written, model_config_pb2.ModelConfig())
+    assert (config.name, config.max_batch_size, config.response_cache.enable) == (text, number, flag)
+    assert list(config.input[0].dims) == numbers
+
+
+def test_batches_that_pay() -> None:
+    chosen = batching.from_latency({1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0}, 8, of="x")
+    assert chosen.preferred == (2, 4) and chosen.queue_delay_us == 1000
+    alike = batching.from_latency({1: 10.0, 2: 20.0, 4: 40.0}, 4, of="x")
+    assert (alike.preferred, alike.queue_delay_us) == ((), 0)
+    assert batching.from_latency({1: 5000.0}, 4, of="x").queue_size == 8  # never less than two full batches
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "largest"),
+    [
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 80.0}, 4),
+        ({1: 10.0, 2: 12.0, 4: 20.0, 8: 41.0, 16: 160.0}, 8),
+        ({1: 35.0, 2: 70.0, 4: 140.0, 8: 280.0, 16: 560.0}, 4),
+        ({1: 68.0, 2: 133.0, 4: 280.0, 8: 577.0, 16: 1412.0}, 4),
+        ({1: 546.0, 2: 1130.0, 4: 2600.0, 8: 5600.0}, 4),  # twos and fours are never held back
+    ],
+)
+def test_batches_that_win_nothing_do_not_form(latency_ms: dict[int, float], largest: int) -> None:
+    chosen = batching.from_latency(latency_ms, 8, of="x")
+    # With any delay at all Triton would merge past the preferred size whenever it is busy.
+    assert (chosen.preferred, chosen.queue_delay_us) == ((largest,), 0)
+    assert f"larger batches than {largest}" in chosen.queue_delay_why
+
+
+def test_measuring() -> None:
+    asked = []
+
+    def run(arrays: Any) -> Any:
+        asked.append(len(arrays["x"]))
+        return {}
+
+    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 6, progress=lambda *_: None)
+    assert list(latency_ms) == [1, 2, 4, 6] and set(asked) == {1, 2, 4, 6}
+    assert all(ms >= 0 for ms in latency_ms.values())
+
+
+def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for() -> None:
+    calls = iter(range(1000))
+
+    def run(arrays: Any) -> Any:
+        time.sleep(0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0))
+        return {}
+
+    latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)
+    assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
