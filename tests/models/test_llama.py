@@ -272,10 +272,7 @@ def test_decoder_continues_resets_and_reorders(way: Way, exported: Callable[[str
 
 @pytest.mark.parametrize("name", ["tiny_gqa", "other"])
 def test_cache_in_place_is_the_file_s(name: str, exported: Callable[[str], Path]) -> None:
-    """Unequal prompts, chunks on a filled cache, more tokens than there is room for, other sequences, one call.
-
-    Heads of 8, which are rotated before attention, and of 16, which attention rotates.
-    """
+    """Unequal prompts, chunks on a filled cache, more tokens than there is room for, other sequences, one call."""
     (graph,) = model_of(name).graphs
     opened = cpu.open_graphs({exported(name): graph}, ORT)[graph.name]
     plain = decoding.ArrayDecoder(as_in_the_file(exported(name), graph), graph)
