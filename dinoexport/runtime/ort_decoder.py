@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinoexport.errors import BuildError, require
 from dinoexport.runtime import check_inputs, decoding, ort_joined_products, ort_shared_cache, telemetry
-from dinoexport.runtime.ort_shared_cache import ALL_TOKENS, LAST_TOKEN
+from dinoexport.runtime.ort_shared_cache import ALL_TOKENS, COSINES, LAST_TOKEN, SINES
 from dinoexport.spec import Array, Arrays, Graph
 
 # A cache that is full is copied to one with room for so many tokens more; the portable graph copies it at every token.
 _MORE_TOKENS = 256
 
 
-def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
+@dataclass(frozen=True, kw_only=True)
+class SharedCache:
+    """A model that writes into its cache, as bytes.
+
+    frequencies: (K/2,), if it wants the cosines and sines of positions times these.
+    """
+
+    model: bytes
+    frequencies: Array | None
+
+
+def with_shared_cache(path: Path, graph: Graph) -> SharedCache | None:
     """The file at `path` with its cache in place and operators joined; None if it has another form.
 
     Weights are left where they are, but for a copy of those that are joined.
@@ -26,16 +38,20 @@ def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
     model = onnx.load(path, load_external_data=False)
     if not ort_shared_cache.share_cache(model, graph):
         return None
+    frequencies = ort_shared_cache.rotate_inside(model, path.parent)
     ort_joined_products.join_products(model, path.parent)
+    ort_joined_products.join_heads(model)
+    ort_joined_products.sum_blocks_by_product(model)
     ort_joined_products.join_norms(model)
-    return bytes(model.SerializeToString())
+    return SharedCache(model=model.SerializeToString(), frequencies=frequencies)
 
 
 class OrtDecoder:
     """A `decoding.Decoder` of a session `with_shared_cache`; several may use one session."""
 
-    def __init__(self, session: Any, graph: Graph) -> None:
-        self._session, self._graph = session, graph
+    def __init__(self, session: Any, graph: Graph, frequencies: Array | None) -> None:
+        self._session, self._graph, self._frequencies_P = session, graph, frequencies
+        self._first_position = 0  # of which the angles are bound
         self._binding: Any = None
         self._buffers: dict[str, Array] = {}
         self.past_tokens = 0
@@ -53,14 +69,35 @@ class OrtDecoder:
         inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
         decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
         batch, new = input_ids_BT.shape
-        if batch == 1 or new == 1 or not self.past_tokens:
+        # The operator that rotates counts several tokens' positions from the first one's, padding or not.
+        miscounted = self._frequencies_P is not None and new > 1 and not attention_mask_BS[:, -new:].all()
+        if miscounted and not self.past_tokens and attention_mask_BS.any():
+            return self._without_padding(input_ids_BT, attention_mask_BS, keep, first_position)
+        if not miscounted and (batch == 1 or new == 1 or not self.past_tokens):
             return self._run(inputs)
-        # The operator adds several tokens to a past only for one sequence.
+        # It also adds several tokens to a past only for one sequence.
         one_by_one = [
             self._run(decoding.inputs_of(ids, attention_mask_BS[:, : self.past_tokens + 1], 1, first_position))
             for ids in np.split(input_ids_BT, new, axis=1)
         ]
         return np.concatenate(one_by_one[-keep:], axis=1)
+
+    def _without_padding(self, input_ids_BT: Array, attention_mask_BT: Array, keep: int, first_position: int) -> Array:
+        """The first tokens of each sequence by themselves; the cache and the logits of padding are zeros."""
+        import numpy as np
+
+        batch, new = input_ids_BT.shape
+        caches, kept = [], []
+        for row in range(batch):
+            start = int(attention_mask_BT[row].argmax()) if attention_mask_BT[row].any() else new - 1
+            ids, mask = input_ids_BT[row : row + 1, start:], attention_mask_BT[row : row + 1, start:]
+            alone = OrtDecoder(self._session, self._graph, self._frequencies_P)
+            rows = alone._run(decoding.inputs_of(ids, mask, min(keep, new - start), first_position))
+            padding = ((0, 0), (0, 0), (start, 0), (0, 0))
+            caches.append({name: np.pad(array, padding) for name, array in alone.carried().items()})
+            kept.append(np.pad(rows, ((0, 0), ((keep or new) - rows.shape[1], 0), (0, 0))))
+        self.resume({name: np.concatenate([cache[name] for cache in caches]) for name in caches[0]})
+        return np.concatenate(kept)
 
     def whole(self, arrays: Arrays) -> dict[str, Array]:
         """A call of the graph as it is in the file: the cache is an input, and an output with the new tokens."""
@@ -85,7 +122,7 @@ class OrtDecoder:
         onnxruntime = telemetry.onnxruntime()
 
         batch, total = len(inputs[decoding.INPUT_IDS]), inputs[decoding.ATTENTION_MASK].shape[1]
-        self._make_room(batch, total)
+        self._make_room(batch, total, int(inputs[decoding.FIRST_POSITION][0]))
         lengths = {LAST_TOKEN: np.full(batch, total - 1, np.int32), ALL_TOKENS: np.array([total], np.int32)}
         for name, array in {**inputs, **lengths}.items():
             # Bound as a value: for an input with a default the binding knows no type for an array.
@@ -101,11 +138,13 @@ class OrtDecoder:
         logits: Array = self._binding.get_outputs()[-1].numpy()  # bound last
         return logits
 
-    def _make_room(self, batch: int, total: int) -> None:
+    def _make_room(self, batch: int, total: int, first_position: int) -> None:
         """Sees to buffers for so many sequences and tokens, bound as input and output, with the cache in them."""
         import numpy as np
 
         if self._binding is not None and next(iter(self._buffers.values())).shape[2] >= total:
+            if first_position != self._first_position:
+                self._bind_angles(first_position)
             return
         past = self.carried() or decoding.empty_cache(self._graph, batch)
         onnxruntime = telemetry.onnxruntime()
@@ -120,6 +159,22 @@ class OrtDecoder:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)  # the same memory
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(self._graph.carried[name], value)
+        self._bind_angles(first_position)
+
+    def _bind_angles(self, first_position: int) -> None:
+        """Binds cosines and sines of as many positions as the buffers have, from this one on."""
+        import numpy as np
+
+        self._first_position = first_position
+        if self._frequencies_P is None:
+            return
+        room = next(iter(self._buffers.values())).shape[2]
+        # As in the graph: positions and angles are rounded to float32, and their cosines once.
+        positions_S1 = np.arange(room, dtype=np.float32)[:, None] + np.float32(first_position)
+        angles_SP = (positions_S1 * self._frequencies_P).astype(np.float64)
+        for name, function in ((COSINES, np.cos), (SINES, np.sin)):
+            table = function(angles_SP).astype(np.float32)
+            self._binding.bind_ortvalue_input(name, telemetry.onnxruntime().OrtValue.ortvalue_from_numpy(table))
 
     def reset(self) -> None:
         """See `Decoder`."""

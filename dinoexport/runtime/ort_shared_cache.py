@@ -8,12 +8,17 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from dinoexport.spec import Graph
+from dinoexport.runtime.decoding import FIRST_POSITION
+from dinoexport.spec import Array, Graph
 
-LAST_TOKEN, ALL_TOKENS = "seqlens_k", "total_sequence_length"  # the names in onnxruntime-genai's graphs
-_BIAS, _ROOM, _LOWEST = "attention_bias", "room", -3.4e38
+# The names in onnxruntime-genai's graphs.
+LAST_TOKEN, ALL_TOKENS = "seqlens_k", "total_sequence_length"
+COSINES, SINES = "cos_cache", "sin_cache"
+_BIAS, _POSITIONS, _ROOM, _LOWEST = "attention_bias", "positions", "room", -3.4e38
+_ROTATED_MULTIPLE = 16  # heads of another width the operator does not rotate
 
 
 def share_cache(model: Any, graph: Graph) -> bool:
@@ -52,6 +57,56 @@ def share_cache(model: Any, graph: Graph) -> bool:
     model.graph.input.append(helper.make_tensor_value_info(ALL_TOKENS, TensorProto.INT32, [1]))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return True
+
+
+def rotate_inside(model: Any, folder: Path) -> Array | None:
+    """Makes the attention of such a `model`, whose weights lie in `folder`, rotate heads itself.
+
+    Returns the frequencies (K/2,) of the angles; None, and no change, if they are computed in another way. Two float32
+    inputs are new: `COSINES` and `SINES` (room, K/2), of the angles of all positions from the sequences' first on. The
+    graph computes only those of the new tokens, which the operator does not take.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def made(kind: str, name: str) -> Any:
+        node = made_by.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    rotations = [made("RotaryEmbedding", name) for node in attentions for name in node.input[:2]]
+    turns = {tuple(rotary.input[1:3]) if rotary else () for rotary in rotations}
+    cosines, sines = next(iter(turns)) if len(turns) == 1 and all(turns) else ("", "")
+    cosine, sine = made("Cos", cosines), made("Sin", sines)
+    angle = cosine and sine and cosine.input[0] == sine.input[0] and made("Mul", cosine.input[0])
+    shifted = angle and made("Add", angle.input[0])
+    first = shifted and made("Cast", shifted.input[1])
+    if not first or first.input[0] != FIRST_POSITION or angle.input[1] not in constants:
+        return None
+    frequencies_P: Array = numpy_helper.to_array(constants[angle.input[1]], base_dir=str(folder))
+    if 2 * len(frequencies_P) % _ROTATED_MULTIPLE:
+        return None
+    for node in attentions:
+        for i in (0, 1):
+            node.input[i] = made_by[node.input[i]].input[0]
+        for i, name in enumerate((COSINES, SINES, _POSITIONS), start=7):
+            node.input[i] = name
+        node.attribute.append(helper.make_attribute("do_rotary", 1))
+    nodes: list[Any] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if shifted.input[0] in node.output:  # (B, T, 1), without the position of the sequence's first token
+            nodes.append(helper.make_node("Constant", [], ["last_axis"], value_ints=[-1]))
+            nodes.append(helper.make_node("Cast", [shifted.input[0]], [f"{_POSITIONS}/whole"], to=TensorProto.INT64))
+            nodes.append(helper.make_node("Squeeze", [f"{_POSITIONS}/whole", "last_axis"], [_POSITIONS]))
+    read = _read(nodes, {tensor.name for tensor in model.graph.output})
+    del model.graph.node[:]
+    model.graph.node.extend(read)
+    for name in (COSINES, SINES):
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [_ROOM, len(frequencies_P)]))
+    return frequencies_P
 
 
 def _read(nodes: Sequence[Any], names: set[str]) -> list[Any]:
