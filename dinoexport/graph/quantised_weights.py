@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,9 @@ import torch
 
 from dinoexport.errors import ValidationFailed
 from dinoexport.spec import Array, Weight
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 # The share of a block's range that the codes span. 22 candidates were hardly better (SmolLM2-135M, four bits).
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
@@ -119,7 +122,7 @@ class _Made(ir.LazyTensor):
         """How many bytes are held while it is made and written."""
         return max(self.nbytes, self._working_bytes())
 
-    def tofile(self, file: BinaryIO) -> None:
+    def tofile(self, file: SupportsWrite[bytes | memoryview]) -> None:
         """Writes the bytes."""
         file.write(self._evaluate().tobytes())
 
