@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import dinoexport
 from dinoexport import bundle, cli
 from dinoexport.bundle import EngineFacts, Manifest, signing
 from dinoexport.config.recipe import Range
@@ -147,6 +148,26 @@ def test_the_command_line_trusts_a_signature_that_holds_or_the_users_word(
     )
     monkeypatch.setattr(signing, "signed_by", lambda _folder: None)
     assert CliRunner().invoke(cli.app, ["validate", str(tmp_path), *words]).exit_code == 2
+    assert asked == [trusted]
+
+
+@pytest.mark.parametrize(
+    ("words", "trusted"), [({}, False), ({"trust_plan": True}, True), ({"verify": "their.pub"}, True)]
+)
+def test_python_trusts_the_same(
+    words: dict[str, Any], trusted: bool, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def validate(_folder: Path, **settings: Any) -> Any:
+        asked.append(settings["trust_plan"])
+        raise UsageError("enough", next_step="")
+
+    monkeypatch.setattr(validate_bundle, "validate", validate)
+    manifest = bundle.read_manifest(published)
+    monkeypatch.setattr(signing, "verify", lambda *_: signing.Verified(fingerprint="theirs", manifest=manifest))
+    with pytest.raises(UsageError, match="enough"):
+        dinoexport.load(published, **words).validate()
     assert asked == [trusted]
 
 

@@ -136,6 +136,26 @@ def test_what_is_written(built: Path, tmp_path: Path, backend: served_models.Bac
     assert not config.response_cache.enable and not config.instance_group[0].HasField("rate_limiter")
 
 
+@pytest.mark.parametrize(
+    ("target", "backend", "kind"),
+    [("cpu", "onnxruntime", "KIND_CPU"), ("a100", "onnxruntime", "KIND_AUTO"), ("a100", "python", "KIND_CPU")],
+)
+def test_the_kind_of_the_instance(
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    backend: served_models.Backend,
+    kind: str,
+) -> None:
+    """A bundle for a GPU leaves the choice to Triton's ONNX Runtime; the Python backend runs on the CPU."""
+    manifest = bundle.read_manifest(built).changed(target=target)
+    monkeypatch.setattr(bundle, "read_manifest", lambda *_: manifest)
+    model_repository.deploy(built, tmp_path / "models", name="tiny", backend=backend)
+    (group,) = parsed(tmp_path / "models" / "tiny" / "config.pbtxt").instance_group
+    assert group.Kind.Name(group.kind) == kind
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "python"])
 def test_configurations_are_these_to_the_letter(built: Path, tmp_path: Path, backend: served_models.Backend) -> None:
     """`data/served/BACKEND/MODEL.pbtxt`, whose long string of facts is cut: what Triton obeys, and what people read.
