@@ -341,8 +341,8 @@ def build(
     Args:
         variant: A shipped variant, or the path of a recipe. None: made from the weights and the files beside them.
         weights: A checkpoint's path, or "synthetic:SEED". None: the published weights.
-        head_weights: The head's file, or "synthetic:SEED". None: the published one.
         head: What turns tokens into depth, labels or classes, as "nyu_dpt". None: the recipe's.
+        head_weights: The head's file, or "synthetic:SEED". None: the published one.
         prefix: The prefix of tensor names that selects one of several models in the file.
         precision: "fp32", "fp16", "bf16", "int8", "int4" or "auto". None: the recipe's, else the target's first.
         target: The machine to build for. None: the GPU of this machine, else "cpu".

@@ -79,6 +79,8 @@ def who_runs_what(place: Path) -> CoverageData:
     subprocess.run([sys.executable, *command, "tests"], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     found = CoverageData(str(place / "lines"))
     found.read()
+    if not found.measured_contexts() - {""}:
+        raise SystemExit("The quick tests ran nothing under coverage: make quick shows why.")
     return found
 
 
@@ -125,6 +127,8 @@ def killer(copy: Path, tests: list[str]) -> str:
     if ran.returncode in (0, 5):
         return ""
     failed = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if not failed and "ERROR: not found" in ran.stderr:
+        raise SystemExit(f"A test has another name in a copy of the tree: {ran.stderr.strip()[-400:]}")
     return failed[0] if failed else f"pytest itself: {ran.stderr.strip()[-200:]}"
 
 

@@ -133,7 +133,7 @@ class _InTurn:
     """A file that threads write to in turn.
 
     The kernel lets in one of them, and keeps the other in a busy loop on the CPU that would hash or transpose: ViT-g in
-    fp32 took 34 to 40 s of CPU time and 24 to 29 s by the clock; in turn it takes 28 to 30 s and 22 to 23.
+    fp32 took 34 to 50 s of CPU time and 24 to 30 s by the clock; in turn it takes 28 to 30 s and 22 to 23.
     """
 
     def __init__(self, file: FileIO, turn: Lock) -> None:

@@ -157,19 +157,24 @@ def _open_safetensors(path: Path) -> tuple[Shapes, Read]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         plain = {part.get_dtype() for part in slices.values()} <= _NUMPY_READS.keys()
-    except safetensors.SafetensorError as error:
+        places = _places(path) if plain else {}
+    except OSError:
+        raise
+    except Exception as error:  # the package's own, or any for a file that was exchanged since it was checked
         raise WeightsError(
             f"{path} is truncated or no safetensors file ({error}).", next_step="Get the file again."
         ) from None
     if plain:
-        places = _places(path)
         return shapes, _reader(path, lambda: mapped_tensors.mapped(path, places), _widened)
     require("export", "torch")
     return shapes, _reader(path, lambda: safetensors.safe_open(path, framework="pt").get_tensor, _of_torch)
 
 
 def _places(path: Path) -> Mapping[str, Stored]:
-    """Where a safetensors file, whose header was checked when it was opened, has the numbers of its tensors."""
+    """Where a safetensors file, whose header the package has checked, has the numbers of its tensors.
+
+    The package does not give the offsets.
+    """
     with path.open("rb") as file:
         (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
         header = json.loads(file.read(length))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dinoexport.errors import BuildError
-from dinoexport.graph import onnx_writer, tracer
+from dinoexport.graph import onnx_writer, tracer, weights_file
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.stages import export as export_stage
 from dinoexport.system import files
@@ -86,6 +86,18 @@ def test_a_build_takes_over_what_was_traced(tmp_path: Path, monkeypatch: pytest.
     digest = hashlib.sha256((alone / data).read_bytes()).hexdigest()
     assert files.sha256(request.out / data) == digest
     assert {file.name: file.sha256 for file in built.manifest.files}[data] == digest  # hashed while it was written
+
+
+def test_a_file_that_takes_a_piece_at_a_time_gets_all_of_it() -> None:
+    taken = bytearray()
+
+    def write(content: memoryview) -> int:
+        taken.extend(content[:3])
+        return min(3, len(content))
+
+    file: Any = SimpleNamespace(write=write)
+    weights_file._InTurn(file, threading.Lock()).write(b"0123456789")
+    assert taken == b"0123456789"
 
 
 def test_a_large_file_is_hashed_at_its_pace_beside_a_thread_that_computes(tmp_path: Path) -> None:

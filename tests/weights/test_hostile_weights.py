@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dinoexport.errors import WeightsError
+from dinoexport.weights import formats
 from tests.checkpoint_files import FORMATS, Tensors, opened, refused, save_pth, save_safetensors, tiny_state
 
 
@@ -222,3 +223,26 @@ def test_a_zip_whose_entries_overlap_is_not_unpacked(tmp_path: Path, state: Tens
             archive.filelist.append(twin)
         archive.writestr("w/last", b"")  # has the directory written again
     assert "it was not unpacked" in refused(path).message
+
+
+@pytest.mark.parametrize(
+    "others", [b"", b"\x02\0\0\0\0\0\0\0[]", b'\x0f\0\0\0\0\0\0\0{"a": {"b": 1}}', b"\x01\0\0\0\0\0\0\0{"]
+)
+def test_a_safetensors_file_that_is_exchanged_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bytes
+) -> None:
+    import safetensors
+    from safetensors.torch import save_file
+
+    path, real = tmp_path / "w.safetensors", safetensors.safe_open
+    save_file({"a": torch.ones(2)}, path)
+
+    def opening(*args: Any, **settings: Any) -> Any:
+        found = real(*args, **settings)
+        path.unlink()
+        path.write_bytes(others)
+        return found
+
+    monkeypatch.setattr(safetensors, "safe_open", opening)
+    with pytest.raises(WeightsError, match="truncated or no safetensors file"):
+        formats.opened((path,), prefix="", wanted={})
