@@ -161,7 +161,8 @@ def _widened(limits: Limits, dtype: str) -> Limits:
     }
     floor = 1 - _FLOAT16_ROUNDING**2
     changes |= {
-        name: Limit(value=min(getattr(limits, name).value, floor), reason=reason)
+        name: Limit(value=min(limit.value, floor), reason=reason)
         for name in ("cosine_mean_min", "cosine_p01_min", "cosine_worst_min")
+        if (limit := getattr(limits, name)) is not None
     }
     return limits.changed(**changes)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 # The same for blocks with an offset, whose steps and offsets are then fitted to the codes: more candidates lower the
 # error of normally distributed weights from 0.0739 to 0.0734.
-_FITTED_SHRINKS = (1.0, 0.94, 0.88, 0.8)
+_FITTED_SHRINKS = (0.94, 0.88, 0.8)
 # A block's squared error, relative to the square of its step, below which it is kept as it was.
 _EXACT = 1e-8
 # Numbers of a weight that are quantised at a time: a part and its candidates stay in the CPU's cache.
@@ -154,7 +154,7 @@ def with_offset(blocks_NBO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     centred = blocks_NBO - mean.unsqueeze(1)
     best = torch.full_like(span, float("inf"))
     codes, scale, offset = torch.zeros_like(blocks_NBO), best, best
-    for share, steps in ((1.0, 15), *((1.0, n) for n in range(14, 7, -1)), *((s, 15) for s in _FITTED_SHRINKS[1:])):
+    for share, steps in ((1.0, 15), *((1.0, n) for n in range(14, 7, -1)), *((s, 15) for s in _FITTED_SHRINKS)):
         step = (span * (share / steps)).clamp(min=_TINY)
         start = least + span * ((1 - share) / 2)
         tried = ((blocks_NBO - start.unsqueeze(1)) / step.unsqueeze(1)).round_().clamp_(0, 15).sub_(8)

@@ -176,3 +176,14 @@ def test_a_librarys_warning_does_not_steer_the_terminal() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and ran.stderr == "UserWarning: \\x1b[2J\\nerror: forged\\u202e\n", ran.stderr
+
+
+@pytest.mark.parametrize("terminal_there", [True, False])
+def test_a_models_text_keeps_its_lines_and_steers_nothing(
+    terminal_there: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A file or another program gets the text as it is."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal_there)
+    text = "a\tb\n\x1b[2Jc\u202e"
+    terminal.say_text(text)
+    assert capsys.readouterr().out == ("a\tb\n\\x1b[2Jc\\u202e" if terminal_there else text)

@@ -12,6 +12,8 @@ from dinoexport.spec import Weight
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 SEEDS = (0, 1)
+# The shares of a block's range that are tried, without and with an offset.
+SHRINKS, FITTED = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68), (0.94, 0.88, 0.8)
 
 
 def error(blocks: torch.Tensor, widened: torch.Tensor) -> float:
@@ -54,6 +56,39 @@ def test_weights_of_any_value_lose_less_than_with_nearest_rounding(seed: int) ->
     whole_range = error(blocks, ((blocks - least) / step).round() * step + least)
     assert error(blocks, widened(*symmetric(blocks, 4)[:2])) < 0.95 * around_zero
     assert error(blocks, widened(*with_offset(blocks))) < 0.95 * whole_range < 0.95 * around_zero
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_grid_that_is_tried_loses_less(seed: int) -> None:
+    """All of them in NumPy: the whole range in 8 to 15 steps, and shrunk ranges in 15, each fitted by least squares."""
+    blocks = torch.randn(20, 32, 6, generator=torch.Generator().manual_seed(seed)).double()
+    values = blocks.numpy()
+    least, span = values.min(axis=1, keepdims=True), np.ptp(values, axis=1, keepdims=True)
+    errors = []
+    for share, steps in [(1.0, steps) for steps in range(8, 16)] + [(share, 15) for share in FITTED]:
+        codes = ((values - least - span * (1 - share) / 2) / (span * share / steps)).round().clip(0, 15)
+        spread = codes - codes.mean(axis=1, keepdims=True)
+        slope = (spread * values).sum(axis=1, keepdims=True) / (spread**2).sum(axis=1, keepdims=True)
+        lost = values - values.mean(axis=1, keepdims=True) - slope * spread
+        errors.append((lost**2).sum(axis=1))
+    made = (widened(*(part.double() for part in with_offset(blocks))) - blocks).square().sum(dim=1).numpy()
+    assert np.allclose(made, np.min(errors, axis=0), rtol=1e-6)
+    assert len(set(np.argmin(errors, axis=0).ravel())) > len(FITTED) / 2, "none is there in vain"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_scale_that_is_tried_loses_less(bits: int, seed: int) -> None:
+    blocks = torch.randn(20, 32, 6, generator=torch.Generator().manual_seed(seed)).double()
+    values, high = blocks.numpy(), 2 ** (bits - 1) - 1
+    whole = np.abs(values).max(axis=1, keepdims=True) / high
+    errors = [
+        (((values / (whole * shrink)).round().clip(-high, high) * whole * shrink - values) ** 2).sum(axis=1)
+        for shrink in SHRINKS
+    ]
+    codes, scale, _ = symmetric(blocks, bits)
+    made = (widened(codes.double(), scale) - blocks).square().sum(dim=1).numpy()
+    assert np.allclose(made, np.min(errors, axis=0), rtol=1e-6)
 
 
 def test_a_block_of_one_value_is_kept_and_no_scale_is_zero() -> None:

@@ -14,6 +14,7 @@ from dinoexport import family
 from dinoexport.config import recipe as recipes
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import DinoexportError, UsageError, WeightsError
+from dinoexport.models.llama import beside, described
 from dinoexport.models.llama.prompts import MARKERS
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import silent
@@ -71,6 +72,17 @@ def test_the_files_make_the_recipe(layout: str, folders: dict[str, Path]) -> Non
     assert {key: value for key, value in found.recipe.model.items() if key != "tied"} | {"tied": False} == wanted
     assert found.made and found.recipe.licence == "yours" and found.recipe.family == "llama"
     assert list(found.assumed) == (["model.context"] if "meta" in layout else [])
+
+
+@pytest.mark.parametrize(("context", "likely"), [(2, 1), (700, 350), (4096, 1024)])
+def test_a_made_recipe_takes_every_length_up_to_the_context(
+    context: int, likely: int, edited: Callable[..., Path]
+) -> None:
+    recipe = settled(edited("hf", max_position_embeddings=context)).recipe
+    ranges = {name: (size.min, size.opt, size.max) for name, size in recipe.profile.items()}
+    assert ranges == {
+        "batch": (1, 1, 4), "length": (1, 1, min(context, described._LENGTH_MAX)), "past": (0, likely, context - 1),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["meta", "hf", "gguf"])
@@ -161,6 +173,25 @@ def test_another_kind_of_model_is_named(edited: Callable[..., Path]) -> None:
 def test_a_vocabulary_of_minus_one_is_the_embedding_s(edited: Callable[..., Path]) -> None:
     """As Llama 2's params.json have it: the tokenizer was to fill it in."""
     assert settled(edited("meta", vocab_size=-1)).recipe.model["vocabulary"] == ARCH.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("params", "hidden"),
+    [
+        ({"dim": 4096, "multiple_of": 256}, 11008),
+        ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
+        ({"dim": 96, "multiple_of": 1}, 256),
+        ({"dim": 96}, None),
+        ({"multiple_of": 256}, None),
+    ],
+    ids=["Llama 2 7B", "Llama 2 70B", "no rounding", "no multiple", "no width"],
+)
+def test_the_feed_forward_is_as_wide_as_params_say(
+    params: dict[str, Any], hidden: int | None, edited: Callable[..., Path]
+) -> None:
+    """The published widths are those of the weights."""
+    folder = edited("meta", **dict.fromkeys(("dim", "multiple_of", "ffn_dim_multiplier")) | params)
+    assert {fact.key: fact.value for fact in beside.facts(folder)}.get("model.hidden_dim") == hidden
 
 
 def test_what_a_silent_file_means_is_an_assumption(edited: Callable[..., Path]) -> None:

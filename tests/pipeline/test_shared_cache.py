@@ -52,6 +52,15 @@ def test_a_second_machine_makes_nothing(place: store.LocalPlace, tmp_path: Path,
     assert make.calls == 3
 
 
+def test_what_is_taken_is_told_from_its_first_byte(place: store.LocalPlace, tmp_path: Path, monkeypatch: Any) -> None:
+    make = Maker(content=b"graph" * 1000)
+    build(tmp_path / "one", make, SharedCache(place), monkeypatch)
+    told: list[tuple[str, int, int | None]] = []
+    build(tmp_path / "two", make, SharedCache(place), monkeypatch, progress=lambda *words: told.append(words))
+    assert (f"taking model.onnx from {place}", 0, 5000) in told
+    assert all(0 <= done <= total for _, done, total in told if total is not None), told
+
+
 def test_what_is_cheap_is_not_sent(place: store.LocalPlace, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("dinoexport.pipeline.workspace.shared_cache", lambda: SharedCache(place))
     with workspace(tmp_path / "out", force=False, progress=silent) as work:

@@ -44,7 +44,10 @@ def test_made_in_and_validated_from_a_bucket(server: S3Server, tiny: Path, reque
 
 def test_a_copy_is_taken_once_and_mended(server: S3Server, tiny: Path, request: pytest.FixtureRequest) -> None:
     there = url(request)
-    in_store.send(tiny, there)
+    told: list[tuple[int, int | None]] = []
+    in_store.send(tiny, there, progress=lambda _doing, done, total: told.append((done, total)))
+    count = len(bundle.read_manifest(tiny).files)
+    assert told == [(number, count) for number in range(1, count + 1)]
     said: list[str] = []
     folder = in_store.local_copy(there, progress=lambda doing, *_: said.append(doing))
     assert any("taking model.onnx" in words for words in said)

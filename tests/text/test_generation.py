@@ -99,6 +99,19 @@ def test_write_streams_what_it_returns(words) -> None:
     assert len(written.ids) == 20
 
 
+def test_times_are_from_when_the_answer_was_asked_for(words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its first token, which its prompt may wait for, and of its end."""
+    now = [50.0]
+    monkeypatch.setattr(generation.time, "monotonic", lambda: now[0])
+    answer = Answer(words, task(words, PROMPTS[0], Sampling(max_tokens=3)))
+    for step, seconds in enumerate((7.0, 1.0, 1.5)):
+        now[0] += seconds
+        answer.accept(np.eye(words.size, dtype=np.float32)[40 + step])
+    now[0] += 0.25
+    written = answer.written()
+    assert (len(written.ids), written.first_s, written.seconds) == (3, 7.0, 9.75)
+
+
 def test_an_end_token_ends_and_is_not_shown(words) -> None:
     ids = list(generation.write(words, tiny.decoder(), task(words, PROMPTS[0])))[-1].ids
     assert len(set(ids)) > 3

@@ -59,7 +59,7 @@ def label_colours(count: int) -> Array:
     """(count, 3) bytes. Hues in steps of the golden ratio, so that neighbouring classes differ most."""
     import numpy as np
 
-    hue = (np.arange(count) * 0.6180339887498949) % 1.0
+    hue = np.arange(count) * 0.6180339887498949
     value = 0.55 + 0.4 * ((np.arange(count) // 3) % 3) / 2
     saturation = 0.45 + 0.5 * (np.arange(count) % 3) / 2
     offsets = np.array([5.0, 3.0, 1.0])
