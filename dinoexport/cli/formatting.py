@@ -196,11 +196,7 @@ def explained(report: Report, growth: Growth | None, way: Way) -> list[str]:
                 f"Inner values were not compared: {TABLE[way.runtime].title} ran this bundle and does not show them."
             ]
         return ["Inner values were not compared: no output has an error, or the family names no inner values."]
-    return error_analysis.causes(report, growth) or [
-        "The error is as expected everywhere."
-        if growth.leaves is None
-        else f"All limits hold, but the error is larger than expected from {growth.leaves.name} on."
-    ]
+    return error_analysis.causes(report, growth) or ["The error is as expected everywhere."]
 
 
 def _report_row(row: Row, *, measured: bool) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Case, Graph, Precision, Runtime, Way, silent
 from dinoexport.validation import error_analysis, validate_bundle
+from dinoexport.validation.answers import Bound
+from dinoexport.validation.judge import Report, Row
 from dinoexport.weights.checkpoint import open_checkpoint
 from tests.conftest import DATA, as_if_chosen
 
@@ -211,6 +213,39 @@ def test_growth_follows_the_figures_by_hand() -> None:
     infinite = error_analysis.growth("case", ["a"], {"a": np.array([[np.nan, 1]])}, reference, None, limits(1.0))
     assert infinite.leaves is infinite.steps[0]
     json.dumps(infinite.to_json(), allow_nan=False)
+
+
+def test_causes_in_words() -> None:
+    """What overflows comes before where the error grows; a report that passed with an error as expected has none."""
+
+    def row(output: str, value: float, problem: str = "") -> Row:
+        bound = Bound(figure="relative_l2", value=value, limit=1.0, reason="a test", holds=value <= 1.0)
+        return Row(case="one", why="", output=output, shape=(1,), distance=None, bounds=(bound,), problem=problem)
+
+    def report(*rows: Row) -> Report:
+        return Report(candidate="c", reference="r", rows=rows)
+
+    def grown(*steps: tuple[float, bool]) -> error_analysis.Growth:
+        made = (
+            error_analysis.GrowthStep(name=f"value {i}", relative_l2=0.5, expected=0.25, norm=1, reference_norm=1,
+                                      largest=largest, times_median=1, holds=holds)
+            for i, (largest, holds) in enumerate(steps)
+        )  # fmt: skip
+        return error_analysis.Growth(case="one", rule="", steps=tuple(made))
+
+    over, wrong, right = row(error_analysis.RANGE, 0, "it overflows"), row("tokens", 2.0), row("tokens", 0.5)
+    assert error_analysis.causes(report(wrong, over), None) == ["it overflows on one"]
+    assert error_analysis.causes(report(over), grown((65504.0, False))) == ["it overflows on one"]
+    assert error_analysis.causes(report(over), grown((1.0, True), (65505.0, True), (1e6, True)))[1] == (
+        "PyTorch's fp32 reaches 65,505 in value 1; the largest fp16 number is 65,504"
+    )
+    assert error_analysis.causes(report(wrong), grown((1.0, True), (1.0, False), (1.0, False))) == [
+        "on one the error starts growing faster than expected at value 1: 5.0e-01 where 2.5e-01 is expected"
+    ]
+    assert error_analysis.causes(report(wrong), grown((1.0, True), (1.0, True))) == [
+        "on one the error is as expected up to value 1: it starts after that"
+    ]
+    assert error_analysis.causes(report(right), grown((1.0, True))) == error_analysis.causes(report(wrong), None) == []
 
 
 def test_nan_inside_the_graph_is_an_overflow_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
