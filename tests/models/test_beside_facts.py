@@ -143,7 +143,8 @@ TIMM = {
 }  # fmt: skip
 TIMMS = {
     "embed_dim": 48, "depth": 2, "num_heads": 6, "patch_size": 14, "in_chans": 4, "register_count": 4,
-    "qkv_bias": False, "mean": tuple(HALF), "std": (1.0, 2.0, 3.0), "interpolation": "bicubic", "crop": 518, "resize": 518,
+    "qkv_bias": False, "mean": tuple(HALF), "std": (1.0, 2.0, 3.0), "interpolation": "bicubic",
+    "crop": 518, "resize": 518,
 }  # fmt: skip
 
 
