@@ -84,14 +84,23 @@ def who_runs_what(place: Path) -> CoverageData:
     return found
 
 
-def stages(module: Path, lines: set[int], runners: CoverageData) -> list[list[str]]:
-    """The tests to run on a mutant of these lines of `module`, those that most likely notice it first."""
+def runs_at_import(tree: ast.Module, node: ast.AST) -> bool:
+    """Whether `node` runs when its module is imported: it is in the body of no function. Defaults of arguments do."""
+    functions = (part for part in ast.walk(tree) if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef))
+    return not any(node in ast.walk(statement) for function in functions for statement in function.body)
+
+
+def stages(module: Path, lines: set[int], runners: CoverageData, *, at_import: bool) -> list[list[str]]:
+    """The tests to run on a mutant of these lines of `module`, those that most likely notice it first.
+
+    at_import: the lines run when the module is imported, which many are within a test; it is one test's by chance.
+    """
     package = Path("tests", *module.parts[1:-1])
     while not (ROOT / package).is_dir():
         package = package.parent
     by_line = runners.contexts_by_lineno(str(ROOT / module))
     tests = sorted({test for line in lines for test in by_line.get(line, [])})
-    quick = [["--quick", "tests"]] if "" in tests else [["--quick", *tests]] if tests else []
+    quick = [["--quick", "tests"]] if at_import or "" in tests else [["--quick", *tests]] if tests else []
     here = (path.relative_to(ROOT) for path in (ROOT / package).glob("test_*.py"))
     return [*quick, [str(package)] if package != Path("tests") else sorted(map(str, here))]
 
@@ -155,12 +164,15 @@ def main() -> None:
         line = node.lineno
         # A line of a statement of several lines need not be one that Python counts.
         lines = {line, max(s.lineno for s in ast.walk(tree) if isinstance(s, ast.stmt) and node in ast.walk(s))}
+        at_import = runs_at_import(tree, node)
         mutate(node, change)
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "copy"
             copy_tree(copy)
             (copy / module).write_text(ast.unparse(ast.fix_missing_locations(tree)))
-            by = next(filter(None, (killer(copy, tests) for tests in stages(module, lines, runners))), "")
+            by = next(
+                filter(None, (killer(copy, tests) for tests in stages(module, lines, runners, at_import=at_import))), ""
+            )
         survivors += not by
         source = (ROOT / module).read_text().splitlines()[line - 1].strip()
         said = f"killed by {by}" if by else "SURVIVED"

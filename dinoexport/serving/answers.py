@@ -76,7 +76,7 @@ def _texts(name: str, raw: bytes, count: int) -> Array:
 
     found: list[bytes] = []
     at = 0
-    while at + 4 <= len(raw) and len(found) < count:
+    while at + 4 <= len(raw):
         length = int.from_bytes(raw[at : at + 4], "little")
         found.append(raw[at + 4 : at + 4 + length])
         at += 4 + length
