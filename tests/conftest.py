@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import settings
 
 from dinoexport import bundle
@@ -20,7 +22,7 @@ from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune, telemetry
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import hardware
-from tests import triton_server
+from tests import properties, triton_server
 from tests.standin import bindings
 from tests.text import vocabulary
 
@@ -28,6 +30,7 @@ from tests.text import vocabulary
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("seek", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "seek")
+settings.register_profile("quick", settings(), max_examples=properties.FULL // 5)
 # As on the command line: PyTorch's threads do not spin against those of the test beside. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -65,6 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is imported, whose decorators read the profile."""
+    if config.getoption("--quick"):
+        settings.load_profile("quick")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that fork come first, then those with long tests, then those with most: no worker ends with a long file."""
     weights: dict[Path, tuple[bool, bool, int]] = {}
@@ -74,6 +83,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         long = long or any(mark.name in LONG for mark in item.iter_markers())
         weights[item.path] = (forks, long, count + 1)
     items.sort(key=lambda item: weights[item.path], reverse=True)
+
+
+def pytest_collection() -> None:
+    """The tests and the modules they import stay: the garbage collector need not walk them again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def chromium() -> str | None:
@@ -194,13 +214,35 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory, all_traces: Path) -
         yield
 
 
+@pytest.fixture(scope="session")
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory, all_traces: Path) -> Callable[[], Path]:
+    """A cache folder with nothing but the shared traces: the last one, unless a test wrote to it.
+
+    Most tests write nothing there, and making a folder and a link takes longer than many of them.
+    """
+    folders: list[Path] = []
+
+    def empty() -> Path:
+        if not folders or [path.name for path in folders[-1].iterdir()] != ["traces"]:
+            folders.append(tmp_path_factory.mktemp("cache"))
+            (folders[-1] / "traces").symlink_to(all_traces / "traces")
+        return folders[-1]
+
+    return empty
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_traces: Path) -> None:
+def _own_cache(_empty_cache: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache; what other processes of a test trace is shared too."""
-    folder = tmp_path.with_name(f"{tmp_path.name}-cache")
-    folder.mkdir()
-    (folder / "traces").symlink_to(all_traces / "traces")
-    monkeypatch.setenv("DINOEXPORT_CACHE", str(folder))
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(_empty_cache()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_command_line() -> Iterator[None]:
+    """Typer makes its commands of our functions once, as in a process of a user, and not for each call of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

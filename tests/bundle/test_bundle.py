@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -116,7 +116,6 @@ graphs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     graph=graphs,
     file=file_names,

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dinoexport.bundle import onnx_file
 from dinoexport.system.untrusted import Unreadable
+from tests.properties import examples
 
 
 def model(*nodes: Any, initializers: Any = (), functions: Any = ()) -> bytes:
@@ -116,7 +117,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
         checked(tmp_path, model(initializers=[external("m.onnx.data")]), None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@examples(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_any_bytes_are_refused_in_one_way(tmp_path: Path, noise: bytes, at: int) -> None:
     raw = model(initializers=[external("m.onnx.data")])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport import family
@@ -21,6 +21,7 @@ from dinoexport.config.target import Target, load_target
 from dinoexport.errors import UsageError
 from dinoexport.spec import Precision
 from tests.conftest import DATA
+from tests.properties import examples
 
 VARIANTS = (
     *("vits14", "vitb14", "vitl14", "vitg14", "vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
@@ -379,7 +380,6 @@ tables = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(tables)
 def test_a_recipe_survives_the_manifest(table: dict[str, Any]) -> None:
     """What a manifest stores of a recipe is the recipe."""
@@ -388,7 +388,7 @@ def test_a_recipe_survives_the_manifest(table: dict[str, Any]) -> None:
     assert parse(Recipe, stored, where="stored") == original
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(tables, st.text(min_size=1))
 def test_no_unknown_key_passes(table: dict[str, Any], key: str) -> None:
     if key in Recipe.model_fields:

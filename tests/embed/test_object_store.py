@@ -129,6 +129,7 @@ def test_a_store_that_is_busy_or_breaks_off(monkeypatch: pytest.MonkeyPatch) -> 
         _Moody.answers = [503, 503, 200]
         store.open_place("s3://bucket/x").write("a", b"1")
         assert _Moody.asked == 3
+        monkeypatch.setattr(store.remote, "_RETRY_S", 0.3)
         with pytest.raises(MissingRequirement, match=r"answers 503|broke off") as raised:
             store.open_place("s3://bucket/x").write("a", b"1")
         assert "secret" not in raised.value.message

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport import family
@@ -30,6 +30,7 @@ from dinoexport.validation import evaluate, judge
 from dinoexport.validation.metrics import distance
 from tests import conformance
 from tests.conftest import DATA
+from tests.properties import examples
 
 SEED = 7
 GOLDENS = ("vits14", "vits14_reg", "tiny_swiglu", "tiny_swiglu_reg")
@@ -96,7 +97,7 @@ def test_official_numbers_catch_a_wrong_reference(name: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(h=st.integers(1, 80), w=st.integers(1, 80))
 def test_positions_are_interpolates_at_every_size(registers: int, h: int, w: int) -> None:
     """The two float32 matrix products give what F.interpolate gives in float64, on any grid, to 4e-6.

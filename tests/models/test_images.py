@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,6 +27,7 @@ from dinoexport.models.dinov2.cases import CaseTable, from_folder, read_case
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import Array, silent
 from tests.image_inputs import taken
+from tests.properties import examples
 
 PHOTOGRAPHS = {
     "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
@@ -290,7 +291,7 @@ for _format in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
     SEEDS.append(_buffer.getvalue())
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     seed=st.sampled_from(SEEDS),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport import family
@@ -133,7 +133,6 @@ def stem_of(arch: Architecture) -> graph.Stem:
     return stem
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     side=st.integers(7, 48),
     h=st.integers(1, 80),

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport.errors import UsageError, WeightsError
 from dinoexport.models.dinov2.search import search
 from tests.checkpoint_files import TINY, Tensors, opened, refused, save_pth, save_safetensors, settled, tiny_state
+from tests.properties import examples
 
 OTHER = 7.0  # added to the tensors of a second model, so that taking it shows
 
@@ -104,7 +105,7 @@ NOISE = st.lists(
 )
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(before=NOISE, within=NOISE, after=st.sampled_from(["", ".data", ".value"]), chunk=st.booleans())
 def test_names_are_found_whatever_stands_around_them(
     before: list[str], within: list[str], after: str, chunk: bool

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport import family
@@ -14,6 +14,7 @@ from dinoexport.config.recipe import load
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.runtime import check_inputs
 from dinoexport.spec import Dim, Graph, Tensor
+from tests.properties import examples
 
 
 def graph(*, multiple_of: int = 14) -> Graph:
@@ -132,7 +133,7 @@ def test_one_dimension_twice_in_one_input_must_agree() -> None:
     assert "disagree on side" in refused(square, {"x": np.zeros((5, 6), np.float32)}).message
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(batch=st.integers(0, 6), height=st.integers(0, 90), width=st.integers(0, 90), multiple=st.sampled_from([1, 14]))
 def test_a_size_is_taken_exactly_when_it_is_promised(batch: int, height: int, width: int, multiple: int) -> None:
     promised = 1 <= batch <= 4 and all(14 <= side <= 70 and side % multiple == 0 for side in (height, width))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,13 @@ def test_measuring() -> None:
     assert all(ms >= 0 for ms in latency_ms.values())
 
 
-def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for() -> None:
-    calls = iter(range(1000))
+def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, calls = 0.0, iter(range(1000))
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: now_s))
 
     def run(arrays: Any) -> Any:
-        time.sleep(0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0))
+        nonlocal now_s
+        now_s += 0.02 * len(arrays["x"]) + (0.1 if next(calls) < 4 else 0.0)
         return {}
 
     latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)

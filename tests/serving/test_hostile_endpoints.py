@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dinoexport.bundle import GraphFacts
@@ -25,6 +25,7 @@ from dinoexport.serving import address, answers, http_transport
 from dinoexport.serving.client import DinoClient
 from dinoexport.serving.triton.signature import PARAMETER, Served
 from dinoexport.spec import Dim, Graph, Precision, Tensor
+from tests.properties import examples
 
 pytest.importorskip("tritonclient.http")
 GRAPH = Graph(
@@ -211,7 +212,7 @@ def test_a_malformed_answer_is_one_error(endpoint: Endpoint, path: str, kind: st
     assert caught.value.message and caught.value.next_step
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=JSON, data=st.binary(max_size=64), where=st.sampled_from(["index", "config", "infer", "parameter"]))
 def test_any_json_is_one_error_or_an_answer(endpoint: Endpoint, header: Any, data: bytes, where: str) -> None:
     endpoint.reset()

@@ -12,13 +12,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dinoexport.errors import DinoexportError, InputRefused
 from dinoexport.serving.openai import sources
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.serving.triton.signature import PARAMETER
+from tests.properties import examples
 from tests.serving.test_hostile_endpoints import JSON, SERVED, Endpoint, response
 
 pytest.importorskip("tritonclient.http")
@@ -168,7 +169,7 @@ def test_a_refusal_without_end_is_one_error(endpoint: Endpoint, asks: Asks, stat
         asks(endpoint, timeout_s=0.2, prompt="x", max_tokens=4)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(JSON, max_size=4), field=st.sampled_from(["", *LAST]), asks=st.sampled_from(CLIENTS))
 def test_any_json_is_one_error_or_an_answer(started: Endpoint, events: list[Any], field: str, asks: Asks) -> None:
     endpoint = ready(started)

@@ -143,7 +143,7 @@ def test_what_is_refused(server: S3Server, tiny: Path, request: pytest.FixtureRe
 
 def test_no_store_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the first stage, in one sentence without the credentials."""
-    monkeypatch.setattr(store.remote, "_RETRY_S", 1)
+    monkeypatch.setattr(store.remote, "_RETRY_S", 0.3)
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret-key",
         "AWS_REGION": "us-east-1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport.errors import InputRefused, ValidationFailed
@@ -13,6 +13,7 @@ from dinoexport.text.detokenise import StopStrings
 from dinoexport.text.generation import Answer, Batch, Task, Written
 from dinoexport.text.prompts import Control, Prompt, Text
 from dinoexport.text.sampling import Sampling
+from tests.properties import examples
 from tests.text import tiny
 
 PROMPTS = ("def add(a, b):", "x", "The capital of France is", "éß🙂 and more than one byte a letter")
@@ -136,7 +137,7 @@ def test_a_stop_string_ends_and_none_of_it_is_shown(words) -> None:
 @given(
     text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), cuts=st.data()
 )
-@settings(max_examples=200)
+@examples(200)
 def test_stop_strings_cut_at_the_first(text: str, stops: list[str], cuts) -> None:
     """However the text comes, what is shown ends where the first stop string begins, and is never taken back."""
     found = StopStrings(stops)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport.errors import InputRefused
 from dinoexport.text.sampling import Sampling, choose, nucleus
+from tests.properties import examples
 
 
 def test_greedy_takes_the_likeliest_whatever_the_seed() -> None:
@@ -46,7 +47,7 @@ def test_draws_have_the_shares() -> None:
 
 
 @given(seed=st.integers(0, 2**63 - 1))
-@settings(max_examples=20)
+@examples(20)
 def test_a_seed_is_the_same_answer(seed: int) -> None:
     logits = np.random.RandomState(1).standard_normal((20, 50)).astype(np.float32)
     sampling = Sampling(temperature=1.0, seed=seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport.config.limits import Limit, Limits, load_validation
@@ -364,7 +364,6 @@ def test_progress_counts_every_case() -> None:
 numbers = st.floats(width=32) | st.sampled_from([0.0, math.nan, math.inf, -math.inf])
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(numbers, min_size=4, max_size=4), st.lists(numbers, min_size=4, max_size=4), st.floats() | st.none())
 def test_a_report_is_json_whatever_was_measured(candidate: Any, reference: Any, own: float | None) -> None:
     ours, theirs = (np.array(values, np.float32).reshape(2, 2) for values in (candidate, reference))

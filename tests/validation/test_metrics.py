@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dinoexport.validation.metrics import Distance, distance, neighbour_agreement, vector_cosines, vector_errors
+from tests.properties import examples
 
 
 def test_figures_worked_out_by_hand() -> None:
@@ -93,7 +94,7 @@ def vectors(*, largest: float = 2.0**10) -> st.SearchStrategy[tuple[Any, Any]]:
     return shapes.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.float32, shape, elements=numbers)] * 2))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(vectors())
 def test_figures_agree_with_the_formulas_in_plain_python(pair: tuple[Any, Any]) -> None:
     candidate, reference = pair
@@ -118,7 +119,6 @@ def test_figures_agree_with_the_formulas_in_plain_python(pair: tuple[Any, Any]) 
     assert found.max_abs == max(abs(a - b) for c, r in rows for a, b in zip(c, r, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
 @given(vectors(), st.integers(-20, 20), st.integers(-20, 20))
 def test_cosine_knows_no_scale_and_relative_l2_no_common_one(pair: tuple[Any, Any], one: int, two: int) -> None:
     candidate, reference = (array.astype(np.float64) for array in pair)
@@ -130,7 +130,7 @@ def test_cosine_knows_no_scale_and_relative_l2_no_common_one(pair: tuple[Any, An
     assert aggregate.relative_l2 == pytest.approx(found.relative_l2, rel=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(vectors(largest=2.0**127), st.booleans())
 def test_the_distance_is_zero_exactly_for_equal_arrays(pair: tuple[Any, Any], same: bool) -> None:
     candidate, reference = pair
