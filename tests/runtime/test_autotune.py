@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ def test_bf16_runs_in_openvino_from_the_fp32_file(slow: Any, exported: autotune.
 
 def test_bf16_without_bf16_is_refused_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     request = pipeline.build_request(TINY, weights="synthetic:0", precision=Precision.BF16, out=tmp_path / "bundle")
-    monkeypatch.setattr(openvino, "computes", lambda precision: False)
+    facts = table.TABLE[Runtime.OPENVINO]
+    monkeypatch.setitem(table.TABLE, Runtime.OPENVINO, replace(facts, computes=lambda precision: precision != "bf16"))
     with pytest.raises(MissingRequirement, match="no bf16"):
         pipeline.build(request)
     with monkeypatch.context() as without:
