@@ -17,7 +17,7 @@ from dinoexport.pipeline.shared_cache import SharedCache
 from dinoexport.pipeline.workspace import Stage, key_of, workspace
 from dinoexport.spec import silent
 from dinoexport.system import hardware, store
-from tests.pipeline.test_workspace import Maker, manifest_of
+from tests.pipeline.made_bundles import Maker, manifest_of
 from tests.stores.s3_server import S3Server, missing
 
 KEY = key_of(weights="a")
