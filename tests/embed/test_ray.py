@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinoexport.embed import run
-from tests.embed.test_embed import hashes
+from tests.embed.runs import hashes
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
