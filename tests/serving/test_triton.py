@@ -45,8 +45,8 @@ from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.validation import evaluate
 from tests.conftest import DATA, as_if_chosen
 from tests.image_inputs import taken
-from tests.serving.test_model_repository import with_plans
 from tests.serving.test_serving_files import GPU_METRICS, metrics_asked_for
+from tests.serving.triton.plans import with_plans
 from tests.test_docs import PAGES
 from tests.triton_server import Server
 
