@@ -43,6 +43,8 @@ HEARING_SIGINT = ("env", "--default-signal=INT")
 LONG = frozenset({"slow", "triton", "traced"})
 # Files that fork come before all others: a forked process may not survive the threads of gRPC and of servers' clients.
 FORKING = ("every_moment", "dies_at")
+# The files of this folder share one tritonserver, which takes ten seconds to start with its models.
+ONE_SERVER = "tests/serving/triton/real_server/"
 # What --quick leaves out besides long work: servers, browsers, devices, whole vocabularies, and what is marked slow.
 NOT_QUICK = frozenset({"slow", "triton", "browser", "traced", "gpu", "tensorrt", "vocabulary"})
 
@@ -74,15 +76,32 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("quick")
 
 
+def _unit(node: str) -> str:
+    """What one worker runs whole, for the id of a test: its file, or the folder whose files share a server."""
+    return ONE_SERVER if node.startswith(ONE_SERVER) else node.partition("::")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that fork come first, then those with long tests, then those with most: no worker ends with a long file."""
-    weights: dict[Path, tuple[bool, bool, int]] = {}
+    weights: dict[str, tuple[bool, bool, int]] = {}
     for item in items:
-        forks, long, count = weights.get(item.path, (False, False, 0))
+        forks, long, count = weights.get(_unit(item.nodeid), (False, False, 0))
         forks = forks or any(hasattr(item.module, name) for name in FORKING)
         long = long or any(mark.name in LONG for mark in item.iter_markers())
-        weights[item.path] = (forks, long, count + 1)
-    items.sort(key=lambda item: weights[item.path], reverse=True)
+        weights[_unit(item.nodeid)] = (forks, long, count + 1)
+    items.sort(key=lambda item: weights[_unit(item.nodeid)], reverse=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist loadfile, but for the files that share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByUnit(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    return ByUnit(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection() -> None:
