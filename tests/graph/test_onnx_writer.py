@@ -117,3 +117,12 @@ def test_hashes_are_of_the_whole_file(tmp_path: Path, size: int) -> None:
     content = (b"0123456789abcdef" * (size // 16 + 1))[:size]
     path.write_bytes(content)
     assert files.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("opset", range(14, 24))
+def test_the_file_format_is_that_of_the_operator_set(opset: int) -> None:
+    """By onnx's own table; no older than 8, which every runtime of today reads."""
+    from onnx import helper
+
+    needed = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
+    assert onnx_writer._ir_version(opset) == max(8, needed)
