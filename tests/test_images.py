@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from dinoexport.config import resources
 from dinoexport.errors import UsageError
 from dinoexport.images import ImageError, Preprocessing, load
 from dinoexport.spec import Array
-from tests.pictures import ORIENTATION, noise, refused, saved, smooth
+from tests.pictures import ORIENTATION, noise, png_header, refused, saved, smooth
 from tests.properties import examples
 
 PHOTOGRAPHS = {
@@ -209,18 +207,6 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     assert "circle.png" in refused(tmp_path / "circle.png")
     (tmp_path / "link.png").symlink_to(saved(tmp_path / "real.png", noise(5, 5)))
     assert load(tmp_path / "link.png").size == (5, 5)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds a handful of bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
 
 
 @pytest.mark.parametrize("size", [(8001, 8000), (10_000, 10_000), (60_000, 60_000), (1, 2**31 - 1)])

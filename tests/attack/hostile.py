@@ -490,7 +490,8 @@ def words(kit: Kit, here: Path, rng: random.Random) -> Attempt:
 
 def server(kit: Kit, here: Path, rng: random.Random) -> Attempt:
     """A server that answers anything at all."""
-    from tests.serving.test_hostile_endpoints import WRONG, drip, response
+    from tests.serving.endpoints import drip, response
+    from tests.serving.test_hostile_endpoints import WRONG
 
     del here
     endpoint = _endpoint()
@@ -520,7 +521,7 @@ def server(kit: Kit, here: Path, rng: random.Random) -> Attempt:
 
 @cache
 def _endpoint() -> Any:
-    from tests.serving.test_hostile_endpoints import Endpoint
+    from tests.serving.endpoints import Endpoint
 
     return Endpoint()
 

@@ -20,7 +20,7 @@ from dinoexport.serving.openai import sources
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.serving.triton.signature import PARAMETER
 from tests.properties import examples
-from tests.serving.test_hostile_endpoints import JSON, SERVED, Endpoint, response
+from tests.serving.endpoints import JSON, SERVED, Endpoint, response
 
 pytest.importorskip("tritonclient.http")
 CONFIG = {
@@ -36,13 +36,6 @@ def line(event: Any) -> bytes:
 
 
 RIGHT = HEAD + line({"text": "a"}) + line({"text": "b"}) + line(LAST)
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Endpoint]:
-    running = Endpoint()
-    yield running
-    running.close()
 
 
 @pytest.fixture

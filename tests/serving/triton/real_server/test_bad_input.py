@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from dinoexport.errors import InputRefused
 from dinoexport.serving.client import DinoClient
+from tests.pictures import png_header
 from tests.serving.triton.real_server.server_requests import IMAGES, infer, photographs, pixels, still_serves
 from tests.triton_server import Server
 
@@ -65,23 +65,12 @@ def test_nan_is_refused(server: Server, value: float) -> None:
     still_serves(server)
 
 
-def _bomb(side: int) -> bytes:
-    """A PNG that says it is `side` x `side` pixels, in a kilobyte."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(1_000_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 BAD_IMAGES = {
     "garbage": (b"these are not the bytes of an image", "image 1: not a readable image"),
     "nothing": (b"", "image 1: not a readable image"),
     "truncated JPEG": ((IMAGES / "rocket.jpg").read_bytes()[:5000], "truncated"),
-    "large image": (_bomb(10_000), "10000x10000 is more than 64 Mpx"),
-    "decompression bomb": (_bomb(40_000), "decompression bomb"),  # 4.8 GB when decoded
+    "large image": (png_header(10_000, 10_000), "10000x10000 is more than 64 Mpx"),
+    "decompression bomb": (png_header(40_000, 40_000), "decompression bomb"),  # 4.8 GB when decoded
     "pickle": (b"\x80\x04\x95.", "not a readable image"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable image"),
 }
