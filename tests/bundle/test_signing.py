@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
-from dinoexport import bundle, cli
+from dinoexport import bundle
 from dinoexport.bundle import signing
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
 from dinoexport.validation import evaluate
 from tests.bundle.test_bundle import manifest
+from tests.command_line import run
 from tests.conftest import DATA
 from tests.runtime.test_engine_bundles import A100, with_engine
 
@@ -210,10 +210,6 @@ def test_without_the_package(small: Path, keys: Path, monkeypatch: pytest.Monkey
 
 
 # The verbs
-
-
-def run(*args: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import dinoexport
-from dinoexport import cli
 from dinoexport.cli import formatting
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Runtime
 from dinoexport.validation import judge
+from tests.command_line import run
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu.toml")
-
-
-def run(*args: str) -> Any:
-    return CliRunner().invoke(cli.app, list(args))
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from dinoexport import bundle
 from dinoexport.embed.embedder import model_of
@@ -42,3 +44,9 @@ def expected(tiny: Path, photos: Path, names: list[str]) -> dict[str, Any]:
 def command(tiny: Path, photos: Path, out: Path, *more: str) -> list[str]:
     words = ["embed", str(tiny), "--images", str(photos), "--out", str(out), "--max-failed", "20%", *more]
     return [sys.executable, "-m", "dinoexport", *words]
+
+
+def in_workers(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Every Python process that starts from now on runs `code` first, from a file in `folder`."""
+    (folder / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")

@@ -17,7 +17,7 @@ from dinoexport.embed import local, run
 from dinoexport.embed import plan as plans
 from dinoexport.errors import BuildError, UsageError
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
-from tests.embed.runs import LENIENT, command, expected, hashes, rows_of
+from tests.embed.runs import LENIENT, command, expected, hashes, in_workers, rows_of
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,16 +114,17 @@ def test_an_image_that_kills_the_decoder_is_one_failed_row(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that dies is replaced; the image it dies of is found, and is a row like any other failure."""
-    (tmp_path / "sitecustomize.py").write_text(
+    in_workers(
+        monkeypatch,
+        tmp_path,
         "import os, signal, hashlib\n"
         "import dinoexport.embed.embedder as e\n"
         "real = e.Prepared.of\n"
         "def of(self, name, read):\n"
         "    if name == 'd1/022.jpg': os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    return real(self, name, read)\n"
-        "e.Prepared.of = of\n"
+        "e.Prepared.of = of\n",
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     seen: list[run.State] = []
     found = run.embed(tiny, str(photos), str(tmp_path / "out"), shards=3, watch=seen.append, **LENIENT)
     assert (found.rows, found.failed) == (COUNT, BROKEN + 1)
@@ -138,13 +139,14 @@ def test_a_worker_that_is_killed_while_it_opens_the_bundle_is_replaced(
     times: int, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a shard's killer is: some times, not for ever."""
-    (tmp_path / "sitecustomize.py").write_text(
+    in_workers(
+        monkeypatch,
+        tmp_path,
         "import os, pathlib, signal\n"
         f"starts = pathlib.Path({str(tmp_path / 'starts')!r})\n"
         "with starts.open('a') as file: file.write('x')\n"
-        f"if starts.stat().st_size <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if starts.stat().st_size <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n",
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     if times < local.DEATHS_MAX:
         assert run.embed(tiny, str(photos), str(tmp_path / "out"), shards=2, **LENIENT).complete
         return

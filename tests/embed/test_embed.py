@@ -27,7 +27,7 @@ from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import store
 from tests.conftest import DATA
 from tests.embed.conftest import BROKEN, COUNT, fill, picture
-from tests.embed.runs import LENIENT, command, hashes, rows_of
+from tests.embed.runs import LENIENT, command, hashes, in_workers, rows_of
 
 
 def test_nearest_sizes(tiny: Path, photos: Path, tmp_path: Path) -> None:
@@ -169,15 +169,16 @@ def test_rejected_and_damaged_bundles_are_refused(tiny: Path, photos: Path, tmp_
 def test_a_machine_that_computes_wrongly_embeds_nothing(
     tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+    in_workers(
+        monkeypatch,
+        tmp_path,
         "import dinoexport.embed.opening as e\n"
         "real = e.runners.driven\n"
         "def driven(model, opened):\n"
         "    run = real(model, opened)\n"
         "    return lambda inputs: {n: a * 1.001 for n, a in run(inputs).items()}\n"
-        "e.runners.driven = driven\n"
+        "e.runners.driven = driven\n",
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(ValidationFailed, match="does not give PyTorch's outputs"):
         run.embed(tiny, str(photos), str(tmp_path / "out"), **LENIENT)
     assert not list((tmp_path / "out").glob("*.parquet"))

@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from dinoexport import bundle, cli
+from dinoexport import bundle
 from dinoexport.bundle import in_store
 from dinoexport.errors import BuildError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.system import store
+from tests.command_line import run
 from tests.conftest import DATA
 from tests.stores.s3_server import S3Server
-
-
-def run(*words: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 def url(request: pytest.FixtureRequest) -> str:

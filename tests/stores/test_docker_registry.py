@@ -5,18 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from dinoexport import cli
+from tests.command_line import run
 from tests.stores import real_servers
 from tests.stores.real_servers import PASSWORD, USER
-
-
-def run(*words: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ from dinoexport import bundle
 from dinoexport.cli import formatting
 from dinoexport.errors import UsageError
 from dinoexport.serving.triton import model_repository
+from tests.command_line import run
 from tests.serving.triton.repositories import IMAGES, parsed, served_by, snapshot
 
 pytestmark = pytest.mark.usefixtures("fixed_latencies")
@@ -139,13 +139,6 @@ def test_a_repository_of_an_older_dinoexport(built: Path, tmp_path: Path) -> Non
 
 
 def test_command(built: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from dinoexport import cli
-
-    def run(*args: str) -> Any:
-        return CliRunner().invoke(cli.app, list(args))
-
     to = ("--to", str(tmp_path / "models"))
     shown = run("deploy", str(built), *to, "--backend", "python", "--samples", str(IMAGES))
     assert shown.exit_code == 0 and "tiny_swiglu version 1" in shown.stdout and "dinoexport check" in shown.stdout

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from typer.testing import CliRunner
 
-from dinoexport import cli
 from dinoexport.serving.client import DinoClient
+from tests.command_line import run
 from tests.conftest import DATA
 from tests.triton_server import Server
 
@@ -53,7 +52,7 @@ def still_serves(server: Server) -> None:
 
 
 def check(*args: str) -> Any:
-    return CliRunner().invoke(cli.app, ["check", *args])
+    return run("check", *args)
 
 
 def _run_until(done: threading.Event, ask: Any) -> list[BaseException | None]:
