@@ -14,6 +14,8 @@ from dinoexport.runtime import check_inputs, decoding, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Tensor
 
 _ROWS = "beam_idx"
+# What a token that is not seen adds to its score; bfloat16 has the number too.
+_UNSEEN = -3e38
 
 
 def make_stateful(model: Any, graph: Graph) -> None:
@@ -23,6 +25,7 @@ def make_stateful(model: Any, graph: Graph) -> None:
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     _heads_by_broadcast(model)
+    _masks_as_numbers(model)
     for tensor in graph.inputs:
         if tensor.default is not None:
             _as_parameter(model, tensor)
@@ -64,6 +67,26 @@ def _heads_by_broadcast(model: Any) -> None:
         wide = ops.broadcast(source, ops.convert(repeats, openvino.Type.i64), broadcast_spec="BIDIRECTIONAL")
         for consumer in tile.output(0).get_target_inputs():
             consumer.replace_source_output(wide.output(0))
+
+
+def _masks_as_numbers(model: Any) -> None:
+    """The kernel converts a mask of truth values one by one in each block, which takes most of a prompt's time.
+
+    SmolLM2-135M, a prompt of 512 tokens, two threads: 20 of the 21 ms of a block's attention.
+    """
+    openvino = telemetry.openvino()
+    from openvino import opset13 as ops
+
+    added: dict[str, Any] = {}
+    for attention in [o for o in model.get_ops() if o.get_type_name() == "ScaledDotProductAttention"]:
+        if attention.get_input_size() < 4 or attention.get_input_element_type(3) != openvino.Type.boolean:
+            continue
+        mask = attention.input_value(3)
+        name = f"{mask.get_node().get_name()}:{mask.get_index()}"
+        if name not in added:
+            seen, unseen = (ops.constant(number, openvino.Type.f32) for number in (0.0, _UNSEEN))
+            added[name] = ops.select(mask, seen, unseen)
+        attention.input(3).replace_source_output(added[name].output(0))
 
 
 def _as_parameter(model: Any, tensor: Tensor) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from dinoexport.graph import traces
 from dinoexport.graph.onnx_writer import export, traced
 from dinoexport.models.llama import cases
 from dinoexport.models.llama.config import Architecture
-from dinoexport.runtime import cpu, decoding, ort, ort_decoder
+from dinoexport.runtime import cpu, decoding, openvino, openvino_decoder, ort, ort_decoder, telemetry
 from dinoexport.spec import Graph, Precision, Runner, Runtime, Way, silent
 from dinoexport.validation.metrics import distance
 from tests import conformance, llama_files
@@ -144,6 +145,30 @@ def test_exported_file_is_meta_s(name: str, way: Way, exported: Callable[[str], 
     opened = cpu.open_graphs({exported(name): model.graphs[0]}, way)
     for case in CASES:
         golden.check(case, model.drive(opened, golden.inputs(case)))
+
+
+def test_openvino_reads_one_mask_of_numbers(exported: Callable[[str], Path]) -> None:
+    """A mask of truth values is converted in every block, one value at a time: five sixths of a prompt's time."""
+    graph = model_of("tiny_gqa").graphs[0]
+    model = telemetry.openvino().Core().read_model(exported("tiny_gqa"))
+    openvino_decoder.make_stateful(model, graph)
+    attentions = [o for o in model.get_ops() if o.get_type_name() == "ScaledDotProductAttention"]
+    assert len(attentions) == CONFIGS["tiny_gqa"]["layers"]
+    assert {str(o.get_input_element_type(3)) for o in attentions} == {"<Type: 'float32'>"}
+    assert len({o.input_value(3).get_node().get_friendly_name() for o in attentions}) == 1
+
+
+def test_around_narrow_weights_a_decoder_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 there missed the limits of a real model, on CPUs that have it."""
+    monkeypatch.setattr(openvino, "computes", lambda _: True)
+    decoder = model_of("tiny").graphs[0]
+    narrow = (Precision.INT8, Precision.INT4)
+    assert [openvino.everything_else(precision, decoder) for precision in narrow] == [Precision.FP32] * 2
+    stateless = dataclasses.replace(decoder, carried={})
+    assert [openvino.everything_else(precision, stateless) for precision in narrow] == [Precision.BF16] * 2
+    assert openvino.everything_else(Precision.BF16, decoder) is Precision.BF16
+    monkeypatch.setattr(openvino, "computes", lambda _: False)
+    assert openvino.everything_else(Precision.INT8, stateless) is Precision.FP32
 
 
 def test_a_cache_of_20000_tokens(exported: Callable[[str], Path]) -> None:
