@@ -16,6 +16,11 @@ from dinoexport.runtime.sizes import Specialised
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Graph, Precision, Runner, Runtime, Way
 
+# As Linux names them: what runtimes choose their kernels and their precisions by.
+_INSTRUCTIONS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve"),
+)
 PLAIN = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32)
 
 
@@ -127,10 +132,16 @@ def usable_cpus() -> int:
 
 
 def machine() -> str:
-    """The CPU's name in /proc/cpuinfo."""
+    """The CPU's name in /proc/cpuinfo, and those of its instructions that decide how fast and in what it computes.
+
+    Virtual machines give CPUs with and without AVX-512 one name.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name") or platform.machine()
+    has = set((facts.get("flags") or facts.get("Features", "")).split())
+    instructions = [instruction for instruction in _INSTRUCTIONS if instruction in has]
+    return f"{name} ({', '.join(instructions)})" if instructions else name
