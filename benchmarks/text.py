@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -254,6 +253,8 @@ def main() -> None:
     if asked.prepare:
         prepare_peers(gguf, work)
         return
+    from dinoexport.runtime import cpu
+
     candidates = prepare(gguf, work, asked.peers)
     rounds: dict[str, list[Figures | str]] = {candidate: [] for candidate in candidates}
     memory = memory_gb_per_s()
@@ -264,7 +265,7 @@ def main() -> None:
     lines = [
         "# Decoders beside their peers",
         "",
-        f"`make bench-text`, SmolLM2-135M on {platform.machine()}, {THREADS} CPUs, as many threads for each, "
+        f"`make bench-text`, SmolLM2-135M on {cpu.machine()}, {THREADS} CPUs, as many threads for each, "
         f"{asked.rounds} rounds in turn, medians. Memory: {memory:.0f} GB/s. {asked.note}".strip(),
         "",
         f"| candidate | step after {PAST}, ms | tokens/s | of memory speed | prompt of {PROMPT}, ms | tokens/s |",

@@ -38,7 +38,7 @@ CROWDED_SHARE = 0.4
 # others empty the caches (`benchmarks/busy_choice.py`, ViT-S with four blocks).
 _ALIKE_CROWDED = 1.5
 # For runtimes with equal times: in all our comparisons on a quiet CPU the first was faster. In four bits, which only
-# decoders have, the second was: 29 to 41 ms a step (benchmarks/results/text.md).
+# decoders have, the second was: 9.7 and 16.7 ms a step (benchmarks/results/text.md).
 _USUALLY = (Runtime.OPENVINO, Runtime.ONNXRUNTIME)
 _RECORD_MAX_BYTES = 4096
 
