@@ -35,6 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Built:
 def test_the_page_shows_the_measures_people_know(built: pipeline.Built) -> None:
     page = (built.folder / bundle.REPORT_HTML).read_text(encoding="utf-8")
     assert "<th>same label</th><th>decided</th><th>mIoU</th>" in page
+    assert "within 1.25 times" not in page, "a column is there for figures that a row has"
     assert built.report is not None
     labels = [row for row in built.report.rows if row.output == "labels"]
     assert labels and all(f"{row.figures['mean_iou']:.4f}" in page for row in labels)
