@@ -125,10 +125,10 @@ def test_judged_inputs_are_single_and_smallest_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heights", "chosen"), [([2, 8, 64], 8), ([2, 31], 2), ([2, 33], 2), ([3, 20], 20), ([4, 17], 4)]
+    ("heights", "chosen"), [([2, 8, 64], 8), ([2, 31], 31), ([2, 33], 2), ([3, 20], 20), ([4, 17], 4)]
 )
 def test_the_input_nearest_to_the_most_likely_size(heights: list[int], chosen: int) -> None:
-    """By the ratio of sizes: 4 is half of 8, and 17 more than twice."""
+    """By the ratio of sizes: 31 is less than four times 8, and 33 is more."""
     items = [{"pixels": np.zeros((1, 3, height), np.float32)} for height in heights]
     assert served_models._most_likely(graph(), items)["pixels"].shape[2] == chosen
 
