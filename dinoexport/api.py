@@ -149,7 +149,7 @@ class Bundle:
             images: A folder of images to compare with PyTorch on, instead of the reference in the bundle. Needs torch
                 and the weights.
             weights: Where the weights of the bundle are, if not where the manifest says.
-            head_weights: The same of its head's.
+            head_weights: The same for its head.
             reference: Whose code computes PyTorch's outputs for `images`: "plain" or "hub".
             progress: Called with (what is done, units done, units in all).
 
@@ -276,7 +276,7 @@ def load(
 
     Args:
         folder: The bundle's folder, or its URL in an object store or on a web server: then a copy in the cache is used,
-            which is taken once.
+            which is downloaded once.
         threads: CPU threads of the runtime; 0 leaves their number to the runtime.
         device: "cpu" runs the ONNX, "gpu" the engine. None: the engine if the bundle has one that runs here, else the
             ONNX on the CPU.

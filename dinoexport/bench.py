@@ -191,7 +191,7 @@ def _timed(
 def _own_forms(
     model: Runnable, graphs: Mapping[Path, Graph], way: Way, wanted: Sequence[str], notes: list[str]
 ) -> tuple[tuple[Workload, ...], dict[str, Mapping[str, Runner]]]:
-    """Two loads of each size, and what answers the second of them: a form of that size alone."""
+    """Two workloads for each size, and the runner of the second one: a form of the graph for that size alone."""
     if len(graphs) != 1 or next(iter(graphs.values())).carried:
         raise UsageError("This bundle's graph has no size of its own.", next_step="Leave --size out.")
     (graph,) = graphs.values()

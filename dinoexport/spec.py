@@ -157,8 +157,8 @@ class Weight:
     """One tensor of the exported graph; `read` returns its float32 values, on any thread.
 
     bits: 8 or 4 for a product's weight (I, O) that is stored in that many bits, 0 for any other. block: how many of its
-    rows share a scale in each column. offsets_of: the weight holds one number a block, in each column, that belongs to
-    the blocks of that parameter, and is made with its codes from the same values.
+    rows share a scale in each column. offsets_of: the parameter whose offsets this weight holds, one for each block and
+    column; they are computed together with that parameter's codes, from the same values.
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A bundle's files held to its manifest: sizes, hashes, what its graphs hold, and that nothing changes meanwhile."""
+"""Check a bundle's files against its manifest: sizes, hashes, content of graphs, and no change during use."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dinoexport.system.untrusted import Identity, Unreadable
 def checked(
     folder: Path, *, signed: Manifest | None = None, graphs: bool = True, progress: Progress = silent
 ) -> Iterator[Manifest]:
-    """The manifest of the bundle in `folder` after every byte was found to be what it says, for as long as this holds.
+    """Checks every byte of the bundle in `folder` and yields its manifest; the bundle does not change within the block.
 
     Runtimes open files by name, so what they read must be what was hashed: no other dinoexport changes the bundle
-    meanwhile, and at the end each file must still be the one that was checked, unchanged; if not, a ValidationFailed
-    says so, and nothing that was found holds.
+    within the block, and at its end each file must still be the unchanged one that was checked. If not,
+    ValidationFailed is raised, and results of the block are invalid.
 
-    signed: the manifest that a signature was verified for; it counts instead of the one in the folder. graphs: whether
-    graphs are looked into too, before anything runs them.
+    signed: the manifest whose signature was verified; it is used instead of the one in the folder. graphs: whether to
+    inspect the graphs too, before anything runs them.
     """
     with changes.reading(folder, progress=progress):
         manifest = read_manifest(folder) if signed is None else signed
@@ -38,7 +38,7 @@ def checked(
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
-    """The manifest of the bundle in `folder`, after every file's size and hash were found to be what it says."""
+    """Checks size and hash of every file of the bundle in `folder` against its manifest, and returns the manifest."""
     with checked(folder, graphs=False, progress=progress) as manifest:
         return manifest
 
@@ -46,7 +46,7 @@ def verify(folder: Path, *, progress: Progress = silent) -> Manifest:
 def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progress = silent) -> Mapping[str, Identity]:
     """Raises ValidationFailed at the first of `wanted` that is absent, a link, or has other bytes.
 
-    Returns which files were looked at, for `check_same`.
+    Returns which files were checked, for `check_same`.
     """
     seen: dict[str, Identity] = {}
     for file in wanted:
@@ -64,7 +64,7 @@ def check_files(folder: Path, wanted: Sequence[BundleFile], *, progress: Progres
 
 
 def check_same(folder: Path, seen: Mapping[str, Identity]) -> None:
-    """Raises ValidationFailed when a file is not the very one, unchanged, that `check_files` looked at."""
+    """Raises ValidationFailed if a file was replaced or changed since `check_files` checked it."""
     for name, before in seen.items():
         try:
             with untrusted.opened(folder / name, links=False) as opened:
@@ -73,15 +73,15 @@ def check_same(folder: Path, seen: Mapping[str, Identity]) -> None:
             same = False
         if not same:
             raise ValidationFailed(
-                f"{name} in {folder} was changed or exchanged while it was used; nothing that was found holds.",
+                f"{name} in {folder} was changed or replaced while it was used, so the results are invalid.",
                 next_step="Find out who writes there, then run it again.",
             )
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Raises ValidationFailed for a graph that holds what we do not write, or weights that are not listed.
+    """Raises ValidationFailed for a graph with content that dinoexport does not write, or weights that are not listed.
 
-    Its files were checked before (`check_files`), so what is read here is what they are.
+    Its files must have passed `check_files`.
     """
     sizes = {file.name: file.size_bytes for file in manifest.files}
     for graph in manifest.graphs:

@@ -1,8 +1,8 @@
 """Bundles in an object store: sent file by file with the manifest last, and read into a complete local copy.
 
-Nothing is renamed in a store, so while a bundle is replaced its files may be of two bundles. A reader notices: it takes
-what the manifest names by its hash, and reads the manifest again where a file has another one. Two writers are kept
-apart by a file that only one of them can put there.
+A store renames nothing, so while a bundle is replaced its files may belong to two bundles. A reader notices that: it
+compares each file with the hash in the manifest, and reads the manifest again if they differ. A lock file, which only
+one process can create, keeps two writers apart.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOOKS = 5
 def local_copy(bundle: str | Path, *, progress: Progress = silent) -> Path:
     """The folder of `bundle`; for a URL, of a copy in the cache, every file checked by the manifest's hash.
 
-    The copy is named after its manifest, so it is taken once, and a bundle that was replaced is another one. Raises
+    The copy is named after its manifest, so it is downloaded once, and a replaced bundle gets another copy. Raises
     UsageError when there is no bundle, ValidationFailed for a damaged one, MissingRequirement for a store that refuses.
     """
     if not store.is_url(str(bundle)):
@@ -83,7 +83,7 @@ def send(folder: Path, url: str, *, progress: Progress = silent) -> None:
 
 
 def check_reachable(url: str) -> None:
-    """Raises the error of a place that no bundle can be written to, before hours of work."""
+    """Raises the error for a place that cannot be written to, before hours of work."""
     place = store.RemotePlace(url)
     place.check_writable()
     _check_place(place)
@@ -91,7 +91,7 @@ def check_reachable(url: str) -> None:
 
 @contextmanager
 def destination(out: str | None, *, sending: Callable[[], AbstractContextManager[Progress]]) -> Iterator[Path | None]:
-    """Where to make the bundle that is to be at `out`; sent there afterwards if that is a URL and anything was made.
+    """The folder in which to make the bundle for `out`; a bundle for a URL is sent there at the end of the block.
 
     What is made for a URL stays in the cache, so that the next build of it reuses finished stages. sending: gives what
     the progress of sending is reported to.

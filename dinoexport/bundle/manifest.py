@@ -190,11 +190,11 @@ class Timed(Frozen):
 class CpuFacts(Frozen):
     """The fastest way to run the graphs on the CPU that built the bundle, measured with the workload `load`.
 
-    arithmetic: how many products really ran in what. times_fp32: the chosen way's time in times of the fastest fp32.
-    measured: empty where there was nothing to choose. refused: runtime -> why it does not run these graphs; it was left
-    out of the choice. others_share: of the CPUs' time, what other processes took. basis: `measured` where the figures
-    agreed; of ways with equal times, `known` is what was chosen here when it was quiet, `usual` what mostly
-    is the faster one.
+    arithmetic: how many products really ran in which precision. times_fp32: the chosen way's time divided by that of
+    the fastest fp32. measured: empty if there was no choice. refused: runtime -> why it does not run these graphs; it
+    was left out of the choice. others_share: the share of the CPUs' time that other processes used. basis: `measured`
+    if the figures agreed; if several ways took equal times, `known` if the one was chosen that was faster here when the
+    machine was quiet, `usual` if it is the one that is usually faster.
     """
 
     machine: str
@@ -293,7 +293,7 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Tensor | Dim) -> dict[str, Any]:
-    """As JSON has it. What a dimension is the sum of is left out where it is none, as older bundles have it."""
+    """The fields, for JSON. An empty `sum_of` is left out, as in older bundles."""
     plain = asdict(value)
     lists = {key: list(plain[key]) for key in ("shape", "sum_of") if key in plain}
     return {key: content for key, content in (plain | lists).items() if key != "sum_of" or content}

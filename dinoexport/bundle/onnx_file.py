@@ -77,7 +77,7 @@ def check(path: Path, *, data_bytes: int | None) -> None:
 
 
 def versions(path: Path) -> tuple[int, int]:
-    """(version of the file format, operator set) that the ONNX file at `path`, which was checked, asks of a runtime."""
+    """(version of the file format, operator set) that the checked ONNX file at `path` requires of a runtime."""
     model = _grouped(memoryview(untrusted.read_bytes(path, max_bytes=GRAPH_MAX_BYTES, links=False)))
     opsets = [_grouped(_message(entry)) for entry in model.get(_MODEL_OPSETS, ())]
     own = [int(opset[2][-1]) for opset in opsets if _last_text(opset, 1) in ("", "ai.onnx") and 2 in opset]
@@ -87,7 +87,7 @@ def versions(path: Path) -> tuple[int, int]:
 def attention_count(path: Path) -> int:
     """How many attentions the ONNX file at `path` computes: Attention nodes, and softmaxes that weigh a product.
 
-    The softmax that ends a classifier is none: nothing is multiplied by its result.
+    The softmax at the end of a classifier does not count: nothing is multiplied by its result.
     """
     model = _grouped(memoryview(untrusted.read_bytes(path, max_bytes=GRAPH_MAX_BYTES)))
     nodes = [_grouped(_message(node)) for node in _grouped(_message(model[_MODEL_GRAPH][0]))[_GRAPH_NODES]]
@@ -156,9 +156,9 @@ def _check_node(
 def _check_growth(
     node: Mapping[int, list[Any]], constants: Mapping[str, tuple[int, ...]], grown: dict[str, float]
 ) -> None:
-    """Follows how many times larger values become by being joined and repeated: forty doublings fill any memory.
+    """Limits how much larger values become when they are joined and repeated: forty doublings fill any memory.
 
-    grown: value -> how many times as large as what it was joined from; 1 is left out.
+    grown: value -> how many times as large it is as the values that it was joined from.
     """
     kind, inputs, outputs = _last_text(node, 4), [*map(_text, node.get(1, ()))], [*map(_text, node.get(2, ()))]
     if kind in _OF_OTHER_SIZE:

@@ -56,7 +56,7 @@ class Reference:
     kinds: Mapping[str, tuple[OutputKind, str]] = field(default_factory=dict)
 
     def smallest(self) -> Reference:
-        """The case with the least input alone, compared as in the whole."""
+        """A reference with only the case of the smallest inputs; it is compared as in the whole reference."""
         cheapest = min(self.expectations, key=lambda e: sum(array.size for array in e.case.inputs.values()))
         return replace(self, expectations=(cheapest,), refusals=())
 

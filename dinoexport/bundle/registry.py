@@ -1,7 +1,7 @@
 """A bundle as an OCI artifact in a registry: each of its files is a layer, and a digest names exactly one bundle.
 
-oras-py talks to the registry and reads the credentials that `docker login` keeps. Nothing that a registry answers is
-believed: the artifact's own hash is that of a reference by digest, each file's that of the bundle's manifest.
+oras-py talks to the registry and reads the credentials that `docker login` keeps. A registry's answers are not trusted:
+the artifact must have the digest in the reference, and each file the hash in the bundle's manifest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REFERENCE = re.compile(
 
 
 def push(folder: Path, reference: str, *, plain_http: bool = False) -> str:
-    """Pushes the bundle in `folder` to HOST/NAME:TAG; returns HOST/NAME@sha256:..., which names it for ever.
+    """Pushes the bundle in `folder` to HOST/NAME:TAG; returns HOST/NAME@sha256:..., which always names these bytes.
 
     Raises UsageError for a reference without a tag, ValidationFailed for a damaged bundle, MissingRequirement for a
     registry that cannot be reached or refuses.
@@ -123,12 +123,12 @@ def _registry(plain_http: bool) -> Any:
     logger.set_level(logging.CRITICAL + 1)  # what a registry answers may repeat credentials
 
     class Sooner(provider.Registry):  # type: ignore[misc]
-        """Asks twice more, after three seconds and five: oras' own five times take two minutes."""
+        """Retries twice, after three and five seconds: oras' own five retries take two minutes."""
 
         do_request = provider.decorator.retry(attempts=2)(provider.Registry.do_request.__wrapped__)
 
     class PasswordOrToken(TokenAuth):  # type: ignore[misc]
-        """Also answers a registry that asks for a password: oras' own takes its realm for the address of a token."""
+        """Also supports registries with passwords: oras' own class takes their realm for a token's address."""
 
         def authenticate_request(self, original: Any, headers: Any, refresh: bool = False) -> tuple[Any, bool]:
             if not original.headers.get("Www-Authenticate", "").lower().startswith("basic"):
@@ -148,7 +148,7 @@ def _registry(plain_http: bool) -> Any:
 
 
 def _artifact(registry: Any, reference: str) -> bytes:
-    """The artifact's own bytes, whose hash is its digest; oras gives them parsed only."""
+    """The artifact's own bytes, whose hash is its digest; oras returns them only parsed."""
     container = registry.get_container(reference)
     registry.auth.load_configs(container)
     url = f"{registry.prefix}://{container.manifest_url()}"
@@ -196,7 +196,7 @@ def _layer(
 
 @contextmanager
 def _errors(reference: str) -> Iterator[None]:
-    """Turns what oras raises into one sentence without a word of what the registry answered."""
+    """Turns an exception of oras into one sentence that quotes nothing of the registry's answer."""
     import requests
 
     try:

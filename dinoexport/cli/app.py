@@ -20,7 +20,7 @@ EXIT_CODES = (
 
 @contextmanager
 def _escaped() -> Iterator[None]:
-    """Escapes the words of the command line in what typer says of them; it leaves marks of direction as they are."""
+    """Escapes words of the command line in typer's messages: typer itself does not escape marks of text direction."""
     try:
         yield
     except TyperException as refused:

@@ -128,7 +128,7 @@ def build(
     reference: ReferenceOption = "plain",
     sign: Sign = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what the build would take and need, and refuse what cannot be.")
+        bool, typer.Option("--dry-run", help="Only show what the build would use and need; refuse what is impossible.")
     ] = False,
     as_json: Json = False,
 ) -> None:

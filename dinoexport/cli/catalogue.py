@@ -55,7 +55,7 @@ def variant_tables(variants: TableRows, columns: int) -> Iterator[tuple[str, Tab
 
 
 def _width(rows: TableRows, shown: list[str]) -> int:
-    """The least width of a table in characters: lines break in headings and licences only, and between words."""
+    """The minimum width of a table in characters: only headings and licences break into lines, between words."""
 
     def longest(text: str, *, breaks: bool = True) -> int:
         return max(map(len, text.split() if breaks else [text]), default=0)

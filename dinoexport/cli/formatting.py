@@ -146,7 +146,7 @@ def shape_of(shape: list[int | str]) -> str:
 def report_rows(report: Report) -> TableRows:
     """A row for each output of each case: its figures and, where it failed, the limits it missed.
 
-    Of more than anybody reads, the rows that failed and those nearest to their limit.
+    If there are too many rows to read, only those that failed and those nearest to their limit.
     """
     measured = any(row.figures or row.divergence for row in report.rows)
     if len(report.rows) <= _ROWS_MAX:
@@ -200,7 +200,7 @@ def explained(report: Report, growth: Growth | None, way: Way) -> list[str]:
 
 
 def _report_row(row: Row, *, measured: bool) -> dict[str, Any]:
-    """measured: whether the table has a column for what is usual to say of labels, depths and distributions."""
+    """measured: whether the table has a column for the usual measure of labels, depths and distributions."""
     figures = row.distance
     missed = "; ".join(f"{b.figure} {_figure(b.value)}, limit {_figure(b.limit)}" for b in row.bounds if not b.holds)
     limit = _limit_of(row, "relative_l2")
@@ -231,7 +231,7 @@ def _beside_limit(row: Row, figure: str, value: float, form: str) -> str:
 
 
 def _largest(row: Row) -> str:
-    """The largest difference with its limit, which probabilities have; of an fp16 range the largest magnitude."""
+    """The largest difference, for probabilities with its limit; for an fp16 range, the largest magnitude."""
     if largest := [bound.value for bound in row.bounds if bound.figure == "largest"]:
         return f"{largest[0]:.1e}"
     if row.distance is None:

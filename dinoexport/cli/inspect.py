@@ -76,7 +76,8 @@ def validate(
         folder, remote = folder_of(bundle), store.is_url(bundle)
         if signer is not None and remote:
             raise UsageError(
-                f"{bundle} is not signed where it lies.", next_step="Sign it when it is built: build --sign."
+                f"{bundle} is a URL, and a bundle cannot be signed there.",
+                next_step="Sign it when it is built: build --sign.",
             )
         verified = signing.verify(folder, verify) if verify is not None else None
         signed = signing.signed_by(folder)

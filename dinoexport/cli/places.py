@@ -1,4 +1,4 @@
-"""Bundles that a command is given, or is to make, by a folder or by a URL."""
+"""Bundles that a command reads or makes, given as a folder or as a URL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle'
 
 
 def folder_of(bundle: str) -> Path:
-    """The bundle's folder; of a URL that of a copy in the cache, taken now if it is not there."""
+    """The bundle's folder; for a URL, that of a copy in the cache, which is downloaded now if it is missing."""
     from dinoexport.bundle import in_store
 
     with progress_lines() as progress:
@@ -22,7 +22,7 @@ def folder_of(bundle: str) -> Path:
 
 
 def destination(out: str | None) -> AbstractContextManager[Path | None]:
-    """Where to make the bundle that is to be at `out`; sent there afterwards if that is a URL and anything was made."""
+    """The folder in which to make the bundle for `out`; a bundle for a URL is sent there at the end of the block."""
     from dinoexport.bundle import in_store
 
     return in_store.destination(out, sending=progress_lines)

@@ -42,7 +42,7 @@ def deploy(
         list[str] | None,
         typer.Option(
             metavar="names|png|resized",
-            help="A head's answers in this form too: class names; PNG files; arrays as large as the photograph.",
+            help="Also give a head's answers as class names, PNG files, or arrays as large as the photograph.",
         ),
     ] = None,
     size: Annotated[

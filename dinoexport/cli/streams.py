@@ -1,7 +1,7 @@
-"""Standard output and error that may be full, closed, or a reader that has left: one error, or nothing, no traceback.
+"""Handle standard output and error that are full, closed, or a pipe without a reader: one error and no traceback.
 
-A command whose output is lost did not do what was asked, and says so. Lost progress lines and messages on stderr end no
-build: the exit code still says how it ended.
+A command whose output is lost fails with an error. Lost progress lines and messages on stderr do not stop a build: its
+exit code still tells how it ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dinoexport.errors import MissingRequirement
 
 
 class OutputLost(MissingRequirement):
-    """Standard output cannot be written. reader_left: it is a pipe that nobody reads, as of `| head`."""
+    """Standard output cannot be written. reader_left: it is a pipe whose reader has ended, such as `| head`."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(
@@ -27,10 +27,10 @@ class OutputLost(MissingRequirement):
 
 
 def three_descriptors() -> None:
-    """Opens what of standard input, output and error is closed.
+    """Opens each of standard input, output and error that is closed.
 
-    The first file that is opened would take its number, and be written into by whatever prints: a native library's
-    warnings would be in the middle of a graph.
+    Without this, the next file that is opened gets the descriptor's number, and printed text is written into that file:
+    a native library's warnings would corrupt a graph.
     """
     for number in range(3):
         try:
@@ -90,7 +90,7 @@ class _Stream(io.TextIOWrapper):
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        """From now on it goes to nowhere, so that what is in the buffers fails no second time when Python ends."""
+        """Redirects the stream to the null device, so that flushing its buffer when Python ends does not fail again."""
         self._error = error
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -55,7 +55,7 @@ def reporting(as_json: bool) -> Iterator[None]:
         fail(_of_the_system(error), as_json)
     except UnicodeEncodeError as error:
         fail(
-            UsageError(f"{error.object[:_NAME_MAX]!r} is no name that a file can have.", next_step="Check the path."),
+            UsageError(f"{error.object[:_NAME_MAX]!r} is not a valid file name.", next_step="Check the path."),
             as_json,
         )
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def reporting(as_json: bool) -> Iterator[None]:
 
 
 def _of_the_system(error: OSError) -> DinoexportError:
-    """What the system refused and no command expected, such as a name that is too long; the file is named."""
+    """The error for an unexpected refusal of the system, such as a name that is too long; it names the file."""
     where = "" if error.filename is None else f"{str(error.filename)[:_NAME_MAX]}: "
     return MissingRequirement(
         f"{where}{error.strerror or error}.", next_step="Check the path, its permissions, and the disk."
@@ -200,7 +200,7 @@ def _json(content: Any, *, indent: int | None) -> str:
 
 @contextmanager
 def state_line() -> Iterator[tuple[Callable[[str], None], bool]]:
-    """Says on stderr how far a long command is; and whether that is a terminal, where each line replaces the last."""
+    """Prints a command's progress on stderr; tells whether that is a terminal, where each line replaces the last."""
     drawn, said = sys.stderr.isatty(), False
 
     def line(text: str) -> None:

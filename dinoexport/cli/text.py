@@ -122,7 +122,7 @@ def _asked(
 
 
 def _standard_input() -> str:
-    """The prompt on stdin, which may be anything and without an end."""
+    """The prompt on stdin; raises UsageError if it is too long or not UTF-8."""
     from dinoexport.errors import UsageError
 
     raw = b"" if sys.stdin is None else sys.stdin.buffer.read(_PROMPT_MAX_BYTES + 1)

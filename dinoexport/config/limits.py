@@ -25,12 +25,11 @@ class Limits(Frozen):
     """The limits for a candidate of one precision, per output and per case.
 
     kl_mean_max to top1_gap_max: for outputs that are distributions, see `metrics.divergence`; their relative errors are
-    those of centred logits, and cosines say nothing of them.
-    neighbour_agreement_min: of cases whose neighbours mean something, see `metrics.neighbour_agreement`.
-    knn_agreement_min to correspondence_min: over all of a user's own files together, see `agreement`.
-    probability_difference_max: of any one probability, instead of the figures of vectors. depth_within_min: the share
-    of depths within 1.25 times PyTorch's. label_agreement_min: the share of all pixels that have PyTorch's label; where
-    it is decided they all must.
+    those of centred logits, and cosines are not meaningful. neighbour_agreement_min: for cases whose neighbours are
+    meaningful, see `metrics.neighbour_agreement`. knn_agreement_min to correspondence_min: over all of a user's own
+    files together, see `agreement`. probability_difference_max: of any one probability, instead of the figures of
+    vectors. depth_within_min: the share of depths within 1.25 times PyTorch's. label_agreement_min: the share of all
+    pixels that have PyTorch's label; where PyTorch's label is clear, all must have it.
     """
 
     relative_l2_max: Limit

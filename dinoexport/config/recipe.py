@@ -123,11 +123,11 @@ class Recipe(Frozen):
     )
     licence: str = Field(default="unknown", description="Licence of the weights, as published.")
     obtain: str = Field(
-        default="", description="Where weights are had that no program may fetch, and under what conditions."
+        default="", description="Where to get weights that no program may download, and on which conditions."
     )
     card: dict[Name, str] = Field(
         default_factory=dict,
-        description="What the authors say of intended use, limits and risks, and what a licence wants passed on.",
+        description="The authors' words on intended use, limits and risks, and notices that a licence requires.",
     )
     quantised: Literal["activations", "weights"] = Field(
         default="activations",

@@ -51,7 +51,7 @@ class Target(Frozen):
         return next((why for bad, why in self.known_bad.items() if parts[: bad.count(".") + 1] == bad.split(".")), "")
 
     def memory_for_engine(self, memory_bytes: int) -> int:
-        """How much of a device's memory an engine may take: of a shared one three quarters, an assumption."""
+        """The bytes of device memory that an engine may use: three quarters, an assumption, if the CPU shares it."""
         return memory_bytes * 3 // 4 if self.unified_memory else memory_bytes
 
 
@@ -233,7 +233,7 @@ class _Since(Frozen):
 
 
 def triton_reads(tag: str) -> Reads | None:
-    """What the ONNX Runtime inside the Triton image `tag` (a year and a month) reads; None before what is known."""
+    """What ONNX Runtime in the Triton image `tag` (year and month) reads; None for tags older than the known."""
     path = resources.folder("recipes/triton") / "onnxruntime.toml"
     since = parse(_Since, read_toml(path), where=path.name).since
     return since[max(known)] if (known := [first for first in since if first <= tag]) else None

@@ -82,7 +82,7 @@ class SplitsTensors(Protocol):
 
 
 def split_axis(name: str) -> int | None:
-    """What the installed families say of a tensor in several files, before it is known whose it is."""
+    """The installed families' answer for a tensor in several files, before its family is known."""
     axes = (known.split_axis(name) for known in map(find, installed()) if isinstance(known, SplitsTensors))
     return next((axis for axis in axes if axis is not None), None)
 

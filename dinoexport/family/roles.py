@@ -292,7 +292,7 @@ class SizedWeights(Protocol):
 
     @property
     def stored_bytes(self) -> int:
-        """What its graphs' weights take in their files."""
+        """The bytes of its graphs' weights in their files."""
 
 
 @runtime_checkable
@@ -309,13 +309,13 @@ class FinishesAnswers(Protocol):
 
     @property
     def answer_forms(self) -> tuple[str, ...]:
-        """The forms there are."""
+        """The possible forms."""
 
     def with_answers(self, end: FrontEnd, form: str) -> FrontEnd:
         """A front end like `end` whose answers are in `form`."""
 
     def finish(self, settings: Mapping[str, Any], arrays: Arrays) -> dict[str, Array]:
-        """A front end's `answers` of the graph's outputs and what was `carried`; InputRefused where there are none."""
+        """A front end's `answers` from the graph's outputs and `carried` values; InputRefused if there are none."""
 
 
 @runtime_checkable

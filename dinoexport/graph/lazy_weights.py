@@ -46,7 +46,7 @@ class StreamedTensor:
         return self.nbytes
 
     def tobytes(self) -> bytes:
-        """All of them."""
+        """All bytes."""
         return b"".join(block.tobytes() for block in self._blocks())
 
     def tofile(self, file: SupportsWrite[bytes | memoryview]) -> None:

@@ -71,8 +71,8 @@ def export(
 ) -> Exported:
     """Writes `{graph.name}.onnx` and its `.onnx.data` into `folder`.
 
-    traces: what earlier exports of forms of the same graph have traced, by piece; this one's are added. trace: gives
-    that of a piece that is not among them.
+    traces: traces by piece from earlier exports of other forms of the graph; this export's are added. trace: makes the
+    trace of a piece that is not in `traces`.
 
     The same inputs give the same bytes. Raises BuildError when a piece cannot be traced or the file is not valid ONNX.
     """
@@ -106,11 +106,11 @@ def export(
 def tracing(
     calls: Callable[[], Sequence[Call]], *, trace: Trace, ahead: Sequence[str] = ()
 ) -> Iterator[Callable[[], Traces]]:
-    """Traces what an export of `calls` needs in a thread; yields what waits for it and gives the traces.
+    """Traces the pieces of `calls` in a thread; yields a function that waits for the traces and returns them.
 
-    No weight is read for it, so that another core can hash the checkpoint meanwhile, which for ViT-g takes as long.
-    What is not begun by the end is left out. One thread does it all: what it has freed it alone can use again.
-    ahead: modules that it imports first because later code needs them.
+    No weight is read, so another core can hash the checkpoint meanwhile, which for ViT-g takes as long. Pieces that are
+    not begun at the end of the block are not traced. One thread traces everything, because only that thread can reuse
+    the memory that it has freed. ahead: modules that the thread imports first because later code needs them.
     """
     traces: Traces = {}
     ended = Event()
@@ -187,7 +187,7 @@ class _Whole:
         assert all(self._names[name] == name for name in call.outputs), call.scope
 
     def model(self, metadata: Mapping[str, str]) -> ModelProto:
-        """All of it but the initializers."""
+        """The model without its initializers."""
         import onnx
 
         (opset,) = self._opsets

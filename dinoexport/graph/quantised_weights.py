@@ -109,7 +109,7 @@ class QuantisedWeight:
 
 
 class _Made(ir.LazyTensor):
-    """A tensor that is made when it is written. Of codes in four bits two share a byte, the first the lower half."""
+    """A tensor that is made when it is written. Two codes of four bits share a byte; the first is its lower half."""
 
     def __init__(
         self, make: Callable[[], ir.TensorProtocol], *, working_bytes: Callable[[], int], **facts: Any

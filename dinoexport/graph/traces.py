@@ -1,12 +1,12 @@
 """Traced pieces that are kept: those of the shipped recipes come with the package, others lie in the user's cache.
 
-A trace depends on no weights, so an export that finds all of its pieces here needs no torch. It is found by the hash
-of all that it does depend on: the code of the piece's class and of whatever of its package that imports, the tracer's,
-the data the class is made with, and the versions of the packages that trace. Where one of these cannot be
-known, as of a package that nobody has listed here, the piece is traced every time.
+A trace depends on no weights, so an export that finds all of its pieces here needs no torch. It is found by the hash of
+everything that it does depend on: the code of the piece's class and of all modules of its package that this imports,
+the tracer's code, the data the class is made with, and the versions of the packages that trace. If one of these cannot
+be determined, as for a package that is not listed here, the piece is traced every time.
 
-What is in the cache could have been damaged, or put there under another piece's name. It is bound to its key by a hash
-and taken only from a regular file that nobody but its owner, who is the user, may write.
+A trace in the cache may be damaged, or stored under another piece's name. It is therefore bound to its key by a hash,
+and read only from a regular file that belongs to the user and that nobody else may write.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _KNOWN = frozenset({"torch", "numpy", "onnx", "onnx_ir", "onnxscript"})
 
 
 class _Unknown(Exception):
-    """What a trace depends on cannot be told."""
+    """It cannot be determined what a trace depends on."""
 
 
 def of(piece: Piece, *, fresh: bool = False, trace: Callable[[Piece], bytes] = tracer.trace) -> bytes:
-    """The piece's trace: a kept one, or one made now, which is kept. fresh: make it in any case."""
+    """The piece's trace: a kept one, or one made now, which is kept. fresh: make it even if one is kept."""
     key = key_of(piece)
     if key is None:
         return trace(piece)
@@ -177,7 +177,7 @@ def _versions() -> Mapping[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Arguments as JSON has them; of another kind, nobody knows what they depend on."""
+    """Arguments as JSON has them; for any other kind it is not known what they depend on."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, tuple | list):
@@ -227,7 +227,7 @@ def _is_module(name: str) -> bool:
 
 
 def _code(tree: ast.Module) -> str:
-    """What is executed of a module: no comments, no docstrings, so that words may change. As this Python writes it."""
+    """The executed code of a module, as this Python writes it: no comments or docstrings, so that words may change."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]

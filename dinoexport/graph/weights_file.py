@@ -53,7 +53,7 @@ class Held(Protocol):
         """About how many bytes are held while it is made and written."""
 
     def tobytes(self) -> bytes:
-        """All of them."""
+        """All bytes."""
 
     def tofile(self, file: SupportsWrite[bytes | memoryview]) -> None:
         """Writes them where `file` stands."""
@@ -79,7 +79,7 @@ class Constant:
         return self.nbytes
 
     def tobytes(self) -> bytes:
-        """All of them."""
+        """All bytes."""
         return self.content
 
     def tofile(self, file: SupportsWrite[bytes | memoryview]) -> None:

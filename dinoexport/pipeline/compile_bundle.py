@@ -163,7 +163,7 @@ def merge(
 
 
 def _held(folder: Path, out: Path | None) -> AbstractContextManager[object]:
-    """Holds the bundle that is read against a build; where it is to change itself, its workspace does that."""
+    """Locks a bundle that is only read against builds; one that is to be changed is locked by its workspace."""
     if out is None or files.same_place(out, folder):
         return nullcontext()
     return changes.reading(folder)

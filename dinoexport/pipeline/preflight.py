@@ -34,7 +34,7 @@ def packages(request: BuildRequest) -> None:
 
 
 def compiler(request: EngineRequest) -> None:
-    """Raises MissingRequirement where what compiles engines is not installed, or is known to compile wrong ones."""
+    """Raises MissingRequirement if the engine compiler is not installed, or is known to build wrong engines."""
     facts = TABLE[request.runtime]
     system = hardware.system_tensorrt() if request.runtime is Runtime.TENSORRT else None
     if system and not system.visible and facts.installed_version() is None:
@@ -52,7 +52,7 @@ def compiler(request: EngineRequest) -> None:
 
 
 def stored_bytes(request: BuildRequest) -> int:
-    """What the graphs' weights take in their files."""
+    """The size of the graphs' weights in their files."""
     if isinstance(request.model, SizedWeights):
         return request.model.stored_bytes
     width = 2 if request.chosen.traced in (Precision.FP16, Precision.BF16) else 4
@@ -60,13 +60,13 @@ def stored_bytes(request: BuildRequest) -> int:
 
 
 def disk_bytes(request: BuildRequest) -> int:
-    """What the bundle takes."""
+    """The size of the bundle on the disk."""
     needed = stored_bytes(request) * (2 if request.engine else 1)  # an engine holds them once more
     return needed + 3 * sum(array.nbytes for case in request.cases for array in case.inputs.values())
 
 
 def free_bytes(request: BuildRequest) -> int:
-    """What the disk has where the bundle is to be."""
+    """The free space of the disk that will hold the bundle."""
     place = request.out.absolute().parent
     while not place.exists():
         place = place.parent
@@ -96,7 +96,7 @@ def weights_fit(request: BuildRequest) -> None:
 
 
 def plan(request: BuildRequest) -> dict[str, str]:
-    """What a build will take and what its product will need, in words; nothing is done."""
+    """What a build and its result will need, in words; nothing is done."""
     facts = {
         "bundle": str(request.out),
         "precision": str(request.precision),

@@ -42,7 +42,7 @@ class SharedCache:
         self._wrong: set[str] = set()
 
     def take(self, name: str, key: str, folder: Path, *, progress: Progress) -> tuple[BundleFile, ...] | None:
-        """Puts the stage's files into the empty `folder`; None, and an empty folder, where there is no whole one.
+        """Puts the stage's files into the empty `folder`; None, and an empty folder, if there is no complete stage.
 
         Raises MissingRequirement if the store cannot be reached, or refuses, at the first request.
         """
@@ -66,7 +66,7 @@ class SharedCache:
         return found.files
 
     def give(self, key: str, folder: Path, made: tuple[BundleFile, ...], *, progress: Progress) -> None:
-        """Adds a finished stage: what is there already and was not found to be damaged is not sent again."""
+        """Adds a finished stage. Files that are there already are not sent again, unless they were found damaged."""
         if self._given_up:
             return
         try:

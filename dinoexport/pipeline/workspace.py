@@ -69,7 +69,7 @@ class Workspace:
     def stage(self, name: str, key: str, make: Make, *, costly: bool = False) -> Stage:
         """The stage `name` for `key`: from an earlier run, from the bundle at `out`, or made now by `make(folder)`.
 
-        costly: one that is dearer to make than to send is also looked for in the cache that machines share.
+        costly: it takes longer to make than to send, so it is also looked up in the cache that machines share.
         """
         folder = self.folder / f"{name}-{key[:16]}"
         if not self.force:

@@ -136,9 +136,10 @@ def _timed(way: Way, found: timing.Latencies) -> Timed:
 
 
 def without_chosen(model: Runnable, wanted: GraphForms, facts: CpuFacts, why: str) -> CpuFacts | None:
-    """The next best way of another runtime, where the chosen one is out of the question; None if there is none.
+    """The next best way of another runtime, if the chosen one cannot be used; None if there is none.
 
-    why: what is wrong with it, for the record. Nothing is timed again; what was measured is judged by the same rule.
+    why: what is wrong with the chosen one, for the record. Nothing is timed again: the same rule is applied to the
+    recorded measurements.
     """
     refused = {**facts.refused, facts.chosen.runtime: why}
     taken = {timed.way: _Recorded.of(timed) for timed in facts.measured}
@@ -159,7 +160,7 @@ def without_chosen(model: Runnable, wanted: GraphForms, facts: CpuFacts, why: st
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """A `choice.Taken` of what a bundle keeps."""
+    """A `choice.Taken` made of the figures in a manifest."""
 
     median_ms: float
     best_ms: float

@@ -1,4 +1,4 @@
-"""What a graph that carries state needs of memory: for each token, for a context, and how long one may get here."""
+"""Memory for a graph that carries state: for each token, for a whole context, and the longest context that fits."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ _BATCH = "batch"
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedMemory:
-    """Bytes that a sequence's state takes. a_token: more for each token; context: the most tokens it may have.
-
-    whole: for a sequence of that many.
-    """
+    """Bytes of a sequence's state. a_token: bytes for each token; context: the largest number of tokens."""
 
     a_token: int
     context: int
 
     @property
     def whole(self) -> int:
-        """For the longest sequence there may be."""
+        """For the longest sequence."""
         return self.a_token * self.context
 
     def longest(self, memory_bytes: int) -> int:
-        """How many tokens so much memory holds, up to the context."""
+        """The number of tokens whose state fits this much memory, at most the context."""
         return max(0, min(self.context, memory_bytes // self.a_token))
 
     def facts(self, weight_bytes: int, memory_bytes: int | None) -> Mapping[str, str]:
-        """The same in words, on a machine with so much memory for weights and state."""
+        """The same in words, for a machine with this much memory for weights and state."""
         shown = {
             "memory of the weights": f"{weight_bytes / 1e9:.2f} GB",
             "cache": f"{self.a_token / 1e3:.1f} kB a token, {self.whole / 1e9:.2f} GB for {self.context} tokens",

@@ -1,11 +1,11 @@
-"""Which of several ways is the fastest, from samples that other processes may have disturbed.
+"""Choose the fastest of several ways from samples that other processes may have disturbed.
 
-Three figures of each way, which agree on a quiet machine. The median is what a user feels, and grows with whatever else
-runs. The best of many visits is the time of an undisturbed run, if there was one. The CPU time, shared out to the
-threads, hardly grows with others, but counts threads that wait for each other as working. A way is chosen when all
-three put it first; while they disagree, there are more visits. Ways with equal figures are not left to
-chance: what was faster on this CPU, with these versions, on an earlier quiet occasion is chosen, and before there was
-one, what usually is.
+Each way has three figures, which agree on a quiet machine. The median is what a user experiences; it grows with the
+load of other processes. The best of many visits is the time of an undisturbed run, if there was one. The CPU time,
+divided by the threads, hardly grows with other load, but it counts threads that wait for each other as working. A way
+is chosen when all three figures put it first; while they disagree, there are more visits. Chance does not decide
+between ways with equal figures: the one that was faster in an earlier quiet measurement, on this CPU with these
+versions, is chosen; if there was none, the one that is usually faster.
 
 Where others use most of the CPUs, no run is undisturbed and the wall clock says nothing: beside ten other processes
 on two CPUs the best of up to ten runs was 1.5 to 10 times its CPU time per thread. Then only the CPU time counts,
@@ -46,7 +46,7 @@ Basis = Literal["measured", "known", "usual"]
 
 
 class Taken(Protocol):
-    """What was measured of one way; `timing.Latencies` are one. cpu_ms: all threads together, None if not known."""
+    """The measurements of one way, such as `timing.Latencies`. cpu_ms: all threads together, None if not known."""
 
     @property
     def median_ms(self) -> float:
@@ -54,11 +54,11 @@ class Taken(Protocol):
 
     @property
     def best_ms(self) -> float:
-        """The shortest."""
+        """The shortest of its samples."""
 
     @property
     def cpu_ms(self) -> float | None:
-        """The least CPU time of one."""
+        """The smallest CPU time of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +70,22 @@ class ChosenWay:
 
 
 def figures(way: Way, taken: Taken) -> tuple[float, ...]:
-    """What the way is ranked by, in milliseconds: median, best, and CPU time for each of its threads if that is known.
+    """The figures that rank the way, in ms: median, best, and CPU time for each of its threads if that is known.
 
-    CPU time says nothing of how well threads share the work, so it is compared with the best where there are several.
+    CPU time does not show how well threads share the work, so with several threads it is compared with the best.
     """
     cpu = () if taken.cpu_ms is None else (taken.cpu_ms / max(1, way.threads),)
     return (taken.median_ms, taken.best_ms, *cpu)
 
 
 def settled(samples: Mapping[Way, Taken]) -> bool:
-    """Whether every figure puts the same way first, or cannot tell the same ways apart: more visits show no more."""
+    """Whether every figure puts the same way first, or cannot distinguish the same ways: more visits would not help."""
     near = _near(samples)
     return all(ways == near[0] for ways in near)
 
 
 def agreed(samples: Mapping[Way, Taken]) -> Way | None:
-    """The way that every figure puts first, and clearly; None where they disagree or others are too near."""
+    """The way that every figure puts first, and clearly; None if they disagree or another way is too close."""
     near = _near(samples)
     if len(near[0]) != 1 or not settled(samples):
         return None
@@ -94,7 +94,7 @@ def agreed(samples: Mapping[Way, Taken]) -> Way | None:
 
 
 def hopeful(samples: Mapping[Way, Taken], *, behind: float = _BEHIND) -> tuple[Way, ...]:
-    """The ways that are not behind by so much in every figure."""
+    """The ways that are not more than `behind` times as slow as the first one in every figure."""
     firsts = _firsts(samples)
     return tuple(
         way
@@ -106,7 +106,8 @@ def hopeful(samples: Mapping[Way, Taken], *, behind: float = _BEHIND) -> tuple[W
 def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_share: float = 0.0) -> ChosenWay:
     """The best way after the last visit.
 
-    known: what was the fastest on an earlier, quiet occasion. others_share: of the CPUs, by other processes meanwhile.
+    known: the fastest way in an earlier, quiet measurement. others_share: the share of the CPUs that other processes
+    used.
     """
     if _crowded(samples, others_share):
         alike = _least_work(samples)
@@ -127,9 +128,9 @@ def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_sha
 
 
 def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Taken], *, others_share: float) -> float:
-    """How many times as long `way` takes as the fastest of others, by the figure that other processes disturb least.
+    """How many times as long `way` takes as the fastest other way, by the figure that other processes disturb least.
 
-    Not by medians: a neighbour that comes while one is measured would decide whether a precision is worth it.
+    Medians are not used: a process that starts during one measurement would decide whether a precision is worth it.
     """
     crowded = _crowded(samples, others_share)
 
@@ -140,7 +141,7 @@ def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Taken], *
 
 
 def _crowded(samples: Mapping[Way, Taken], others_share: float) -> bool:
-    """Whether the clock shows nothing, and the CPU time is known instead."""
+    """Whether wall-clock times are meaningless, and CPU times are known."""
     return others_share > CROWDED_SHARE and all(taken.cpu_ms is not None for taken in samples.values())
 
 
@@ -155,7 +156,7 @@ def _least_work(samples: Mapping[Way, Taken]) -> list[Way]:
 
 
 def _unusual(way: Way) -> tuple[int, int]:
-    """Small for what usually is the fastest."""
+    """A sort key: small for ways that are usually the fastest."""
     usually = _USUALLY[::-1] if way.precision is Precision.INT4 else _USUALLY
     return (usually.index(way.runtime) if way.runtime in usually else len(usually), -way.threads)
 
@@ -165,7 +166,7 @@ def _firsts(samples: Mapping[Way, Taken]) -> tuple[float, ...]:
 
 
 def _near(samples: Mapping[Way, Taken]) -> list[set[Way]]:
-    """For each figure the ways that are first or cannot be told from it."""
+    """For each figure, the way that is first and those that cannot be distinguished from it."""
     firsts = _firsts(samples)
     return [
         {way for way, taken in samples.items() if figures(way, taken)[i] <= _ALIKE * first}
@@ -183,7 +184,7 @@ def occasion(
 
 
 def remembered(on: str, among: Sequence[Way]) -> Way | None:
-    """What was chosen on an earlier such occasion, if it is one of these ways."""
+    """The choice of an earlier occasion of this kind, if it is one of these ways."""
     try:
         kept = json.loads(untrusted.read_text(_record(on), max_bytes=_RECORD_MAX_BYTES, links=False))
     except (ValueError, RecursionError, untrusted.Unreadable):
@@ -192,7 +193,7 @@ def remembered(on: str, among: Sequence[Way]) -> Way | None:
 
 
 def remember(on: str, way: Way) -> None:
-    """Keeps a choice in the cache; where nothing can be kept there, nothing is."""
+    """Stores a choice in the cache, if the cache can be written to."""
     path = _record(on)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,10 +47,10 @@ def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:
 def open_for_sizes(
     graphs: Mapping[Path, Graph], way: Way, *, named: Sequence[str] = (), spend: sizes.Budget | None = None
 ) -> dict[str, Opened | Specialised]:
-    """Every graph by its name, opened in `way`, which gets forms of their own for sizes that are often asked.
+    """Every graph by its name, opened in `way`, with forms of its own for sizes that are often requested.
 
-    named: sizes that get one at once, as `224x224`; a UsageError for one that no graph takes. Raises as `open_graphs`.
-    A graph that carries state stays as it is: its sizes change with every call.
+    named: sizes that get a form at once, as `224x224`; raises UsageError for one that no graph takes. Raises as
+    `open_graphs`. A graph that carries state stays as it is: its sizes change with every call.
     """
     open_graph = TABLE[way.runtime].open_graph
     assert open_graph is not None, f"{way.runtime} opens no graph on a CPU"

@@ -64,9 +64,9 @@ def read_header(path: Path) -> Header:
 
 
 def for_this_machine(engines: Sequence[EngineFacts], gpus: Sequence[Gpu]) -> tuple[EngineFacts, ...]:
-    """Of each graph the engine that runs here, where a bundle has engines for several cards.
+    """For each graph, the engine that runs here, if a bundle has engines for several cards.
 
-    A MissingRequirement says what is wrong with each where none of a graph's does.
+    Raises MissingRequirement, with the reason for each engine, if none of a graph's engines runs here.
     """
     chosen: list[EngineFacts] = []
     for graph in dict.fromkeys(engine.graph for engine in engines):

@@ -18,7 +18,7 @@ _MORE_TOKENS = 256
 def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
     """The file at `path` with its cache in place and operators joined; None if it has another form.
 
-    Weights are left where they are, but for a copy of those that are joined.
+    Weights stay in their file, except for a copy of those that are joined.
     """
     require("text", "onnx")
     import onnx
@@ -102,7 +102,7 @@ class OrtDecoder:
         return logits
 
     def _make_room(self, batch: int, total: int) -> None:
-        """Sees to buffers for so many sequences and tokens, bound as input and output, with the cache in them."""
+        """Provides buffers for this many sequences and tokens, bound as input and output, with the cache in them."""
         import numpy as np
 
         if self._binding is not None and next(iter(self._buffers.values())).shape[2] >= total:

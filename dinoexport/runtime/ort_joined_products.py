@@ -1,8 +1,8 @@
 """Make fewer and larger operators of a decoder whose weights have few bits, as onnxruntime-genai's graphs have.
 
 A product of one token takes a few microseconds, as long as ONNX Runtime needs to begin any operator. Products of the
-same input become one, which changes no number: each column is computed by itself. A sum and the norm of it become
-ONNX Runtime's own operator for both.
+same input become one, which changes no number: each column is computed by itself. A sum and its norm become ONNX
+Runtime's own operator for both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _LARGEST_COPY_BYTES = 1 << 28
 class _Product:
     """x times a weight in blocks of few bits, and the sums of the blocks of x times the weight's offsets, added to it.
 
-    nodes: of these operators, in the order of the graph. sums, offsets: their names; empty for a weight without.
+    nodes: these operators, in the graph's order. sums, offsets: the names of these tensors; empty for a weight without
+    offsets.
     """
 
     nodes: tuple[Any, ...]
@@ -33,12 +34,12 @@ class _Product:
 
     @property
     def output(self) -> str:
-        """The name of what is computed."""
+        """The name of the result."""
         return str(self.nodes[-1].output[0])
 
 
 def join_products(model: Any, folder: Path) -> None:
-    """Changes `model` (an onnx.ModelProto), whose weights lie in `folder`, so. Does nothing if they are too large."""
+    """Joins products of `model` (a ModelProto), whose weights lie in `folder`; does nothing if they are too large."""
     search = _Search(model)
     groups = [group for group in search.groups() if len(group) > 1]
     if sum(search.stored_bytes(product) for group in groups for product in group) > _LARGEST_COPY_BYTES:
@@ -56,7 +57,7 @@ def join_products(model: Any, folder: Path) -> None:
 
 
 def join_norms(model: Any) -> None:
-    """Changes `model`, a decoder, so: an Add and the RMSNormalization that reads it become one operator."""
+    """Changes `model`, a decoder: an Add and the RMSNormalization that reads it become one operator."""
     from onnx import helper
 
     sums = {node.output[0]: node for node in model.graph.node if node.op_type == "Add"}
@@ -182,7 +183,7 @@ def _side_by_side(name: str, tensors: list[Any], folder: Path) -> Any:
 
 
 def _drop_unread(model: Any) -> None:
-    """Removes operators without inputs that matter: those that only widened a weight which is now in a joined one."""
+    """Removes operators that nothing reads: they widened a weight that is now part of a joined one."""
     read = {name for node in model.graph.node for name in node.input} | {tensor.name for tensor in model.graph.output}
     nodes = [node for node in model.graph.node if node.op_type != "DequantizeLinear" or read & set(node.output)]
     del model.graph.node[:]

@@ -17,7 +17,7 @@ _BIAS, _ROOM, _LOWEST = "attention_bias", "room", -3.4e38
 
 
 def share_cache(model: Any, graph: Graph) -> bool:
-    """Changes `model` (an onnx.ModelProto) so. False, and no change, if its attention has another form.
+    """Makes `model` (a ModelProto) keep its cache in place; False, without a change, if its attention has another form.
 
     Carried inputs and outputs become buffers (B, heads, room, width). Two int32 inputs are new: `LAST_TOKEN` (B,), the
     index of each sequence's last token in the buffer, and `ALL_TOKENS` (1,), how many tokens it has.
@@ -55,7 +55,7 @@ def share_cache(model: Any, graph: Graph) -> bool:
 
 
 def _read(nodes: Sequence[Any], names: set[str]) -> list[Any]:
-    """Those of the nodes, in their order, on which these outputs depend. names: is added to."""
+    """Those of the nodes, in their order, on which the values `names` depend; their inputs are added to `names`."""
     kept = []
     for node in reversed(nodes):
         if names & set(node.output):
@@ -74,10 +74,10 @@ class _Edit:
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def grouped(self, attention: Any) -> Sequence[Any]:
-        """What takes the place of an Attention and of all between it and the products; empty for another form.
+        """The operators that replace an Attention and everything between it and the products; empty for another form.
 
-        In the form that is known, heads are split off each product and rotated (not those of values), keys and values
-        are appended to the past, and the answer's heads are joined.
+        In the known form, each product is split into heads, which are rotated (except those of values), keys and values
+        are appended to the past, and the heads of the result are joined.
         """
         from onnx import helper
 
@@ -102,7 +102,7 @@ class _Edit:
         )
 
     def rotated(self, name: str) -> Any:
-        """A rotation of the product (B, T, heads * width) with the same answer as that of its heads; None without."""
+        """A rotation of the product (B, T, heads * width), equal to that of its heads; None if they are not rotated."""
         from onnx import helper
 
         rotary = self.made("RotaryEmbedding", name)

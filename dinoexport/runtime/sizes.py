@@ -1,9 +1,9 @@
 """Forms of a graph for one size each, beside the one that takes every size.
 
-With its shapes known, OpenVINO and ONNX Runtime fold and choose more: a size that is often asked can be answered
-sooner. Such a form is compiled in the background while the general one goes on answering, so no answer waits for it.
-Before it is used, it runs the general form's inputs, and is left out if the outputs differ by more than two forms may.
-As many are kept as fit into a budget of memory, each with what it was measured to take.
+With fixed shapes, OpenVINO and ONNX Runtime fold more and choose better kernels, so a size that is often requested is
+answered faster. Such a form is compiled in the background while the general form answers, so no answer waits for it.
+Before it is used, it runs the same inputs as the general form, and is left out if the outputs differ by more than the
+limit for two forms. As many forms are kept as fit into a memory budget, by their measured sizes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Budget:
 
 @dataclass(kw_only=True)
 class Form:
-    """One size's form. memory_bytes: by how much this process grew while it was compiled. why: it is not used."""
+    """One size's form. memory_bytes: how much this process grew while it was compiled. why: why it is not used."""
 
     shapes: InputShapes
     state: FormState
@@ -66,15 +66,15 @@ def budget() -> Budget:
 def dims_of(size: str, graph: Graph) -> dict[str, int]:
     """The value of each of the graph's dynamic dimensions for a size as people write it, `224x224` or `8x518x518`.
 
-    The numbers are the last of the dimensions, two or more, in order; those before them are 1. A UsageError for a size
-    that is none.
+    The numbers are the last of the dimensions, two or more, in order; those before them are 1. Raises UsageError for a
+    text that is not a size.
     """
     names = [dim.name for dim in graph.dims if any(dim.name in tensor.shape for tensor in graph.inputs)]
     example = "x".join(str(dim.opt) for dim in graph.dims if dim.name in names[-2:])
     parts = size.lower().split("x")
     numbers = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
     if not numbers or not min(2, len(names)) <= len(parts) <= len(names):
-        raise UsageError(f"{size!r} is no size of {', '.join(names)}.", next_step=f"Write it as {example}.")
+        raise UsageError(f"{size!r} is not a size of {', '.join(names)}.", next_step=f"Write it as {example}.")
     return dict.fromkeys(names, 1) | dict(zip(names[-len(parts) :], map(int, parts), strict=True))
 
 
@@ -225,7 +225,7 @@ def _key(arrays: Arrays) -> tuple[tuple[int, ...], ...]:
 
 
 def sample(graph: Graph, shapes: InputShapes) -> Arrays:
-    """Inputs of these shapes that tell a wrong form from a right one: noise, the same each time."""
+    """Inputs of these shapes that reveal a wrong form: noise, the same each time."""
     import numpy as np
 
     random = np.random.RandomState(0)

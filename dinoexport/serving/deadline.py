@@ -72,9 +72,9 @@ def watched(pool_class: Any) -> Any:
 
 
 class StreamBounds:
-    """What an answer in pieces may take, from the tokens that were asked for: events, bytes, and time in all.
+    """The limits of a streamed answer, from the number of requested tokens: events, bytes, and total time.
 
-    A deadline for each event alone never ends an answer whose server sends one event after the other for ever.
+    A deadline for each event alone would never end an answer whose server keeps sending events.
     """
 
     def __init__(self, values: Mapping[str, Any], timeout_s: float) -> None:
@@ -90,7 +90,7 @@ class StreamBounds:
         return max(1e-3, min(self._timeout_s, self._ends - time.monotonic()))
 
     def count(self, *, events: int = 0, size_bytes: int = 0) -> None:
-        """Raises Malformed for more than what was asked for can take."""
+        """Raises Malformed if there is more than the requested answer can have."""
         self._events_left -= events
         self._bytes_left -= size_bytes
         if self._events_left < 0 or self._bytes_left < 0:
@@ -105,7 +105,7 @@ class EventLines:
         self._bounds, self._rest = bounds, b""
 
     def add(self, piece: bytes) -> None:
-        """The next piece. Raises Malformed when the response is longer than what was asked for can take."""
+        """The next piece. Raises Malformed if the response is longer than the requested answer can be."""
         self._bounds.count(size_bytes=len(piece))
         self._rest += piece
 

@@ -45,9 +45,9 @@ class TextAnswer:
 class TextClient:
     """One served text model.
 
-    url: http://HOST:8000 or grpc://HOST:8001. model: its deployed name; optional if a server has only one.
-    timeout_s: for the first words of an answer, and between any two; a whole answer takes at most five seconds more for
-    each token that was asked for. headers, ca: files, see `address.parse`.
+    url: http://HOST:8000 or grpc://HOST:8001. model: its deployed name; optional if a server has only one. timeout_s:
+    for the first words of an answer, and between any two; a whole answer takes at most five seconds more for each
+    requested token. headers, ca: files, see `address.parse`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The steps of a change; each can be carried out again after it was begun or done."""
+"""The steps of a change; each can be repeated after it was begun or done."""
 
 from __future__ import annotations
 

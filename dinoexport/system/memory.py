@@ -1,4 +1,4 @@
-"""How much memory this machine has for a process, as Linux and the container it runs in say."""
+"""The memory that this machine has for a process, as Linux and the process's container report it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 
 def total_bytes() -> int | None:
-    """All there is, or what the container may use of it; None where the system does not say."""
+    """All memory, or the limit of the container; None if the system does not report it."""
     found = [size for size in (_meminfo("MemTotal"), *map(_limit, _CGROUPS)) if size is not None]
     return min(found, default=None)
 
 
 def available_bytes() -> int | None:
-    """What a new process may take without anything being swapped out; None where the system does not say."""
+    """The memory that a new process can use without swapping; None if the system does not report it."""
     found = [size for size in (_meminfo("MemAvailable"), total_bytes()) if size is not None]
     return min(found, default=None)
 

@@ -1,6 +1,6 @@
 """The small files beside a checkpoint that say what it is: read as data, key by key, never imported or run.
 
-A key that is there and makes no sense is a UsageError that names it.
+A key with an invalid value raises a UsageError that names it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Config:
         return value
 
     def senseless(self, key: str) -> UsageError:
-        """The error for a value of `key` that nothing can be made of."""
+        """The error for an invalid value of `key`."""
         return UsageError(
             f"{self.path}: {key} is {self.content[key]!r}, which makes no sense.",
             next_step="Fix the file, or move it away.",
@@ -48,7 +48,7 @@ class Config:
         return Config(self.path, self.get(key, dict) or {})
 
     def facts(self, keys: Mapping[str, tuple[str, type | tuple[type, ...]]], *, under: str = "") -> list[Fact]:
-        """A fact for each of `keys`, theirs -> (the recipe's, kind), that the file has."""
+        """A fact for each of `keys` that the file has. keys: the file's key -> (the recipe's key, kind)."""
         return [
             Fact(key=ours, value=value, source=self.source(f"{under}{theirs}"))
             for theirs, (ours, kind) in keys.items()
@@ -61,7 +61,7 @@ class Config:
 
 
 def read_json(path: Path) -> Config | None:
-    """The JSON object in `path`; None where there is no such file, or something else in it."""
+    """The JSON object in `path`; None if the file is missing or holds something else."""
     text = _text(path)
     if text is None:
         return None
@@ -73,7 +73,7 @@ def read_json(path: Path) -> Config | None:
 
 
 def read_yaml(path: Path) -> Config | None:
-    """The YAML mapping in `path`; None where there is no such file, or something else in it."""
+    """The YAML mapping in `path`; None if the file is missing or holds something else."""
     text = _text(path)
     if text is None:
         return None
@@ -97,7 +97,7 @@ def _text(path: Path) -> str | None:
 
 
 def name_of(weights: Path) -> str:
-    """What the user calls a model: the file's name, or the folder's where that says nothing."""
+    """The user's name for a model: the file's name, or the folder's if every such file has the same name."""
     within = weights.absolute()
     for part in (within.name if within.is_dir() else within.stem, within.parent.name):
         name = re.sub(r"[^a-z0-9_-]+", "-", part.lower()).strip("-_")[:64]

@@ -26,10 +26,10 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
 class _Header:
-    """Reads the header of an open file and believes no count or length that the file could not hold.
+    """Reads the header of an open file, and refuses counts and lengths that the file cannot hold.
 
     Counts, lengths and types are as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has them. The package's
-    own reader follows whatever they say, without an end.
+    own reader trusts them, and may not end.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -92,9 +92,9 @@ class _Content:
 
 
 def _content(path: Path) -> _Content:
-    """The content of the file at `path`, whose header was found to be one that ends.
+    """The content of the file at `path`, whose header was checked.
 
-    Raises whatever the package or the check meets in a damaged file, and `untrusted.Unreadable`.
+    For a damaged file it raises any exception of the package or of the check, or `untrusted.Unreadable`.
     """
     require("export", "gguf")
     with untrusted.opened(path) as file:

@@ -1,4 +1,4 @@
-"""Tensors whose numbers are mapped from a weight file: nothing is copied until it is computed with."""
+"""Tensors whose numbers are mapped from a weight file: nothing is copied until it is used in a computation."""
 
 from __future__ import annotations
 

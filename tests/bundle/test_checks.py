@@ -36,7 +36,7 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("change", [rewritten, there_and_back, replaced, Path.unlink])
 def test_a_file_changed_while_it_is_used_is_noticed(small: Path, change: Callable[[Path], object]) -> None:
     """Also one that is what it was again: in between a runtime may have read another."""
-    with pytest.raises(ValidationFailed, match="changed or exchanged"), bundle.checked(small, graphs=False):
+    with pytest.raises(ValidationFailed, match="changed or replaced"), bundle.checked(small, graphs=False):
         change(small / "model.onnx.data")
 
 

@@ -359,8 +359,13 @@ json_values = st.recursive(
 ranges = st.lists(st.integers(1, 10**6), min_size=3, max_size=3).map(
     lambda ends: dict(zip(("min", "opt", "max"), sorted(ends), strict=True))
 )
+addresses = st.builds(
+    "https://{}/{}".format,
+    st.text(st.characters(codec="utf-8", exclude_characters="/@"), min_size=1),
+    st.text(st.characters(codec="utf-8", exclude_characters="\n")),
+)
 weight_files = st.fixed_dictionaries(
-    {"url": st.text(min_size=1).map("https://".__add__), "sha256": st.from_regex(r"[0-9a-f]{64}", fullmatch=True)},
+    {"url": addresses, "sha256": st.from_regex(r"[0-9a-f]{64}", fullmatch=True)},
     optional={"size_bytes": st.integers(1, 10**13)},
 )
 tables = st.fixed_dictionaries(

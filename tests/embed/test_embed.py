@@ -59,7 +59,7 @@ def test_named_sizes_run_in_forms_of_their_own(
         inputs = model.prepare("sized_images", settings, [(photos / row["path"]).read_bytes()])
         (right,) = session.run(["class_token"], inputs)
         np.testing.assert_allclose(row["class_token"], right[0], rtol=5e-5, atol=5e-5)
-    for size, said in (("28x2800", "2800"), ("nearst", "is no size"), ("4x28x28", "is not HxW")):
+    for size, said in (("28x2800", "2800"), ("nearst", "is not a size"), ("4x28x28", "is not HxW")):
         with pytest.raises(UsageError, match=said):
             run.embed(tiny, str(photos), str(tmp_path / "x"), size=size, **LENIENT)
     graphs = {tiny / graph.file: graph.graph() for graph in bundle.read_manifest(tiny).graphs}

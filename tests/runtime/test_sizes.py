@@ -209,7 +209,7 @@ def test_a_size_as_people_write_it() -> None:
     assert sizes.shapes_of("14x28", GRAPH) == {"pixels": (1, 3, 14, 28)}
     assert sizes.shapes_of("2x14X28", GRAPH) == {"pixels": (2, 3, 14, 28)}
     for wrong in ("", "x", "14", "1x2x3x4", "-1x2", "1.5x2", "²x2", "14x", "1e2x3"):
-        with pytest.raises(UsageError, match="is no size of batch, height, width"):
+        with pytest.raises(UsageError, match="is not a size of batch, height, width"):
             sizes.shapes_of(wrong, GRAPH)
     with pytest.raises(InputRefused, match="height 65 is outside"):
         sizes.shapes_of("65x8", GRAPH)

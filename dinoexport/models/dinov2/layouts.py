@@ -49,8 +49,8 @@ class _View:
 def adapt(found: Shapes, read: Read, *, width: int | None = None, depth: int | None = None) -> tuple[Shapes, Read]:
     """(name -> shape, reader) in the published layout for a checkpoint whose tensors are `found`.
 
-    width and depth: of the model that is wanted, where the checkpoint holds several. What is not part of the backbone
-    left out; what is, and no DINOv2 has, keeps the file's name.
+    width and depth: of the requested model, if the checkpoint holds several. Tensors outside the backbone are left out;
+    tensors of the backbone that no DINOv2 has keep the file's names.
     """
     return adapted(search(found, width=width, depth=depth), found, read)
 

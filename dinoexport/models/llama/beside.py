@@ -1,6 +1,7 @@
-"""What the files beside a Llama-type model's weights say of it: config.json, params.json, a GGUF file's metadata.
+"""Read the files beside a Llama-type model's weights: config.json, params.json, a GGUF file's metadata.
 
-What would change the mathematics and is not built here is a UsageError that names it, never ignored.
+A setting that would change the mathematics and is not supported here raises a UsageError that names it; it is never
+ignored.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ SILENT = {
 
 
 def facts(weights: Path) -> tuple[Fact, ...]:
-    """Everything the files beside `weights`, a file or a folder, say of the model."""
+    """All facts about the model in the files beside `weights`, a file or a folder."""
     if gguf_file.is_gguf(weights):
         return _checked(_gguf(weights))
     folder = weights if weights.is_dir() else weights.parent
@@ -73,7 +74,7 @@ def facts(weights: Path) -> tuple[Fact, ...]:
 
 
 def other_type(weights: Path) -> str:
-    """What kind of model the files say this is, where that is another kind; empty where it may be this family's."""
+    """The kind of model that the files name, if it is another family's; empty if it may be this family's."""
     if gguf_file.is_gguf(weights):
         kind = gguf_file.metadata(weights).get("general.architecture")
     else:
@@ -160,7 +161,7 @@ def _gguf(path: Path) -> list[Fact]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of the file's own width as the shortest one that stands for the same: 1e-5, not 9.99999974e-06."""
+    """The shortest number that is the same in the file's own width: 1e-5, not 9.99999974e-06."""
     import numpy as np
 
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -174,7 +175,7 @@ def _not_built(config: Config, key: str, value: Any, what: str) -> UsageError:
 
 
 def _checked(found: list[Fact]) -> tuple[Fact, ...]:
-    """A UsageError for a number that no model has, such as a vocabulary of -1."""
+    """Raises UsageError for a number that no model has, such as a vocabulary of -1."""
     import numpy as np
 
     for fact in found:

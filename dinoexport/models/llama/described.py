@@ -1,4 +1,4 @@
-"""What a Llama-type model's weights show, what the files beside them say, and what neither does; a recipe of both."""
+"""Derive facts, and if needed a recipe, from Llama-type weights and files beside them; list what neither shows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def described(recipe: Recipe, weights: Path, found: Shapes) -> Description:
 
 
 def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
-    """A recipe for the weights at `weights`; None where there is no Llama-type model in them."""
+    """A recipe for the weights at `weights`; None if they hold no Llama-type model."""
     seen = _seen(layouts.by_published_names(found))
     if not {"dim", "layers", "hidden_dim", "vocabulary"} <= seen.keys() or beside.other_type(weights):
         return None
@@ -91,7 +91,7 @@ def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
 
 
 def _silent(weights: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the code that wrote the files takes where they are silent."""
+    """The defaults that the code which wrote the files uses for keys that they lack."""
     folder = weights if weights.is_dir() else weights.parent
     values = beside.SILENT["config.json" if (folder / "config.json").is_file() else "params.json"]
     if said.get("rope_theta") == _CODE_LLAMA_BASE:
@@ -100,7 +100,7 @@ def _silent(weights: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _graph_table(weights: Path, *, tied: bool) -> dict[str, Any]:
-    """The table `[graph]`: an int4 graph keeps the four bits of a GGUF file, and has eight where that has more."""
+    """The table `[graph]`: an int4 graph keeps a GGUF's weights of four bits, and stores those of more in eight."""
     if not gguf_file.is_gguf(weights):
         return {}
     products = {part: product for product, part in PARTS.items()}
@@ -118,7 +118,7 @@ def _graph_table(weights: Path, *, tied: bool) -> dict[str, Any]:
 
 
 def assumed(recipe: Recipe) -> tuple[Fact, ...]:
-    """What no weights show, and a file may leave out."""
+    """Values that weights do not show and files may leave out."""
     arch = parse(Architecture, recipe.model, where=f"recipe {recipe.name}, [model]")
     why = "what its authors' code takes where a file is silent"
     return tuple(
@@ -127,7 +127,7 @@ def assumed(recipe: Recipe) -> tuple[Fact, ...]:
 
 
 def _check_whole(weights: Path, seen: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """A width that the tensors do not have is a file that is missing, when they lie in several."""
+    """Refuses tensors from several files that do not add up to the model's width: a file is missing."""
     dim = said.get("dim", seen["dim"])
     if seen["query_numbers"] != dim * dim:
         raise UsageError(

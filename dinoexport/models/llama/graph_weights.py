@@ -29,7 +29,7 @@ class GraphWeights:
         return Precision(self.choices.body) if self.precision in BITS else self.precision
 
     def stem(self) -> dict[str, Weight]:
-        """The table of the vocabulary."""
+        """The embedding table."""
         return {"table_VD": self._weight("tok_embeddings.weight")}
 
     def block(self, i: int) -> dict[str, Weight]:

@@ -85,7 +85,7 @@ def _prompts(arch: Architecture, arrays: Arrays) -> list[Array]:
 
 
 def _loader(arch: Architecture, read: Read, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
-    """What loads a tensor in `dtype`; all of a small model's stay in memory."""
+    """A function that loads a tensor in `dtype`; the tensors of a small model all stay in memory."""
     import numpy as np
 
     loaded: dict[str, torch.Tensor] = {}

@@ -50,7 +50,7 @@ def compile_engines(
 
 
 def gpu_facts(gpu: Gpu | None) -> Mapping[str, object] | None:
-    """What of a card decides its plans: not which of several like ones it is."""
+    """The facts of a card that its plans depend on: not which one of several equal cards it is."""
     return None if gpu is None else asdict(replace(gpu, index=0, uuid=""))
 
 

@@ -104,7 +104,7 @@ class FinishModel:
     """A front end's last part: the graph's outputs in, another form of them out, by the family's own code."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Finds the family that knows how, and what it is given."""
+        """Finds the family, and what its last part takes."""
         self._served = served_of(args)
         recipe = parse(Recipe, self._served.recipe, where="the deployed recipe")
         model = family.find(self._served.family).model(recipe)
@@ -113,7 +113,7 @@ class FinishModel:
         self._inputs = [entry["name"] for entry in json.loads(args["model_config"])["input"]]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in their order."""
+        """One response per request, in order."""
         import triton_python_backend_utils as backend
 
         responses = []

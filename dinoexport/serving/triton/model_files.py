@@ -35,7 +35,7 @@ def copied(
 ) -> Path:
     """A folder in `new` with copies of the `wanted` files, whose bytes are the manifest's; the rest is checked as well.
 
-    Each byte is read once. What is looked into, measured and served from here on are the copies: what was checked.
+    Each byte is read once. From here on only these copies, which were checked, are inspected, measured and served.
     """
     copies = new / _COPIED
     copies.mkdir()
@@ -82,9 +82,9 @@ def check_readable(copied: Path, manifest: Manifest, triton: str | None) -> None
 
 
 def write(copied: Path, folder: Path, model: TritonModel, version: int, uses: Counter[str]) -> None:
-    """A model's folder as if it were the first of its name, with files from `copied`.
+    """Writes a model's folder as if it were the first of its name, with files from `copied`.
 
-    uses: how many models still want each of them.
+    uses: how many models still need each file.
     """
     place = folder / str(version)
     place.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What stands in a Triton model repository: releases, models' folders, and the version of each that is served."""
+"""Read a Triton model repository: its releases, models' folders, and the version of each that is served."""
 
 from __future__ import annotations
 

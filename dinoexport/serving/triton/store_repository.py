@@ -1,7 +1,7 @@
 """A Triton model repository in an object store: the same releases as on disk, without renames.
 
 The change is made in a mirror of the repository, a local folder with its configurations and its record, by the code
-that changes a repository on disk; what the mirror has then and had not before is sent. In this order:
+that changes a repository on disk; then what is new in the mirror is sent. In this order:
 
     1. the new version's own configuration, as a name that must be free: two deployers never share a version
     2. all its other files, and the warm-up's; Triton serves none of them yet
@@ -83,7 +83,7 @@ def rollback(url: str, name: str) -> Deployed:
 
 
 class _Mirror:
-    """A local folder with what decides a change of the repository; what it holds besides is empty files."""
+    """A local folder with the files that decide a change of the repository; its other files are empty."""
 
     def __init__(self, place: RemotePlace, scratch: Path, name: str, taken: set[str]) -> None:
         """taken: MODEL/VERSION of versions that belong to other deployers, whatever the store lists.
@@ -126,7 +126,7 @@ class _Mirror:
         return not self._tag
 
     def _finish_others(self, name: str) -> None:
-        """Gives models that somebody is deploying for the first time, or began to, the configuration they will have."""
+        """Writes the configuration of models whose first deployment, by another process, is not complete."""
         for folder in [path for path in self.folder.iterdir() if path.is_dir() and not (path / CONFIG).exists()]:
             for config in folder.glob(f"*/{CONFIG}"):
                 content = config.read_bytes()
@@ -146,7 +146,7 @@ class _Mirror:
         self._before[path.stat().st_ino] = name
 
     def send(self, deployed: Deployed, progress: Progress) -> None:
-        """Makes the repository what the mirror is now. Raises _VersionTaken before anything of it is there."""
+        """Changes the repository to the mirror's state. Raises _VersionTaken before anything is sent."""
         now = {path.stat().st_ino: path.relative_to(self.folder).as_posix() for path in _files(self.folder)}
         new = sorted(name for inode, name in now.items() if inode not in self._before)
         moved = {before: now[inode] for inode, before in self._before.items() if now.get(inode, before) != before}
@@ -196,7 +196,7 @@ class _Mirror:
 
 
 def _settle(place: RemotePlace, name: str) -> None:
-    """Brings the configurations to what the record says is served, until the record stays the same meanwhile."""
+    """Writes the configurations that the record says are served, until the record did not change meanwhile."""
     before = None
     while True:
         raw, tag = place.read_tagged(releases.record_name(name), max_bytes=releases.RECORD_MAX_BYTES)

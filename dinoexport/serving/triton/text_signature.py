@@ -11,7 +11,7 @@ from dinoexport.text import service
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """An input or output. many: how many values it has is open; else it is one."""
+    """An input or output. many: whether it may have several values."""
 
     data_type: str
     meaning: str

@@ -58,7 +58,7 @@ def test_named_sizes_get_forms_in_the_python_backend(built: Path, tmp_path: Path
     for backend, size, said in (
         ("onnxruntime", "28x42", "compiles no forms"),
         ("python", "28x4300", "4300"),
-        ("python", "small", "is no size"),
+        ("python", "small", "is not a size"),
     ):
         with pytest.raises(UsageError, match=said):
             model_repository.deploy(built, tmp_path / "others", backend=backend, sizes=[size])  # type: ignore[arg-type]
