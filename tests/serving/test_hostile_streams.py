@@ -20,7 +20,7 @@ from dinoexport.serving.openai import sources
 from dinoexport.serving.text_client import Ended, TextClient
 from dinoexport.serving.triton.signature import PARAMETER
 from tests.properties import examples
-from tests.serving.endpoints import JSON, SERVED, Endpoint, response
+from tests.serving.endpoints import JSON, SERVED, Endpoint, drip, response
 
 pytest.importorskip("tritonclient.http")
 CONFIG = {
@@ -88,16 +88,6 @@ def test_it_can_be_right(endpoint: Endpoint, asks: Asks) -> None:
     assert text == "ab" and ended.reason == "stop" and ended.token_ids == (7, 8)
 
 
-def drips(prefix: bytes, piece: bytes) -> Callable[[socket.socket], None]:
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(prefix)
-        while True:
-            time.sleep(0.05)
-            connection.sendall(piece)
-
-    return answer
-
-
 ENDLESS = {
     "events": line({"text": "a"}), "empty events": line({"text": ""}), "comments": b": still here\n", "lines": b"\n",
     "half a line": b"data", "bytes": b"x",
@@ -107,7 +97,7 @@ ENDLESS = {
 @pytest.mark.parametrize("kind", ENDLESS)
 @pytest.mark.parametrize("asks", CLIENTS)
 def test_a_stream_that_drips_for_ever_ends(endpoint: Endpoint, asks: Asks, kind: str) -> None:
-    endpoint.answers[GENERATE] = drips(HEAD, ENDLESS[kind])
+    endpoint.answers[GENERATE] = drip(HEAD, ENDLESS[kind])
     began = time.monotonic()
     with pytest.raises(DinoexportError, match=r"in time|more events"):
         asks(endpoint, timeout_s=0.2, prompt="x", max_tokens=2)
@@ -157,7 +147,7 @@ def test_a_malformed_stream_is_one_error(endpoint: Endpoint, asks: Asks, kind: s
 @pytest.mark.parametrize("status", ["500 Oops", "302 Found", "400 Bad"])
 @pytest.mark.parametrize("asks", CLIENTS)
 def test_a_refusal_without_end_is_one_error(endpoint: Endpoint, asks: Asks, status: str) -> None:
-    endpoint.answers[GENERATE] = drips(f"HTTP/1.1 {status}\r\n\r\n".encode(), b"x" * 10_000)
+    endpoint.answers[GENERATE] = drip(f"HTTP/1.1 {status}\r\n\r\n".encode(), b"x" * 10_000)
     with pytest.raises(DinoexportError):
         asks(endpoint, timeout_s=0.2, prompt="x", max_tokens=4)
 
