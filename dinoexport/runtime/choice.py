@@ -128,7 +128,7 @@ def choose(samples: Mapping[Way, Taken], *, known: Way | None = None, others_sha
 
 
 def times(way: Way, fastest_of: Collection[Way], samples: Mapping[Way, Taken], *, others_share: float) -> float:
-    """How many times as long `way` takes as the fastest other way, by the figure that other processes disturb least.
+    """How many times as long `way` takes as the best of `fastest_of`, by the figure that others disturb least.
 
     Medians are not used: a process that starts during one measurement would decide whether a precision is worth it.
     """

@@ -97,7 +97,7 @@ def _text(path: Path) -> str | None:
 
 
 def name_of(weights: Path) -> str:
-    """The user's name for a model: the file's name, or the folder's if every such file has the same name."""
+    """The user's name for a model: the file's name, or the folder's if that is generic, such as `model`."""
     within = weights.absolute()
     for part in (within.name if within.is_dir() else within.stem, within.parent.name):
         name = re.sub(r"[^a-z0-9_-]+", "-", part.lower()).strip("-_")[:64]

@@ -126,7 +126,7 @@ class _Mirror:
         return not self._tag
 
     def _finish_others(self, name: str) -> None:
-        """Writes the configuration of models whose first deployment, by another process, is not complete."""
+        """Adds the configuration of models whose first deployment, by another process, is not complete."""
         for folder in [path for path in self.folder.iterdir() if path.is_dir() and not (path / CONFIG).exists()]:
             for config in folder.glob(f"*/{CONFIG}"):
                 content = config.read_bytes()
