@@ -219,7 +219,7 @@ def _way(manifest: Manifest) -> Way:
     way, facts = runners.way_of(manifest), manifest.cpu
     same = facts is not None and (facts.machine, facts.usable_cpus) == (cpu.machine(), cpu.usable_cpus())
     threads = facts.chosen.threads if facts is not None and same else cpu.usable_cpus()
-    return Way(runtime=way.runtime, precision=way.precision, threads=threads)
+    return replace(way, threads=threads)
 
 
 def _arithmetic(model: Runnable, opened: Mapping[str, Opened]) -> Arithmetic:

@@ -206,11 +206,16 @@ CPU_RUNTIMES = tuple(runtime for runtime in Runtime if not runtime.has_engine)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to run a model's graphs on a CPU. threads: 0 leaves their number to the runtime."""
+    """A way to run a model's graphs on a CPU. threads: 0 leaves their number to the runtime.
+
+    rest: with int8 and int4, what the runtime computes in besides products of narrow weights; None leaves it to the
+    runtime.
+    """
 
     runtime: Runtime
     precision: Precision
     threads: int = 0
+    rest: Precision | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,10 @@ def runtimes(precision: Precision, among: Collection[Runtime]) -> tuple[Runtime,
     return tuple(runtime for runtime in found if TABLE[runtime].computes(precision))
 
 
-def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
+def ways(precision: Precision, among: Collection[Runtime], *, carried: bool = False) -> tuple[Way, ...]:
     """Every way to run in `precision` with an installed runtime of `among`, the most likely choice first.
+
+    carried: whether a graph carries state.
 
     Raises UsageError if none of them supports the precision on any machine, MissingRequirement if this machine has no
     runtime for it, or a CPU without it.
@@ -55,7 +57,12 @@ def ways(precision: Precision, among: Collection[Runtime]) -> tuple[Way, ...]:
         )
     threads = sorted({cpu.usable_cpus(), max(1, cpu.usable_cpus() // 2)}, reverse=True)
     found = tuple(
-        Way(runtime=runtime, precision=precision, threads=count)
+        Way(
+            runtime=runtime,
+            precision=precision,
+            threads=count,
+            rest=TABLE[runtime].rest(precision, carried=carried),
+        )
         for runtime in runtimes(precision, among)
         for count in threads
     )
@@ -78,6 +85,12 @@ class GraphForms:
     precision: Precision
     graphs: Mapping[Runtime, Mapping[Path, Graph]]
 
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Every way to run them here; raises as `ways`."""
+        carried = any(graph.carried for graphs in self.graphs.values() for graph in graphs.values())
+        return ways(self.precision, self.graphs, carried=carried)
+
 
 def tune(
     model: Runnable, wanted: GraphForms, plain: GraphForms | None = None, *, progress: Progress = silent
@@ -86,13 +99,13 @@ def tune(
 
     plain: the same model in fp32, timed beside a lower precision.
     """
-    own = ways(wanted.precision, wanted.graphs)
+    own = wanted.ways
     workload = model.workloads[0]
     if plain is None and len({way.runtime for way in own}) == 1:
         return _without_choice(model, wanted, own[0], workload)
     candidates = [(way, wanted) for way in own]
     if plain is not None:
-        candidates += [(way, plain) for way in ways(plain.precision, plain.graphs) if way.threads == own[0].threads]
+        candidates += [(way, plain) for way in plain.ways if way.threads == own[0].threads]
     neighbours = timing.Neighbours()
     taken, refused = _measured(model, candidates, workload, progress)
     ours = {way: found for way, found in taken.items() if way in own}

@@ -206,5 +206,11 @@ def _record(on: str) -> Path:
     return cache_folder() / "choices" / f"{on}.json"
 
 
-def _content(on: str, way: Way) -> dict[str, str | int]:
-    return {"on": on, "runtime": way.runtime.value, "precision": way.precision.value, "threads": way.threads}
+def _content(on: str, way: Way) -> dict[str, str | int | None]:
+    return {
+        "on": on,
+        "runtime": way.runtime.value,
+        "precision": way.precision.value,
+        "threads": way.threads,
+        "rest": way.rest,
+    }

@@ -6,6 +6,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def way_here(built: Way) -> Way:
     """
     if built.precision is Precision.FP32 and not table.installed((built.runtime,)):
         return PLAIN
-    return Way(runtime=built.runtime, precision=built.precision)
+    return replace(built, threads=0)
 
 
 def open_graphs(graphs: Mapping[Path, Graph], way: Way) -> dict[str, Opened]:

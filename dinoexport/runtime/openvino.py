@@ -47,15 +47,15 @@ def computes(precision: Precision) -> bool:
     return _CAPABILITIES.get(precision) in found
 
 
-def everything_else(precision: Precision, graph: Graph) -> Precision:
-    """What a graph computes in besides its products of narrow weights, which are all that int8 and int4 are about.
+def rest(precision: Precision, *, carried: bool) -> Precision | None:
+    """What to compute in besides products of narrow weights, on this CPU; None for precisions without such weights.
 
     bf16 if this CPU has it, but fp32 in a graph that carries state: SmolLM2-135M in int8 with the rest in bf16 misses
     its limits (relative L2 of one token 6.4e-2, KL 2.8e-2), and a step takes 0.95 of fp32's time.
     """
     if precision not in _NARROW:
-        return precision
-    return Precision.FP32 if graph.carried or not computes(Precision.BF16) else Precision.BF16
+        return None
+    return Precision.FP32 if carried or not computes(Precision.BF16) else Precision.BF16
 
 
 def open_graph(
@@ -63,12 +63,14 @@ def open_graph(
     graph: Graph,
     *,
     precision: Precision = Precision.FP32,
+    rest_in: Precision | None = None,
     threads: int = 0,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Opened:
     """The ONNX file at `path`, compiled to compute in `precision`. threads: 0 leaves their number to OpenVINO.
 
-    With int8, products with int8 weights are int8; `everything_else` is wider.
+    With int8, products with int8 weights are int8. rest_in: what the rest is computed in, by default `rest`; where this
+    CPU lacks it fp32, which is nearer to PyTorch.
 
     shapes: fixed shapes of all inputs, for a model of one size; None keeps the graph dynamic. Raises MissingRequirement
     if this CPU lacks the precision, BuildError if OpenVINO refuses the file, InputRefused from the runner for inputs
@@ -81,7 +83,9 @@ def open_graph(
     openvino = telemetry.openvino()
 
     core = openvino.Core()
-    wide = everything_else(precision, graph)
+    wide = rest_in or rest(precision, carried=bool(graph.carried)) or precision
+    if precision in _NARROW and not computes(wide):
+        wide = Precision.FP32
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _HINTS[wide],
         "PERFORMANCE_HINT": "LATENCY",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 from dinoexport.runtime import Opened, openvino, ort
 from dinoexport.runtime.sizes import InputShapes
@@ -19,6 +20,17 @@ from dinoexport.system import hardware
 OpenGraph = Callable[[Path, Graph, Way, InputShapes | None], Opened]
 
 
+class Rest(Protocol):
+    """What a runtime computes in on this CPU besides products of narrow weights; None if there is nothing to say."""
+
+    def __call__(self, precision: Precision, *, carried: bool) -> Precision | None:
+        """carried: whether the graph carries state from call to call."""
+
+
+def _nothing(precision: Precision, *, carried: bool) -> None:  # noqa: ARG001
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeFacts:
     """One row of the table.
@@ -26,7 +38,7 @@ class RuntimeFacts:
     title: the name for people. does: its purpose. extra: the extra of this package that installs it.
     distributions: names on PyPI that provide it; any one suffices. modules: imported to run; build_modules: imported to
     compile an engine, empty if the ONNX itself is run. cpu_precisions: the precisions it supports on CPUs; `computes`
-    checks this machine's CPU. engine_suffix: of the engines it compiles.
+    checks this machine's CPU. rest: see `Way`. engine_suffix: of the engines it compiles.
     """
 
     title: str
@@ -37,6 +49,7 @@ class RuntimeFacts:
     build_modules: tuple[str, ...] = ()
     cpu_precisions: tuple[Precision, ...] = ()
     computes: Callable[[Precision], bool] = lambda _precision: True
+    rest: Rest = _nothing
     open_graph: OpenGraph | None = None
     engine_suffix: str = ""
 
@@ -68,8 +81,9 @@ TABLE: Mapping[Runtime, RuntimeFacts] = {
         # bf16 is its arithmetic over the fp32 graph.
         cpu_precisions=(Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4),
         computes=openvino.computes,
+        rest=openvino.rest,
         open_graph=lambda path, graph, way, shapes: openvino.open_graph(
-            path, graph, precision=way.precision, threads=way.threads, shapes=shapes
+            path, graph, precision=way.precision, rest_in=way.rest, threads=way.threads, shapes=shapes
         ),
     ),
     Runtime.TENSORRT: RuntimeFacts(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -161,14 +160,12 @@ def test_openvino_reads_one_mask_of_numbers(exported: Callable[[str], Path]) -> 
 def test_around_narrow_weights_a_decoder_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 there missed the limits of a real model, on CPUs that have it."""
     monkeypatch.setattr(openvino, "computes", lambda _: True)
-    decoder = model_of("tiny").graphs[0]
     narrow = (Precision.INT8, Precision.INT4)
-    assert [openvino.everything_else(precision, decoder) for precision in narrow] == [Precision.FP32] * 2
-    stateless = dataclasses.replace(decoder, carried={})
-    assert [openvino.everything_else(precision, stateless) for precision in narrow] == [Precision.BF16] * 2
-    assert openvino.everything_else(Precision.BF16, decoder) is Precision.BF16
+    assert [openvino.rest(precision, carried=True) for precision in narrow] == [Precision.FP32] * 2
+    assert [openvino.rest(precision, carried=False) for precision in narrow] == [Precision.BF16] * 2
+    assert openvino.rest(Precision.BF16, carried=True) is None
     monkeypatch.setattr(openvino, "computes", lambda _: False)
-    assert openvino.everything_else(Precision.INT8, stateless) is Precision.FP32
+    assert openvino.rest(Precision.INT8, carried=False) is Precision.FP32
 
 
 def test_a_cache_of_20000_tokens(exported: Callable[[str], Path]) -> None:

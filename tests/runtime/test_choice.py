@@ -52,9 +52,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def choose(machine: BusyMachine, ways: tuple[Way, ...]) -> Any:
         monkeypatch.setattr(autotune, "_visit", machine.visit)
-        monkeypatch.setattr(autotune, "ways", lambda *_: ways)
+        monkeypatch.setattr(autotune, "ways", lambda *_, **__: ways)
         monkeypatch.setattr(autotune, "_arithmetic", lambda *_: {"f32": 1})
-        graphs: Any = {way.runtime: {tmp_path / "model.onnx": None} for way in ways}
+        graphs: Any = {way.runtime: {tmp_path / "model.onnx": SimpleNamespace(carried={})} for way in ways}
         forms = autotune.GraphForms(precision=Precision.FP32, graphs=graphs)
         return autotune.tune(MODEL, forms)
 

@@ -19,8 +19,8 @@ from dinoexport.graph.onnx_writer import Trace
 from dinoexport.models.dinov2 import synthetic
 from dinoexport.models.dinov2.graph import Stem
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import cpu, openvino, ort, runners, table
-from dinoexport.spec import Precision, Way, silent
+from dinoexport.runtime import cpu, openvino, ort, runners, table, telemetry
+from dinoexport.spec import Precision, Runtime, Way, silent
 from dinoexport.validation.metrics import distance
 from tests.conformance import export_to
 from tests.conftest import DATA
@@ -151,6 +151,38 @@ def test_int8_is_said_only_where_it_is_multiplied(
     widened = openvino.open_graph(int8, exported.graph, precision=Precision.INT8).arithmetic(inputs)
     assert "int8" not in widened and "i8" not in widened
     assert sum(widened.values()) == sum(ran.values())
+
+
+@needs_int8
+@needs_bf16
+def test_beside_int8_it_computes_as_the_way_says(exported: Exported, int8: Path) -> None:
+    inputs = {"pixels": synthetic.pixels(1, 98, 126, seed=3)}
+
+    def ran(rest: Precision | None) -> set[str]:
+        way = Way(runtime=Runtime.OPENVINO, precision=Precision.INT8, threads=2, rest=rest)
+        return set(cpu.open_graphs({int8: exported.graph}, cpu.way_here(way))["model"].arithmetic(inputs))
+
+    assert ran(Precision.FP32) == {"int8", "f32"}
+    assert ran(Precision.BF16) == ran(None) == {"int8", "bf16"}
+
+
+def test_the_rest_is_fp32_where_the_cpu_lacks_what_it_was_judged_in(
+    exported: Exported, int8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never more coarse: a bundle whose rest was judged in fp32 asks for fp32 on a CPU that has bf16."""
+    asked: list[str] = []
+    compile_model = telemetry.openvino().Core.compile_model
+
+    def noting(core: Any, model: Any, device: str, options: dict[str, Any]) -> Any:
+        asked.append(options["INFERENCE_PRECISION_HINT"])
+        return compile_model(core, model, device, options | {"INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(telemetry.openvino().Core, "compile_model", noting)
+    for can in (True, False):
+        monkeypatch.setattr(openvino, "computes", lambda asked_for, can=can: can or asked_for is not Precision.BF16)
+        for rest in (Precision.BF16, Precision.FP32):
+            openvino.open_graph(int8, exported.graph, precision=Precision.INT8, rest_in=rest)
+    assert asked == ["bf16", "f32", "f32", "f32"]
 
 
 @pytest.mark.parametrize("size", SIZES)
