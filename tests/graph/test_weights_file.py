@@ -68,7 +68,7 @@ def test_after_an_error_nothing_more_is_begun(tmp_path: Path) -> None:
     held = [Failing(str(i), begun, fails=i == 0) for i in range(200)]
     with pytest.raises(OSError, match="No space left"):
         weights_file.write(GraphProto(), held, tmp_path / "data", progress=silent)
-    assert begun[0] == "0" and len(begun) < 50
+    assert "0" in begun and len(begun) < 50, "two are written at once, in either order"
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(50, 2), (51, 1), (33, 3), (101, 1), (100, 1), (0, 9)])
