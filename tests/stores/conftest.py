@@ -11,8 +11,8 @@ from tests.stores.s3_server import S3Server, missing
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[S3Server]:
-    """One server for all tests here."""
+def running(tiny: Path) -> Iterator[S3Server]:
+    """One server for all tests here. All need the bundle, so `make quick`, which builds none, starts no server."""
     if reason := missing():
         pytest.skip(reason)
     server = S3Server()
