@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dinoexport.family import Example, Piece
 from dinoexport.graph import tracer, traces
@@ -170,6 +172,24 @@ def test_a_trace_is_made_once_and_with_force_again(package: Path) -> None:
     assert [traces.of(piece, trace=trace) for _ in range(3)] == [b"trace 1"] * 3
     assert traces.of(piece, fresh=True, trace=trace) == b"trace 2"
     assert traces.of(piece, trace=trace) == b"trace 2"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_module_is_left_after_a_trace(package: Path, known: bool) -> None:
+    """The weights of a block of Code Llama 34B would be held until the export ends."""
+    piece = piece_of(package) if known else piece_of(package, arguments={"width": object})
+    assert (traces.key_of(piece) is not None) is known
+    left = []
+
+    def trace(piece: Piece) -> bytes:
+        module = torch.nn.Linear(1, 1)
+        vars(piece)["module"] = module  # as the cached property keeps it
+        module.forward_again = module.forward  # a circle, as PyTorch's exporter leaves one
+        left.append(weakref.ref(module))
+        return b"a trace"
+
+    assert traces.of(piece, fresh=True, trace=trace) == b"a trace"
+    assert left[0]() is None and "module" not in vars(piece)
 
 
 def _another_content(path: Path, _other: Path) -> None:
