@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dinoexport import family
 from dinoexport.errors import WeightsError
@@ -73,6 +75,22 @@ def test_every_layout_gives_the_same_bytes(
     source = LAYOUTS[layout](tmp_path / "weights", model.arch)
     checkpoint = open_checkpoint(model, model.recipe, str(source), progress=silent)
     assert digests_of(checkpoint.read) == expected
+
+
+def test_a_second_copy_of_a_tied_table_is_left_out(tmp_path: Path) -> None:
+    """Some files of tied models hold the table as the output matrix too, here in another shard."""
+    model = model_of("tiny_gqa", tied=True)
+    folder = llama_files.write_hf(tmp_path / "weights", model.arch, SEED, shards=3)
+    last, index = folder / "model-00003-of-00003.safetensors", folder / "model.safetensors.index.json"
+    table = load_file(folder / "model-00001-of-00003.safetensors")["model.embed_tokens.weight"]
+    save_file({**load_file(last), "lm_head.weight": table}, last)
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["lm_head.weight"] = last.name
+    index.write_text(json.dumps(listed))
+    checkpoint = open_checkpoint(model, model.recipe, str(folder), progress=silent)
+    assert "output.weight" not in model.tensors
+    for name in model.tensors:
+        assert np.array_equal(checkpoint.read(name), model.synthetic(name, SEED)), name
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])

@@ -61,7 +61,7 @@ def adapt(arch: Architecture, found: Shapes, read: Read) -> tuple[Shapes, Read]:
     """The checkpoint under Meta's names and in Meta's order of rows; unrecognised tensors keep their names."""
     theirs = {name: source for name in _wanted(arch) if (source := _source(name, found)) is not None}
     # Some files of tied models hold the table twice; the model has no tensor for the copy.
-    copies = {s for n, s in (("output.weight", _HF_OUTER["output.weight"]),) if arch.tied and s in found and n}
+    copies = {_HF_OUTER["output.weight"]} if arch.tied else set()
     used = set(theirs.values()) | copies
     left = {name: name for name in found if name not in used and not _FREQUENCIES.fullmatch(name)}
     names = theirs | left
