@@ -17,6 +17,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    WrapSerializer,
     model_serializer,
     model_validator,
 )
@@ -173,13 +174,21 @@ class EngineFacts(Frozen):
     caution: str = ""
 
 
+def _as_older(way: Way, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    """The fields; a `rest` that is left to the runtime is left out, as in older bundles."""
+    return {name: value for name, value in fields(way).items() if name != "rest" or value is not None}
+
+
+_Way = Annotated[Way, WrapSerializer(_as_older)]
+
+
 class Timed(Frozen):
     """A way to run the graphs and how long it took. spread: of the middle half of the samples, by the median.
 
     best_ms: the shortest. cpu_ms: the least CPU time of a run, all threads together.
     """
 
-    way: Way
+    way: _Way
     median_ms: float = Field(gt=0)
     best_ms: float | None = Field(default=None, gt=0)
     cpu_ms: float | None = Field(default=None, ge=0)
@@ -200,7 +209,7 @@ class CpuFacts(Frozen):
     machine: str
     usable_cpus: int = Field(ge=1)
     load: str
-    chosen: Way
+    chosen: _Way
     runtime_version: str
     arithmetic: dict[str, int]
     times_fp32: float | None

@@ -374,3 +374,17 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UsageError, match="is not a bundle"):
             bundle.verify(place)
+
+
+def test_a_way_that_leaves_the_rest_to_the_runtime_is_as_in_older_bundles() -> None:
+    """Whose bytes must come out the same, or they would count as changed."""
+    old = {"runtime": "openvino", "precision": "int8", "threads": 2}
+    cpu = {"machine": "x", "usable_cpus": 2, "load": "y", "runtime_version": "1", "arithmetic": {"int8": 3}}
+    cpu |= {"times_fp32": None, "others_share": 0.0, "refused": {}, "basis": "measured"}
+    timed = {"median_ms": 4.0, "best_ms": 3.0, "cpu_ms": 7.0, "spread": 0.1, "samples": 9}
+    for way in (old, {**old, "rest": "bf16"}):
+        written = {**cpu, "chosen": way, "measured": [{"way": way, **timed}]}
+        content = json.loads(manifest(cpu=bundle.CpuFacts.model_validate(written)).to_bytes())
+        assert content["cpu"]["chosen"] == content["cpu"]["measured"][0]["way"] == way
+        read = Manifest.from_bytes(json.dumps(content, indent=1).encode() + b"\n")
+        assert read.cpu is not None and read.cpu.chosen.rest == way.get("rest")
