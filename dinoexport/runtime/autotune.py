@@ -57,12 +57,7 @@ def ways(precision: Precision, among: Collection[Runtime], *, carried: bool = Fa
         )
     threads = sorted({cpu.usable_cpus(), max(1, cpu.usable_cpus() // 2)}, reverse=True)
     found = tuple(
-        Way(
-            runtime=runtime,
-            precision=precision,
-            threads=count,
-            rest=TABLE[runtime].rest(precision, carried=carried),
-        )
+        Way(runtime=runtime, precision=precision, threads=count, rest=TABLE[runtime].rest(precision, carried))
         for runtime in runtimes(precision, among)
         for count in threads
     )

@@ -47,7 +47,7 @@ def computes(precision: Precision) -> bool:
     return _CAPABILITIES.get(precision) in found
 
 
-def rest(precision: Precision, *, carried: bool) -> Precision | None:
+def rest(precision: Precision, carried: bool) -> Precision | None:
     """What to compute in besides products of narrow weights, on this CPU; None for precisions without such weights.
 
     bf16 if this CPU has it, but fp32 in a graph that carries state: SmolLM2-135M in int8 with the rest in bf16 misses
@@ -83,7 +83,7 @@ def open_graph(
     openvino = telemetry.openvino()
 
     core = openvino.Core()
-    wide = rest_in or rest(precision, carried=bool(graph.carried)) or precision
+    wide = rest_in or rest(precision, bool(graph.carried)) or precision
     if precision in _NARROW and not computes(wide):
         wide = Precision.FP32
     options: dict[str, Any] = {

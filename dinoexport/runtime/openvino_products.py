@@ -1,8 +1,8 @@
 """One product whose result is split, as several products: for OpenVINO, in forms of one size.
 
 A graph computes queries, keys and values in one product, which is best on a GPU. OpenVINO's Split then copies the whole
-result. Of ViT-S's time on a CPU with AVX2 this copy was 1.3 % at 224 and 0.8 % at 518 (OpenVINO's
-counters, two threads), and three products take no longer than one. `benchmarks/one_size.py` measures the whole.
+result. Of ViT-S's time on a CPU with AVX2 this copy was 1.3 % at 224 and 0.8 % at 518 (OpenVINO's counters,
+two threads), and three products take no longer than one. `benchmarks/one_size.py` measures the whole.
 """
 
 from __future__ import annotations

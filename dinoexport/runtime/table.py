@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 from dinoexport.runtime import Opened, openvino, ort
 from dinoexport.runtime.sizes import InputShapes
@@ -20,17 +19,6 @@ from dinoexport.system import hardware
 OpenGraph = Callable[[Path, Graph, Way, InputShapes | None], Opened]
 
 
-class Rest(Protocol):
-    """What a runtime computes in on this CPU besides products of narrow weights; None if there is nothing to say."""
-
-    def __call__(self, precision: Precision, *, carried: bool) -> Precision | None:
-        """carried: whether the graph carries state from call to call."""
-
-
-def _nothing(precision: Precision, *, carried: bool) -> None:  # noqa: ARG001
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class RuntimeFacts:
     """One row of the table.
@@ -38,7 +26,8 @@ class RuntimeFacts:
     title: the name for people. does: its purpose. extra: the extra of this package that installs it.
     distributions: names on PyPI that provide it; any one suffices. modules: imported to run; build_modules: imported to
     compile an engine, empty if the ONNX itself is run. cpu_precisions: the precisions it supports on CPUs; `computes`
-    checks this machine's CPU. rest: see `Way`. engine_suffix: of the engines it compiles.
+    checks this machine's CPU. rest: see `Way`; asked with the precision, and whether the graph carries state.
+    engine_suffix: of the engines it compiles.
     """
 
     title: str
@@ -49,7 +38,7 @@ class RuntimeFacts:
     build_modules: tuple[str, ...] = ()
     cpu_precisions: tuple[Precision, ...] = ()
     computes: Callable[[Precision], bool] = lambda _precision: True
-    rest: Rest = _nothing
+    rest: Callable[[Precision, bool], Precision | None] = lambda _precision, _carried: None
     open_graph: OpenGraph | None = None
     engine_suffix: str = ""
 
