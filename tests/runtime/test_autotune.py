@@ -18,7 +18,7 @@ from dinoexport.cli import contents, formatting
 from dinoexport.errors import BuildError, MissingRequirement, UsageError
 from dinoexport.pipeline import build as pipeline
 from dinoexport.runtime import autotune, choice, cpu, openvino, table
-from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.spec import Graph, Precision, Runtime, Way
 from dinoexport.system import timing
 from dinoexport.validation import validate_bundle
 from tests.conftest import DATA
@@ -297,3 +297,18 @@ def test_the_next_runtime_follows_one_that_misses_the_limits(monkeypatch: pytest
     other = autotune.without_chosen(model, wanted, facts.changed(measured=crowded, others_share=0.9), "as before")
     assert other is not None and other.chosen == measured[3].way and other.basis == "measured"
     assert crowded[2].median_ms < crowded[3].median_ms and other.times_fp32 == 1.0
+
+
+@pytest.mark.parametrize(("carried", "rest"), [({}, Precision.BF16), ({"past": "present"}, Precision.FP32)])
+def test_ways_say_what_is_computed_besides_narrow_products(
+    carried: dict[str, str], rest: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "computes", lambda _: True)
+    for precision in (Precision.INT8, Precision.FP32):  # tests choose among ONNX Runtime alone
+        monkeypatch.setitem(autotune.RUNTIMES, precision, (Runtime.ONNXRUNTIME, Runtime.OPENVINO))
+    graph = Graph(name="model", inputs=(), outputs=(), dims=(), carried=carried)
+    both = {runtime: {Path("model.onnx"): graph} for runtime in (Runtime.ONNXRUNTIME, Runtime.OPENVINO)}
+    found = {way.runtime: way.rest for way in autotune.GraphForms(precision=Precision.INT8, graphs=both).ways}
+    assert found == {Runtime.ONNXRUNTIME: None, Runtime.OPENVINO: rest}
+    plain = autotune.GraphForms(precision=Precision.FP32, graphs=both).ways
+    assert {way.rest for way in plain} == {None}
