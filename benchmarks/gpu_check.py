@@ -100,11 +100,12 @@ def exported(name: str, precision: Precision, folder: Path, largest_batch: int, 
 
 
 def contenders(
-    variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str], until: float
+    variant: Variant, gpu: Gpu | None, folder: Path, notes: list[str], until: float, wanted: Sequence[str]
 ) -> Iterator[tuple[str, Runs]]:
-    """Each runtime that is present, opened only when it is its turn; one that cannot be opened is noted.
+    """Each runtime that is present and in `wanted`, opened only when it is its turn; one that cannot be is noted.
 
-    None is opened after `until`, on the monotonic clock: to compile a large model takes minutes.
+    `wanted`: words that its name holds; empty for all. None is opened after `until`, on the monotonic clock: to compile
+    a large model takes minutes.
     """
     device, dtype = (DEVICE, torch.float16) if gpu else ("cpu", torch.float32)
     openers: dict[str, Callable[[], Runs]] = {
@@ -124,6 +125,9 @@ def contenders(
             continue
         openers[runtime.value] = lambda runtime=runtime, gpu=gpu: built(variant, runtime, gpu, folder)  # type: ignore[misc]
     for name, opened in openers.items():
+        if wanted and not any(word in name for word in wanted):
+            notes.append(f"{variant.name}: {name}: not asked for")
+            continue
         if time.monotonic() > until:
             notes.append(f"{variant.name}: {name}: the time was over")
             continue
@@ -274,7 +278,7 @@ def rows(arguments: argparse.Namespace, gpu: Gpu | None, notes: list[str]) -> It
             variant = exported(name, precision, Path(temporary), max(arguments.batches), arguments.sizes)
             weight_bytes = variant.onnx.with_name(f"{variant.onnx.name}.data").stat().st_size
             shapes = [(e, batch) for e in variant.reference.expectations for batch in arguments.batches]
-            for runtime, run in contenders(variant, gpu, Path(temporary), notes, until):
+            for runtime, run in contenders(variant, gpu, Path(temporary), notes, until, arguments.runtimes):
                 for expectation, batch in shapes:
                     size = int(expectation.case.name)
                     images = in_turn(expectation.case.inputs, batch)
@@ -321,6 +325,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=VARIANTS if gpu else VARIANTS[:1])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32] if gpu else [1])
+    parser.add_argument("--runtimes", nargs="+", default=(), help="words of their names; without, all there are")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing new is begun after that")
     arguments = parser.parse_args()

@@ -215,8 +215,16 @@ class Bundle:
             except MissingRequirement:
                 if self._device == "gpu":
                     raise
+        elif runners.runs_on_gpu(self.manifest) and self._device != "cpu":
+            try:
+                there = runners.open_graphs_on_gpu(graphs, self.manifest.precision)
+                name = runners.candidate_name(self.manifest.precision, there.way, {}, device=there.device)
+                return runners.driven(self._model, there.graphs), name
+            except MissingRequirement:
+                if self._device == "gpu":
+                    raise
         elif self._device == "gpu":
-            raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
+            raise UsageError(f"{self.folder} has nothing for a GPU.", next_step="Leave the device out.")
         way = replace(runners.way_of(self.manifest), threads=self._threads)
         opened = cpu.open_for_sizes(graphs, way, named=self._sizes)
         self._specialised = tuple(graph for graph in opened.values() if isinstance(graph, Specialised))
@@ -278,8 +286,8 @@ def load(
         folder: The bundle's folder, or its URL in an object store or on a web server: then a copy in the cache is used,
             which is downloaded once.
         threads: CPU threads of the runtime; 0 leaves their number to the runtime.
-        device: "cpu" runs the ONNX, "gpu" the engine. None: the engine if the bundle has one that runs here, else the
-            ONNX on the CPU.
+        device: "cpu" runs the ONNX on the CPU; "gpu" the engine, or if the bundle is for a GPU and has none, the ONNX
+            through ONNX Runtime's CUDA provider. None: what the bundle has for a GPU if it runs here, else the CPU.
         check: Compare the size and SHA-256 of every file with the manifest first.
         verify: A public key; a bundle that its owner did not sign is refused.
         trust_plan: Run a version-compatible plan, which holds code, without `verify`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -19,7 +20,7 @@ from hypothesis import settings
 from dinoexport import bundle
 from dinoexport.graph import traces
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import autotune, telemetry
+from dinoexport.runtime import autotune, ort, telemetry
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.system import hardware
 from tests import properties, triton_server
@@ -64,6 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="MARKER",
         help="Fail, instead of skipping, the tests with this marker when what they need is missing here.",
+    )
+    parser.addoption(
+        "--on-gpu",
+        action="store_true",
+        help="ONNX Runtime runs every graph on this machine's GPU, in place of the CPU.",
     )
     parser.addoption(
         "--quick", action="store_true", help="Leave out the tests marked slow, and those that run a model or a process."
@@ -209,6 +215,15 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """A test sees a GPU only if it says so: the same tests on every machine."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(hardware, "gpus", lambda: ())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --on-gpu the official numbers, and all else that a graph's outputs are compared with, judge the GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--on-gpu"):
+            patch.setattr(ort, "open_graph", functools.partial(ort.open_graph, cuda=True))
+        yield
 
 
 @pytest.fixture(scope="session")

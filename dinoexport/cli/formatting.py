@@ -59,7 +59,7 @@ def proven(report: Report, *, own_images: bool, not_run: str, verified: bool) ->
     asked = "those of your images that could be read" if own_images else f"the {count} cases the bundle carries"
     left_open = ["other inputs and sizes", "that the weights are the authors' own"]
     left_open += [f"{len(report.not_covered)} cases outside the engine's profiles"] if report.not_covered else []
-    left_open += ["the engine, which was not run"] if not_run else []
+    left_open += ["a GPU, which did not run it"] if not_run else []
     left_open += [] if verified else ["who made the bundle (--verify KEY)"]
     return f"{report.candidate}, on this machine, gives PyTorch's outputs for {asked}, within the limits", left_open
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dinoexport.errors import BuildError, require
+from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
@@ -27,6 +30,8 @@ _ARITHMETIC = {"int8": "int8", "uint8": "int8", "float16": "f16", "bfloat16": "b
 # of the step's time at the same CPU time (SmolLM2 in int4, two threads, idle machine: 26.4 to 19.8 ms). Without this
 # bound they take up to twice the time beside other processes.
 _SPINNING_US = 50
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_CUDA_NEXT_STEP = "pip uninstall onnxruntime && pip install 'dinoexport[gpu]'; dinoexport doctor shows the driver."
 
 
 def version() -> str:
@@ -40,7 +45,7 @@ def has_cuda() -> bool:
     """Whether the installed ONNX Runtime has a CUDA provider."""
     onnxruntime = telemetry.onnxruntime()
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return _CUDA in onnxruntime.get_available_providers()
 
 
 def open_graph(
@@ -55,11 +60,14 @@ def open_graph(
 
     shapes: fixed shapes of all inputs, for a session of one size; None keeps the graph dynamic.
 
-    Raises BuildError when ONNX Runtime refuses the file, InputRefused from the runner for inputs outside the signature.
+    Raises BuildError when ONNX Runtime refuses the file, MissingRequirement if it cannot use the GPU, InputRefused from
+    the runner for inputs outside the signature.
     """
 
     def arithmetic(arrays: Arrays) -> Arithmetic:
-        return dict(Counter(operator.arithmetic for operator in executed(path, arrays) if operator.is_product))
+        products = [operator for operator in executed(path, arrays, cuda=cuda) if operator.is_product]
+        strayed = " on the CPU"  # the GPU has no kernel for it
+        return dict(Counter(f"{ran.arithmetic}{strayed if cuda and not ran.on_gpu else ''}" for ran in products))
 
     if graph.carried and not cuda:
         from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
@@ -113,6 +121,7 @@ class Operator:
     shapes: tuple[tuple[int, ...], ...]
     output_shape: tuple[int, ...]
     written_bytes: int
+    on_gpu: bool = False
 
     @property
     def is_product(self) -> bool:
@@ -121,8 +130,8 @@ class Operator:
 
     @property
     def arithmetic(self) -> str:
-        """The arithmetic of the product; for packed weights of few bits, the requested arithmetic."""
-        if self.kind == "MatMulNBits":
+        """The arithmetic of the product; for packed weights of few bits on a CPU, the requested arithmetic."""
+        if self.kind == "MatMulNBits" and not self.on_gpu:
             return "int8"
         return next((name for kind, name in _ARITHMETIC.items() if kind in self.types), "unknown")
 
@@ -138,13 +147,13 @@ class Operator:
         return 2 * math.prod(self.output_shape) * self.shapes[0][-1]
 
 
-def executed(path: Path, arrays: Arrays, *, optimised: bool = True) -> tuple[Operator, ...]:
-    """The operators that ONNX Runtime ran for `arrays`, with their shapes.
+def executed(path: Path, arrays: Arrays, *, optimised: bool = True, cuda: bool = False) -> tuple[Operator, ...]:
+    """The operators that ONNX Runtime ran for `arrays`, with their shapes, on the GPU with `cuda`.
 
     optimised: after its own optimisations; if false, the operators of the file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = _session(path, profile=Path(folder) / "profile", optimised=optimised)
+        session = _session(path, profile=Path(folder) / "profile", optimised=optimised, cuda=cuda)
         session.run(None, dict(arrays))
         # Names in a bundle may be any bytes.
         events = json.loads(Path(session.end_profiling()).read_text(errors="replace"))
@@ -160,6 +169,7 @@ def _operator(facts: dict[str, Any]) -> Operator:
         shapes=tuple(tuple(shape) for _, shape in inputs),
         output_shape=tuple(next(iter(facts["output_type_shape"][0].values()))) if facts["output_type_shape"] else (),
         written_bytes=int(facts["output_size"]),
+        on_gpu=facts.get("provider") == _CUDA,
     )
 
 
@@ -199,10 +209,26 @@ def _session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # No TF32: fp32 is fp32 on the GPU too. Small integer operations on shapes always run on the CPU.
-    providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if cuda else []
+    providers: list[Any] = [(_CUDA, {"use_tf32": 0})] if cuda else []
+    if cuda:
+        _load_cuda(onnxruntime)
     try:
-        return onnxruntime.InferenceSession(model or path, options, providers=[*providers, "CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model or path, options, providers=[*providers, _CPU])
     except Exception as error:  # its exception classes share no public base but Exception
         raise BuildError(
             f"ONNX Runtime refuses {path.name}: {error}", next_step="dinoexport inspect shows what is in it."
         ) from error
+    # A CUDA provider that does not load is only logged: the session then computes on the CPU.
+    if cuda and _CUDA not in session.get_providers():
+        raise MissingRequirement("ONNX Runtime does not reach the GPU.", next_step=_CUDA_NEXT_STEP)
+    return session
+
+
+def _load_cuda(onnxruntime: Any) -> None:
+    """Loads CUDA's libraries from NVIDIA's packages, if they are installed; else the system's loader finds them."""
+    # CUDA orders GPUs by speed, the driver by PCI bus; this setting makes the first of `hardware.gpus` the one used.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if _CUDA not in onnxruntime.get_available_providers():
+        raise MissingRequirement("This ONNX Runtime has no CUDA provider.", next_step=_CUDA_NEXT_STEP)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session tells what matters
+        onnxruntime.preload_dlls()

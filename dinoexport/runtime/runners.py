@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinoexport.bundle import EngineFacts, Manifest
-from dinoexport.errors import MissingRequirement, UsageError
+from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Runnable
-from dinoexport.runtime import Arithmetic, cpu, engine_header, trt
+from dinoexport.runtime import Arithmetic, Opened, cpu, engine_header, ort, trt
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Runtime, Way
 from dinoexport.system import hardware
@@ -36,11 +36,38 @@ def driven(model: Runnable, runners: Mapping[str, Runner]) -> Candidate:
     return answer
 
 
-def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic) -> str:
+def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic, *, device: str = "the CPU") -> str:
     """The candidate's name, with the arithmetic that was really used, never the one that was only requested."""
     widened = "" if precision is way.precision else f" widened to {way.precision}"
     ran = " and ".join(f"{count} products in {kind}" for kind, count in arithmetic.items())
-    return f"{cpu.title(way.runtime)} on the CPU, {precision}{widened}{ran and f' ({ran})'}"
+    return f"{cpu.title(way.runtime)} on {device}, {precision}{widened}{ran and f' ({ran})'}"
+
+
+def runs_on_gpu(manifest: Manifest) -> bool:
+    """Whether the bundle's graphs themselves are for a GPU: its target is one, and it has no engine."""
+    return manifest.target != "cpu" and not manifest.engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnGpu:
+    """A GPU's graphs, opened on a GPU of this machine, whose name is `device`."""
+
+    graphs: Mapping[str, Opened]
+    way: Way
+    device: str
+
+
+def open_graphs_on_gpu(graphs: Mapping[Path, Graph], precision: Precision) -> OnGpu:
+    """The graphs of a GPU's bundle in ONNX Runtime, on this machine's first GPU.
+
+    Raises MissingRequirement without a GPU, or if ONNX Runtime cannot use it.
+    """
+    gpus = hardware.gpus()
+    if not gpus:
+        raise MissingRequirement("This machine has no GPU, or no driver for it.", next_step="Run it on the target.")
+    require("gpu", "onnxruntime")
+    opened = {graph.name: ort.open_graph(path, graph, cuda=True) for path, graph in graphs.items()}
+    return OnGpu(graphs=opened, way=Way(runtime=Runtime.ONNXRUNTIME, precision=precision), device=gpus[0].name)
 
 
 def graph_way(precision: Precision) -> Way:

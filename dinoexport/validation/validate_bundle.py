@@ -35,7 +35,8 @@ _IMAGES_AT_ONCE = 64
 class Validated:
     """A bundle's verdict. `skipped`: a line for each of the user's files that could not be used.
 
-    aggregate: the results over all other files. not_run: why the graph was run instead of the bundle's engines.
+    aggregate: the results over all other files. not_run: why the graph was run on the CPU and not what the bundle has
+    for a GPU.
     recorded: whether the manifest now records that the engines passed on this machine; not_recorded: the reason if it
     does not. growth: of the error inside the graph, on request; way: how the graph ran for it.
     """
@@ -68,7 +69,8 @@ def validate(
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
 
-    Runs its engines if this machine can run them, else its graph; `runtime` chooses one of them. Every byte is checked
+    Runs its engines if this machine can run them, else its graph, which runs on a GPU if it is for one and one is here;
+    `runtime` chooses one of them. Every byte is checked
     first, against the bundle's own manifest or the verified manifest `signed`. `images` and `explained` need torch and
     the weights the bundle was built from: `weights`, or their source in the manifest. A bundle that passed is signed
     by `signer`; the result of its engines is recorded, in a signed bundle only with a `signer`. A plan that holds code
@@ -210,6 +212,15 @@ def _open(folder: Path, manifest: Manifest, model: Runnable, runtime: Runtime | 
             if runtime is not None:
                 raise
             not_run = missing.message
+    if runners.runs_on_gpu(manifest) and runtime in (None, Runtime.ONNXRUNTIME):
+        try:
+            there = runners.open_graphs_on_gpu(graphs, manifest.precision)
+        except MissingRequirement as missing:
+            not_run = missing.message
+        else:
+            ran = cpu.arithmetic(model, there.graphs, model.workloads[0].inputs)
+            name = runners.candidate_name(manifest.precision, there.way, ran, device=there.device)
+            return _Opened(candidate=runners.driven(model, there.graphs), name=name)
     way = runners.way_of(manifest, runtime)
     opened = cpu.open_graphs(graphs, way)
     name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.workloads[0].inputs))

@@ -222,7 +222,7 @@ def test_what_a_verdict_leaves_open() -> None:
     report = judge.Report(candidate="c", reference="r", rows=(), not_covered=("wide", "tall"))
     proves, left_open = formatting.proven(report, own_images=True, not_run="no GPU here", verified=True)
     assert "your images" in proves
-    assert left_open[2:] == ["2 cases outside the engine's profiles", "the engine, which was not run"]
+    assert left_open[2:] == ["2 cases outside the engine's profiles", "a GPU, which did not run it"]
 
 
 def test_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_folder: Path) -> None:

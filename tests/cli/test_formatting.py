@@ -250,7 +250,7 @@ def test_what_a_verdict_proves(own: bool) -> None:
     assert left_open == ["other inputs and sizes", "that the weights are the authors' own"]
     more = Report(candidate="c", reference="r", rows=(row(),), not_covered=("a", "b"))
     assert formatting.proven(more, own_images=own, not_run="no GPU", verified=False)[1][2:] == [
-        "2 cases outside the engine's profiles", "the engine, which was not run", "who made the bundle (--verify KEY)",
+        "2 cases outside the engine's profiles", "a GPU, which did not run it", "who made the bundle (--verify KEY)",
     ]  # fmt: skip
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoexport import bundle
 from dinoexport.bundle import CpuFacts
 from dinoexport.bundle.reference_file import Reference
+from dinoexport.errors import MissingRequirement
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.versions import RUNTIMES, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.report import html_report
-from dinoexport.runtime import runners
-from dinoexport.spec import Progress
+from dinoexport.runtime import cpu, runners
+from dinoexport.spec import Candidate, Graph, Progress
 from dinoexport.validation import evaluate
 from dinoexport.validation.error_analysis import Growth
 from dinoexport.validation.judge import Report
@@ -38,16 +41,37 @@ def judge_graph(
 ) -> Judged:
     """Evaluates the graphs in `folder`: the files that will be published, in the runtime that will run them."""
     graphs = request.graph_files(folder)
-    way = facts.chosen if facts else runners.graph_way(request.precision)
     kept = html_report.Kept()
-    candidate = runners.open_candidate(request.model, graphs, way)
-    name = runners.candidate_name(request.precision, way, facts.arithmetic if facts else {})
+    candidate, name, one_thread = _opened(request, graphs, facts)
     watched = html_report.keeping(candidate, reference.expectations, kept)
     report = evaluate.judged(watched, reference, name, progress=progress)
-    one_thread = runners.with_one_thread(request.model, graphs, way)
     report = evaluate.with_determinism(report, reference, candidate, one_thread)
     report = evaluate.with_ranges(report, request.model, graphs, request.cases, progress=progress)
     return Judged(report=report, kept={name: kept})
+
+
+def _opened(
+    request: BuildRequest, graphs: Mapping[Path, Graph], facts: CpuFacts | None
+) -> tuple[Candidate, str, Callable[[], Candidate] | None]:
+    """The graphs opened, their name as a candidate, and what opens them with one thread; see `with_one_thread`.
+
+    They run on a GPU if that is what will run them and this machine has one. An engine's graphs run on the CPU: the
+    engine itself is evaluated on the GPU.
+    """
+    if not request.chosen.on_cpu and request.engine is None:
+        with contextlib.suppress(MissingRequirement):
+            there = runners.open_graphs_on_gpu(graphs, request.precision)
+            name = runners.candidate_name(
+                request.precision,
+                there.way,
+                cpu.arithmetic(request.model, there.graphs, request.model.workloads[0].inputs),
+                device=there.device,
+            )
+            return runners.driven(request.model, there.graphs), name, None
+    way = facts.chosen if facts else runners.graph_way(request.precision)
+    name = runners.candidate_name(request.precision, way, facts.arithmetic if facts else {})
+    candidate = runners.open_candidate(request.model, graphs, way)
+    return candidate, name, runners.with_one_thread(request.model, graphs, way)
 
 
 def follow_error(
