@@ -144,20 +144,35 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [repr(error)])[0]
 
 
+def silent_block(_index: int) -> None:
+    """Reports no block as done."""
+
+
 def in_torch(variant: Variant, device: str, dtype: torch.dtype, prepare: Callable[..., Any]) -> Runs:
     """The plain formulation, its weights on the device."""
     arch: Any = variant.request.model.arch  # type: ignore[attr-defined]
     weights = {name: torch.from_numpy(variant.read(name)).to(device, dtype) for name in arch.tensors}
     last = arch.depth - 1
     tokens_of = reference.tokens_of.__wrapped__  # type: ignore[attr-defined]
-    function = prepare(
-        lambda pixels: tokens_of(arch, weights.__getitem__, [pixels], blocks=[last], block_done=lambda _: None)[0][last]
-    )
+
+    blocks = [last]
+
+    # torch.compile follows functions that stay the same. A method of a dictionary and a lambda of each call's own made
+    # torch 2.11 break the graph, compile it again at each call, and after eight times leave it to eager.
+    def load(name: str) -> torch.Tensor:
+        return weights[name]
+
+    def tokens_of_batch(pixels: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = tokens_of(arch, load, [pixels], blocks=blocks, block_done=silent_block)[0][last]
+        return tokens
+
+    function = prepare(tokens_of_batch)
     registers = arch.register_count
 
     def run(inputs: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
-            tokens = function(torch.from_numpy(inputs["pixels"]).to(device, dtype)).float().cpu().numpy()
+            pixels = torch.from_numpy(inputs["pixels"]).to(device).to(dtype)  # rounded on the GPU, not before the copy
+            tokens = function(pixels).float().cpu().numpy()
         named = {"class_token": tokens[:, 0], "patch_tokens": tokens[:, 1 + registers :]}
         return named | ({"register_tokens": tokens[:, 1 : 1 + registers]} if registers else {})
 

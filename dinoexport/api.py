@@ -162,6 +162,9 @@ class Bundle:
         """
         from dinoexport.validation import validate_bundle
 
+        if self._device == "gpu":
+            with self._lock:
+                self._candidate()  # an error if it cannot run there, not a verdict on the CPU
         validated = validate_bundle.validate(
             self.folder,
             images=None if images is None else Path(images),
@@ -224,7 +227,7 @@ class Bundle:
                 if self._device == "gpu":
                     raise
         elif self._device == "gpu":
-            raise UsageError(f"{self.folder} has nothing for a GPU.", next_step="Leave the device out.")
+            raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
         way = replace(runners.way_of(self.manifest), threads=self._threads)
         opened = cpu.open_for_sizes(graphs, way, named=self._sizes)
         self._specialised = tuple(graph for graph in opened.values() if isinstance(graph, Specialised))

@@ -26,7 +26,7 @@ def packages(request: BuildRequest) -> None:
     require("cpu", "onnxruntime")
     if request.chosen.on_cpu:
         autotune.ways(request.precision, request.cpu_runtimes)
-    else:
+    elif request.engine or not runners.has_gpu_for_graphs():
         facts = TABLE[runners.graph_way(request.precision).runtime]
         require(facts.extra, *facts.modules)
     if request.engine:

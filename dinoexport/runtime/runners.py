@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from dinoexport.bundle import EngineFacts, Manifest
@@ -55,6 +56,11 @@ class OnGpu:
     graphs: Mapping[str, Opened]
     way: Way
     device: str
+
+
+def has_gpu_for_graphs() -> bool:
+    """Whether this machine has a GPU, and an ONNX Runtime for it."""
+    return bool(hardware.gpus() and find_spec("onnxruntime") and ort.has_cuda())
 
 
 def open_graphs_on_gpu(graphs: Mapping[Path, Graph], precision: Precision) -> OnGpu:

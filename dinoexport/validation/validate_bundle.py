@@ -69,8 +69,8 @@ def validate(
 ) -> Validated:
     """Validates the bundle in `folder` on this machine, with its own reference, or with PyTorch on the user's `images`.
 
-    Runs its engines if this machine can run them, else its graph, which runs on a GPU if it is for one and one is here;
-    `runtime` chooses one of them. Every byte is checked
+    Runs its engines if this machine can run them, else its graph: on a GPU if the bundle is for one, without engines,
+    and one is here. `runtime` chooses the engines or, by a CPU's runtime, the graph on the CPU. Every byte is checked
     first, against the bundle's own manifest or the verified manifest `signed`. `images` and `explained` need torch and
     the weights the bundle was built from: `weights`, or their source in the manifest. A bundle that passed is signed
     by `signer`; the result of its engines is recorded, in a signed bundle only with a `signer`. A plan that holds code
@@ -212,7 +212,7 @@ def _open(folder: Path, manifest: Manifest, model: Runnable, runtime: Runtime | 
             if runtime is not None:
                 raise
             not_run = missing.message
-    if runners.runs_on_gpu(manifest) and runtime in (None, Runtime.ONNXRUNTIME):
+    if runners.runs_on_gpu(manifest) and runtime is None:
         try:
             there = runners.open_graphs_on_gpu(graphs, manifest.precision)
         except MissingRequirement as missing:

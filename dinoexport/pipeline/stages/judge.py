@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from pathlib import Path
 from dinoexport import bundle
 from dinoexport.bundle import CpuFacts
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.errors import MissingRequirement
 from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.versions import RUNTIMES, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
@@ -58,16 +56,11 @@ def _opened(
     They run on a GPU if that is what will run them and this machine has one. An engine's graphs run on the CPU: the
     engine itself is evaluated on the GPU.
     """
-    if not request.chosen.on_cpu and request.engine is None:
-        with contextlib.suppress(MissingRequirement):
-            there = runners.open_graphs_on_gpu(graphs, request.precision)
-            name = runners.candidate_name(
-                request.precision,
-                there.way,
-                cpu.arithmetic(request.model, there.graphs, request.model.workloads[0].inputs),
-                device=there.device,
-            )
-            return runners.driven(request.model, there.graphs), name, None
+    if not request.chosen.on_cpu and request.engine is None and runners.has_gpu_for_graphs():
+        there = runners.open_graphs_on_gpu(graphs, request.precision)
+        ran = cpu.arithmetic(request.model, there.graphs, request.model.workloads[0].inputs)
+        name = runners.candidate_name(request.precision, there.way, ran, device=there.device)
+        return runners.driven(request.model, there.graphs), name, None
     way = facts.chosen if facts else runners.graph_way(request.precision)
     name = runners.candidate_name(request.precision, way, facts.arithmetic if facts else {})
     candidate = runners.open_candidate(request.model, graphs, way)
