@@ -125,3 +125,12 @@ def test_what_cannot_be_asked_is_left_out(error: Exception) -> None:
         raise error
 
     assert measure(never, CASES, None) is None and measure(doubled, (), None) is None
+
+
+def test_outputs_without_the_batch_are_not_compared_item_by_item() -> None:
+    """A table with a first dimension of its own has no part for an item."""
+
+    def with_more(inputs: Arrays) -> dict[str, Array]:
+        return {"out": inputs["x"], "table": inputs["x"].sum(axis=0)}
+
+    assert found(with_more).alone == 0 and found(with_more).cases == ("crowd", "pair")

@@ -357,3 +357,79 @@ def test_the_table_says_how_each_measure_came_out(holds: bool | None, limit: str
     ]
     assert len(agreement.rows) == (holds is not None)
     assert all(row.passed is holds for row in agreement.rows)
+
+
+# What is said, in whole
+
+
+def test_enough_items_leave_nothing_to_say() -> None:
+    """With 21 items, two for each class or more, all measures use what they were made for."""
+    exact, _ = clusters(7, 3, spread=0.2)
+    labels = ["pair"] * 2 + ["many"] * 19
+    steps: list[tuple[Any, ...]] = []
+    found = downstream.agreement(
+        ByVector(),  # type: ignore[arg-type]
+        items(exact, exact, labels),
+        NO_LIMITS,
+        progress=lambda *step: steps.append(step),
+    )
+    assert found.said == () and found.lines == []
+    assert {figure: (m.items, m.detail.partition(";")[0]) for figure, m in measured(found).items()} == {
+        "recall": (21, "of the 10 nearest neighbours by cosine"),
+        "knn_agreement": (21, "by 10 neighbours"),
+        "probe_agreement": (21, "in 2 folds"),
+    }
+    assert steps == [("comparing decisions", 0, 0), ("comparing decisions", 1, 1)]
+
+
+def test_how_often_each_side_is_right() -> None:
+    """Of four in the plane, each has one neighbour; the candidate's third lies in the other class."""
+    exact = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    ours = np.array([[1.0, 0.0], [1.0, 0.1], [1.0, 0.3], [0.1, 1.0]])
+    found = of(items(exact, ours, ["x", "x", "y", "y"]))
+    assert found.said == (
+        "recall: of the 1 nearest, not 10, because there are only 4; 10 needs 21",
+        "k-NN classification: by the 1 nearest, not 10, because there are only 4",
+    )
+    knn = measured(found)["knn_agreement"]
+    assert knn.detail == "by 1 neighbours; right: PyTorch 100.0%, candidate 75.0%"
+    assert [(d.item, d.how) for d in knn.differs] == [("002.png", "PyTorch says y, the candidate x; it is y")]
+
+
+def test_how_many_neighbours_are_kept() -> None:
+    """On a fan of directions, each item's ten nearest are known; the candidate exchanges the two at one end."""
+    angles = np.linspace(0, 1.2, 21) ** 2
+    fan = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    exchanged = fan.copy()
+    exchanged[[0, 20]] = exchanged[[20, 0]]
+    kept = {d.item: d.how for d in measured(of(items(fan, exchanged)))["recall"].differs}
+    assert kept["001.png"] == "9 of 10 kept, lost: 000.png"
+    assert kept["019.png"] == "9 of 10 kept, lost: 020.png"
+    assert kept["000.png"].startswith("1 of 10 kept, lost: 001.png, 002.png, ")
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, []), (6, ["and 1 more"]), (9, ["and 4 more"])])
+def test_five_that_differ_are_named(count: int, more: list[str]) -> None:
+    differs = tuple(downstream.Differs(item=f"{i}.png", how="another") for i in range(count))
+    measure = Measure(figure="knn", of="v", value=0.5, items=10, detail="", bound=None, differs=differs)
+    assert Agreement(measures=(measure,), said=("a remark",)).lines == [
+        "a remark",
+        *(f"knn differs: {i}.png: another" for i in range(5)),
+        *(f"knn differs: {words}; --json names them all" for words in more),
+    ]
+
+
+def test_how_many_parts_match_otherwise() -> None:
+    exact, _ = clusters(4, 1, spread=1.0)
+    measure = measured(of(items(exact, exact, matched=[1.0, 0.5, 0.25, 1.0])))["correspondence"]
+    assert [(d.item, d.how) for d in measure.differs] == [
+        ("002.png", "75.0% of its parts have a different match"),
+        ("001.png", "50.0% of its parts have a different match"),
+    ]
+
+
+@pytest.mark.parametrize("below_one", [1 / 24, 1.5 / 24, 0.5])
+def test_a_limit_that_grants_one_decision_stays(below_one: float) -> None:
+    exact, labels = clusters(12, 2, spread=0.2)
+    found = of(items(exact, exact, labels), limits(knn_agreement_min=1 - below_one))
+    assert [row.bounds[0].limit for row in found.rows] == [1 - below_one] and found.said == ()

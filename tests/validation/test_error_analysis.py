@@ -274,3 +274,54 @@ def test_the_streams_are_the_tokens_before_the_norm() -> None:
     weight, bias = (torch.from_numpy(checkpoint.read(f"norm.{name}")) for name in ("weight", "bias"))
     normed = torch.nn.functional.layer_norm(last, (last.shape[-1],), weight, bias, 1e-6)
     assert torch.equal(normed[:, 0], torch.from_numpy(answer["class_token"]))
+
+
+@pytest.mark.parametrize(
+    ("largest", "holds", "problem"),
+    [(65504.0, True, ""), (65504.5, False, "fp16 overflows in a (Add)"), (0.5, True, "")],
+)
+def test_the_largest_fp16_number_is_in_range(largest: float, holds: bool, problem: str) -> None:
+    row = error_analysis._range_row(Case(name="case", why="a test", inputs={}), {"a (Add)": largest, "b (Mul)": 0.25})
+    assert (row.problem, row.why, row.case) == (problem, "a test", "case")
+    assert row.bounds == (
+        Bound(
+            figure="largest",
+            value=largest,
+            limit=65504.0,
+            reason="fp16's maximum; a (Add) is closest to it",
+            holds=holds,
+        ),
+    )
+
+
+@pytest.mark.parametrize(("largest", "headroom"), [(65504.0, 1.0), (0.5, 131008.0), (0.0, float("inf"))])
+def test_headroom_is_how_often_the_largest_value_fits(largest: float, headroom: float) -> None:
+    values = {"a": np.array([[largest, 0.0]])}
+    (step,) = error_analysis.growth("case", ["a"], values, values, None, limits(0.01)).steps
+    assert step.fp16_headroom == headroom
+
+
+def test_small_values_are_kept_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_analysis.ort, "open_edited", lambda *args, **kwargs: lambda arrays: {"largest": 0.5})
+    largest: dict[str, float] = {}
+    graph = Graph(name="g", inputs=(), outputs=(), dims=())
+    error_analysis._keeping(b"", {"largest": "a (Add)"}, Path("model.onnx"), graph, largest)({})
+    assert largest == {"a (Add)": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("own", "times", "expected", "rule"),
+    [
+        (None, None, 0.01, "the limit 0.01, reached linearly at the last part"),
+        (None, 2.0, 0.01, "the limit 0.01, reached linearly at the last part"),
+        ([[3.0, 4.0]], None, 0.01, "the limit 0.01, reached linearly at the last part"),
+        ([[3.0, 4.0]], 2.0, 0.0, "2 times the error of PyTorch itself there, in the same precision"),
+        ([[3.0, 5.0]], 2.0, 0.4, "2 times the error of PyTorch itself there, in the same precision"),
+    ],
+)
+def test_what_error_is_expected(own: Any, times: float | None, expected: float, rule: str) -> None:
+    """A multiple of PyTorch's own error only with both; an equal value is as expected even where no error is."""
+    values = {"a": np.array([[3.0, 4.0]])}
+    beside = None if own is None else {"a": np.array(own)}
+    grown = error_analysis.growth("case", ["a"], values, values, beside, limits(0.01, times))
+    assert (grown.steps[0].expected, grown.rule, grown.leaves) == (pytest.approx(expected), rule, None)

@@ -192,3 +192,16 @@ def test_each_vector_by_hand() -> None:
     assert errors[:3].tolist() == [0.1, 0.0, np.inf] and np.isnan(errors[3])
     assert cosines[1:3].tolist() == [1.0, 0.0] and np.isnan(cosines[3])
     assert cosines[0] == pytest.approx((9 + 18) / (5 * np.hypot(3, 4.5)))
+
+
+def test_sixty_four_vectors_are_enough_for_neighbours() -> None:
+    vectors = np.random.RandomState(1).standard_normal((64, 8)).astype(np.float32)
+    assert neighbour_agreement(vectors, vectors) == 1.0 and neighbour_agreement(vectors[:63], vectors[:63]) is None
+
+
+def test_neighbours_in_a_batch_of_two_are_in_the_other_item() -> None:
+    rng = np.random.RandomState(6)
+    theirs = rng.standard_normal((2, 40, 8))
+    ours = theirs + 0.3 * rng.standard_normal(theirs.shape)
+    found = neighbour_agreement(ours, theirs)
+    assert found == pytest.approx(_agreement_one_by_one(ours, theirs)) and 0 < found < 1

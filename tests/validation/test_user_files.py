@@ -286,3 +286,42 @@ def test_a_candidate_of_another_shape_or_name_is_left_out() -> None:
         assert not aggregate.report.passed
         assert aggregate.agreement is not None and aggregate.agreement.measures == ()
         assert aggregate.agreement.said == ("24 of 24 have no usable output and are left out here",)
+
+
+# Where results are kept
+
+
+def result(name: str) -> user_files.CaseResult:
+    item = user_files.ItemFeatures(name=name, label="", reference={}, candidate={}, matched=0.5)
+    return user_files.CaseResult(rows=(), item=item, covered=True)
+
+
+def test_results_are_files_by_the_first_digits_of_their_inputs(tmp_path: Path) -> None:
+    keep = user_files.Keep(folder=tmp_path / "not" / "there" / "yet")
+    for digest in ("ab1", "ab2", "c03"):
+        keep.write(digest, result("x"))
+    files = [str(path.relative_to(keep.folder)) for path in keep.folder.rglob("*") if path.is_file()]
+    assert sorted(files) == ["ab/ab1.npz", "ab/ab2.npz", "c0/c03.npz"]
+    asked = Case(name="now", why="a test", inputs={}, label="")
+    assert keep.read("ab2", asked) == result("now") and keep.read("ab3", asked) is None
+
+
+def test_the_folder_is_named_by_what_results_depend_on() -> None:
+    """The first 128 bits of sha256 of the JSON list, as sha256sum prints them."""
+    keep = user_files.Keep.named("ours", "exact")
+    assert keep.folder == cache_folder() / "validated" / "53526285d000e3782fb53ece0d8630f3"
+
+
+def test_the_report_names_candidate_and_reference() -> None:
+    report = Run()(numbered(2)).report
+    assert (report.candidate, report.reference) == ("ours", "exact")
+
+
+def test_a_second_view_without_an_output_of_pytorch_is_an_error() -> None:
+    """A result may not go to another file's view."""
+    run = Run()
+    with pytest.raises(ValueError, match="zip"):
+        user_files.judge_own(
+            Numbers(), numbered(3), answer, LIMITS, ask=run.ask, exact=lambda views: [answer(views[0])],
+            judged=run.judged, names=("ours", "exact"), identity=(), at_once=3,
+        )  # fmt: skip
