@@ -128,3 +128,48 @@ def test_outputs_are_held_to_the_signature(shape: tuple[int, ...], dtype: str, w
     else:
         with pytest.raises(Malformed, match=words):
             answers.check_outputs(wanted, given, asked)
+
+
+def test_a_length_may_have_ten_digits() -> None:
+    header = b'{"outputs": []}'
+    assert answers.decoded(header, "0000000015", []) == {}
+    with pytest.raises(Malformed, match="it has no length of its JSON header"):
+        answers.decoded(header, "00000000015", [])
+
+
+def test_a_header_of_one_byte_is_read() -> None:
+    with pytest.raises(Malformed, match="its header lists no outputs"):
+        answers.decoded(b"1", "1", [])
+    with pytest.raises(Malformed, match="its JSON header has 0 of 1 bytes"):
+        answers.decoded(b"1", "0", [])
+
+
+def test_byte_strings_that_end_before_their_size_are_named() -> None:
+    with pytest.raises(Malformed, match="'a' declares 8 bytes"):
+        answers.decoded(*body(("a", "BYTES", [1], packed(b"abc")), size=8), ["a"])
+
+
+def test_the_last_byte_string_may_be_empty() -> None:
+    made = body(("files", "BYTES", [3], packed(b"one", b"", b"")), ("n", "UINT8", [1], b"x"))
+    found = answers.decoded(*made, ["files", "n"])
+    assert found["files"].tolist() == [b"one", b"", b""] and found["n"].tolist() == [120]
+
+
+def test_the_largest_answer_without_sizes_of_inputs() -> None:
+    """A dimension that nothing bounds counts as one: in an input, and where there is no input."""
+    tokens = Tensor(name="tokens", dtype="float32", shape=("batch", "patches", 5), meaning="")
+    assert answers.signature(graph(tokens, batch=4)) == HEADER_MAX_BYTES + 8 * 4 * 3 * 5
+    nothing = Graph(name="model", inputs=(), outputs=(tokens,), dims=(Dim(name="batch", min=1, opt=1, max=4),))
+    assert answers.signature(nothing) == HEADER_MAX_BYTES + 8 * 4 * 5
+
+
+def test_dimensions_that_outputs_share_are_equal() -> None:
+    """With each other too, where no input has them; inputs in another form bind what they have."""
+    outputs = tuple(Tensor(name=n, dtype="float32", shape=("batch", "patches"), meaning="") for n in ("a", "b"))
+    wanted, one = graph(*outputs, batch=4, height=7), np.zeros((2, 3), np.float32)
+    for image in (np.zeros((2, 7, 3), np.uint8), np.zeros(2, np.uint8)):
+        answers.check_outputs(wanted, {"a": one, "b": one}, {"image": image})
+        with pytest.raises(Malformed, match=r"b has shape \[2, 4\], where patches is 3"):
+            answers.check_outputs(wanted, {"a": one, "b": np.zeros((2, 4), np.float32)}, {"image": image})
+        with pytest.raises(Malformed, match=r"a has shape \[3, 3\], where batch is 2"):
+            answers.check_outputs(wanted, {"a": np.zeros((3, 3), np.float32), "b": one}, {"image": image})

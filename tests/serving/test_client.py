@@ -100,7 +100,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(client.time, "monotonic", lambda: 100 + sum(slept))
     monkeypatch.setattr(client.time, "sleep", slept.append)
-    monkeypatch.setattr(client.random, "uniform", lambda low, high: high)
+
+    def longest(low: float, high: float) -> float:
+        assert (low, high) == (0.5, 1.5)
+        return high
+
+    monkeypatch.setattr(client.random, "uniform", longest)
     return slept
 
 
@@ -164,8 +169,7 @@ def test_a_busy_server_is_asked_again_after_longer_pauses(connected: Callable[..
     ours = DinoClient("http://h:8000", timeout_s=60.0)
     server.refusals = [ServerBusy("busy")] * 12
     ours(X)
-    first, longest = client._FIRST_PAUSE_S, client._LONGEST_PAUSE_S
-    assert clock == pytest.approx([1.5 * min(first * 2**i, longest) for i in range(12)])
+    assert clock == pytest.approx([0.075, 0.15, 0.3, 0.6, 1.2] + [1.5] * 7)
 
 
 def test_a_server_that_stays_busy_is_given_up_in_time(connected: Callable[..., Server], clock: list[float]) -> None:

@@ -81,3 +81,47 @@ def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(m
 
     latency_ms = batching.measure(run, {"x": np.zeros((1, 2))}, 4, progress=lambda *_: None)
     assert latency_ms[1] < 100 and batching.from_latency(latency_ms, 4, of="x").queue_delay_us == 0
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "chosen"),
+    [
+        # Two items in 1.8 times the time of one save a tenth each, exactly what waiting may cost; in 1.81 they do not.
+        ({1: 10.0, 2: 18.0}, ((2,), 1000, "a tenth of what one item takes")),
+        ({1: 10.0, 2: 18.1}, ((), 0, "no batch was found worth waiting for")),
+        # An item of eight takes 0.9 of the time of an item of the best batch, twice, and then less than that.
+        ({1: 20.0, 2: 18.0, 8: 80.0}, ((2, ), 2000, "a tenth of what one item takes")),
+        ({1: 20.0, 2: 18.0, 8: 80.1},
+         ((4,), 0, "none, or larger batches than 4 would form under load, which win an item nothing")),
+        ({8: 10.0, 1: 10.0}, ((8,), 1000, "a tenth of what one item takes")),
+    ],
+)  # fmt: skip
+def test_what_is_worth_waiting_for(latency_ms: dict[int, float], chosen: tuple[tuple[int, ...], int, str]) -> None:
+    if 2 in latency_ms and 8 in latency_ms:
+        latency_ms = {**latency_ms, 4: 36.0}
+    found = batching.from_latency(latency_ms, 8, of="x")
+    assert (found.preferred, found.queue_delay_us, found.queue_delay_why) == chosen
+
+
+@pytest.mark.parametrize(("one_ms", "queue"), [(10_000.0, 8), (1000.0, 10), (990.0, 10), (100.0, 100), (1.0, 1024)])
+def test_the_queue_holds_what_is_answered_in_ten_seconds(one_ms: float, queue: int) -> None:
+    assert batching.from_latency({1: one_ms}, 4, of="x").queue_size == queue
+
+
+def test_the_text_is_indented() -> None:
+    """Two spaces for each level; a reason is one line behind its value."""
+    entries = [
+        Entry("name", 'a "b"'),
+        Entry("outer", (Entry("inner", (Entry("kind", Word("KIND_CPU")),), "two\nlines"), Entry("on", True)), "why"),
+        Entry("dims", (3, -1), "a range"),
+    ]
+    assert to_text(entries) == (
+        'name: "a \\"b\\""\n'
+        "outer {  # why\n"
+        "  inner {  # two lines\n"
+        "    kind: KIND_CPU\n"
+        "  }\n"
+        "  on: true\n"
+        "}\n"
+        "dims: [3, -1]  # a range\n"
+    )
