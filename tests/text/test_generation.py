@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoexport.errors import InputRefused, ValidationFailed
+from dinoexport.runtime.decoding import ArrayDecoder
 from dinoexport.text import generation, tokenizer
+from dinoexport.text.decoder import PaddedRows, SteppedDecoder
 from dinoexport.text.detokenise import StopStrings
 from dinoexport.text.generation import Answer, Batch, Task, Written
 from dinoexport.text.prompts import Control, Prompt, Text
@@ -173,6 +175,112 @@ def test_a_cache_that_fits_no_memory_is_refused(words, monkeypatch: pytest.Monke
     assert refused.value.next_step == "Shorten the prompt, or free memory."
     monkeypatch.setattr("dinoexport.system.memory.available_bytes", lambda: None)
     assert task(words, "a" * 10, Sampling(max_tokens=20)).limit == 20
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "limit", "next_step"),
+    [
+        (2_300_000_000, 20, ""),
+        (2_299_999_999, 20, "Set max_tokens to 19 or less."),
+        (400_000_000, 20, "Set max_tokens to 1 or less."),
+        (399_999_999, 20, "Shorten the prompt, or free memory."),
+    ],
+)
+def test_memory_for_a_cache_in_words(
+    free_bytes: int, limit: int, next_step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 MB a token, for three and an answer of twenty."""
+    decoder = SteppedDecoder(begin_steps=pytest.fail, vocabulary=9, context=100, token_bytes=10**8)
+    assert decoder.chunk == 512
+    monkeypatch.setattr("dinoexport.system.memory.available_bytes", lambda: free_bytes)
+
+    def task_of() -> Task:
+        return generation.task_of_ids(decoder, [1, 2, 3], frozenset(), Sampling(max_tokens=limit), continuing=True)
+
+    if not next_step:
+        assert task_of().limit == limit
+        return
+    with pytest.raises(InputRefused) as refused:
+        task_of()
+    assert refused.value.message == (
+        "The cache of a prompt of 3 tokens and an answer of up to 20 takes 2.30 GB; "
+        f"{free_bytes / 1e9:.2f} GB of memory are free."
+    )
+    assert refused.value.next_step == next_step
+
+
+def test_ids_and_room_at_their_limits() -> None:
+    """One token of room is enough; ids are from 0 up to the vocabulary."""
+    decoder = tiny.decoder()
+
+    def limit(*ids: int) -> int:
+        return generation.task_of_ids(decoder, ids, frozenset(), Sampling(max_tokens=9), continuing=True).limit
+
+    assert limit(0, tiny.VOCABULARY - 1) == 9 and limit(*[5] * (tiny.CONTEXT - 1)) == 1
+    for wrong in (-1, tiny.VOCABULARY):
+        with pytest.raises(InputRefused, match=f"The model has no token {wrong}"):
+            limit(3, wrong)
+    with pytest.raises(InputRefused, match="the model takes 96, the answer included"):
+        limit(*[5] * tiny.CONTEXT)
+    with pytest.raises(InputRefused, match="empty"):
+        limit()
+
+
+def test_an_answer_that_never_began(words) -> None:
+    answer = Answer(words, task(words, "a"))
+    answer.cancel()
+    written = answer.written()
+    assert (written.text, written.reason, written.ids, written.first_s) == ("", "cancelled", (), 0.0)
+
+
+def test_a_full_batch_takes_no_more(words) -> None:
+    batch = Batch(tiny.decoder(), slots=2)
+    for _ in range(2):
+        batch.add(Answer(words, task(words, "a")))
+    with pytest.raises(AssertionError, match="there is room"):
+        batch.add(Answer(words, task(words, "a")))
+
+
+def test_a_cache_is_moved_only_when_an_answer_ends(words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its move costs as much as many tokens."""
+    kept: list[list[int]] = []
+    plain = PaddedRows.keep
+    monkeypatch.setattr(PaddedRows, "keep", lambda rows, places: kept.append(list(places)) or plain(rows, places))
+    answers = [Answer(words, task(words, "a", Sampling(max_tokens=n))) for n in (9, 4, 9)]
+    run(Batch(tiny.decoder()), answers)
+    assert kept == [[0, 2], [1]] and [len(answer.ids) for answer in answers] == [9, 4, 9]
+
+
+def test_sequences_without_common_padding_are_only_reordered() -> None:
+    """Padding that all have is cut off; else the runtime's own reordering is used."""
+    moved: list[str] = []
+
+    class Watched(ArrayDecoder):
+        def reorder(self, rows) -> None:
+            moved.append(f"reorder {list(rows)}")
+            super().reorder(rows)
+
+        def resume(self, carried) -> None:
+            moved.append(f"resume {next(iter(carried.values())).shape}")
+            super().resume(carried)
+
+    def begun(length: int) -> PaddedRows:
+        rows = PaddedRows(Watched(tiny.Tiny(), tiny.GRAPH))
+        rows.extend(np.ones((1, length), np.int64))
+        return rows
+
+    rows = begun(5)
+    rows.join(begun(3))
+    rows.join(begun(4))
+    rows.keep([0, 2])
+    rows.keep([1])
+    shape = f"{tiny.HEADS}, {{}}, {tiny.WIDTH})"
+    assert moved == [
+        f"resume (2, {shape.format(5)}",
+        f"resume (3, {shape.format(5)}",
+        "reorder [0, 2]",
+        f"resume (1, {shape.format(4)}",
+    ]
 
 
 def test_bad_prompts_are_refused(words) -> None:

@@ -71,3 +71,39 @@ def test_no_seed_differs() -> None:
 def test_what_means_nothing_is_refused(wrong: dict) -> None:
     with pytest.raises(InputRefused, match="means nothing"):
         Sampling(**wrong)
+
+
+def test_what_is_just_within_the_limits() -> None:
+    Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=("x", "x" * 256, *"abcdefghijklmn"))
+    assert Sampling(seed=2**63 - 1).generator().integers(10) in range(10)
+    assert Sampling(temperature=0.0).greedy and not Sampling(temperature=1e-9).greedy
+
+
+def test_a_seed_of_its_own_has_63_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.randbits", lambda bits: bits)
+    assert Sampling().generator().integers(2**62) == Sampling(seed=63).generator().integers(2**62)
+
+
+def test_the_nucleus_by_hand() -> None:
+    """Halves and quarters: what comes before the second is exactly 0.5, before the third 0.75."""
+    logits = np.log(np.array([0.25, 0.5, 0.25]))
+    for top_p, ids, shares in (
+        (0.49, [1], [1.0]),
+        (0.5, [1, 0], [2 / 3, 1 / 3]),
+        (0.74, [1, 0], [2 / 3, 1 / 3]),
+        (0.75, [1, 0, 2], [0.5, 0.25, 0.25]),
+        (1.0, [1, 0, 2], [0.5, 0.25, 0.25]),
+    ):
+        found, chances = nucleus(logits, 1.0, top_p)
+        assert found.tolist() == ids and np.allclose(chances, shares, rtol=1e-12), top_p
+    found, chances = nucleus(np.array([1000.0, 1000.0 - np.log(3)]), 1.0, 0.9)
+    assert found.tolist() == [0, 1] and np.allclose(chances, [0.75, 0.25])
+    assert np.allclose(nucleus(np.array([0.0, 2 * np.log(3)]), 2.0, 1.0)[1], [0.75, 0.25])
+
+
+def test_nothing_is_dropped_by_rounding() -> None:
+    """With a share of 1 every id may be drawn, also where the shares before the last ones sum to more than 1."""
+    logits = np.concatenate([np.random.RandomState(0).standard_normal(3000), np.full(5, -60.0)])
+    shares = np.sort(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[::-1]
+    assert (np.cumsum(shares) - shares).max() > 1
+    assert sorted(nucleus(logits, 1.0, 1.0)[0].tolist()) == list(range(3005))

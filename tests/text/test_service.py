@@ -72,6 +72,27 @@ def test_many_clients_get_their_own_answers(words) -> None:
     written = [reader.end.get(timeout=20) for reader in readers]
     assert [list(each.ids) for each in written] == [alone(words, one) for one in tasks]
     assert ["".join(reader.texts) for reader in readers] == [each.text for each in written]
+    assert all(text for reader in readers for text in reader.texts), "a part of a character is no text"
+    service.close()
+
+
+def test_the_writing_thread_keeps_no_process_alive(words) -> None:
+    service = Service(words, tiny.decoder())
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "dinoexport-text")
+    assert thread.daemon
+    service.close()
+    assert not thread.is_alive()
+
+
+def test_who_waits_while_the_model_breaks_gets_an_answer(words) -> None:
+    service, run = slow_service(words, slots=1)
+    run.broken = 1
+    first, waiting = Reader(), Reader()
+    service.submit(task(words, PROMPTS[0]), first)
+    service.submit(task(words, PROMPTS[1], Sampling(max_tokens=3)), waiting)
+    run.may.release(1000)
+    assert isinstance(first.end.get(timeout=20), BuildError)
+    assert list(waiting.end.get(timeout=5).ids) == alone(words, task(words, PROMPTS[1], Sampling(max_tokens=3)))
     service.close()
 
 

@@ -76,3 +76,28 @@ def test_what_training_saves_is_taken(tmp_path: Path, content: Any, protocol: in
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         pickle_check.check(archive.read(name))
+
+
+def deep(levels: int, keep: bytes, take: bytes, close: bytes) -> bytes:
+    """Tuples in tuples: each value is kept under the number `i`, taken from there, and closed in a tuple."""
+    steps = (keep + take + close for _ in range(levels))
+    return b"\x80\x04K\x01" + b"".join(step.replace(b"i", b"%c" % i) for i, step in enumerate(steps)) + b"."
+
+
+@pytest.mark.parametrize(
+    ("keep", "take", "close"),
+    [
+        (b"", b"", b"\x85"),
+        (b"qi", b"hi", b"\x85"),
+        (b"\x94", b"hi", b"\x85"),
+        (b"ri\0\0\0", b"ji\0\0\0", b"\x85"),
+        (b"\x94", b"(hi", b"t"),
+        (b"\x94", b"hiK\x01K\x01", b"\x87"),
+    ],
+    ids=["plain", "put", "memoize", "long put", "a mark", "of three"],
+)
+def test_tuples_are_counted_through_the_memo(keep: bytes, take: bytes, close: bytes) -> None:
+    """Sixteen deep, and no deeper."""
+    pickle_check.check(deep(16, keep, take, close))
+    with pytest.raises(ValueError, match="tuples more than 16 deep"):
+        pickle_check.check(deep(17, keep, take, close))

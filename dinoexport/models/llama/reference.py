@@ -69,7 +69,7 @@ def rotation(arch: Architecture, first: int, length: int) -> Tensor:
     Frequencies and angles are rounded to float32, as in the published code. At large positions the rounding matters,
     and a more exact table gives other logits than those the model was trained and published with.
     """
-    exponents = torch.arange(0, arch.head_dim, 2)[: arch.head_dim // 2].float() / arch.head_dim
+    exponents = torch.arange(0, arch.head_dim, 2).float() / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
     angles = torch.outer(torch.arange(first, first + length).float(), frequencies)
     return torch.polar(torch.ones_like(angles), angles)

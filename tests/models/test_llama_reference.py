@@ -1,0 +1,145 @@
+"""Parts of the plain formulation against numbers worked out by hand; the whole is held to Meta's in `test_llama.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinoexport.models.llama import oracle, reference
+from dinoexport.models.llama.cases import batch_of, inputs_of
+from dinoexport.models.llama.config import Architecture
+from dinoexport.spec import Array, Precision, silent
+
+# Heads of four numbers, whose two pairs turn by 1 and by 100 ** -0.5 = 0.1 a position.
+ARCH = Architecture(
+    dim=8, layers=2, heads=2, kv_heads=1, hidden_dim=3, vocabulary=20, norm_eps=0.5, rope_theta=100, context=64
+)
+
+
+def test_rotation() -> None:
+    turns = torch.view_as_real(reference.rotation(ARCH, 5, 2))
+    wanted = [[(math.cos(angle), math.sin(angle)) for angle in angles] for angles in ((5, 0.5), (6, 0.6))]
+    assert turns.shape == (2, 2, 2) and np.allclose(turns, wanted, atol=1e-6)
+
+
+def test_rotated_pairs_are_neighbours() -> None:
+    """By a quarter and by a half turn: (x, y) becomes (-y, x), and (-x, -y)."""
+    heads = torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[5.0, 6.0, 7.0, 8.0]]]).half()
+    found = reference._rotated(heads, torch.tensor([[1j, -1], [-1, 1j]]))
+    assert found.dtype == torch.float16
+    assert found.tolist() == [[[-2, 1, -3, -4]], [[-5, -6, -8, 7]]]
+
+
+def test_rms_norm() -> None:
+    """The root of (9 + 16) / 2 + 12.5 is 5, that of 0 + 4 is 2; it is rounded before the weight multiplies it."""
+    found = reference._norm(torch.tensor([[3.0, 4.0], [-5.0, 5.0]]), torch.tensor([2.0, -1.0]), 12.5)
+    assert np.allclose(found, [[1.2, -0.8], [-10 / 37.5**0.5, -5 / 37.5**0.5]])
+    half = reference._norm(torch.tensor([[3.0, 4.0]]).half(), torch.tensor([3.0, 1.0]).half(), 12.5)
+    assert half.tolist() == (np.array([[0.6, 0.8]], np.float16) * np.array([3, 1], np.float16)).tolist()
+
+
+def test_attention_sees_no_later_token() -> None:
+    """Of four tokens, queries 1 and 2; the scores of query 1 are 0 and 2 log 3, so that it weighs them 1 to 3 of 4."""
+    keys = torch.tensor([[[0, 0, 0, 0], [2 * math.log(3), 0, 0, 0], [0, 0, 0, 0], [9, 9, 9, 9]]])
+    values = torch.tensor([[[8.0, 0], [4, 4], [0, 16], [99, 99]]])
+    queries = torch.tensor([[[1.0, 0, 0, 0], [0, 5, 5, 5]]])
+    found = reference._attended(queries, keys, values, first=1)
+    assert found.shape == (1, 2, 2) and np.allclose(found, [[[5, 3], [4, 20 / 3]]], atol=1e-5)
+
+
+def test_queries_are_taken_1024_at_a_time() -> None:
+    found = reference._parts(torch.arange(2050).reshape(1, 2050, 1))
+    assert [(at, part[0, 0, 0].item(), part.shape[1]) for at, part in found] == [
+        (0, 0, 1024),
+        (1024, 1024, 1024),
+        (2048, 2048, 2),
+    ]
+
+
+class Toy:
+    """In place of the formulation: the next id after `i` at position `p` is (3 i + p) % 20, as logits -|v - next|.
+
+    The stream after `n` blocks is (id, n) at each token.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[list[int]], list[int], list[int], bool]] = []
+
+    def __call__(
+        self, arch: Architecture, load: Any, prompts: Any, *, first_positions: Any, keep: Any, **watch: Any
+    ) -> list[torch.Tensor]:
+        keep_stream = watch["keep_stream"]
+        self.asked.append(([p.tolist() for p in prompts], first_positions, keep, keep_stream is not None))
+        for blocks in range(arch.layers + 1):
+            for j, prompt in enumerate(prompts):
+                if keep_stream:
+                    keep_stream(j, blocks, torch.stack((prompt, torch.full_like(prompt, blocks)), dim=1))
+        watch["block_done"](arch.layers)
+        found = []
+        for prompt, first, rows in zip(prompts, first_positions, keep, strict=True):
+            after = (3 * prompt + torch.arange(first, first + len(prompt))) % 20
+            found.append(-(torch.arange(20) - after.unsqueeze(1)).abs().float()[len(prompt) - rows :])
+        return found
+
+
+def test_the_outputs_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case's prompts are asked together, the id 0 is a token, and only cases with steps are continued."""
+    toy, steps_told = Toy(), list[Any]()
+    monkeypatch.setattr(reference, "logits_of", toy)
+    inputs = [
+        inputs_of(batch_of([[0, 2], [5]]), first_position=10, steps=3),
+        inputs_of(batch_of([[7, 0, 1]]), keep=2, steps=1),
+        inputs_of(batch_of([[4]])),
+        inputs_of(batch_of([[6]]), steps=2),
+    ]
+    first, second, third, fourth = oracle.of(
+        ARCH, pytest.fail, inputs, precision=Precision.FP32, progress=lambda *told: steps_told.append(told), inside=True
+    )
+    assert toy.asked == [
+        ([[0, 2], [5], [7, 0, 1], [4], [6]], [10, 10, 0, 0, 0], [1, 1, 2, 1, 1], True),
+        ([[0, 2, 17], [5, 5], [6, 18]], [10, 10, 0], [1, 1, 1], False),
+        ([[0, 2, 17, 3], [5, 5, 6]], [10, 10], [1, 1], False),
+    ]
+    assert steps_told == [("PyTorch fp32", 2, 2)] * 3
+    assert set(second) == set(first) == set(third) | {"rollout", "rollout_logits"}
+    assert set(third) == {"logits", "embedded", "layers.0_stream", "layers.1_stream"}
+    assert first["logits"].argmax(axis=2).tolist() == [[17], [5]] and first["rollout"].tolist() == [
+        [17, 3, 2],
+        [5, 6, 10],
+    ]
+    assert first["rollout_logits"].shape == (2, 3, 20) and first["rollout_logits"].max(axis=2).tolist() == [[0] * 3] * 2
+    assert second["logits"].argmax(axis=2).tolist() == [[1, 5]] and second["rollout"].tolist() == [[5]]
+    assert fourth["rollout"].tolist() == [[18, 15]]
+    assert first["embedded"].tolist() == [[[0, 0], [2, 0]], [[0, 0], [5, 0]]], "padded on the left"
+    assert second["layers.1_stream"].tolist() == [[[7, 2], [0, 2], [1, 2]]]
+
+
+@pytest.mark.parametrize(("room", "reads"), [(0, 1), (-1, 2)])
+def test_the_tensors_of_a_small_model_are_read_once(room: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small is a model of at most as many numbers as are kept."""
+    numbers = 2 * 20 * 8 + 8 + 2 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 3 * 8 + 2 * 8)
+    monkeypatch.setattr(oracle, "_KEPT_NUMBERS_MAX", numbers + room)
+    seen: list[str] = []
+
+    def read(name: str) -> Array:
+        seen.append(name)
+        return np.ones(2)
+
+    load = oracle._loader(ARCH, read, torch.bfloat16)
+    assert load("norm.weight").dtype == load("norm.weight").dtype == torch.bfloat16 and len(seen) == reads
+
+
+def test_as_many_positions_as_prompts() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        reference.logits_of(
+            ARCH,
+            lambda _: torch.ones(20, 8),
+            [torch.tensor([1])],
+            first_positions=[],
+            keep=[1],
+            block_done=lambda done: silent("", done, done),
+        )
