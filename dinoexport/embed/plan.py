@@ -93,7 +93,7 @@ def items_of(place: Place, plan: Plan, shard: int) -> list[str]:
     try:
         raw = place.read(plan.list_name(shard)).decode()
         return [str(json.loads(line)[0]) for line in raw.splitlines()]
-    except (FileNotFoundError, ValueError, IndexError, TypeError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         raise ValidationFailed(
             f"{place}: {plan.list_name(shard)} is missing or damaged.", next_step="Start again in another folder."
         ) from None

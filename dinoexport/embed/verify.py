@@ -114,12 +114,13 @@ def _read(place: Place, plan: Plan, shard: int) -> bytes | None:
 def _sample(embedder: Embedder, content: bytes, count: int, generator: random.Random) -> Iterator[ImageRow]:
     import io
 
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(content))
     good = [i for i, error in enumerate(table.column("error").to_pylist()) if error is None]
     picked = sorted(generator.sample(good, min(count, len(good))))
-    for values in table.take(picked).to_pylist():
+    for values in table.take(pa.array(picked, pa.int64())).to_pylist():  # without the type, none cannot be taken
         yield embedder.stored_row(values)
 
 

@@ -157,3 +157,19 @@ def test_what_other_tools_read(dtype: str, tmp_path: Path) -> None:
         assert ("BYTE_STREAM_SPLIT" in encodings[name].encodings) == (dtype == "float32"), name
         assert encodings[name].compression == "ZSTD"
     assert encodings["path"].is_stats_set and not encodings["score"].is_stats_set
+
+
+def test_tables_with_and_without_tokens(tmp_path: Path) -> None:
+    """Only columns of all tokens have their grid beside them; the width of a row is its group's."""
+    names = [
+        columns.schema([KNOWN[name]], dtype="float32", metadata={}).names for name in ("class_token", "patch_tokens")
+    ]
+    around = ["path", "sha256", "height", "width"]
+    assert names[0] == [*around, "class_token", "error"]
+    assert names[1] == [*around, "patch_tokens", "grid_height", "grid_width", "error"]
+
+
+def test_what_is_short_is_normalised_to_one() -> None:
+    """Also where a vector is shorter than one, and float16 is asked for."""
+    found = columns.stored(np.array([0.3, 0.4], np.float32), dtype="float16", normalised=True, name="a row")
+    assert found.tolist() == pytest.approx([0.6, 0.8], abs=1e-3)

@@ -28,3 +28,22 @@ def test_only_drafts_of_dead_processes_are_swept(tmp_path: Path) -> None:
     finally:
         ended.wait()
     assert {path.name for path in tmp_path.iterdir()} == {names["ours"], names["elsewhere"]}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_written_by_one(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes later is told so, which is no error of the disk; also on file systems without links."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    place = LocalPlace(tmp_path)
+    place.write("a/b", b"first", new=True)
+    with pytest.raises(FileExistsError, match=r"^a/b$"):
+        place.write("a/b", b"second", new=True)
+    assert place.read("a/b") == b"first"
+    place.write("a/b", b"third")
+    assert place.read("a/b") == b"third"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]

@@ -84,7 +84,7 @@ class LocalPlace:
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> None:
         """By rename; a new file by a link, which fails if the name exists."""
-        draft = self.draft(name)
+        draft, taken = self.draft(name), False
         with files.disk_errors(self._folder):
             try:
                 with draft.open("wb") as file:
@@ -95,17 +95,17 @@ class LocalPlace:
                     try:
                         os.link(draft, self._folder / name)
                     except FileExistsError:
-                        raise
+                        taken = True
                     except OSError:  # a file system without links cannot detect two writers at once
-                        if (self._folder / name).exists():
-                            raise FileExistsError(name) from None
-                        os.replace(draft, self._folder / name)
+                        taken = (self._folder / name).exists()
+                        if not taken:
+                            os.replace(draft, self._folder / name)
                 else:
                     os.replace(draft, self._folder / name)
-            except FileExistsError:
-                raise _Exists(name) from None
             finally:
                 draft.unlink(missing_ok=True)
+        if taken:  # no error of the disk: the caller decides
+            raise FileExistsError(name)
 
     def draft(self, name: str) -> Path:
         """A hidden file beside the final one, named after the process, so that a dead process's file is recognised."""
@@ -143,10 +143,6 @@ class LocalPlace:
             found = _DRAFT.match(path.name)
             if found and found["host"] == host() and not _alive(int(found["pid"])):
                 path.unlink(missing_ok=True)
-
-
-class _Exists(FileExistsError):
-    """Distinct from the FileExistsError of a wrong path, which `disk_errors` translates."""
 
 
 def _alive(pid: int) -> bool:
