@@ -276,7 +276,6 @@ def _carry_out(change: Change, *, begins_here: bool = False) -> None:
             next_step=f"It changed nothing. Move {change.folder} away.",
         ) from None
     (change.folder / _OLD).mkdir(exist_ok=True)
-    number = 0
     try:
         for number, (step, inode) in enumerate(steps):
             STEPS[step.kind](step, inode, change.folder / _OLD / str(number))

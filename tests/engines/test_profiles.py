@@ -79,6 +79,7 @@ def test_what_a_profile_covers(shapes: dict[str, tuple[int, ...]], covered: bool
     [
         ({"lenght": Range(min=3, opt=3, max=3)}, r"the model has no dimension 'lenght'\. Did you mean 'length'"),
         ({"batch": Range(min=1, opt=1, max=5)}, r"batch 1 to 5 exceeds \[profile\]'s 1 to 4"),
+        ({"length": Range(min=2, opt=6, max=9)}, r"length 2 to 9 exceeds \[profile\]'s 3 to 300\."),
         ({"length": Range(min=3, opt=4, max=9)}, "length 4 is not a multiple of 3"),
     ],
 )
@@ -109,8 +110,13 @@ def test_every_shipped_profile_is_legal(variant: str) -> None:
 
 def test_the_recipe_chooses(tmp_path: Path) -> None:
     assert [p.name for p in profiles.of(*wanted("vits14"))] == ["whole"]
-    with pytest.raises(UsageError, match=r"no profile 'hirez'\. Did you mean 'hires'"):
+    with pytest.raises(UsageError, match=r"no profile 'hirez'\. Did you mean 'hires'") as caught:
         profiles.of(*wanted("vits14", "hirez"))
+    assert caught.value.next_step == f"It has: {', '.join(load('vits14').profiles)}."
+    without, graph = wanted("vits14", "hires")
+    with pytest.raises(UsageError, match="no profile 'hires'") as caught:
+        profiles.of(without.model_copy(update={"profiles": {}}), graph)
+    assert caught.value.next_step == "It has: none; add [profiles.NAME]."
     mine = tmp_path / "mine.toml"
     mine.write_text(
         'base = "vits14"\n[profiles.odd]\nheight = { min = 14, opt = 225, max = 518 }\n[engine]\nprofiles = ["odd"]\n'

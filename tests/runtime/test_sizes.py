@@ -215,6 +215,83 @@ def test_a_size_as_people_write_it() -> None:
         sizes.shapes_of("65x8", GRAPH)
 
 
+def test_a_text_that_is_no_size_is_answered_with_one_in_the_last_two_dimensions() -> None:
+    dims = tuple(Dim(name=name, min=1, opt=opt, max=64) for name, opt in (("batch", 2), ("height", 8), ("width", 16)))
+    with pytest.raises(UsageError) as caught:
+        sizes.dims_of("1000000000x8", Graph(name="model", inputs=(PIXELS,), outputs=(), dims=dims))
+    assert caught.value.message == "'1000000000x8' is not a size of batch, height, width."
+    assert caught.value.next_step == "Write it as 8x16."
+    assert sizes.dims_of("999999999x8", GRAPH) == {"batch": 1, "height": 999_999_999, "width": 8}
+
+
+def test_a_form_is_made_at_the_request_that_reaches_the_limit_and_none_after_the_end() -> None:
+    run, inputs = Runtimes().open(SPEND), of(1, 3, 8, 8)
+    run(inputs), run(inputs)
+    assert run.forms == ()
+    run(inputs)
+    assert len(run.forms) == 1
+    run.close()
+    for _ in range(5):
+        run(of(1, 3, 8, 16))
+    assert len(run.forms) == 1
+
+
+def grows(monkeypatch: pytest.MonkeyPatch, *bytes_: int) -> None:
+    """The process grows by so much with each form that is compiled."""
+    seen = iter([size for number, more in enumerate(bytes_) for size in (number, number + more)])
+    monkeypatch.setattr(sizes, "_resident_bytes", lambda: next(seen))
+
+
+def one_after_the_other(spend: Budget, widths: tuple[int, ...]) -> tuple[list[tuple[str, int, str]], int]:
+    """The forms of these widths, each asked for when the one before is ready, and how many were compiled."""
+    runtimes = Runtimes()
+    run = runtimes.open(spend)
+    for width in widths:
+        run(of(1, 3, 8, width))
+        run.settle()
+    return [(form.state, form.memory_bytes, form.why) for form in run.forms], len(runtimes.compiled)
+
+
+def test_forms_fill_the_budget_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    grows(monkeypatch, 1000, 0, 1000)
+    spend = Budget(most=9, memory_bytes=2000, often=1)
+    full = ("no room", 0, "other sizes' forms fill the budget")
+    assert one_after_the_other(spend, (8, 9, 10, 11)) == (
+        [("ready", 1000, ""), ("ready", 0, ""), ("ready", 1000, ""), full],
+        3,
+    )
+    grows(monkeypatch, 2_500_001)
+    assert one_after_the_other(Budget(most=9, memory_bytes=2_500_000, often=1), (8,)) == (
+        [("no room", 2_500_001, "it takes 3 MB")],
+        1,
+    )
+
+
+@pytest.mark.parametrize(("limit", "state"), [(0.5, "ready"), (0.499, "differs")])
+def test_the_limit_itself_is_near_enough(limit: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input itself instead of twice: apart by exactly half of what is right, however small that is."""
+    monkeypatch.setattr(sizes, "_APART_MAX_NARROW", limit)
+    run = Runtimes(as_one=1.0).open(Budget(most=1, memory_bytes=1 << 40, often=1), precision=Precision.BF16)
+    run({"pixels": np.ldexp(of(1, 3, 8, 8)["pixels"], -20)})
+    run.settle()
+    assert [form.state for form in run.forms] == [state]
+
+
+def test_made_up_inputs_are_the_same_each_time() -> None:
+    """The first numbers of NumPy's generator with the seed 0: bytes, or of the normal distribution."""
+    inputs = (
+        Tensor(name="ids", dtype="int64", shape=("batch", 3), meaning="tokens"),
+        Tensor(name="x", dtype="float32", shape=("batch", 2), meaning="values"),
+        Tensor(name="scale", dtype="float32", shape=(1,), meaning="has a default", default=1),
+    )
+    graph = Graph(name="model", inputs=inputs, outputs=(), dims=DIMS[:1])
+    found = sizes.sample(graph, {"ids": (2, 3)})
+    assert found["ids"].dtype == np.int64 and found["ids"].tolist() == [[172, 47, 117], [192, 67, 251]]
+    found = sizes.sample(graph, {"x": (1, 2)})
+    assert list(found) == ["x"] and found["x"].dtype == np.float32
+    np.testing.assert_allclose(found["x"], [[1.7640524, 0.4001572]])
+
+
 # The runtimes' own forms
 
 

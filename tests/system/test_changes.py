@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -247,3 +249,135 @@ def test_the_record_says_what_is_to_be(tmp_path: Path) -> None:
     record = json.loads((tmp_path / ".place.work" / "change.json").read_bytes())
     assert record["steps"][0][:3] == ["move", "work/new/a", "place/a"]
     assert record["steps"][-1][:3] == ["remove", None, "place/gone"]
+
+
+def interrupted_after_one_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record of a change whose second step failed."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(BuildError, match="could not be finished"), changes.changing(place, doing="it") as change:
+            written(change.new, {"folder/e": "new e", "a": "new a"})
+            steps = [
+                change_steps.move(change.new / "folder", place / "folder"),
+                change_steps.move(change.new / "a", place / "a"),
+                change_steps.move(change.new / "later", place / "later"),
+                change_steps.link(place / "b", change.new / "c"),
+                change_steps.remove(place / "gone"),
+            ]
+            change.commit(steps, done="changed")
+    return place.with_name(".place.work") / "change.json"
+
+
+def test_the_record_tells_what_was_exchanged_by_the_folders_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = written(tmp_path / "place", OLD)
+    record = interrupted_after_one_step(place, monkeypatch)
+    assert json.loads(record.read_bytes()) == {
+        "steps": [
+            ["move", "work/new/folder", "place/folder", (place / "folder").stat().st_ino],
+            ["move", "work/new/a", "place/a", (record.parent / "new" / "a").stat().st_ino],
+            ["move", "work/new/later", "place/later", None],
+            ["link", "place/b", "work/new/c", None],
+            ["remove", None, "place/gone", None],
+        ]
+    }
+
+
+def test_a_record_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = written(tmp_path / "place", OLD)
+    size_bytes = interrupted_after_one_step(place, monkeypatch).stat().st_size
+    monkeypatch.setattr(changes, "_RECORD_BYTES_MAX", size_bytes - 1)
+    with pytest.raises(UsageError, match="not a regular file of a sensible size"):
+        changes.settle(place)
+    monkeypatch.setattr(changes, "_RECORD_BYTES_MAX", size_bytes)
+    changes.settle(place)
+    assert files_in(place)["a"] == "new a" and "gone" not in files_in(place)
+
+
+@pytest.mark.parametrize(("taken_s", "wait_s"), [(0.0, 600.0), (10.0, 590.0), (599.5, 0.5), (700.0, 0.0)])
+def test_a_reader_waits_ten_minutes_in_all(
+    taken_s: float, wait_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = written(tmp_path / "place", OLD)
+    interrupted_after_one_step(place, monkeypatch)
+    times = iter((1000.0, 1000.0 + taken_s))
+    waits, exclusive = [], locks.exclusive
+
+    def recorded(path: Path, **options: Any) -> Any:
+        waits.append(options.pop("wait_s"))
+        return exclusive(path, **options)
+
+    monkeypatch.setattr(locks, "exclusive", recorded)
+    monkeypatch.setattr(changes, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    changes.settle(place)
+    assert waits == [wait_s]
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_work_folder_that_somebody_looks_into_stays(
+    settles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a folder whose files are open elsewhere."""
+    place, rmdir = written(tmp_path / "place", OLD), os.rmdir
+
+    def busy(path: Any, **options: Any) -> None:
+        if Path(os.fsdecode(path)).name == ".place.work":
+            raise OSError(16, "Device or resource busy")
+        rmdir(path, **options)
+
+    if settles:
+        interrupted_after_one_step(place, monkeypatch)
+    monkeypatch.setattr(os, "rmdir", busy)
+    if settles:
+        changes.settle(place)
+    else:
+        several_files(place)
+    assert files_in(place)["a"] == "new a" and (tmp_path / ".place.work").is_dir()
+
+
+def test_five_strange_files_are_named(tmp_path: Path) -> None:
+    written(tmp_path / ".place.work", dict.fromkeys("fedcba", ""))
+    with pytest.raises(UsageError, match=r"holds files that dinoexport did not write: a, b, c, d, e\.$"):
+        several_files(tmp_path / "place")
+
+
+def test_a_signal_in_the_middle_is_heard_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, replace = written(tmp_path / "place", OLD), os.replace
+    heard: list[tuple[int, dict[str, str]]] = []
+
+    def terminated(source: Path, target: Path) -> None:
+        if target.name == "a":
+            signal.raise_signal(signal.SIGTERM)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", terminated)
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append((number, files_in(place))))
+    try:
+        several_files(place)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [(signal.SIGTERM, NEW)]
+
+
+def test_a_change_that_an_earlier_process_began_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when its first step, which was done already, fails."""
+    place = written(tmp_path / "place", OLD)
+    record = interrupted_after_one_step(place, monkeypatch)
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(change_steps.STEPS, "move", broken)
+        with pytest.raises(BuildError, match="Input/output error"):
+            changes.settle(place)
+    assert record.is_file()
+    changes.settle(place)
+    assert files_in(place)["a"] == "new a"

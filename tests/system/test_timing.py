@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,3 +70,110 @@ def test_other_processes_are_noticed_and_our_own_work_is_not() -> None:
         during = neighbours.share()
         other.kill()
     assert 0 <= before < 1 and during > 0.05
+
+
+def test_the_spread_is_that_of_the_middle_half() -> None:
+    assert timing.Latencies(samples_ms=(10.0, 2.0, 4.0, 1.0, 3.0)).spread == (4 - 2) / 3
+
+
+class Clock:
+    """A clock that only what runs moves on: the wall's and the CPU's seconds, and every pause."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s, self.cpu_s = 1000.0, 100.0
+        self.pauses: list[float] = []
+        self.order = ""
+        clock: Any = SimpleNamespace(
+            perf_counter=lambda: self.wall_s, process_time=lambda: self.cpu_s, sleep=self.pauses.append
+        )
+        monkeypatch.setattr(timing, "time", clock)
+
+    def taking(self, name: str, wall_s: float, cpu_s: float) -> Callable[[], None]:
+        def run() -> None:
+            self.order += name
+            self.wall_s += wall_s
+            self.cpu_s += cpu_s
+
+        return run
+
+
+def test_samples_are_in_milliseconds_of_both_clocks_and_the_order_is_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    runs = {"a": clock.taking("a", 2.0, 3.0), "b": clock.taking("b", 0.5, 0.25), "c": clock.taking("c", 1.0, 0.0)}
+    found = timing.in_turn(runs, rounds=4, budget_s=99)
+    assert found == {
+        "a": timing.Latencies(samples_ms=(2000.0,) * 4, cpu_samples_ms=(3000.0,) * 4),
+        "b": timing.Latencies(samples_ms=(500.0,) * 4, cpu_samples_ms=(250.0,) * 4),
+        "c": timing.Latencies(samples_ms=(1000.0,) * 4, cpu_samples_ms=(0.0,) * 4),
+    }
+    assert clock.order == "abc" + "acb" + "bca" + "bca" + "bac"
+    assert clock.pauses == [0.15] * 12, "before each, that the last one's threads come to rest"
+
+
+def test_one_candidate_needs_no_pauses_and_goes_on_until_more_than_the_budget_is_spent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounds of half a second: exactly 2.0 s are spent after the fourth, 2.5 after the fifth."""
+    clock = Clock(monkeypatch)
+    found = timing.in_turn({"a": clock.taking("a", 0.5, 0.5)}, rounds=9, budget_s=2.0)
+    assert len(found["a"].samples_ms) == 5 and clock.pauses == []
+
+
+class Machine:
+    """The kernel's count of CPU time, in hundredths of a second, and this process's, in seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        # user, nice, system, idle, iowait, irq, softirq, steal; then guests, who are in user and nice already
+        self.ticks = [1000, 100, 200, 3000, 400, 50, 60, 70, 500, 90]
+        # user, system, children's user, children's system; then the wall's
+        self.own_s = [1.0, 2.0, 3.0, 4.0, 500.0]
+        self._stat = folder / "stat"
+        self.write()
+        monkeypatch.setattr(timing, "Path", {"/proc/stat": self._stat}.__getitem__)
+        system: Any = SimpleNamespace(times=lambda: tuple(self.own_s), sysconf={"SC_CLK_TCK": 100}.__getitem__)
+        monkeypatch.setattr(timing, "os", system)
+
+    def passes(self, ticks: tuple[int, ...], own_s: tuple[float, ...]) -> None:
+        self.ticks = [old + more for old, more in zip(self.ticks, ticks, strict=True)]
+        self.own_s = [old + more for old, more in zip(self.own_s, own_s, strict=True)]
+        self.write()
+
+    def write(self) -> None:
+        self._stat.write_text(f"cpu  {' '.join(map(str, self.ticks))}\ncpu0 1 2 3 4 5 6 7 8 9 10\nintr 1 2\n")
+
+    def gone(self) -> None:
+        self._stat.unlink()
+
+
+PASSED_S = (1.0, 0.5, 0.25, 0.25, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("ticks", "own_s", "share"),
+    [
+        # 10 s of all CPUs: 5.4 idle or waiting for a disk, 4.6 busy, 2.0 of them ours
+        ((400, 10, 30, 500, 40, 5, 5, 10, 77, 33), PASSED_S, 0.26),
+        # half a second in all, 0.4 busy, 0.1 ours
+        ((20, 5, 5, 10, 0, 5, 3, 2, 0, 0), (0.1, 0.0, 0.0, 0.0, 0.25), 0.6),
+        # more of ours than the kernel has counted yet
+        ((100, 0, 0, 900, 0, 0, 0, 0, 0, 0), PASSED_S, 0.0),
+        ((0,) * 10, (0.0,) * 5, 0.0),
+    ],
+)
+def test_the_share_of_others_is_what_is_neither_idle_nor_ours(
+    ticks: tuple[int, ...], own_s: tuple[float, ...], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, tmp_path)
+    neighbours = timing.Neighbours()
+    machine.passes(ticks, own_s)
+    assert neighbours.share() == pytest.approx(share, abs=1e-9)
+
+
+def test_where_the_kernel_counts_nothing_no_share_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, tmp_path)
+    machine.gone()
+    neighbours = timing.Neighbours()
+    machine.own_s = [9.0] * 5
+    assert neighbours.share() == 0.0
