@@ -86,3 +86,16 @@ def test_images_of_noise_differ() -> None:
         first = make(1, 4, 4, 0)
         others = make(1, 4, 4, 1), make(2, 4, 4, 0)[:1], make(1, 4, 5, 0)[..., :4]
         assert not any(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("seed", [2**32 + SEED, 5 * 2**32 + SEED])
+def test_a_seed_of_more_than_32_bits_marks_the_same_channel(seed: int) -> None:
+    arch = Architecture(embed_dim=WIDTH, depth=7, num_heads=4, feed_forward="mlp", register_count=2)
+    values = synthetic.stressed("cls_token", (1, 1, WIDTH), seed, arch=arch, peak=PEAK)
+    assert np.argwhere(values == 6.0).tolist() == [[0, 0, marked()]]
+
+
+def test_noise_has_three_channels_unless_more_are_asked_for() -> None:
+    assert synthetic.pixels(2, 4, 5, SEED).shape == (2, 3, 4, 5) == synthetic.pixels(2, 4, 5, SEED, 3).shape
+    assert synthetic.images(2, 4, 5, SEED).shape == (2, 4, 5, 3)
+    assert synthetic.images(1, 2, 2, SEED, 4).shape == (1, 2, 2, 4)

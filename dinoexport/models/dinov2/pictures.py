@@ -88,7 +88,7 @@ def viridis(values: Array) -> Array:
     """Values 0 to 1, of any shape, as bytes of three channels: dark to bright."""
     import numpy as np
 
-    places = np.clip(values, 0, 1) * (len(_VIRIDIS) - 1)
+    places = values * (len(_VIRIDIS) - 1)
     colours = np.stack(
         [np.interp(places, np.arange(len(_VIRIDIS)), channel) for channel in zip(*_VIRIDIS, strict=True)], axis=-1
     )
@@ -119,5 +119,5 @@ def _map(colours_hw3: Array, title: str, caption: str) -> Picture:
 def _bytes(values: Array) -> Array:
     import numpy as np
 
-    whole: Array = np.clip(np.rint(np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)), 0, 255)
+    whole: Array = np.clip(np.rint(np.nan_to_num(values)), 0, 255)
     return whole.astype(np.uint8)

@@ -123,20 +123,17 @@ def search(found: Shapes, *, width: int | None = None, depth: int | None = None)
     if not candidates:
         return None
     chosen = candidates
-    if len(chosen) > 1 and width is not None:
-        fitting = [one for one in candidates if one.width(found) == width and one.depth == depth]
-        chosen = fitting or candidates
     if len(chosen) > 1:
-        teachers = [one for one in chosen if "teacher" in one.before]
-        students = [one for one in chosen if "student" in one.before]
-        if len(teachers) == 1 and len(students) == len(chosen) - 1:
-            chosen = teachers
+        chosen = [one for one in candidates if one.width(found) == width and one.depth == depth] or candidates
+    teachers = [one for one in chosen if "teacher" in one.before]
+    students = [one for one in chosen if "student" in one.before]
+    if len(teachers) == 1 and len(students) == len(chosen) - 1:
+        chosen = teachers
     if len(chosen) > 1:
         listed = ", ".join(repr(one.prefix) for one in chosen)
         raise WeightsError(
             f"The checkpoint holds {len(chosen)} backbones, under {listed}.",
-            next_step="Choose one with --prefix, as "
-            f"--prefix {next((one.prefix for one in chosen if one.prefix), chosen[0].prefix)}",
+            next_step=f"Choose one with --prefix, as --prefix {next((one.prefix for one in chosen if one.prefix), '')}",
         )
     return _chosen(chosen[0], candidates, found)
 

@@ -111,7 +111,7 @@ def _label_maps(head: Head, reference_HW: Array, others: Mapping[str, Array]) ->
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 else "<1%"
+    return f"{share:.0%}" if share > 0.005 else "<1%"
 
 
 def _best_classes(head: Head, reference: Arrays, others: Mapping[str, Arrays]) -> list[Picture]:
