@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from numpy.lib import format as npyformat
 
 from dinoexport.bundle import archive
 from dinoexport.errors import DinoexportError
@@ -79,3 +80,38 @@ def test_what_is_no_file(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "a.npz")
     with pytest.raises(DinoexportError, match="not a regular file"):
         archive.read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_both_versions_of_a_header(version: tuple[int, int], tmp_path: Path) -> None:
+    out = io.BytesIO()
+    npyformat.write_array(out, np.array([[1, 2], [3, 4]], np.int16, order="F"), version)
+    (tmp_path / "a.npz").write_bytes(zipped(out.getvalue()))
+    assert archive.read(tmp_path / "a.npz")["a"].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (npy(PLAIN % 0).replace(b"NUMPY\1", b"NUMPY\3"), "a.npy has an unknown version"),
+        (npy(PLAIN.replace("'<f4'", "[('x', '<f4')]") % 1, bytes(4)), "a.npy does not hold plain numbers"),
+        (npy(PLAIN.replace("<f4", "|O") % 0), "a.npy does not hold plain numbers"),
+        (npy(PLAIN % 1, bytes(5)), "a.npy declares 4 bytes and has another number"),
+        (npy(PLAIN % 2, bytes(4)), "a.npy declares 8 bytes and has another number"),
+    ],
+)
+def test_entries_that_are_refused(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(zipped(content))
+    with pytest.raises(ValueError, match=problem):
+        archive.read(tmp_path / "a.npz")
+
+
+def test_the_most_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_ENTRIES_MAX", 3)
+    for count in (3, 4):
+        np.savez(tmp_path / "a.npz", **{f"a{i}": np.zeros(1) for i in range(count)})
+        if count == 3:
+            assert len(archive.read(tmp_path / "a.npz")) == 3
+        else:
+            with pytest.raises(ValueError, match="too many entries"):
+                archive.read(tmp_path / "a.npz")

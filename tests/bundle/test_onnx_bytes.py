@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from dinoexport.bundle import onnx_file
 from tests.bundle.test_onnx_file import checked, external, loop, model
@@ -24,7 +24,93 @@ BITS = {
 
 
 def test_types_have_their_own_sizes() -> None:
+    """All types up to the last of opset 23, but the two of complex numbers, text and none."""
     assert BITS == onnx_file._BITS
+    assert set(BITS) == set(range(24)) - {
+        getattr(TensorProto, name) for name in ("UNDEFINED", "STRING", "COMPLEX64", "COMPLEX128")
+    }
+
+
+def test_fields_have_onnx_s_numbers() -> None:
+    numbers = [
+        message.DESCRIPTOR.fields_by_name[name].number
+        for message, name in (
+            (ModelProto, "ir_version"), (ModelProto, "graph"), (ModelProto, "opset_import"), (ModelProto, "functions"),
+            (GraphProto, "node"), (GraphProto, "initializer"), (GraphProto, "sparse_initializer"),
+        )
+    ]  # fmt: skip
+    read = onnx_file
+    assert numbers == [
+        read._MODEL_IR, read._MODEL_GRAPH, read._MODEL_OPSETS, read._MODEL_FUNCTIONS,
+        read._GRAPH_NODES, read._GRAPH_TENSORS, read._GRAPH_SPARSE,
+    ]  # fmt: skip
+    assert TensorProto.INT64 == read._INT64
+
+
+def grown(*nodes: Any, sizes: tuple[int, ...] = ()) -> dict[str, float]:
+    """How many times their size the values of these nodes are; `sizes` is a constant."""
+    found: dict[str, float] = {}
+    for kind, inputs, outputs in nodes:
+        node = helper.make_node(kind, inputs, outputs).SerializeToString()
+        onnx_file._check_growth(onnx_file._grouped(memoryview(node)), {"sizes": sizes}, found)
+    return found
+
+
+def test_how_much_values_grow() -> None:
+    assert grown(("Relu", ["x"], ["a"]), ("Concat", ["a", "x", "x"], ["b"]), ("Add", ["b", "x"], ["c"])) == {
+        "a": 1, "b": 3, "c": 3,
+    }  # fmt: skip
+    assert grown(("Concat", ["x", "x", "x"], ["a"]), ("Split", ["a"], ["b", "c"]), ("Split", ["b"], ["d", "e"])) == {
+        "a": 3, "b": 1.5, "c": 1.5, "d": 1, "e": 1,
+    }  # fmt: skip
+    assert grown(("Concat", ["x", "x"], ["a"]), ("MatMul", ["a", "x"], ["b"])) == {"a": 2}
+    assert grown(("Constant", [], ["a"])) == {"a": 1} and grown(("Split", ["x"], ["a"])) == {"a": 1}
+    assert grown(("Tile", ["x", "sizes"], ["a"]), sizes=(2, 3, 0, -2)) == {"a": 12}
+    assert grown(("Tile", ["x", "sizes"], ["a"]), sizes=(4096,)) == {"a": 4096}
+    assert grown(("Tile", ["x", "unknown"], ["a"])) == {"a": 1}
+    with pytest.raises(ValueError, match="to 4097 times their size"):
+        grown(("Tile", ["x", "sizes"], ["a"]), sizes=(4097,))
+
+
+def test_the_largest_constant_that_is_expanded(tmp_path: Path) -> None:
+    """Twice the numbers of 2**27; a size of 0 or -1 is left out, and a message has eight sizes at most."""
+    for sizes, shown in (
+        ((1 << 14, 1 << 14, 0, -1), ""),
+        ((1 << 14, (1 << 14) + 1), "16384x16385"),
+        ((8,) * 10, "x".join("8" * 8)),
+    ):
+        shape = helper.make_tensor("s", TensorProto.INT64, [len(sizes)], np.array(sizes, "<i8").tobytes(), raw=True)
+        raw = model(helper.make_node("Expand", ["x", "s"], ["y"]), initializers=[shape])
+        if not shown:
+            checked(tmp_path, raw)
+            continue
+        with pytest.raises(ValueError, match=f"a Expand expands to {shown} elements"):
+            checked(tmp_path, raw)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1 << 27, True), ((1 << 27) + 1, False)])
+def test_the_largest_tensor_without_bytes(count: int, taken: bool) -> None:
+    """Its numbers may be in a field of their own, which the file's size limits."""
+    raw = memoryview(TensorProto(name="w", data_type=TensorProto.INT8, dims=[count]).SerializeToString())
+    if taken:
+        assert onnx_file._check_tensor(raw, "", None) == ("w", ())
+    else:
+        with pytest.raises(ValueError, match=f"declares {count} bytes"):
+            onnx_file._check_tensor(raw, "", None)
+
+
+def test_a_type_that_is_not_given_has_a_byte(tmp_path: Path) -> None:
+    for kind in (0, 99):
+        raw = memoryview(TensorProto(name="w", data_type=kind, dims=[3], raw_data=b"abc").SerializeToString())
+        assert onnx_file._check_tensor(raw, "", None) == ("w", ())
+    assert (
+        onnx_file._check_tensor(
+            memoryview(TensorProto(name="w", dims=[3], raw_data=b"abc").SerializeToString()), "", None
+        )[0]
+        == "w"
+    )
+    with pytest.raises(ValueError, match=r"'11111111111111111111' is not a position"):
+        onnx_file._number("1" * 25)
 
 
 @pytest.mark.parametrize("kind", BITS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from email.message import Message
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_URL, uuid5
 
 import pytest
 
@@ -94,6 +96,53 @@ def test_the_same_bundle_has_the_same_bill() -> None:
     assert first == sbom.of(manifest(versions=dict(reversed(VERSIONS.items()))))
     other = json.loads(sbom.of(manifest(versions=VERSIONS, files=(listed("model.onnx", b"other"),))))
     assert other["serialNumber"] != json.loads(first)["serialNumber"]
+
+
+def licence(monkeypatch: pytest.MonkeyPatch, *fields: tuple[str, str]) -> str:
+    """Of a package whose metadata have these fields."""
+    message = Message()
+    for name, value in fields:
+        message[name] = value
+    monkeypatch.setattr(sbom, "metadata", lambda _name: message)
+    return sbom._licence_of("any")
+
+
+BSD, MIT = "License :: OSI Approved :: BSD License", "License :: OSI Approved :: MIT License"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ([("License-Expression", "MIT"), ("License", "BSD"), ("Classifier", BSD)], "MIT"),
+        ([("License", " BSD "), ("Classifier", MIT)], "BSD"),
+        ([("License", "x" * 64), ("Classifier", MIT)], "x" * 64),
+        ([("License", "x" * 65), ("Classifier", MIT)], "MIT License"),
+        ([("License", "Copyright\nof all"), ("Classifier", MIT)], "MIT License"),
+        (
+            [("License", ""), ("Classifier", BSD), ("Classifier", "Topic :: Any"), ("Classifier", MIT)],
+            "BSD License and MIT License",
+        ),
+        ([("Classifier", "License :: Public Domain")], "Public Domain"),
+        ([], ""),
+    ],
+)
+def test_the_licence_of_a_package(fields: list[tuple[str, str]], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert licence(monkeypatch, *fields) == words
+
+
+def test_the_licence_of_what_is_not_installed() -> None:
+    assert (sbom._licence_of("python"), sbom._licence_of("no-such-package")) == ("PSF-2.0", "")
+
+
+def test_a_bill_is_written_for_readers() -> None:
+    """Sorted, a key a line; the only tool is dinoexport itself."""
+    found = sbom.of(manifest(versions=VERSIONS))
+    content = json.loads(found)
+    assert found == json.dumps(content, indent=1, sort_keys=True) + "\n"
+    assert [tool["name"] for tool in content["metadata"]["tools"]["components"]] == ["dinoexport"]
+    del content["serialNumber"]
+    digest = sha256(json.dumps(content, sort_keys=True).encode())
+    assert json.loads(found)["serialNumber"] == uuid5(NAMESPACE_URL, digest).urn
 
 
 def test_a_build_carries_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

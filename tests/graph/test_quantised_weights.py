@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from dinoexport.errors import ValidationFailed
+from dinoexport.graph import quantised_weights
 from dinoexport.graph.quantised_weights import QuantisedWeight, symmetric, with_offset
-from dinoexport.spec import Weight
+from dinoexport.spec import Array, Weight
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 SEEDS = (0, 1)
@@ -100,3 +105,115 @@ def test_a_block_of_one_value_is_kept_and_no_scale_is_zero() -> None:
     assert (scales > 0).all()
     codes = parts.codes.numpy().astype(np.float32).reshape(2, 32, 3)
     assert np.array_equal((codes * scales[:, None] + offsets[:, None]).reshape(64, 3), values)
+
+
+def test_of_equal_candidates_the_first_is_kept() -> None:
+    """Beside a block that none fits: zeros fit every scale, and two levels any number of steps."""
+    blocks = torch.randn(1, 32, 3, generator=torch.Generator().manual_seed(0))
+    blocks[:, :, 0], blocks[:, :, 1], blocks[:, ::2, 1] = 0, 0, 15
+    codes, scale, none = symmetric(blocks, 4)
+    assert scale[0, 0] == np.float32(1e-30) and not codes[0, :, 0].any() and none.shape == (0,)
+    assert symmetric(blocks, 8)[1][0, 1] == np.float32(15 / 127)
+    codes, scale, offset = with_offset(blocks)
+    assert (scale > 0).all() and scale[0, 0] == np.float32(1e-30) and offset[0, 0] == 0 and not codes[0, :, 0].any()
+    assert scale[0, 1] == 1 and offset[0, 1] == 8 and codes[0, :4, 1].tolist() == [7, -8, 7, -8]
+    assert codes.min() == -8 and codes.max() == 7
+
+
+def test_four_bits_far_from_zero_stay_as_they_were() -> None:
+    """Thirteen levels, a sixteenth apart, around 1000: what is fitted are distances from the mean."""
+    blocks = torch.randint(0, 13, (4, 32, 5), generator=torch.Generator().manual_seed(0)) / 16 + 1000
+    blocks[:, 0], blocks[:, 1] = 1000, 1000.75
+    codes, scale, offset = with_offset(blocks)
+    assert np.allclose(scale, 1 / 16, rtol=1e-5) and (widened(codes, scale, offset) - blocks).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.0, 1e3])
+def test_what_was_in_eight_bits_is_tried_once(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any step: the first scale fits, and so do zeros; a weight of any value is tried with all ten."""
+    tried: list[float] = []
+    plain = quantised_weights._rounded
+
+    def rounded(blocks: torch.Tensor, scale: torch.Tensor, high: int) -> torch.Tensor:
+        tried.append(float(scale[0, 0]))
+        return plain(blocks, scale, high)
+
+    monkeypatch.setattr(quantised_weights, "_rounded", rounded)
+    random = torch.Generator().manual_seed(3)
+    codes = torch.randint(-127, 128, (2, 32, 4), generator=random).float()
+    codes[:, 0] = 127
+    for blocks, times in ((codes * step, 1), (codes * 0, 1), (torch.randn(2, 32, 4, generator=random) * step, 10)):
+        tried.clear()
+        symmetric(blocks, 8)
+        assert len(tried) == times + 1, "and once for the codes"
+
+
+def quantised(values: Array, bits: int, offsets: str = "", *, number_dtype: int = FLOAT) -> QuantisedWeight:
+    weight = Weight(shape=values.shape, read=lambda: values, bits=bits, block=32)
+    return QuantisedWeight(weight, "w", number_dtype=number_dtype, offsets_name=offsets)
+
+
+@pytest.mark.parametrize(
+    ("bits", "offsets", "dtype", "stored"),
+    [(8, "", onnx.TensorProto.INT8, 1), (4, "", onnx.TensorProto.INT4, 0.5), (4, "o", onnx.TensorProto.INT4, 0.5)],
+)
+def test_the_tensors_of_a_weight(bits: int, offsets: str, dtype: int, stored: float) -> None:
+    """Their names, kinds, shapes and bytes, and how many bytes are held while each is made."""
+    values = np.random.RandomState(0).standard_normal((96, 5)).astype(np.float32)
+    parts = quantised(values, bits, offsets)
+    facts = [(t.name, int(t.dtype), tuple(t.shape), t.nbytes) for t in (parts.codes, parts.scales, parts.offsets)]
+    assert facts == [
+        ("w_codes", dtype, (96, 5), 480 * stored),
+        ("w_scales", FLOAT, (3, 5), 60),
+        (offsets, FLOAT, (3, 5), 60),
+    ]
+    assert parts.codes.working_bytes == parts.scales.working_bytes == 6 * 480
+    codes = parts.codes.numpy().astype(np.float32)
+    assert parts.scales.working_bytes == 60, "the codes have been made"
+    scales = np.repeat(parts.scales.numpy(), 32, axis=0)
+    offset = np.repeat(parts.offsets.numpy(), 32, axis=0) if offsets else 0
+    assert np.abs(codes * scales + offset - values).max() < scales.max() * 1.5
+
+
+@pytest.mark.parametrize(("bits", "offsets"), [(8, "o"), (16, ""), (9, ""), (5, "o")])
+def test_bits_that_no_weight_has(bits: int, offsets: str) -> None:
+    with pytest.raises(AssertionError, match="'w'"):
+        quantised(np.zeros((32, 1), np.float32), bits, offsets)
+
+
+def test_rows_that_fill_no_blocks() -> None:
+    with pytest.raises(AssertionError, match="'w'"):
+        quantised(np.zeros((33, 1), np.float32), 8)
+
+
+def test_two_codes_share_a_byte(tmp_path: Path) -> None:
+    """The first is its lower half."""
+    values = np.zeros((32, 1), np.float32)
+    values[:4, 0] = -7, 7, 1, -1
+    path = tmp_path / "codes"
+    with path.open("wb") as file:
+        quantised(values, 4).codes.tofile(file)
+    assert path.read_bytes() == bytes([0x79, 0xF1]) + bytes(14)
+    assert quantised(values, 4).codes.numpy().dtype == ml_dtypes.int4
+
+
+@pytest.mark.parametrize(("numbers", "parts"), [(1, [1] * 5), (200, [2, 2, 1]), (288, [3, 2]), (1 << 20, [5])])
+def test_a_weight_is_quantised_in_parts(numbers: int, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks of 32 rows and three columns, as many as take so many numbers, at least one; with the same codes."""
+    values = np.random.RandomState(0).standard_normal((160, 3)).astype(np.float32)
+    whole = quantised(values, 8).codes.numpy()
+    seen: list[int] = []
+    monkeypatch.setattr(quantised_weights, "_PART_NUMBERS", numbers)
+    monkeypatch.setattr(
+        quantised_weights, "symmetric", lambda blocks, bits: seen.append(len(blocks)) or symmetric(blocks, bits)
+    )
+    made = quantised(values, 8)
+    assert np.array_equal(made.codes.numpy(), whole) and seen == parts
+    assert made.scales.numpy().shape == (5, 3)
+
+
+def test_numbers_that_are_none_are_named() -> None:
+    values = np.zeros((64, 2), np.float32)
+    values[40, 1] = np.nan
+    with pytest.raises(ValidationFailed, match="The weight w holds NaN or Inf"):
+        quantised(values, 8).scales.numpy()

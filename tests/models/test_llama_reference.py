@@ -49,6 +49,9 @@ def test_attention_sees_no_later_token() -> None:
     queries = torch.tensor([[[1.0, 0, 0, 0], [0, 5, 5, 5]]])
     found = reference._attended(queries, keys, values, first=1)
     assert found.shape == (1, 2, 2) and np.allclose(found, [[[5, 3], [4, 20 / 3]]], atol=1e-5)
+    last = reference._attended(queries[:, 1:], keys, values, first=3)
+    weighed = np.exp(np.array([0, 0, 0, 13.5])) / (3 + np.exp(13.5))
+    assert np.allclose(last, [[weighed @ values[0].numpy()]], rtol=1e-5)
 
 
 def test_queries_are_taken_1024_at_a_time() -> None:
