@@ -92,7 +92,7 @@ def nearest(labels_HW: Array, height: int, width: int) -> Array:
     import numpy as np
 
     rows, columns = (
-        np.minimum(((np.arange(to) + 0.5) * size / to).astype(np.int64), size - 1)
+        ((np.arange(to) + 0.5) * size / to).astype(np.int64)
         for size, to in zip(labels_HW.shape, (height, width), strict=True)
     )
     found: Array = labels_HW[rows][:, columns]
@@ -112,7 +112,7 @@ def bilinear(map_HW: Array, height: int, width: int, *, corners: bool) -> Array:
             at = np.arange(to) * ((size - 1) / max(to - 1, 1))
         else:
             at = np.maximum((np.arange(to) + 0.5) * (size / to) - 0.5, 0.0)
-        low = np.minimum(at.astype(np.int64), size - 1)
+        low = at.astype(np.int64)
         share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
         before, after = (np.take(found, index, axis=axis) for index in (low, np.minimum(low + 1, size - 1)))
         found = before + (after - before) * share
