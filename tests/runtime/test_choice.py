@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dinoexport.errors import MissingRequirement
 from dinoexport.runtime import autotune, choice, cpu
 from dinoexport.spec import Precision, Runtime, Way, Workload
 from dinoexport.system import timing
@@ -155,3 +156,189 @@ def test_a_record_that_is_none_is_passed_over(content: bytes) -> None:
     assert choice.remembered(on, [SLOW, FAST]) == FAST and choice.remembered(on, [SLOW]) is None
     choice._record(on).write_bytes(content)
     assert choice.remembered(on, [SLOW, FAST]) is None
+
+
+def taken(median_ms: float, best_ms: float, cpu_ms: float | None) -> Any:
+    return SimpleNamespace(median_ms=median_ms, best_ms=best_ms, cpu_ms=cpu_ms)
+
+
+def test_equal_ways_are_alike_though_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_ALIKE", 1.0)
+    same, slower = taken(30.0, 30.0, 60.0), taken(30.5, 30.5, 61.0)
+    assert choice.agreed({FAST: same, SLOW: slower}) == FAST and choice.agreed({FAST: same, SLOW: same}) is None
+    assert choice.choose({FAST: same, SLOW: same}) == choice.ChosenWay(way=SLOW, basis="usual")
+
+
+def test_a_way_that_is_as_far_behind_as_it_may_be_is_visited_again() -> None:
+    first, double = taken(20.0, 10.0, 20.0), taken(99.0, 20.0, 99.0)
+    assert choice.hopeful({FAST: first, SLOW: double}, behind=2.0) == (FAST, SLOW)
+    assert choice.hopeful({FAST: first, SLOW: double}, behind=1.99) == (FAST,)
+    assert choice.hopeful({FAST: first, SLOW: taken(99.0, 11.5, 99.0)}) == (FAST,)
+
+
+def test_while_figures_disagree_both_that_others_disturb_least_count() -> None:
+    """10 and 20 ms against 22 and 12: 14.1 against 16.2 in the geometric mean, though the median says the opposite."""
+    samples = {FAST: taken(50.0, 10.0, 40.0), SLOW: taken(30.0, 22.0, 24.0)}
+    assert choice.choose(samples) == choice.ChosenWay(way=FAST, basis="measured")
+
+
+@pytest.mark.parametrize(
+    ("cpu_ms", "chosen_way"),
+    [
+        (90.0, choice.ChosenWay(way=SLOW, basis="usual")),
+        (90.1, choice.ChosenWay(way=FAST, basis="measured")),
+    ],
+)
+def test_beside_many_others_half_as_much_work_again_is_alike(cpu_ms: float, chosen_way: choice.ChosenWay) -> None:
+    samples = {FAST: taken(1.0, 1.0, 60.0), SLOW: taken(1.0, 1.0, cpu_ms)}
+    assert choice.choose(samples, others_share=0.41) == chosen_way
+
+
+def test_at_two_fifths_of_others_the_clock_still_counts() -> None:
+    samples = {FAST: taken(9.0, 9.0, 10.0), SLOW: taken(3.0, 3.0, 20.0)}
+    assert choice.times(FAST, [SLOW], samples, others_share=0.4) == 3.0
+    assert choice.times(FAST, [SLOW], samples, others_share=0.41) == 0.5
+
+
+def test_ways_with_and_without_cpu_times_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        choice.settled({FAST: taken(1.0, 1.0, 1.0), SLOW: taken(1.0, 1.0, None)})
+
+
+def test_the_latest_choice_is_remembered_in_a_cache_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "not" / "yet"))
+    for way in (FAST, SLOW):
+        choice.remember("0" * 64, way)
+        assert choice.remembered("0" * 64, [FAST, SLOW]) == way
+    record = tmp_path / "not" / "yet" / "choices" / f"{'0' * 64}.json"
+    record.rename(tmp_path / "elsewhere")
+    record.symlink_to(tmp_path / "elsewhere")
+    assert choice.remembered("0" * 64, [FAST, SLOW]) is None, "a link may lead anywhere"
+    content = (tmp_path / "elsewhere").read_bytes()
+    for size_bytes, known in ((4096, SLOW), (4097, None)):
+        record.unlink()
+        record.write_bytes(content.ljust(size_bytes))
+        assert choice.remembered("0" * 64, [FAST, SLOW]) == known
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(tmp_path / "file"))
+    choice.remember("0" * 64, FAST)
+    assert choice.remembered("0" * 64, [FAST]) is None
+
+
+def test_a_way_that_was_chosen_can_be_a_key() -> None:
+    assert len({choice.ChosenWay(way=FAST, basis="usual"), choice.ChosenWay(way=FAST, basis="usual")}) == 1
+
+
+TUNED: Any = SimpleNamespace(
+    workloads=tuple(Workload(name=name, inputs={}, items=1, unit="images") for name in ("first", "second"))
+)
+INT8 = replace(FAST, precision=Precision.INT8)
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What is found of ways that take so long, in ms, on a machine with two CPUs; the workloads asked for besides."""
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(cpu, "machine", lambda: "a CPU")
+    monkeypatch.setattr(cpu, "version", lambda runtime: f"{runtime} 1.0")
+    (tmp_path / "small.onnx").write_bytes(b"1234")
+    (tmp_path / "large.onnx").write_bytes(b"123456789")
+
+    def tune(own_ms: dict[Way, float], plain_ms: dict[Way, float] | None = None, *, others: float = 0.0) -> Any:
+        monkeypatch.setattr(timing.Neighbours, "share", lambda _self: others)
+        precisions = {way.precision: ways for ways in (own_ms, plain_ms or {}) for way in ways}
+        monkeypatch.setattr(autotune, "ways", lambda precision, *_, **__: tuple(precisions[precision]))
+        all_ms = {**own_ms, **(plain_ms or {})}
+        monkeypatch.setattr(
+            autotune, "_visit", lambda _m, way, *_: Latencies(samples_ms=(all_ms[way],), cpu_samples_ms=(all_ms[way],))
+        )
+        monkeypatch.setattr(autotune, "_arithmetic", lambda _m, _w, _way, workload: {workload.name: 1})
+        signature: Any = SimpleNamespace(carried={})
+        graphs: Any = {
+            FAST.runtime: {tmp_path / "small.onnx": signature},
+            SLOW.runtime: {tmp_path / "large.onnx": signature},
+        }
+        wanted, plain = (
+            autotune.GraphForms(precision=next(iter(ways)).precision, graphs=graphs) if ways else None
+            for ways in (own_ms, plain_ms)
+        )
+        assert wanted is not None
+        return autotune.tune(TUNED, wanted, plain), wanted
+
+    return tune
+
+
+def test_one_runtime_is_taken_with_all_cpus_and_without_a_measurement(tuned: Any) -> None:
+    facts, _ = tuned({FAST: 9.0, HALF: 1.0})
+    assert facts.model_dump() == {
+        "machine": "a CPU",
+        "usable_cpus": 2,
+        "load": "first",
+        "chosen": {"runtime": "onnxruntime", "precision": "fp32", "threads": 2},
+        "runtime_version": "onnxruntime 1.0",
+        "arithmetic": {"first": 1},
+        "times_fp32": None,
+        "measured": (),
+        "refused": {},
+        "others_share": 0.0,
+        "basis": "measured",
+    }
+
+
+def test_a_narrow_precision_is_timed_beside_fp32_in_as_many_threads(tuned: Any) -> None:
+    """One runtime, and still a choice: whether it is worth its error."""
+    half, one = replace(INT8, threads=1), replace(SLOW, threads=1)
+    facts, _ = tuned({INT8: 6.0, half: 8.0}, {FAST: 10.0, HALF: 2.0, SLOW: 12.0, one: 2.0})
+    assert [(timed.way, timed.median_ms) for timed in facts.measured] == [
+        (INT8, 6.0), (half, 8.0), (FAST, 10.0), (SLOW, 12.0)
+    ]  # fmt: skip
+    assert (facts.chosen, facts.times_fp32) == (INT8, 0.6)
+
+
+@pytest.mark.parametrize(("others", "basis"), [(0.1, "known"), (0.11, "usual")])
+def test_a_choice_beside_a_tenth_of_others_is_remembered(others: float, basis: str, tuned: Any) -> None:
+    assert tuned({FAST: 10.0, SLOW: 20.0}, others=others)[0].basis == "measured"
+    assert tuned({FAST: 10.0, SLOW: 10.1})[0].basis == basis
+
+
+def test_a_choice_is_remembered_for_graphs_of_the_first_runtimes_size(tuned: Any, tmp_path: Path) -> None:
+    tuned({FAST: 10.0, SLOW: 20.0})
+    (tmp_path / "large.onnx").write_bytes(b"larger, with what another runtime needs")
+    assert tuned({FAST: 10.0, SLOW: 10.1})[0].basis == "known"
+    (tmp_path / "small.onnx").write_bytes(b"another graph")
+    assert tuned({FAST: 10.0, SLOW: 10.1})[0].basis == "usual"
+
+
+def test_the_next_best_runtime_is_found_in_what_was_measured(tuned: Any) -> None:
+    facts, wanted = tuned({FAST: 10.0, SLOW: 20.0})
+    found = autotune.without_chosen(TUNED, wanted, facts, "it differs")
+    assert found is not None
+    assert (found.chosen, found.runtime_version, found.refused) == (SLOW, "openvino 1.0", {"onnxruntime": "it differs"})
+    assert (found.arithmetic, found.times_fp32, found.basis) == ({"first": 1}, None, "measured")
+    assert autotune.without_chosen(TUNED, wanted, found, "it differs too") is None
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, [1]), (2, [2, 1]), (3, [3, 1]), (8, [8, 4])])
+def test_all_cpus_and_half_of_them_are_tried(cpus: int, threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: cpus)
+    found = autotune.ways(Precision.FP32, (Runtime.ONNXRUNTIME,))
+    assert [way.threads for way in found] == threads
+    assert {way.runtime for way in found} == {Runtime.ONNXRUNTIME}
+
+
+def test_a_precision_that_no_runtime_here_has_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = replace(autotune.TABLE[Runtime.OPENVINO], computes=lambda _precision: False)
+    monkeypatch.setattr(autotune, "TABLE", {**autotune.TABLE, Runtime.OPENVINO: facts})
+    monkeypatch.setattr(autotune.table, "installed", tuple)
+    with pytest.raises(MissingRequirement) as caught:
+        autotune.ways(Precision.BF16, (Runtime.ONNXRUNTIME, Runtime.OPENVINO))
+    assert caught.value.message == "This CPU has no bf16 arithmetic that OpenVINO would use."
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(autotune, "require", lambda *names: asked.append(names))
+    with pytest.raises(MissingRequirement, match="This CPU has no int8"):
+        monkeypatch.setattr(autotune.table, "installed", lambda _among: ())
+        monkeypatch.setitem(autotune.RUNTIMES, Precision.INT8, (Runtime.ONNXRUNTIME, Runtime.OPENVINO))
+        autotune.ways(Precision.INT8, (Runtime.OPENVINO,))
+    assert asked == [("openvino", "openvino")], "of the runtimes that were asked for"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dinoexport.errors import BuildError
 from dinoexport.runtime import autotune
 from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.system import timing
 
 ORT, OPENVINO = Runtime.ONNXRUNTIME, Runtime.OPENVINO
 
@@ -30,13 +32,16 @@ class Visits:
         self.refuses: Runtime | None = None
         self.now_s = 0.0
         self.hopeless: set[Way] = set()
+        self.behind: set[Way] = set()
         monkeypatch.setattr(autotune, "_visit", self.visit)
         monkeypatch.setattr(autotune, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(autotune.choice, "settled", lambda _samples: agree)
-        monkeypatch.setattr(
-            autotune.choice, "hopeful", lambda samples, behind=1.0: [w for w in samples if w not in self.hopeless]
-        )
+        monkeypatch.setattr(autotune.choice, "hopeful", self.hopeful)
         self.seconds = seconds
+
+    def hopeful(self, samples: Any, *, behind: float = 1.1) -> list[Way]:
+        without = self.hopeless if behind > 1.1 else self.hopeless | self.behind
+        return [way for way in samples if way not in without]
 
     def visit(self, _model: Any, way: Way, _candidate: Any, _workload: Any) -> Any:
         self.order.append(way)
@@ -63,12 +68,12 @@ def test_twice_there_and_back_when_the_figures_agree(monkeypatch: pytest.MonkeyP
 def test_eight_times_at_most_and_never_more_than_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = Visits(monkeypatch)
     visits.measured()
-    assert len(visits.order) == 8 * len(WAYS)
+    assert visits.order == [*WAYS, *reversed(WAYS)] * 4, "there and back"
     assert visits.told == [(done, 8) for done in range(9)]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "turns"), [(100.0, 1), (5.7, 1), (5.6, 2), (3.8, 2), (3.7, 3), (2.9, 3), (2.8, 4), (1.4, 8)]
+    ("seconds", "turns"), [(100.0, 1), (5.7, 1), (5.625, 2), (3.8, 2), (3.7, 3), (2.9, 3), (2.8, 4), (1.4, 8)]
 )
 def test_no_turn_is_begun_that_would_not_end_in_time(
     seconds: float, turns: int, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +91,21 @@ def test_a_hopeless_way_is_visited_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert [visits.order.count(way) for way in WAYS] == [2, 1, 2, 2]
 
 
+def test_a_way_that_is_behind_is_visited_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = Visits(monkeypatch)
+    visits.behind = {WAYS[1]}
+    visits.measured()
+    assert [visits.order.count(way) for way in WAYS] == [8, 2, 8, 8]
+
+
+def test_a_runtime_that_refuses_one_of_two_precisions_leaves_both_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = Visits(monkeypatch, agree=True)
+    visits.refuses = OPENVINO
+    narrow = [way(ORT, 2, Precision.INT8), way(OPENVINO, 2, Precision.INT8)]
+    samples, refused = visits.measured([WAYS[0], *narrow])
+    assert list(samples) == [WAYS[0], narrow[0]] and list(refused) == [OPENVINO]
+
+
 def test_a_runtime_that_refuses_the_graph_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = Visits(monkeypatch, agree=True)
     visits.refuses = OPENVINO
@@ -96,6 +116,29 @@ def test_a_runtime_that_refuses_the_graph_is_left_out(monkeypatch: pytest.Monkey
     last.refuses = OPENVINO
     with pytest.raises(BuildError, match="refuses"):
         last.measured([WAYS[0], way(OPENVINO, 1, Precision.BF16)])
+
+
+@pytest.mark.parametrize(("run_s", "runs"), [(0.01, 10), (0.25, 3), (0.3, 3), (0.31, 2), (9.0, 1)])
+def test_a_visit_ends_after_ten_runs_or_once_six_tenths_of_a_second_are_over(
+    run_s: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the run that does not count: at least one."""
+    now = [1000.0]
+    clock: Any = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(autotune.cpu, "open_graphs", lambda graphs, _way: graphs)
+    driven: list[tuple[Any, Any]] = []
+
+    def drive(opened: Any, inputs: Any) -> None:
+        driven.append((opened, inputs))
+        now[0] += run_s
+
+    model: Any = SimpleNamespace(drive=drive)
+    forms: Any = SimpleNamespace(graphs={ORT: "the graphs for ONNX Runtime"})
+    workload: Any = SimpleNamespace(inputs="the inputs")
+    found = autotune._visit(model, WAYS[0], forms, workload)
+    assert driven == [("the graphs for ONNX Runtime", "the inputs")] * (runs + 1)
+    assert found.samples_ms == pytest.approx((run_s * 1e3,) * runs)
 
 
 @pytest.mark.parametrize(("available", "bytes_"), [("MemAvailable:    4096 kB", 1 << 20), ("MemFree: 5 kB", 0)])
