@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dinoexport.models.llama import beside, described
 from dinoexport.models.llama.prompts import MARKERS
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import silent
+from dinoexport.weights import gguf_file
 from dinoexport.weights.checkpoint import open_checkpoint
 from dinoexport.weights.settle import Settled, settle
 from tests import llama_files
@@ -192,6 +194,111 @@ def test_the_feed_forward_is_as_wide_as_params_say(
     """The published widths are those of the weights."""
     folder = edited("meta", **dict.fromkeys(("dim", "multiple_of", "ffn_dim_multiplier")) | params)
     assert {fact.key: fact.value for fact in beside.facts(folder)}.get("model.hidden_dim") == hidden
+
+
+def test_what_the_tensors_show_where_the_files_are_silent(edited: Callable[..., Path]) -> None:
+    silent_keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    found = settled(edited("hf", **dict.fromkeys(silent_keys))).recipe.model
+    shown = ("layers", "dim", "hidden_dim", "vocabulary")
+    assert {key: found[key] for key in shown} == {key: getattr(ARCH, key) for key in shown}
+
+
+def test_heads_of_keys_where_the_files_are_silent(
+    folders: dict[str, Path], edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as of queries by the authors' code; in a GGUF as many as the tensors have."""
+    for layout, key in (("hf", "num_key_value_heads"), ("meta", "n_kv_heads")):
+        folder = edited(layout, **{key: None})
+        assert {fact.key: fact.value for fact in beside.facts(folder)}["model.kv_heads"] == ARCH.heads == 6
+        shutil.rmtree(folder)
+    content = gguf_file.metadata(folders["gguf"])
+    del content["llama.attention.head_count_kv"]
+    monkeypatch.setattr(gguf_file, "metadata", lambda _path: content)
+    assert settled(folders["gguf"]).recipe.model["kv_heads"] == ARCH.kv_heads == 3
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_no_heads_are_named_where_none_are(layout: str, edited: Callable[..., Path]) -> None:
+    names = {"hf": ("num_attention_heads", "num_key_value_heads"), "meta": ("n_heads", "n_kv_heads")}[layout]
+    facts = beside.facts(edited(layout, **dict.fromkeys(names)))
+    assert facts and not any(fact.key.endswith("heads") for fact in facts)
+
+
+def test_values_that_no_model_has(edited: Callable[..., Path]) -> None:
+    for value in (0, -1e-5, float("inf")):
+        folder = edited("hf", rms_norm_eps=value)
+        with pytest.raises(UsageError, match="rms_norm_eps"):
+            beside.facts(folder)
+        shutil.rmtree(folder)
+
+
+def test_a_head_of_the_size_that_it_has_anyway(
+    folders: dict[str, Path], edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the width is not given; a GGUF's heads may not say how many numbers are turned."""
+    assert beside.facts(edited("hf", head_dim=16, hidden_size=None))
+    content = gguf_file.metadata(folders["gguf"])
+    monkeypatch.setattr(gguf_file, "metadata", lambda _path: content)
+    for turned in (16, None):
+        content["llama.rope.dimension_count"] = turned
+        assert beside.facts(folders["gguf"])
+    content["llama.rope.dimension_count"] = 8
+    with pytest.raises(UsageError, match=r"rope\.dimension_count is 8: heads of which only a part is rotated"):
+        beside.facts(folders["gguf"])
+
+
+@pytest.mark.parametrize(("layout", "key"), [("hf", "attention_bias"), ("hf", "mlp_bias"), ("meta", "use_scaled_rope")])
+def test_what_is_switched_on_is_said(layout: str, key: str, edited: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=rf"json: {key} is True: "):
+        beside.facts(edited(layout, **{key: True}))
+
+
+def test_what_a_silent_params_json_means(edited: Callable[..., Path]) -> None:
+    found = settled(edited("meta", rope_theta=None, norm_eps=None))
+    assumed = {"rope_theta": 1e4, "norm_eps": 1e-5, "context": 2048}
+    assert {key: found.recipe.model[key] for key in assumed} == assumed
+    assert set(found.assumed) == {f"model.{key}" for key in assumed}
+
+
+def test_the_width_that_tensors_and_files_must_agree_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Half of attention.wq is in the file that is there."""
+    for name in ("params.json", "consolidated.00.pth"):
+        (tmp_path / name).symlink_to(folders["meta in two files"] / name)
+    with pytest.raises(UsageError) as caught:
+        settled(tmp_path)
+    assert caught.value.message == (
+        f"The weights at {tmp_path} hold 4,608 numbers of attention.wq where a width of 96 has 9,216: "
+        "a file is missing, or heads are not 96 wide together."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "hints"),
+    [
+        ({}, {"bos": None, "eos": None, "infill": None, "template": ""}),
+        ({"bos_token_id": 0, "eos_token_id": 1}, {"bos": None, "eos": None, "infill": None, "template": ""}),
+        (
+            {"tokens": ["a", "b", "c"], "bos_token_id": 0, "eos_token_id": 2},
+            {"bos": "a", "eos": "c", "infill": False, "template": ""},
+        ),
+        (
+            {"tokens": ["a", "b"], "bos_token_id": -1, "eos_token_id": 2, "chat_template": "t"},
+            {"bos": None, "eos": None, "infill": False, "template": "t"},
+        ),
+        (
+            {"tokens": [*MARKERS[:4]], "bos_token_id": "1", "add_bos_token": True},
+            {"bos": None, "eos": None, "infill": True, "template": ""},
+        ),
+        (
+            {"tokens": [*MARKERS[:3]], "bos_token_id": 1, "add_bos_token": False},
+            {"bos": "", "eos": None, "infill": False, "template": ""},
+        ),
+    ],
+)
+def test_hints_of_a_gguf_file(content: dict[str, Any], hints: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}": value for key, value in content.items()}
+    monkeypatch.setattr(described.gguf_file, "metadata", lambda _path: named)
+    assert described._gguf_hints(Path("w.gguf")) == hints
 
 
 def test_what_a_silent_file_means_is_an_assumption(edited: Callable[..., Path]) -> None:

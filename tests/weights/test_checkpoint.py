@@ -18,7 +18,9 @@ from dinoexport.config import recipe
 from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.family import find
+from dinoexport.spec import silent
 from dinoexport.weights import download, formats, mapped_tensors
+from dinoexport.weights.checkpoint import _recognised, digest_of
 from tests.checkpoint_files import (
     FORMATS,
     TINY,
@@ -373,3 +375,35 @@ def test_synthetic_weights_are_told_apart_by_seed_and_shape() -> None:
     assert len(others) == 3
     assert not np.array_equal(opened("synthetic:7").read("cls_token"), opened("synthetic:8").read("cls_token"))
     assert opened("synthetic:7").source == "synthetic:7"
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("synthetic:07", "synthetic:7"),
+        ("synthetic-stress:7", "synthetic-stress:7:300"),
+        ("synthetic-stress:7:40", "synthetic-stress:7:40"),
+    ],
+)
+def test_a_synthetic_source_is_named_in_full(source: str, named: str) -> None:
+    found = opened(source)
+    assert found.source == named and found.identity == found.sha256
+    assert found.sha256 == opened(named).sha256 != opened("synthetic:8").sha256
+
+
+def test_the_hash_of_several_files_is_that_of_their_hashes(tmp_path: Path, state: Tensors) -> None:
+    one = save_safetensors(tmp_path / "model-1.safetensors", state)
+    hashes = [hashlib.sha256(one.read_bytes()).hexdigest()]
+    assert digest_of(str(one), progress=silent) == digest_of(str(tmp_path), progress=silent) == hashes[0]
+    two = save_safetensors(tmp_path / "model-2.safetensors", {"a": torch.zeros(1)})
+    hashes.append(hashlib.sha256(two.read_bytes()).hexdigest())
+    assert digest_of(str(tmp_path), progress=silent) == hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def test_a_variant_is_not_told_that_it_is_itself() -> None:
+    """Not by its own weights with another recipe, under its own name or as the user's; another with them is told."""
+    wanted = recipe.load("vits14")
+    shapes = find("dinov2").model(wanted).tensors
+    for name, told in (("vits14", []), ("vits14-yours", []), ("mine", ["vits14"])):
+        assert _recognised(wanted.changed(name=name), shapes) == told
+    assert "vits14" not in _recognised(recipe.load("codellama-7b"), shapes)

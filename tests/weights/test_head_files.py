@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dinoexport.config import recipe
+from dinoexport.config.recipe import WeightFile
 from dinoexport.errors import DinoexportError
 from dinoexport.family import find
 from dinoexport.models.dinov2.heads.layouts import published_name
 from dinoexport.spec import silent
-from dinoexport.weights.checkpoint import Checkpoint, open_checkpoint
+from dinoexport.weights import download
+from dinoexport.weights.checkpoint import Checkpoint, HeadSource, open_checkpoint
 
 
 def opened(variant: str, head: str, path: Path) -> Checkpoint:
@@ -118,3 +122,42 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.pth", "none.pth"), (tmp_path, str(tmp_path))):
         with pytest.raises(DinoexportError, match=words):
             opened("vits14", "linear", path)
+
+
+def test_too_many_problems_are_cut(tmp_path: Path) -> None:
+    """Of two tensors that are missing and thirty that nobody asked for, twenty."""
+    torch.save({f"x{i:02}": torch.zeros(1) for i in range(30)}, tmp_path / "head.pth")
+    with pytest.raises(DinoexportError) as caught:
+        opened("vits14", "linear", tmp_path / "head.pth")
+    _, *lines = caught.value.message.strip().splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == ["missing"] * 2 + ["unexpected"] * 18
+    assert lines[-1] == "  unexpected: x17 (1,)"
+
+
+def test_where_a_head_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own file, the published one, or synthetic and plain; each tensor is read of its own source."""
+    wanted = recipe.load("vits14").with_head("linear")
+    model = find("dinov2").model(wanted)
+    path = head_file(tmp_path / "head.pth", "vits14", "linear")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    published = WeightFile(url="https://dl.example/head.pth", sha256=digest)
+    monkeypatch.setattr(download, "fetch", lambda file, progress: path if file == published else pytest.fail(file.url))
+
+    def open_head(source: str | None, **heads: WeightFile) -> Checkpoint:
+        with_heads = wanted.changed(heads=heads)
+        return open_checkpoint(model, with_heads, "synthetic:0", head_source=source, progress=silent)
+
+    for found in (open_head(str(path)), open_head(str(path), linear=published), open_head(None, linear=published)):
+        assert found.head is not None and found.head.sha256 == digest
+        assert found.identity == hashlib.sha256(f"{found.sha256} {digest}".encode()).hexdigest()
+        assert found.read("linear_head.bias").tolist() == [0] * 1000
+        assert np.array_equal(found.read("norm.weight"), model.synthetic("norm.weight", 0))
+    rule = "synthetic:7:linear:[('linear_head.bias', (1000,)), ('linear_head.weight', (1000, 768))]"
+    assert open_head("synthetic:07").head == HeadSource(
+        source="synthetic:7", sha256=hashlib.sha256(rule.encode()).hexdigest()
+    )
+    with pytest.raises(DinoexportError, match="The recipe vits14 names no published weights for the head linear"):
+        open_head(None)
+    for source in ("synthetic-stress:0", "synthetic:", "synthetic:x"):
+        with pytest.raises(DinoexportError, match=f"'{source}' is not a synthetic head"):
+            open_head(source)

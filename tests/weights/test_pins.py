@@ -55,3 +55,10 @@ def test_a_pin_that_holds_no_hash(content: str, fetched: list[str]) -> None:
     with pytest.raises(WeightsError, match="holds no SHA-256"):
         pins.with_hash(WeightFile(url=URL), progress=silent)
     assert not fetched
+
+
+def test_folders_may_be_there_before(fetched: list[str]) -> None:
+    digest = hashlib.sha256(b"weights 1").hexdigest()
+    for path in (download.cached_path(WeightFile(url=URL, sha256=digest)), pins._pin(WeightFile(url=URL))):
+        path.parent.mkdir(parents=True)
+    assert pins.with_hash(WeightFile(url=URL), progress=silent).sha256 == digest and fetched == [URL]
