@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoexport.config.recipe import parse
+from dinoexport.config.recipe import Range, parse
 from dinoexport.errors import UsageError
 from dinoexport.images import ImageError, Preprocessing, load
-from dinoexport.models.dinov2 import cases, serving
+from dinoexport.models.dinov2 import cases, serving, synthetic
 from dinoexport.models.dinov2.cases import CaseTable, from_folder, read_case
 from dinoexport.pipeline import build as pipeline
 from dinoexport.spec import silent
@@ -159,3 +159,69 @@ def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes],
     with pytest.raises(UsageError, match="holds no image") as caught:
         serving.front_ends(graph, taken(as_bytes=False), tmp_path, progress=silent)
     assert "--samples" in caught.value.next_step
+
+
+@pytest.mark.parametrize(("batch", "too_many"), [(8, False), (9, True)])
+def test_noise_has_a_largest_number_of_values(batch: int, too_many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a milliard: 8 grey images of 8192 x 8192, which are asked for here and not made."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cases.synthetic, "pixels", lambda *size: asked.append(size))
+    grey = taken(as_bytes=False, in_chans=1, preprocess={"mean": [0.5], "std": [0.25]})
+    if too_many:
+        with pytest.raises(UsageError) as refused:
+            grey.noise(batch, 8192, 8192, 3)
+        assert refused.value.message == ("9 images of 8192x8192 in 1 channels are more than memory is taken for.")
+    else:
+        grey.noise(batch, 8192, 8192, 3)
+    assert asked == ([] if too_many else [(8, 8192, 8192, 3, 1)])
+
+
+@pytest.mark.parametrize(("channels", "repeated"), [(1, [0]), (3, [0, 1, 2]), (5, [0, 1, 2, 0, 1])])
+def test_further_channels_repeat_the_colours(channels: int, repeated: list[int]) -> None:
+    """Of pictures as wide as there are channels too."""
+    pictures = np.random.RandomState(0).randint(0, 256, (2, 4, channels, 3), dtype=np.uint8)
+    found = taken(as_bytes=True, in_chans=channels).of(pictures)["images"]
+    assert np.array_equal(found, pictures[..., repeated])
+
+
+def test_photographs_are_shown_and_neighbours_compared_in_a_batch(tmp_path: Path) -> None:
+    """One patch is enough for a photograph of its own size."""
+    folder = case_folder(tmp_path, a=noise(14, 14), b=noise(30, 20))
+    table = {"name": "some", "why": "the tests' pictures", "photographs": ["a.png"]}
+    one = read_case(table, folder, taken(as_bytes=True))
+    both = read_case(table | {"photographs": ["a.png", "b.png"]}, folder, taken(as_bytes=True))
+    assert (one.neighbours, one.shown, both.neighbours, both.shown) == (False, True, True, True)
+    own = read_case(table | {"prepare": "own_size"}, folder, taken(as_bytes=True))
+    assert own.inputs["images"].shape == (1, 14, 14, 3)
+
+
+def test_workloads_are_noise_of_seed_0() -> None:
+    """At the size of the evaluation and at the native size, within the profile, each once."""
+    side = Range(min=14, opt=28, max=56)
+    of = taken(as_bytes=True, preprocess={"crop": (28, 42)}, position_side=9)
+    found = cases.workloads({"batch": Range(min=1, opt=1, max=2), "height": side, "width": side}, of)
+    assert [(work.name, work.items, work.unit) for work in found] == [
+        ("1 x 28 x 42", 1, "images"), ("1 x 56 x 56", 1, "images"), ("2 x 28 x 42", 2, "images"),
+        ("2 x 56 x 56", 2, "images"),
+    ]  # fmt: skip
+    for work in found:
+        size = [int(number) for number in work.name.split(" x ")]
+        assert np.array_equal(work.inputs["images"], synthetic.images(*size, 0))
+    narrow = {"batch": Range(min=1, opt=1, max=1), "height": Range(min=56, opt=56, max=56), "width": side}
+    assert [work.name for work in cases.workloads(narrow, of)] == ["1 x 56 x 42", "1 x 56 x 56"]
+
+
+def test_links_in_a_folder(tmp_path: Path) -> None:
+    """To an image of the folder they are followed; otherwise the line says where they lead."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    saved(folder / "a.png", noise(20, 20))
+    saved(tmp_path / "outside.png", noise(20, 20))
+    for name, target in (("b", "a.png"), ("c", "nowhere.png"), ("d", "../outside.png"), ("e", "."), ("f", "f.png")):
+        (folder / f"{name}.png").symlink_to(target)
+    found = list(from_folder(folder, taken(as_bytes=True), progress=silent))
+    assert [case.name for case in found if not isinstance(case, str)] == ["a.png", "b.png"]
+    assert [line.split(": ", 1)[1] for line in found if isinstance(line, str)] == [
+        "a link to nothing.", "a link that leads out of the folder.", "a link to a folder, which is not followed.",
+        "a link to nothing.",
+    ]  # fmt: skip
