@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dinoexport import bundle
 from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.pipeline import shared_cache
 from dinoexport.pipeline.shared_cache import SharedCache
@@ -269,3 +270,54 @@ def test_on_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert place.size(name) == len(make.content), "mended"
     finally:
         server.stop()
+
+
+class Answering:
+    """A store that does as a test says, and counts what it is asked."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+
+    def __str__(self) -> str:
+        return "s3://bucket"
+
+    def __getattr__(self, name: str) -> Any:
+        def asked(*words: Any, **options: Any) -> Any:
+            self.asked.append((name, options))
+            answer = self.answers[name]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return asked
+
+
+BROKEN = MissingRequirement("it broke", next_step="")
+
+
+def test_a_store_that_answered_once_may_break_off(tmp_path: Path) -> None:
+    """That there is no such stage is an answer too. It is given up in one line, and not asked again."""
+    told: list[tuple[Any, ...]] = []
+    place = Answering(read=FileNotFoundError("no stage"), size=None, upload=BROKEN)
+    cache = SharedCache(place)  # type: ignore[arg-type]
+    (tmp_path / "a").write_bytes(b"x")
+    (made,) = bundle.describe(tmp_path, ["a"], "export")
+
+    def give() -> None:
+        cache.give(KEY, tmp_path, (made,), progress=lambda *step: told.append(step))
+
+    (tmp_path / "empty").mkdir()
+    assert cache.take("export", KEY, tmp_path / "empty", progress=silent) is None
+    assert place.asked == [("read", {"max_bytes": 1 << 20})]
+    give()
+    assert told == [("giving a to s3://bucket", 0, 1), ("going on without the shared cache: it broke", 0, 0)]
+    assert [name for name, _ in place.asked] == ["read", "size", "upload"]
+    give()
+    assert cache.take("export", KEY, tmp_path / "empty", progress=silent) is None
+    assert len(place.asked) == 3 and len(told) == 2
+
+
+def test_a_store_that_never_answered_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingRequirement, match="it broke"):
+        SharedCache(Answering(read=BROKEN)).take("export", KEY, tmp_path / "empty", progress=silent)  # type: ignore[arg-type]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dinoexport import bundle
-from dinoexport.errors import BuildError, DinoexportError
+from dinoexport.errors import BuildError, DinoexportError, UsageError
 from dinoexport.pipeline.workspace import Workspace, key_of, workspace
 from dinoexport.spec import silent
-from dinoexport.system import locks
+from dinoexport.system import change_steps, locks
 from tests.pipeline.made_bundles import KEY, Maker, build, everything_below, manifest_of
 
 # Stages
@@ -242,3 +242,51 @@ def test_progress_is_told_what_is_hashed(place: Path) -> None:
         assert isinstance(work, Workspace)
         work.stage("export", KEY, Maker())
     assert told == ["hashing model.onnx"]
+
+
+# What is believed
+
+
+def test_a_hash_that_was_computed_while_writing_is_kept(place: Path) -> None:
+    def make(folder: Path) -> dict[str, str]:
+        for name in ("a", "b"):
+            (folder / name).write_bytes(b"x")
+        return {"a": "f" * 64}
+
+    with workspace(place / "out", force=False, progress=silent) as work:
+        made = work.stage("export", KEY, make).files
+    assert [(file.name, file.sha256[:4], file.size_bytes) for file in made] == [("a", "ffff", 1), ("b", "2d71", 1)]
+
+
+def test_files_of_the_replaced_bundle_stay_in_it_until_the_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are linked; what was made now is moved."""
+    build(place / "out", Maker())
+    put: list[tuple[str, str]] = []
+    for how in ("link", "move"):
+        whole = getattr(change_steps, how)
+
+        def recorded(source: Path, to: Path, *, how: str = how, whole: Callable[..., object] = whole) -> object:
+            put.append((how, source.name))
+            return whole(source, to)
+
+        monkeypatch.setattr(change_steps, how, recorded)
+    with workspace(place / "out", force=False, progress=silent) as work:
+        old, new = work.stage("export", KEY, Maker()), work.stage("judge", KEY, Maker("report.json"))
+        work.publish({"export": old, "judge": new}, manifest_of(old, new))
+    assert put[:2] == [("link", "model.onnx"), ("move", "report.json")]
+
+
+@pytest.mark.parametrize("linked", ["stage.json", "manifest.json"])
+def test_no_link_is_followed_to_what_is_believed(linked: str, place: Path) -> None:
+    """A record that lies elsewhere may be of anybody."""
+    out, make = place / "out", Maker()
+    folder = build(out, make, publish=linked == "manifest.json").folder if linked == "stage.json" else place / "out"
+    if linked == "manifest.json":
+        build(out, make)
+    (folder / linked).rename(place / "elsewhere")
+    (folder / linked).symlink_to(place / "elsewhere")
+    if linked == "stage.json":
+        assert not build(out, make, publish=False).reused
+    else:
+        with pytest.raises(UsageError, match="exists and is not a bundle"):
+            build(out, make)
