@@ -165,10 +165,10 @@ def test_a_finished_run_is_not_done_again(embedded: Any, model: Model, tmp_path:
     assert embedded(shards=3).failed == 2
     assert (tmp_path / "out" / "_SUCCESS.json").read_text() == success and model.batches == []
     # A record of another plan counts for nothing.
-    (tmp_path / "out" / "_SUCCESS.json").write_text(
-        success.replace('"failed": 2', '"failed": 0').replace("sha256", "x")
-    )
-    assert embedded(shards=3).failed == 2
+    other = json.loads(success)
+    other["plans"], other["parts"]["part-00000-of-00003.parquet"]["failed"] = ["0" * 64], 9
+    (tmp_path / "out" / "_SUCCESS.json").write_text(json.dumps(other))
+    assert embedded(shards=3).failed == 2 and (tmp_path / "out" / "_SUCCESS.json").read_text() == success
 
 
 def test_what_is_missing_is_done(embedded: Any, model: Model, photos: dict[str, Any], tmp_path: Path) -> None:
@@ -342,6 +342,15 @@ def test_states_follow_each_batch(embedded: Any) -> None:
     assert seen[-1] == (12, 2, 1) and [s[0] for s in seen] == [5, 10, 12, 12, 12]
     assert [s[1] for s in seen[:2]] == [1, 1], "the white picture is found when its batch runs"
     assert {(s.rows_total, s.shards_total) for s in states} == {(12, 1)}
+    embedded("three", shards=3, watch=states.append)
+    assert (states[-1].rows, states[-1].rows_total, states[-1].shards_total) == (12, 12, 3)
+
+
+def test_there_are_shards_for_all_who_take_a_part(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight for each worker, and no smaller than they must be."""
+    monkeypatch.setattr(plan, "_LEAST_ROWS", 1)
+    assert embedded("alone", shards=None, workers=1).shards == 8
+    assert embedded("both", shards=None, workers=1, part=(0, 2)).shards == 6, "half of the twelve, one for each row"
 
 
 # verify
@@ -359,6 +368,18 @@ def test_what_was_written_is_verified(options: dict[str, Any], embedded: Any, tm
     assert steps == [("reading parts", i + 1, shards) for i in range(shards)] + [
         ("embedding again", i + 1, 10) for i in range(10)
     ]
+
+
+def test_a_thousandth_is_sampled(embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 16 rows and at most 1000, from as many parts as there are."""
+    assert (verify._SHARE, verify._LEAST, verify._MOST) == (0.001, 16, 1000)
+    embedded(shards=2)
+    monkeypatch.setattr(verify, "_LEAST", 1)
+    asked = (tmp_path / "bundle", str(tmp_path / "photos"), str(tmp_path / "out"))
+    for share, most, sampled in ((0.5, 1000, 6), (0.5, 4, 4), (0.01, 1000, 1)):
+        monkeypatch.setattr(verify, "_SHARE", share)
+        monkeypatch.setattr(verify, "_MOST", most)
+        assert verify.verify(*asked, seed=2).sampled == sampled
 
 
 def test_what_is_wrong_is_found(embedded: Any, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

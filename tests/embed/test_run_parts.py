@@ -272,3 +272,23 @@ def test_a_row_group_is_of_whole_batches(batch: int, dim: int, rows: int) -> Non
     )
     planned: Any = SimpleNamespace(settings=SETTINGS.changed(batch=batch))
     assert worker._group_rows(planned) == rows
+
+
+def test_a_slow_run_has_an_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a row a second: twice as many seconds are left as rows."""
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    states: list[State] = []
+    counter = run._Counter([SimpleNamespace(rows=100)], states.append)  # type: ignore[list-item]
+    clock.now_s += 20
+    counter.ticked(10, 0)
+    assert (states[-1].rate, states[-1].left_s) == (0.5, 180.0)
+
+
+def test_a_graph_without_a_batch_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = Tensor(name="pixels", dtype="float32", shape=(1, 3, 4, 4), meaning="")
+    end = SimpleNamespace(name="images", graph="model", settings={})
+    model = SimpleNamespace(graphs=(of_graph(pixels),), front_ends=lambda *_, **__: (end,))
+    monkeypatch.setattr(run, "model_of", lambda _: model)
+    facts: Any = SimpleNamespace(engines=(), files=(), graphs=(), recipe={}, variant="tiny", precision="fp32")
+    assert run._settings(facts, "http://x", "default", None, "float32", False, (), lambda *_: None).batch == 1

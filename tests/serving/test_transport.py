@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
 import pytest
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError
-from dinoexport.serving import connection, transport
+from dinoexport.serving import client, connection, transport
 from dinoexport.serving.address import parse
-from dinoexport.serving.answers import Malformed
+from dinoexport.serving.answers import HEADER_MAX_BYTES, Malformed
+from dinoexport.serving.client import DinoClient
+from dinoexport.serving.openai import sources
+from dinoexport.serving.text_client import TextClient
 from dinoexport.serving.transport import ServerBusy, ServerError
 from dinoexport.serving.triton import text_signature
 
@@ -98,3 +102,13 @@ def test_an_address_is_shown_without_its_headers(monkeypatch: pytest.MonkeyPatch
     found = parse("http://host/prefix")
     assert found.headers == {"authorization": "Bearer s3cret"}
     assert repr(found) == "Address(scheme='http', host='host', port=8000, path='/prefix', ca=None)"
+
+
+def test_ports_and_times_that_nobody_names() -> None:
+    assert {scheme: parse(f"{scheme}://host").port for scheme in ("http", "https", "grpc", "grpcs")} == {
+        "http": 8000, "https": 443, "grpc": 8001, "grpcs": 443,
+    }  # fmt: skip
+    for opened in (DinoClient, client.open_graphs, client.text_served, TextClient, sources.TritonSource):
+        assert inspect.signature(opened).parameters["timeout_s"].default == 60.0
+    assert inspect.signature(DinoClient).parameters["shared_memory"].default is False
+    assert (transport.METADATA_MAX_BYTES, HEADER_MAX_BYTES) == (1 << 24, 1 << 20)
