@@ -54,3 +54,14 @@ def test_in_words() -> None:
     too_little = carried.facts(7_000_000_000, 6_900_000_000)["largest context here"]
     assert too_little == "none: the weights do not fit the 6.9 GB that are free"
     assert "largest context here" not in carried.facts(7_000_000_000, None)
+
+
+def test_figures_are_rounded_as_they_are() -> None:
+    """Each a byte more than half of the last digit."""
+    shown = dict(CarriedMemory(a_token=1_005_000_001, context=1).facts(1_005_000_001, 2_250_000_001))
+    assert shown == {
+        "memory of the weights": "1.01 GB", "cache": "1005000.0 kB a token, 1.01 GB for 1 tokens",
+        "largest context here": "1 tokens of one sequence in the 2.3 GB that are free",
+    }  # fmt: skip
+    shown = dict(CarriedMemory(a_token=1, context=1).facts(2_250_000_002, 2_250_000_001))
+    assert shown["largest context here"] == "none: the weights do not fit the 2.3 GB that are free"
