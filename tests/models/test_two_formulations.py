@@ -109,6 +109,12 @@ def test_a_backbone_of_bytes() -> None:
     same(model_of({}, graph={"input": "images"}), {"images": images})
 
 
+def test_a_backbone_with_transformers_names() -> None:
+    model = model_of({"register_count": 2}, graph={"interface": "transformers"})
+    found = same(model, {"pixel_values": pixels(28, 42)["pixels"]})
+    assert found["last_hidden_state"].shape == (2, 9, 8)
+
+
 def test_streams_between_the_blocks() -> None:
     """After the stem and after each block; the last one, normalised, is the answer."""
     model = model_of({})
