@@ -1,0 +1,138 @@
+"""What opens a bundle's graphs or engines on a machine, and what it is called; nothing is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dinoexport.errors import MissingRequirement, UsageError
+from dinoexport.runtime import cpu, runners
+from dinoexport.runtime.table import RuntimeFacts
+from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.system import hardware
+
+ORT, OPENVINO = Runtime.ONNXRUNTIME, Runtime.OPENVINO
+MODEL: Any = SimpleNamespace(drive=lambda opened, inputs: {"driven": opened, "with": inputs})
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RuntimeFacts, "installed_version", lambda _facts: "1.2")
+    monkeypatch.setattr(runners.cpu.table, "installed", tuple)
+
+
+@pytest.mark.parametrize(("threads", "cpus", "again"), [(0, 4, True), (2, 2, True), (1, 4, False), (2, 1, False)])
+def test_threads_are_compared_with_one_where_there_are_more(
+    threads: int, cpus: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(cpu, "open_graphs", lambda graphs, way: (graphs, way))
+    way = Way(runtime=ORT, precision=Precision.FP32, threads=threads)
+    graphs: Any = "the graphs"
+    found = runners.with_one_thread(MODEL, graphs, way)
+    assert (found is not None) is again
+    if found is not None:
+        alone = Way(runtime=ORT, precision=Precision.FP32, threads=1)
+        assert found()({}) == {"driven": ("the graphs", alone), "with": {}}
+
+
+@pytest.mark.parametrize(
+    ("precision", "ran_in", "arithmetic", "name"),
+    [
+        (Precision.FP32, Precision.FP32, {}, "ONNX Runtime 1.2 on the CPU, fp32"),
+        (
+            Precision.BF16,
+            Precision.FP32,
+            {"f32": 3, "int8": 2},
+            "ONNX Runtime 1.2 on the CPU, bf16 widened to fp32 (3 products in f32 and 2 products in int8)",
+        ),
+    ],
+)
+def test_a_candidate_is_called_by_what_it_really_computed(
+    precision: Precision, ran_in: Precision, arithmetic: dict[str, int], name: str
+) -> None:
+    assert runners.candidate_name(precision, Way(runtime=ORT, precision=ran_in), arithmetic) == name
+
+
+def built(precision: Precision, way: Way | None = None) -> Any:
+    return SimpleNamespace(cpu=None if way is None else SimpleNamespace(chosen=way), precision=precision)
+
+
+def test_a_graph_of_a_gpu_runs_on_a_cpu_in_a_runtime_that_has_its_precision() -> None:
+    for precision, way in (
+        (Precision.FP16, Way(runtime=ORT, precision=Precision.FP16)),
+        (Precision.FP32, Way(runtime=ORT, precision=Precision.FP32)),
+        (Precision.BF16, Way(runtime=OPENVINO, precision=Precision.FP32)),
+    ):
+        assert runners.graph_way(precision) == runners.built_way(built(precision)) == way
+
+
+def test_another_runtime_is_asked_for_in_the_same_precision() -> None:
+    chosen = Way(runtime=OPENVINO, precision=Precision.FP32, threads=2)
+    manifest = built(Precision.FP32, chosen)
+    here = Way(runtime=OPENVINO, precision=Precision.FP32, threads=0)
+    assert runners.way_of(manifest) == runners.way_of(manifest, OPENVINO) == here
+    assert runners.way_of(manifest, ORT) == Way(runtime=ORT, precision=Precision.FP32)
+    for precision in (Precision.BF16, Precision.INT8):
+        manifest = built(precision, Way(runtime=OPENVINO, precision=precision))
+        with pytest.raises(UsageError) as caught:
+            runners.way_of(manifest, ORT)
+        assert caught.value.message == f"ONNX Runtime does not run this bundle's {precision} graph."
+        assert caught.value.next_step == "It was built for OpenVINO: --runtime openvino."
+
+
+class Engines:
+    """Engines of one graph for two cards, and of another graph, of which this machine's were chosen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, compatible: bool) -> None:
+        def facts(name: str, graph: str, *, stripped: bool) -> Any:
+            shapes = {"x": ((1, 2), (3, 4), (5, 6))}
+            return SimpleNamespace(
+                file=name, graph=graph, version_compatible=compatible, runtime=Runtime.TENSORRT, stripped=stripped,
+                profiles={"whole": shapes},
+            )  # fmt: skip
+
+        self.all = (
+            facts("other", "step", stripped=True),
+            facts("mine", "step", stripped=True),
+            facts("first", "prefill", stripped=False),
+        )
+        self.graphs: Any = {Path(f"{name}.onnx"): SimpleNamespace(name=name) for name in ("step", "prefill")}
+        self.opened: list[Any] = []
+        gpus = (SimpleNamespace(name="NVIDIA L4"), SimpleNamespace(name="NVIDIA A100"))
+        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+        monkeypatch.setattr(runners.engine_header, "for_this_machine", lambda *_: self.all[1:])
+        monkeypatch.setattr(runners.engine_header, "check_runs_here", lambda _facts, gpus: gpus[0])
+        monkeypatch.setattr(runners.trt, "open_engine", self.open)
+
+    def open(self, path: Path, graph: Any, **settings: Any) -> str:
+        (profile,) = settings.pop("profiles")
+        assert (profile.name, profile.shapes) == ("whole", {"x": ((1, 2), (3, 4), (5, 6))})
+        self.opened.append((str(path), graph.name, settings))
+        return f"{path} opened"
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_this_machines_engine_of_each_graph_is_opened(compatible: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(monkeypatch, compatible=compatible)
+    files: Any = {Path(facts.file): facts for facts in engines.all}
+    candidate, device = runners.open_engines(MODEL, files, engines.graphs, trusted=compatible)
+    assert candidate({}) == {"driven": {"step": "mine opened", "prefill": "first opened"}, "with": {}}
+    assert device == "NVIDIA L4"
+    how = {"runtime": Runtime.TENSORRT, "host_code": compatible}
+    assert engines.opened == [
+        ("mine", "step", how | {"weights_from": Path("step.onnx")}), ("first", "prefill", how | {"weights_from": None})
+    ]  # fmt: skip
+    assert runners.engines_here(engines.all) == engines.all[1:]
+    assert runners.engines_here(engines.all[::2]) == engines.all[::2]
+
+
+def test_a_plan_that_holds_code_of_an_unknown_author_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(monkeypatch, compatible=True)
+    files: Any = {Path(facts.file): facts for facts in engines.all}
+    with pytest.raises(MissingRequirement, match=r"^mine was not run: it is version-compatible, so it holds code"):
+        runners.open_engines(MODEL, files, engines.graphs, trusted=False)
+    assert not engines.opened
