@@ -11,6 +11,7 @@ import pytest
 from dinoexport import family
 from dinoexport.config.recipe import Range, Recipe
 from dinoexport.errors import UsageError
+from dinoexport.family import Example
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.models.dinov2.model import Dinov2Model
 from dinoexport.models.dinov2.transformers_interface import TransformersModel
@@ -225,6 +226,24 @@ def test_parts_in_fp32(given: tuple[str, ...], parts: tuple[str, ...], fp32: lis
 def test_the_pieces_of_a_head(tokens: bool, scopes: list[str]) -> None:
     calls = calls_of(model_of({"depth": 4}, head={"kind": "ade20k_ms", "tokens": tokens}))
     assert [call.scope for call in calls] == scopes
+
+
+@pytest.mark.parametrize(
+    ("head", "image", "example"),
+    [
+        (None, "pixels", Example(dtype="float32", shape=(2, 3, 238, 266))),
+        (None, "images", Example(dtype="uint8", shape=(2, 238, 266, 3))),
+        # A few pixels smaller where the head pads.
+        ("ade20k_ms", "pixels", Example(dtype="float32", shape=(2, 3, 234, 260))),
+        ("ade20k_ms", "images", Example(dtype="uint8", shape=(2, 234, 260, 3))),
+    ],
+)
+def test_what_the_first_piece_is_traced_with(head: str | None, image: str, example: Example) -> None:
+    """17 x 19 patches: neither native nor square."""
+    tables = {"head": {"kind": head}} if head else {}
+    first, *_ = calls_of(model_of({"depth": 4}, graph={"input": image}, **tables))
+    assert dict(first.piece.example_inputs) == {image: example} and first.inputs == (image,)
+    assert first.scope == ("pad" if head else "stem")
 
 
 def test_names_that_the_family_gives() -> None:

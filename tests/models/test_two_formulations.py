@@ -102,6 +102,7 @@ def test_backbones(model: dict[str, Any], size: tuple[int, int]) -> None:
     found = same(made, pixels(*size))
     assert found["patch_tokens"].shape == (2, (size[0] // 14) * (size[1] // 14), 8)
     assert not np.allclose(found["block_1_class_token"], found["class_token"])
+    assert not {"stem_tokens", "blocks.0_tokens"} & found.keys(), "streams are given where they are asked for only"
 
 
 def test_a_backbone_of_bytes() -> None:
