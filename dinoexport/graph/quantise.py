@@ -90,9 +90,12 @@ def with_wide_products(int8: Path, folder: Path) -> tuple[Path, Path]:
         wide = ir.node("DequantizeLinear", [weight, weight_scale, zero_point], {"axis": 1}, name=f"{weight.name}/wide")
         wide.outputs[0].name = wide.name
         result = ir.node("MatMul", [split.inputs[0], wide.outputs[0]], name=f"{product.name}/wide")
-        result.outputs[0].name = result.name
+        made, replaced = result.outputs[0], scaled.outputs[0]
+        made.name = result.name
+        if replaced.is_graph_output():
+            made.name, made.type, made.shape = replaced.name, replaced.type, replaced.shape
         model.graph.insert_before(product, [wide, result])
-        ir.convenience.replace_all_uses_with(scaled.outputs[0], result.outputs[0])
+        ir.convenience.replace_all_uses_with(replaced, made, replace_graph_outputs=True)
     RemoveUnusedNodesPass()(model)
     path = folder / int8.name
     ir.save(model, path, external_data=f"{path.name}.data")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +150,18 @@ def test_versions_are_in_the_key(package: Path, monkeypatch: pytest.MonkeyPatch,
 def test_code_that_may_depend_on_anything_is_traced_every_time(package: Path, line: str) -> None:
     (package / "numbers.py").write_text(f"{line}\nSIDE = 37\n")
     assert key_of(piece_of(package)) is None
+
+
+@pytest.mark.parametrize("code", ["nowhere.graph:Module", "nowhere:Module", "sys:Module", "tests.data:Module"])
+def test_code_without_a_file_is_traced_every_time(package: Path, code: str) -> None:
+    assert key_of(piece_of(package, code=code)) is None
+
+
+def test_what_a_family_of_its_own_uses_of_ours_is_in_the_key(package: Path) -> None:
+    (package / "numbers.py").write_text("from dinoexport.spec import Precision\nSIDE = 37\n")
+    piece = piece_of(package)
+    assert key_of(piece) is not None
+    assert "dinoexport.spec" in dict(traces._sources(f"{package.name}.graph"))
 
 
 def test_arguments_that_are_no_plain_data_are_traced_every_time(package: Path) -> None:
@@ -294,10 +309,25 @@ def test_a_damaged_package_costs_a_trace(package: Path, tmp_path: Path, monkeypa
     traces._index.cache_clear()
 
 
-def _with_another_content(content: bytes) -> bytes:
-    import io
-    import zipfile
+def test_the_package_s_index_can_be_read_and_compared(package: Path) -> None:
+    """A key a line, sorted; pieces that are the same are traced once, and their traces come in the order of hashes."""
+    pieces = [piece_of(package, opset=opset, name=f"{opset}") for opset in (21, 22, 23, 21)]
+    names: list[str] = []
+    raw = traces.packed(pieces, lambda piece: names.append(piece.name) or piece.name.encode())
+    assert names == ["21", "22", "23"] and raw == traces.packed(pieces, lambda piece: piece.name.encode())
+    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    keys = {traces.key_of(piece): hashes[piece.name] for piece in pieces[:3]}
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        assert archive.namelist() == ["index.json", *sorted(hashes.values())]
+        lines = archive.read("index.json").decode().splitlines()
+        assert all(archive.read(hashes[name]) == name.encode() for name in names)
+    assert lines[0] == "{" and lines[-1] == "}"
+    assert [line.rstrip(",") for line in lines[1:-1]] == [
+        f' "{key}": "{digest}"' for key, digest in sorted(keys.items())
+    ]
 
+
+def _with_another_content(content: bytes) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(made, "w") as changed:
         for entry in source.infolist():

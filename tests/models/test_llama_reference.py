@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoexport.models.llama import oracle, reference
+from dinoexport.models.llama import oracle, reference, synthetic
 from dinoexport.models.llama.cases import batch_of, inputs_of
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array, Precision, silent
@@ -61,6 +61,67 @@ def test_queries_are_taken_1024_at_a_time() -> None:
         (1024, 1024, 1024),
         (2048, 2048, 2),
     ]
+
+
+def plain(arch: Architecture, weights: dict[str, Array], ids: list[int], first: int) -> tuple[list[Array], Array]:
+    """The whole decoder in NumPy, fp64, token by token and head by head: the streams, and the logits of every token."""
+
+    def norm(x: Array, name: str) -> Array:
+        return x / np.sqrt((x**2).mean() + arch.norm_eps) * weights[f"{name}.weight"]
+
+    def turned(head: Array, position: int) -> Array:
+        pairs = head[0::2] + 1j * head[1::2]
+        turns = position * arch.rope_theta ** -(np.arange(arch.head_dim // 2) * 2 / arch.head_dim)
+        pairs = pairs * np.exp(1j * turns)
+        return np.stack((pairs.real, pairs.imag), axis=1).ravel()
+
+    size, groups = arch.head_dim, arch.heads // arch.kv_heads
+    stream = weights["tok_embeddings.weight"][ids]
+    streams = [stream]
+    for i in range(arch.layers):
+        of = {name: weights[f"layers.{i}.{name}.weight"] for name in ("attention.wq", "attention.wk", "attention.wv")}
+        normed = [norm(x, f"layers.{i}.attention_norm") for x in stream]
+        q, k, v = ([(of[name] @ x).reshape(-1, size) for x in normed] for name in of)
+        mixed = []
+        for t in range(len(ids)):
+            heads = []
+            for h in range(arch.heads):
+                query = turned(q[t][h], first + t)
+                scores = [query @ turned(k[s][h // groups], first + s) / np.sqrt(size) for s in range(t + 1)]
+                shares = np.exp(scores) / np.exp(scores).sum()
+                heads.append(sum(share * v[s][h // groups] for s, share in enumerate(shares)))
+            mixed.append(weights[f"layers.{i}.attention.wo.weight"] @ np.concatenate(heads))
+        stream = stream + np.array(mixed)
+        w1, w2, w3 = (weights[f"layers.{i}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
+        fed = [norm(x, f"layers.{i}.ffn_norm") for x in stream]
+        stream = stream + np.array([w2 @ (w1 @ x / (1 + np.exp(-(w1 @ x))) * (w3 @ x)) for x in fed])
+        streams.append(stream)
+    return streams, np.array([weights[arch.output_name] @ norm(x, "norm") for x in stream])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_whole_of_a_decoder_of_eight_numbers(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt from its own first position, with two query heads to a key head, and its last tokens' logits."""
+    arch = Architecture(**ARCH.model_dump() | {"tied": tied, "heads": 4, "dim": 16, "kv_heads": 2})
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: x @ weight.T)
+    weights = {name: synthetic.tensor(name, shape, 7).astype(np.float64) for name, shape in arch.tensors.items()}
+    prompts, firsts, keep = [[1, 5, 7, 2, 19], [3]], [0, 11], [3, 1]
+    streams: dict[tuple[int, int], Array] = {}
+    done: list[int] = []
+    found = reference.logits_of(
+        arch,
+        lambda name: torch.from_numpy(weights[name]).float(),
+        [torch.tensor(ids) for ids in prompts],
+        first_positions=firsts,
+        keep=keep,
+        block_done=done.append,
+        keep_stream=lambda j, blocks, stream: streams.update({(j, blocks): stream.numpy()}),
+    )
+    assert done == [1, 2] and set(streams) == {(j, blocks) for j in range(2) for blocks in range(3)}
+    for j, (ids, first, rows) in enumerate(zip(prompts, firsts, keep, strict=True)):
+        wanted, logits = plain(arch, weights, ids, first)
+        assert all(np.allclose(streams[j, blocks], wanted[blocks], atol=1e-5) for blocks in range(3))
+        assert found[j].dtype == torch.float32 and np.allclose(found[j], logits[-rows:], atol=1e-5)
 
 
 class Toy:

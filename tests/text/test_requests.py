@@ -44,7 +44,8 @@ TURN = {"role": "user", "content": "hello"}
     ],
 )  # fmt: skip
 def test_what_is_taken(values: dict[str, Any], request_: TextRequest) -> None:
-    assert requests.parse(values) == request_
+    found = requests.parse(values)
+    assert found == request_ and found.suffix_first is (values.get("suffix_first") is True)
 
 
 @pytest.mark.parametrize(

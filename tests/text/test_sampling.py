@@ -73,6 +73,10 @@ def test_what_means_nothing_is_refused(wrong: dict) -> None:
         Sampling(**wrong)
 
 
+def test_what_a_request_without_wishes_gets() -> None:
+    assert Sampling() == Sampling(max_tokens=256, temperature=0.0, top_p=1.0, seed=None, stop=())
+
+
 def test_what_is_just_within_the_limits() -> None:
     Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=("x", "x" * 256, *"abcdefghijklmn"))
     assert Sampling(seed=2**63 - 1).generator().integers(10) in range(10)

@@ -137,21 +137,35 @@ def test_a_long_reason_is_cut() -> None:
 
 
 BYTES: Mapping[str, Any] = {
-    "tokens": ["a", "b", "1", "2", "Ġ", "ab", "12", "Ġa", "<end>"],
-    "merges": ["a b", "1 2", "Ġ a"],
-    "token_type": [1] * 8 + [3],
+    "tokens": ["a", "b", "1", "2", "Ġ", "ab", "12", "Ġa", "<end>", "abĠ"],
+    "merges": ["a b", "ab Ġ", "1 2", "Ġ a"],
+    "token_type": [1] * 8 + [3, 1],
 }
 
 
 @pytest.mark.parametrize(("words", "digits"), [("gpt-2", ["12"]), ("default", ["12"]), ("smollm", ["1", "2"])])
 def test_a_byte_level_tokenizer_of_a_gguf_file(words: str, digits: list[str], tmp_path: Path) -> None:
-    """No space before a text; digits are split one by one where the file's rule says so."""
+    """No space before a text, words begin at spaces, and digits are split one by one where the file's rule says so."""
     path = tmp_path / "tokenizer.json"
     path.write_bytes(_byte_level(BYTES | {"pre": words}))
     made = tokenizer.load(path)
     assert [made.piece(i) for i in made.encode("ab a12")] == ["ab", "Ġa", *digits]
     assert made.controls == {8} and made.decode([5, 7, 8]) == "ab a" and made.anchor == ()
     assert 8 not in made.encode("<end>")
+
+
+def test_a_gguf_file_that_marks_no_control_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    for kinds in ([], [1, 1]):
+        path.write_bytes(_byte_level(BYTES | {"token_type": kinds}))
+        assert tokenizer.load(path).controls == set()
+
+
+def test_a_vocabulary_without_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    words = tokenizer.load(path)
+    assert (words.size, words.controls, words.anchor) == (0, set(), ())
 
 
 def test_an_unknown_rule_to_split_words() -> None:

@@ -78,10 +78,10 @@ def test_what_training_saves_is_taken(tmp_path: Path, content: Any, protocol: in
         pickle_check.check(archive.read(name))
 
 
-def deep(levels: int, keep: bytes, take: bytes, close: bytes) -> bytes:
-    """Tuples in tuples: each value is kept under the number `i`, taken from there, and closed in a tuple."""
+def deep(levels: int, keep: bytes, take: bytes, close: bytes, inmost: bytes) -> bytes:
+    """Tuples around `inmost`: each value is kept under the number `i`, taken from there, and closed in a tuple."""
     steps = (keep + take + close for _ in range(levels))
-    return b"\x80\x04K\x01" + b"".join(step.replace(b"i", b"%c" % i) for i, step in enumerate(steps)) + b"."
+    return b"\x80\x04" + inmost + b"".join(step.replace(b"i", b"%c" % i) for i, step in enumerate(steps)) + b"."
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,9 @@ def deep(levels: int, keep: bytes, take: bytes, close: bytes) -> bytes:
     ],
     ids=["plain", "put", "memoize", "long put", "a mark", "of three"],
 )
-def test_tuples_are_counted_through_the_memo(keep: bytes, take: bytes, close: bytes) -> None:
+@pytest.mark.parametrize("inmost", [b"K\x01", b"ctorch\nFloatStorage\n"], ids=["a number", "a class"])
+def test_tuples_are_counted_through_the_memo(keep: bytes, take: bytes, close: bytes, inmost: bytes) -> None:
     """Sixteen deep, and no deeper."""
-    pickle_check.check(deep(16, keep, take, close))
+    pickle_check.check(deep(16, keep, take, close, inmost))
     with pytest.raises(ValueError, match="tuples more than 16 deep"):
-        pickle_check.check(deep(17, keep, take, close))
+        pickle_check.check(deep(17, keep, take, close, inmost))

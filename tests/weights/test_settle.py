@@ -9,7 +9,8 @@ import pytest
 from dinoexport.errors import UsageError
 from dinoexport.family import Fact
 from dinoexport.weights import settle
-from tests.checkpoint_files import TINY
+from dinoexport.weights.settle import Settled
+from tests.checkpoint_files import TINY, settled
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,8 @@ def test_facts_that_disagree() -> None:
 def test_facts_fill_in_what_a_recipe_leaves_out() -> None:
     found = settle._with_facts(TINY, [fact(48, "a"), Fact(key="model.patch_size", value=7, source="b")], made=False)
     assert found.model == TINY.model | {"patch_size": 7}
+
+
+def test_a_recipe_of_its_own_was_not_made_of_weights() -> None:
+    for source in (None, "synthetic:0"):
+        assert settled(source) == Settled(recipe=TINY, assumed={}, notes=(), made=False)
