@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dinoexport.config import recipe as recipes
+from dinoexport.errors import UsageError
 
 
 @pytest.mark.parametrize("name", recipes.variants())
@@ -20,3 +21,27 @@ def test_defaults_are_not_written_and_every_table_has_its_head() -> None:
     text = recipes.to_toml(recipes.load("vits14"))
     assert text.endswith("\n") and not text.endswith("\n\n") and "\n\n[model]\n" in text
     assert all(" = " in line or line.startswith("[") for line in text.splitlines() if line), text
+
+
+def test_profiles_are_tables_of_their_own_and_ranges_are_not() -> None:
+    lines = recipes.to_toml(recipes.load("vits14")).splitlines()
+    assert "[profile]" in lines and "[profile.batch]" not in lines
+    assert "[profiles.latency]" in lines and "[profiles]" not in lines
+    assert lines[lines.index("[profiles.latency]") + 1].startswith("batch = { min = 1, ")
+
+
+@pytest.mark.parametrize(("keys", "more"), [(9, ""), (10, ""), (11, "; and 1 more"), (12, "; and 2 more")])
+def test_ten_wrong_keys_are_named(keys: int, more: str) -> None:
+    wrong = {f"wrong{number}": 1 for number in range(keys)}
+    with pytest.raises(UsageError) as caught:
+        recipes.parse(recipes.Range, {"min": 1, "opt": 1, "max": 1} | wrong, where="here")
+    assert caught.value.message.count("unknown key") == min(keys, 10)
+    assert caught.value.message.endswith(more or f"'wrong{keys - 1}'.")
+
+
+def test_a_head_of_its_own_is_the_only_one_unless_there_are_several() -> None:
+    own = recipes.load("vits14").changed(head={"kind": "mine", "size": 3}, heads={})
+    assert own.with_head("mine").head == {"kind": "mine", "size": 3}
+    with pytest.raises(UsageError, match="vits14 has its own head, mine, and takes no other"):
+        own.with_head("other")
+    assert own.changed(head={}).with_head("other").head == {"kind": "other"}

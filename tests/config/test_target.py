@@ -283,3 +283,35 @@ def test_what_an_images_onnx_runtime_reads(tag: str, reads: tuple[int, int] | No
     """ONNX Runtime 1.15.1, 1.16.3, none, 1.17.3, 1.18.0, 1.20.1, as Triton's own lists name them."""
     found = target.triton_reads(tag)
     assert (found and (found.opset, found.ir)) == reads
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "quantised", "traced"),
+    [
+        ("cpu", Precision.BF16, "activations", Precision.FP32),
+        ("cpu", Precision.INT8, "activations", Precision.FP32),
+        ("cpu", Precision.INT8, "weights", Precision.INT8),
+        ("cpu", Precision.INT4, "weights", Precision.INT4),
+        ("cpu", Precision.FP32, "activations", Precision.FP32),
+        ("a100", Precision.BF16, "activations", Precision.BF16),
+        ("a100", Precision.INT8, "activations", Precision.INT8),
+        ("a100", Precision.FP16, "activations", Precision.FP16),
+    ],
+)
+def test_what_is_traced_is_what_the_graph_itself_computes_in(
+    name: str, precision: Precision, quantised: Any, traced: Precision
+) -> None:
+    chosen = target.Chosen(
+        target=load_target(name), runtime=Runtime.ONNXRUNTIME, precision=precision, quantised=quantised
+    )
+    assert chosen.on_cpu is (name == "cpu") and chosen.traced is traced
+
+
+@pytest.mark.parametrize("quantised", ["weights", "activations"])
+def test_four_bits_hold_weights_only(quantised: Any) -> None:
+    of = recipe().model_copy(update={"quantised": quantised})
+    if quantised == "weights":
+        assert choose("cpu", of=of, precision=Precision.INT4).precision is Precision.INT4
+    else:
+        with pytest.raises(UsageError, match="recipe vits14 has no int4: only weights are stored in four bits"):
+            choose("cpu", of=of, precision=Precision.INT4)

@@ -47,3 +47,14 @@ def test_a_new_file_is_written_by_one(links: bool, tmp_path: Path, monkeypatch: 
     place.write("a/b", b"third")
     assert place.read("a/b") == b"third"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_files_are_listed_with_their_sizes_and_links_are_not(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "deep" / "er" / "b").write_bytes(b"4567")
+    (tmp_path / "to a").symlink_to("a")
+    (tmp_path / "to deep").symlink_to("deep")
+    place = LocalPlace(tmp_path)
+    assert sorted(place.files()) == [("a", 3), ("deep/er/b", 4)]
+    assert list(place.files("deep")) == [("deep/er/b", 4)] and list(place.files("none")) == []
