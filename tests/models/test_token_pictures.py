@@ -67,15 +67,18 @@ def test_the_three_components_are_red_green_and_blue(scale: float) -> None:
 
 
 def test_components_across_the_channels() -> None:
-    """Tokens along (3, -4, 0, 0) / 5, whose larger entry is the second: towards it is bright."""
+    """Along (0.6, -0.8) and (0.8, 0.6): bright is the side to which its larger entry is positive."""
     steps = np.arange(-50, 51)
-    tokens = np.zeros((101, 4), np.float32)
-    tokens[:, 0], tokens[:, 1] = 0.6 * steps, -0.8 * steps
+    tokens = np.zeros((202, 4), np.float32)
+    tokens[:101, :2] = steps[:, None] * np.array([0.6, -0.8])
+    tokens[101:, :2] = steps[:, None] * np.array([0.4, 0.3])
     ((_, theirs),) = pictures.of_case(
-        np.zeros((1, 3, 1, 101), np.float32), tokens[None], {}, patch=1, preprocessing=PLAIN
+        np.zeros((1, 3, 2, 101), np.float32), tokens[None], {}, patch=1, preprocessing=PLAIN
     )
-    expected = np.clip(np.rint(255 * (49 - steps) / 98), 0, 255)
-    assert np.abs(drawn(theirs)[0, :, 0].astype(int) - expected).max() <= 1
+    none = np.zeros(101)
+    red, green = np.stack([-steps, none]), np.stack([none, steps])
+    expected = np.clip(np.rint(255 * (np.stack([red, green], axis=-1) + 47.99) / 95.98), 0, 255)
+    assert np.abs(drawn(theirs)[..., :2].astype(int) - expected).max() <= 1
 
 
 def test_equal_tokens_have_one_colour() -> None:
