@@ -347,10 +347,13 @@ def test_states_follow_each_batch(embedded: Any) -> None:
 
 
 def test_there_are_shards_for_all_who_take_a_part(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight for each worker, and no smaller than they must be."""
-    monkeypatch.setattr(plan, "_LEAST_ROWS", 1)
-    assert embedded("alone", shards=None, workers=1).shards == 8
-    assert embedded("both", shards=None, workers=1, part=(0, 2)).shards == 6, "half of the twelve, one for each row"
+    """For three workers here, and as many wherever the other parts are embedded."""
+    asked: list[int] = []
+    monkeypatch.setattr(run.plans, "make", lambda *_, workers, **__: asked.append(workers))
+    for part in ((0, 1), (1, 4)):
+        with pytest.raises(UsageError, match="lists no image"):
+            embedded(workers=3, part=part)
+    assert asked == [3, 12]
 
 
 # verify
