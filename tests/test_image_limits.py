@@ -56,7 +56,10 @@ def test_64_million_pixels_are_an_image(tmp_path: Path) -> None:
 
 def test_256_mebibytes_are_a_file(tmp_path: Path) -> None:
     """Sparse files: nothing of them is read."""
-    for size, words in ((1 << 28, "not a readable image"), ((1 << 28) + 1, "bytes")):
+    for size, words in (
+        (1 << 28, ": not a readable image"),
+        ((1 << 28) + 1, r"png: (?!not a readable).*268,?435,?45[67]"),
+    ):
         with (tmp_path / "x.png").open("wb") as file:
             file.truncate(size)
         with pytest.raises(ImageError, match=words):

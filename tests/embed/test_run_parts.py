@@ -263,7 +263,10 @@ def test_a_grid_needs_both_sides() -> None:
         assert prepared._grid(given) == grid  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("batch", "dim", "rows"), [(5, 3, 4095), (64, 3, 4096), (5000, 3, 5000), (16, 1 << 20, 16)])
+@pytest.mark.parametrize(
+    ("batch", "dim", "rows"),
+    [(5, 3, 4095), (64, 3, 4096), (5000, 3, 5000), (16, 1 << 20, 16), (17, 3, 4080), (5, 16359, 510)],
+)
 def test_a_row_group_is_of_whole_batches(batch: int, dim: int, rows: int) -> None:
     """Of 4096 rows and 32 MiB at most, and one batch at least."""
     worker = object.__new__(embedder.Embedder)

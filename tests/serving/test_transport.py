@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dinoexport.errors import DinoexportError, InputRefused, UsageError
-from dinoexport.serving import client, connection, transport
+from dinoexport.serving import check, client, connection, transport
 from dinoexport.serving.address import parse
 from dinoexport.serving.answers import HEADER_MAX_BYTES, Malformed
 from dinoexport.serving.client import DinoClient
@@ -111,4 +111,19 @@ def test_ports_and_times_that_nobody_names() -> None:
     for opened in (DinoClient, client.open_graphs, client.text_served, TextClient, sources.TritonSource):
         assert inspect.signature(opened).parameters["timeout_s"].default == 60.0
     assert inspect.signature(DinoClient).parameters["shared_memory"].default is False
+    asked = inspect.signature(check.check).parameters
+    assert (asked["quick"].default, asked["timeout_s"].default) == (False, 60.0)
     assert (transport.METADATA_MAX_BYTES, HEADER_MAX_BYTES) == (1 << 24, 1 << 20)
+
+
+@pytest.mark.parametrize(("option", "most"), [("headers", 1 << 16), ("ca", 1 << 22)])
+def test_how_large_files_of_credentials_may_be(option: str, most: int, tmp_path: Any) -> None:
+    """The headers are one long comment here."""
+    for size, taken in ((most, True), (most + 1, False)):
+        (tmp_path / "file").write_bytes(b"#" + b"x" * (size - 1))
+        given = {option: tmp_path / "file"}
+        if taken:
+            assert parse("https://host", **given).headers == {}
+        else:
+            with pytest.raises(DinoexportError):
+                parse("https://host", **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from dinoexport.config.limits import Limit, Limits, Validation
 from dinoexport.errors import MissingRequirement, UsageError, ValidationFailed
 from dinoexport.runtime import runners
 from dinoexport.spec import Case, Expectation, Graph, Precision, Tensor
-from dinoexport.validation import evaluate, judge
+from dinoexport.validation import evaluate, judge, validate_bundle
 
 REASON = "a number for a test, chosen by hand"
 
@@ -283,3 +284,45 @@ def test_a_refusal_is_one_of_one() -> None:
     assert [(b.figure, b.value, b.limit, b.reason, b.holds) for b in row.bounds] == [
         ("refused", 0.0, 1.0, "a test", False)
     ]
+
+
+# Who is trusted
+
+
+@pytest.mark.parametrize(
+    ("given", "trusted"),
+    [({}, False), ({"trust_plan": True}, True), ({"signed": "a manifest"}, True),
+     ({"signed": "a manifest", "trust_plan": True}, True)],
+)  # fmt: skip
+def test_a_plan_that_holds_code_needs_a_signature_or_trust(
+    given: Any, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    found = validate_bundle.Validated(manifest="before", report=judge.Report(candidate="c", reference="r", rows=()))  # type: ignore[arg-type]
+
+    def judged(_folder: Any, _manifest: Any, images: Any, weights: Any, runtime: Any, trusted: bool, *_: Any) -> Any:
+        asked.append((images, weights, runtime, trusted))
+        return found
+
+    monkeypatch.setattr(validate_bundle, "_judged", judged)
+    monkeypatch.setattr(validate_bundle.bundle, "checked", lambda *_, **__: nullcontext("before"))
+    assert validate_bundle.validate(Path("bundle"), **given) == found and not found.recorded
+    assert asked == [(None, (None, None), None, trusted)]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "recorded", "told"),
+    [(True, "", True, ""), (True, "it is signed", False, "it is signed"),
+     (False, "", False, "Not recorded: the bundle is in an object store.")],
+)  # fmt: skip
+def test_what_engines_showed_is_recorded_where_it_can_be(
+    record: bool, reason: str, recorded: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = validate_bundle.Validated(manifest="after", report=judge.Report(candidate="c", reference="r", rows=()))  # type: ignore[arg-type]
+    written: list[Any] = []
+    monkeypatch.setattr(validate_bundle, "_judged", lambda *_: after)
+    monkeypatch.setattr(validate_bundle.bundle, "checked", lambda *_, **__: nullcontext("before"))
+    monkeypatch.setattr(validate_bundle, "_record", lambda *manifests: written.append(manifests) or reason)
+    found = validate_bundle.validate(Path("bundle"), **({} if record else {"record": False}))
+    assert (found.recorded, found.not_recorded) == (recorded, told)
+    assert written == ([(Path("bundle"), "before", "after")] if record else [])

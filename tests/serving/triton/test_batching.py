@@ -94,6 +94,9 @@ def test_a_machine_that_is_slow_at_first_makes_no_batch_look_worth_waiting_for(m
         ({1: 20.0, 2: 18.0, 8: 80.1},
          ((4,), 0, "none, or larger batches than 4 would form under load, which win an item nothing")),
         ({8: 10.0, 1: 10.0}, ((8,), 1000, "a tenth of what one item takes")),
+        # Only sizes up to four are never held back.
+        ({1: 10.0, 5: 50.0, 6: 60.0},
+         ((1,), 0, "none, or larger batches than 1 would form under load, which win an item nothing")),
     ],
 )  # fmt: skip
 def test_what_is_worth_waiting_for(latency_ms: dict[int, float], chosen: tuple[tuple[int, ...], int, str]) -> None:
@@ -125,3 +128,11 @@ def test_the_text_is_indented() -> None:
         "}\n"
         "dims: [3, -1]  # a range\n"
     )
+
+
+def test_without_a_measurement_nothing_waits() -> None:
+    found = batching.unmeasured((2, 4), "why", 3)
+    assert (found.preferred, found.preferred_why, found.queue_size, found.latency_ms) == ((2, 4), "why", 24, {})
+    assert (found.queue_delay_us, found.queue_delay_why) == (
+        0, "what queued up while the last batch ran is merged all the same",
+    )  # fmt: skip
