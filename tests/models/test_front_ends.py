@@ -92,6 +92,7 @@ def test_sizes_that_the_user_names() -> None:
     assert named == FrontEnd(
         name="sized_images", graph="model", meaning=MEANING, settings={"sizes": [(140, 280), (280, 140)]}
     )
+    assert model_of("tiny_heads").of_sizes(sizes) == named
 
 
 SIDE = Dim(name="height", min=14, opt=518, max=518, step=14)
@@ -108,6 +109,12 @@ SIDE = Dim(name="height", min=14, opt=518, max=518, step=14)
 )
 def test_a_further_size_must_be_worth_it(others: int, sizes: list[tuple[int, int]]) -> None:
     assert serving.sizes_for([(140, 140)] * 100 + [(154, 140)] * others, SIDE, SIDE) == sizes
+
+
+def test_few_images_far_away_get_no_size_of_their_own() -> None:
+    """Eight of a thousand, at a distance of one, save less than a hundredth for each image."""
+    real = [(140, 140)] * 1000 + [(140, 378)] * 8 + [(378, 140)] * 8
+    assert serving.sizes_for(real, SIDE, SIDE) == [(140, 140)]
 
 
 def test_eight_sizes_at_most() -> None:

@@ -163,17 +163,17 @@ def test_samples_without_one_readable_image_are_refused(files: dict[str, bytes],
 
 @pytest.mark.parametrize(("batch", "too_many"), [(8, False), (9, True)])
 def test_noise_has_a_largest_number_of_values(batch: int, too_many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a milliard: 8 grey images of 8192 x 8192, which are asked for here and not made."""
+    """Half a milliard: 8 images of 8192 x 4096 in two channels, which are asked for here and not made."""
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(cases.synthetic, "pixels", lambda *size: asked.append(size))
-    grey = taken(as_bytes=False, in_chans=1, preprocess={"mean": [0.5], "std": [0.25]})
+    of_two = taken(as_bytes=False, in_chans=2, preprocess={"mean": [0.5] * 2, "std": [0.25] * 2})
     if too_many:
         with pytest.raises(UsageError) as refused:
-            grey.noise(batch, 8192, 8192, 3)
-        assert refused.value.message == ("9 images of 8192x8192 in 1 channels are more than memory is taken for.")
+            of_two.noise(batch, 8192, 4096, 3)
+        assert refused.value.message == ("9 images of 8192x4096 in 2 channels are more than memory is taken for.")
     else:
-        grey.noise(batch, 8192, 8192, 3)
-    assert asked == ([] if too_many else [(8, 8192, 8192, 3, 1)])
+        of_two.noise(batch, 8192, 4096, 3)
+    assert asked == ([] if too_many else [(8, 8192, 4096, 3, 2)])
 
 
 @pytest.mark.parametrize(("channels", "repeated"), [(1, [0]), (3, [0, 1, 2]), (5, [0, 1, 2, 0, 1])])

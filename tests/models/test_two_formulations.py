@@ -151,8 +151,8 @@ def test_heads(kind: str) -> None:
     """A released head for pixels or patches of an image that is padded around; the others of whole patches."""
     strict = kind == "depth_anything"
     model = model_of({}, head={"kind": kind, **HEADS[kind]}, graph={"sizes": "strict"} if strict else {})
-    # The DPT head is 256 wide whatever the backbone, so it gets two patches only.
-    size = (11, 25) if kind == "nyu_dpt" else (25, 37) if model.head.pads else (28, 42)
+    # The DPT head is 256 wide whatever the backbone, so it gets three patches only.
+    size = (11, 37) if kind == "nyu_dpt" else (25, 37) if model.head.pads else (28, 42)
     found = same(model, pixels(*size))
     if "labels" in found:
         logits = F.interpolate(torch.from_numpy(found["patch_logits"]), size=size, mode="bilinear").numpy()
@@ -169,6 +169,21 @@ def test_a_metric_depth_anything() -> None:
     table = {"kind": "depth_anything", "max_depth": 20.0, **HEADS["depth_anything"]}
     depth = same(model_of({}, head=table, graph={"sizes": "strict"}), pixels(14, 28))["depth"]
     assert depth.shape == (2, 14, 28) and depth.min() > 0 and depth.max() < 20
+
+
+def test_two_classes_are_enough() -> None:
+    same(model_of({}, head={"kind": "logreg", "classes": CLASSES[:2]}), pixels(14, 28))
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("nyu_linear", False), ("depth_anything", True)])
+def test_what_a_head_computes_in_beside_an_fp16_backbone(kind: str, exact: bool) -> None:
+    """A DPT head in fp16 too, so that each of its numbers is one of fp16; a linear head in fp32."""
+    sizes = {"sizes": "strict"} if kind == "depth_anything" else {}
+    model = model_of({}, head={"kind": kind, **HEADS[kind]}, graph=sizes)
+    (found,) = model.reference(
+        lambda name: model.synthetic(name, SEED), [pixels(14, 28)], precision=Precision.FP16, progress=silent
+    )
+    assert np.array_equal(found["depth"], found["depth"].astype(np.float16)) == exact
 
 
 def test_heads_of_backbones_with_registers() -> None:
