@@ -218,3 +218,69 @@ def test_who_is_trusted_and_where_results_are_recorded(
     monkeypatch.setattr(api, "Bundle", lambda path, _manifest, **how: (path, how))
     path, how = api.load(place, check=False, **settings)  # type: ignore[misc]
     assert (str(path), how["trusted"], how["record"]) == expected
+
+
+@pytest.mark.parametrize("check", [None, True, False])
+def test_every_file_is_checked_unless_it_is_not_wanted(check: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest: Any = SimpleNamespace(files=("a", "b"))
+    monkeypatch.setattr(api.changes, "settle", lambda _path: None)
+    monkeypatch.setattr(api.changes, "reading", nullcontext)
+    monkeypatch.setattr(api.bundle, "read_manifest", lambda _path: manifest)
+    checked: list[Any] = []
+    monkeypatch.setattr(api.bundle, "check_files", lambda _path, files, progress: checked.append(files) or {"a": 1})
+    monkeypatch.setattr(api.bundle, "check_graphs", lambda _path, manifest: checked.append(manifest))
+    monkeypatch.setattr(api, "Bundle", lambda _path, _manifest, **how: how)
+    how: Any = api.load("here", **({} if check is None else {"check": check}))
+    assert checked == ([] if check is False else [("a", "b"), manifest])
+    assert how == {
+        "threads": 0, "device": None, "trusted": False, "sizes": (), "seen": {} if check is False else {"a": 1},
+        "record": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("out", "asked", "recorded"),
+    [(None, None, True), (Path("out"), "out", True), ("s3://bucket/out", "s3://bucket/out", False)],
+)
+def test_a_build_asks_for_what_was_given_and_its_bundle_is_trusted(
+    out: Any, asked: str | None, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinoexport.pipeline import build as pipeline
+
+    requests: list[Any] = []
+
+    def build_request(*words: Any, **settings: Any) -> str:
+        requests.append((words, settings))
+        return "the request"
+
+    def build(request: str, **settings: Any) -> Any:
+        requests.append((request, settings))
+        return SimpleNamespace(folder="folder", manifest="manifest")
+
+    monkeypatch.setattr(pipeline, "build_request", build_request)
+    monkeypatch.setattr(pipeline, "build", build)
+    monkeypatch.setattr(api.in_store, "destination", lambda place, **_: nullcontext(place))
+    monkeypatch.setattr(api, "Bundle", lambda *words, **how: (words, how))
+    made: Any = api.build(
+        "vits14", weights=Path("w.pth"), precision="bf16", runtime="openvino", profiles=["a"], out=out
+    )
+    assert made == (
+        ("folder", "manifest"), {"threads": 0, "device": None, "trusted": True, "record": recorded}
+    )  # fmt: skip
+    (words, settings), (request, how) = requests
+    del settings["progress"], how["progress"]
+    assert (words, request, how) == (("vits14",), "the request", {"force": False, "keep_rejected": False})
+    assert settings == {
+        "weights": "w.pth", "head": None, "head_weights": None, "prefix": None, "precision": Precision.BF16,
+        "target": None, "runtime": Runtime.OPENVINO, "engine_choices": {"profiles": ("a",)}, "out": asked,
+        "judge_code": "plain",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"precision 'fp31' is unknown\. Did you mean 'fp32'"):
+        api.build("vits14", precision="fp31")
+
+
+def test_an_array_has_axes_and_an_interface() -> None:
+    """A Pillow image has the interface, and a tensor of another package axes."""
+    assert api._is_array(np.zeros(1))
+    assert not api._is_array(SimpleNamespace(__array_interface__={})) and not api._is_array(SimpleNamespace(ndim=2))
+    assert api._items(b"one") == [b"one"] and api._items("one") == ["one"] and api._items(("a", "b")) == ["a", "b"]
