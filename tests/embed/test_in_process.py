@@ -406,6 +406,16 @@ def test_what_is_wrong_is_found(embedded: Any, model: Model, tmp_path: Path, mon
         verify.verify(asked[0], asked[1], str(tmp_path / "empty"))
 
 
+def test_a_vector_of_another_length_is_wrong(embedded: Any, model: Model, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its direction alone does not prove it."""
+    embedded(outputs=["class_token"])
+    monkeypatch.setattr(
+        embedder.opening, "opened", lambda *_: (lambda i: {n: 1.1 * a for n, a in model(i).items()}, "")
+    )
+    found = verify.verify(tmp_path / "bundle", str(tmp_path / "photos"), str(tmp_path / "out"))
+    assert found.report is not None and not found.passed
+
+
 def test_a_sample_of_nothing_proves_nothing(embedded: Any, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
