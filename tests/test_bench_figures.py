@@ -115,7 +115,9 @@ def test_the_product_is_of_the_same_numbers_each_time(monkeypatch: pytest.Monkey
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is found of a bundle whose two loads take so many GFLOP, at a peak of 2 GFLOP/s."""
-    model: Any = SimpleNamespace(workloads=(LOAD, Workload(name="large", inputs={}, items=1, unit="images")))
+    model: Any = SimpleNamespace(
+        workloads=(LOAD, Workload(name="large", inputs={"x": np.zeros(1)}, items=1, unit="images"))
+    )
     monkeypatch.setattr(bench, "parse", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(bench.family, "find", lambda _name: SimpleNamespace(model=lambda _recipe: model))
     monkeypatch.setattr(cpu, "open_graphs", lambda *_: {})

@@ -213,8 +213,13 @@ def test_a_target_that_nothing_here_can_build_for_says_so(machine: Any) -> None:
     )
 
 
-def test_a_byte_less_than_the_largest_variant_needs_is_too_little(machine: Any) -> None:
+def test_a_byte_less_than_the_largest_variant_needs_is_too_little(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, state, fix = machine(free_bytes=DISK_BYTES - 1)["disk, cache"]
     assert found.startswith("16 GB free in ") and state == "missing"
     assert fix == "The largest variant needs 16 GB: free some, or set DINOEXPORT_CACHE or --out"
+    monkeypatch.setattr(doctor, "_DISK_WANTED", 2_500_000_001)
+    fix = machine(free_bytes=2_500_000_000)["disk, cache"][2]
+    assert fix.startswith("The largest variant needs 3 GB: ")
     assert machine(free_bytes=2_500_000_001)["disk, here"][0].startswith("3 GB free in ")

@@ -107,7 +107,10 @@ def test_an_rtx_engine_and_its_facts(process: Process, monkeypatch: pytest.Monke
     }  # fmt: skip
 
 
-def test_a_classic_plan_is_opened_after_it_is_built_and_shares_the_gpus_timings(process: Process) -> None:
+def test_a_classic_plan_is_opened_after_it_is_built_and_shares_the_gpus_timings(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINOEXPORT_CACHE", str(process.folder / "not" / "yet"))
     process.header = PLAN
     process.looked_at = {
         "weight_bytes": 1001,
@@ -115,6 +118,7 @@ def test_a_classic_plan_is_opened_after_it_is_built_and_shares_the_gpus_timings(
             {"Name": "attention 1", "TacticName": "sm80_MHA_fused"},
             {"Name": "attention 1 [profile 1]", "TacticName": "sm80_mha_fused"},
             {"Name": "product", "TacticName": "gemm"},
+            {"Name": "another product", "TacticName": "gemm"},
             "mha, but only a name",
         ],
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dinoexport.errors import MissingRequirement
+from dinoexport.errors import MissingRequirement, UsageError
 from dinoexport.system.store import place as places
 from dinoexport.system.store import remote
 
@@ -103,6 +103,55 @@ def test_no_more_is_written_than_was_declared(store: Store, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="name has 6 bytes, more than 5"):
         place.fetch("name", tmp_path / "too long", max_bytes=5)
     assert (tmp_path / "too long").read_bytes() == b"123"
+
+
+@pytest.mark.parametrize(
+    ("url", "answer", "words"),
+    [
+        ("https://host", "405 Method Not Allowed", "this web server does not list its files"),
+        ("https://host", "the status was 501", "this web server does not list its files"),
+        ("https://host", "500 Internal Server Error", "the store cannot be reached or broke off"),
+        ("s3://bucket", "400 Bad Request", "the store cannot be reached or broke off"),
+    ],
+)
+def test_a_web_server_that_lists_nothing_says_so(
+    url: str, answer: str, words: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise obstore.exceptions.GenericError(answer)
+
+    monkeypatch.setattr(obstore, "list", refuse)
+    with pytest.raises((UsageError, MissingRequirement), match=words):
+        list(remote.RemotePlace(url).files())
+
+
+def test_a_new_object_is_written_once_and_a_known_one_over_its_own_content(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    asked: list[Any] = []
+    monkeypatch.setattr(obstore, "put", lambda _store, name, _content, **how: asked.append((name, how)))
+    (tmp_path / "file").write_bytes(b"1")
+    place = remote.RemotePlace("s3://bucket")
+    place.write("a", b"1")
+    place.write("b", b"1", new=True)
+    place.write_over("c", b"1", tag=None)
+    place.write_over("d", b"1", tag=remote.Tag(e_tag="tag", version=None))
+    place.upload(tmp_path / "file", "e")
+    place.upload(tmp_path / "file", "f", new=True)
+    assert asked == [
+        ("a", {"mode": "overwrite", "use_multipart": False}),
+        ("b", {"mode": "create", "use_multipart": False}),
+        ("c", {"mode": "create", "use_multipart": False}),
+        ("d", {"mode": {"e_tag": "tag"}, "use_multipart": False}),
+        ("e", {}),
+        ("f", {"mode": "create", "use_multipart": False}),
+    ]
+    with pytest.raises(UsageError, match="is a web server, which cannot be written to"):
+        remote.RemotePlace("https://host").write("a", b"1")
 
 
 @pytest.mark.parametrize(("name", "shown"), [("a.b_c-1", "a-b-c-1"), ("", "host"), ("ü", "-")])
