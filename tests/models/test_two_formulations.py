@@ -171,6 +171,14 @@ def test_a_metric_depth_anything() -> None:
     assert depth.shape == (2, 14, 28) and depth.min() > 0 and depth.max() < 20
 
 
+@pytest.mark.parametrize("size", [(15, 27), (29, 14), (27, 41)])
+def test_heads_of_images_near_whole_patches(size: tuple[int, int]) -> None:
+    """One pixel more or less than patches have, of normalised pixels and of bytes."""
+    same(model_of({}, head={"kind": "nyu_linear"}), pixels(*size))
+    images = np.random.RandomState(SEED).randint(0, 256, (2, *size, 3), dtype=np.uint8)
+    same(model_of({}, head={"kind": "voc2012_linear"}, graph={"input": "images"}), {"images": images})
+
+
 def test_two_classes_are_enough() -> None:
     same(model_of({}, head={"kind": "logreg", "classes": CLASSES[:2]}), pixels(14, 28))
 
