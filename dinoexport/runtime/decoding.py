@@ -72,7 +72,7 @@ class ArrayDecoder:
     """A decoder whose cache is passed in and out as arrays with every call, so that it works with any runner."""
 
     def __init__(self, run: Runner, graph: Graph) -> None:
-        self._run, self._graph = run, graph
+        self._run, self._graph, self._step = run, graph, step_of(graph)
         self._names = frozenset(tensor.name for tensor in graph.outputs)
         self._cache: dict[str, Array] = {}
         self.past_tokens = 0
@@ -86,7 +86,7 @@ class ArrayDecoder:
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
         inputs = inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
-        check_step(self._graph, inputs, len(next(iter(self._cache.values()), ())), self.past_tokens)
+        check_step(self._step, inputs, len(next(iter(self._cache.values()), ())), self.past_tokens)
         answers = self._run(inputs | (self._cache or empty_cache(self._graph, len(input_ids_BT))))
         self._cache = {taken: answers.pop(given) for taken, given in self._graph.carried.items()}
         self.inside = {name: array for name, array in answers.items() if name not in self._names}
@@ -124,12 +124,17 @@ def inputs_of(
     }
 
 
-def check_step(graph: Graph, inputs: Arrays, batch: int, past_tokens: int) -> None:
-    """Raises InputRefused if a step's inputs are not the graph's, or do not continue a cache of this size.
+def step_of(graph: Graph) -> Graph:
+    """The graph without its carried inputs: what a step is given."""
+    return replace(graph, inputs=tuple(tensor for tensor in graph.inputs if tensor.name not in graph.carried))
 
-    batch: of the sequences in the cache; 0 for an empty one.
+
+def check_step(step: Graph, inputs: Arrays, batch: int, past_tokens: int) -> None:
+    """Raises InputRefused if a step's inputs are not those of `step_of` its graph, or do not continue such a cache.
+
+    batch: of the sequences in the cache; 0 for an empty one. past_tokens: in each of them.
     """
-    check_inputs(replace(graph, inputs=tuple(t for t in graph.inputs if t.name not in graph.carried)), inputs)
+    check_inputs(step, inputs)
     rows, new = inputs[INPUT_IDS].shape
     if batch and rows != batch:
         raise InputRefused(f"The cache holds {batch} sequences, not {rows}.", next_step="Reset or reorder it first.")

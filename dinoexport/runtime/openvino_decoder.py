@@ -107,6 +107,7 @@ class OpenVinoDecoder:
 
     def __init__(self, compiled: Any, graph: Graph) -> None:
         self._request, self._graph = compiled.create_infer_request(), graph
+        self._step = decoding.step_of(graph)
         # A state has the name of its variable, which joins the names of two tensors.
         self._states = {
             name: next(s for s in self._request.query_state() if s.name in (name + given, name, given))
@@ -125,7 +126,7 @@ class OpenVinoDecoder:
     def rows(self, input_ids_BT: Array, attention_mask_BS: Array, *, keep: int = 1, first_position: int = 0) -> Array:
         """See `Decoder`."""
         inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
-        decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
+        decoding.check_step(self._step, inputs, self._batch, self.past_tokens)
         return self._infer(inputs)
 
     def _infer(self, inputs: Arrays) -> Array:

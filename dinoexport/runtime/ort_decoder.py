@@ -36,7 +36,11 @@ class OrtDecoder:
 
     def __init__(self, session: Any, graph: Graph) -> None:
         self._session, self._graph = session, graph
+        self._step = decoding.step_of(graph)
+        (logits,) = (tensor for tensor in graph.outputs if tensor.name == decoding.LOGITS)
+        self._vocabulary, self._dtype = int(logits.shape[-1]), logits.dtype
         self._binding: Any = None
+        self._bound: dict[str, Array] = {}  # inputs whose memory the binding reads, besides the cache
         self._buffers: dict[str, Array] = {}
         self.past_tokens = 0
         self.inside: dict[str, Array] = {}
@@ -51,7 +55,7 @@ class OrtDecoder:
         import numpy as np
 
         inputs = decoding.inputs_of(input_ids_BT, attention_mask_BS, keep, first_position)
-        decoding.check_step(self._graph, inputs, self._batch, self.past_tokens)
+        decoding.check_step(self._step, inputs, self._batch, self.past_tokens)
         batch, new = input_ids_BT.shape
         if batch == 1 or new == 1 or not self.past_tokens:
             return self._run(inputs)
@@ -84,21 +88,26 @@ class OrtDecoder:
 
         onnxruntime = telemetry.onnxruntime()
 
-        batch, total = len(inputs[decoding.INPUT_IDS]), inputs[decoding.ATTENTION_MASK].shape[1]
+        (batch, new), total = inputs[decoding.INPUT_IDS].shape, inputs[decoding.ATTENTION_MASK].shape[1]
         self._make_room(batch, total)
         lengths = {LAST_TOKEN: np.full(batch, total - 1, np.int32), ALL_TOKENS: np.array([total], np.int32)}
         for name, array in {**inputs, **lengths}.items():
+            if name in self._bound and self._bound[name].shape == array.shape:
+                self._bound[name][...] = array
+                continue
+            self._bound[name] = np.array(array, order="C")
             # Bound as a value: for an input with a default the binding knows no type for an array.
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_output(decoding.LOGITS)
+            self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(self._bound[name]))
+        kept = len(range(new)[-int(inputs[decoding.LOGITS_TO_KEEP][0]) :])
+        # Of the caller's own memory: asked for its outputs, the binding wraps all of them, those of the cache too.
+        logits = np.empty((batch, kept, self._vocabulary), self._dtype)
+        self._binding.bind_ortvalue_output(decoding.LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exception classes share no public base but Exception
             shapes = {name: array.shape for name, array in inputs.items()}
             raise BuildError(f"ONNX Runtime failed on {shapes}: {error}", next_step="Report it.") from error
         self.past_tokens = total
-        logits: Array = self._binding.get_outputs()[-1].numpy()  # bound last
         return logits
 
     def _make_room(self, batch: int, total: int) -> None:
@@ -110,7 +119,7 @@ class OrtDecoder:
         past = self.carried() or decoding.empty_cache(self._graph, batch)
         onnxruntime = telemetry.onnxruntime()
 
-        self._binding = self._session.io_binding()
+        self._binding, self._bound = self._session.io_binding(), {}
         for name in list(past):
             array = past.pop(name)  # and with it the last buffer: at most one is held twice
             heads, width = array.shape[1], array.shape[3]

@@ -328,6 +328,24 @@ def test_cache_in_place_is_the_file_s(name: str, exported: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
+def test_each_step_has_arrays_of_its_own(way: Way, exported: Callable[[str], Path]) -> None:
+    """Later steps change neither the logits of earlier ones nor a caller's inputs, which he may write over."""
+    graph = model_of("tiny_gqa").graphs[0]
+    decoder, fresh = (cpu.open_decoder(exported("tiny_gqa"), graph, way) for _ in range(2))
+    token, mask = np.array([[7]]), np.ones((1, 3), np.int64)
+    first = decoder.step(token, mask[:, :1])
+    kept = first.copy()
+    token[:] = 9
+    second = decoder.step(token, mask[:, :2])
+    token[:] = 11
+    third = decoder.step(token, mask)
+    assert np.array_equal(first, kept) and not np.array_equal(first, second)
+    for wanted, ids in ((first, [7]), (second, [7, 9]), (third, [7, 9, 11])):
+        fresh.reset()
+        assert np.allclose(fresh.step(np.array([ids]), mask[:, : len(ids)]), wanted, atol=1e-5), ids
+
+
+@pytest.mark.parametrize("way", [ORT, OPENVINO], ids=lambda way: way.runtime)
 def test_decoder_refuses_what_does_not_continue(way: Way, exported: Callable[[str], Path]) -> None:
     model = model_of("tiny_gqa")
     decoder = cpu.open_decoder(exported("tiny_gqa"), model.graphs[0], way)
