@@ -187,3 +187,11 @@ def test_what_is_assumed_of_weights_alone() -> None:
     }
     assert values(register_count=4) == without | registers
     assert set(without) - set(values(in_chans=4)) == {"preprocess.mean", "preprocess.std"}
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_an_empty_table_of_positions_says_nothing(rows: int, tmp_path: Path) -> None:
+    """The check of the weights' shapes then refuses it by name."""
+    made = described.recipe_from(beside(tmp_path), shapes_of() | {"pos_embed": (1, rows, 128)})
+    assert made is not None and made.profile["height"] == Range(min=14, opt=14, max=1022)
+    assert "position_side" not in made.model

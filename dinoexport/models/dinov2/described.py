@@ -72,7 +72,7 @@ def _seen(shapes: Shapes) -> dict[str, Any]:
     inside = {match[2] for match in blocks}
     if len(kernel) == 4:
         seen |= {"embed_dim": kernel[0], "in_chans": kernel[1], "patch_size": kernel[2]}
-    if len(table) == 3 and (side := math.isqrt(table[1] - 1)) ** 2 == table[1] - 1:
+    if len(table) == 3 and table[1] > 1 and (side := math.isqrt(table[1] - 1)) ** 2 == table[1] - 1:
         seen["position_side"] = side
     if blocks:
         seen["depth"] = 1 + max(int(match[1]) for match in blocks)
