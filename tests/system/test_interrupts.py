@@ -1,0 +1,78 @@
+"""An interrupt that a library drops is not lost."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dinoexport.system import interrupts
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """The process as `main` leaves it, and after the test as it was."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    interrupts.leave_at_once()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
+
+
+class Drops:
+    """An object whose end cannot pass an exception on, as a compiled library cannot that asks for a text."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_such_a_place_ends_the_block(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    class Signalled:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        Signalled()
+    assert capsys.readouterr().err == "", "no traceback"
+
+
+def test_it_replaces_the_error_that_followed() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        Drops(KeyboardInterrupt())
+        raise ValueError("a text that could not be made")
+
+
+def test_long_work_is_interrupted_soon() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        Drops(KeyboardInterrupt())
+        while time.monotonic() < started + 5:
+            pass
+    assert time.monotonic() < started + 4
+
+
+def test_nothing_comes_after_the_block() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        Drops(KeyboardInterrupt())
+    signal.signal(signal.SIGINT, lambda *_: pytest.fail("interrupted again"))
+    time.sleep(2 * interrupts._AGAIN_AFTER_S)
+    with interrupts.raised():
+        pass
+
+
+def test_another_error_is_pythons_own_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda dropped: told.append(dropped.exc_type))
+    before = sys.unraisablehook
+    with interrupts.raised():
+        Drops(ValueError())
+    assert told == [ValueError] and sys.unraisablehook is before
