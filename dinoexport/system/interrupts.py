@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +12,7 @@ from typing import Any
 EXIT_CODE = 130  # what a shell reports for Ctrl-C
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 # A compiled library may ask an object for its text, and drop the interrupt that is raised then: pydantic-core does.
-# Each of these raises one again.
-_dropped: list[threading.Timer] = []
-_AGAIN_AFTER_S = 0.05
+_dropped: list[type[BaseException]] = []
 
 
 def last_words() -> str:
@@ -37,21 +33,19 @@ def leave_at_once() -> None:
 def raised() -> Iterator[None]:
     """While the block runs either signal raises KeyboardInterrupt, if `leave_at_once` was called before.
 
-    One that a library dropped is raised a little later, and at the latest when the block ends, in place of its result.
+    One that a library dropped is raised when the block ends, in place of its result.
     """
     if signal.getsignal(signal.SIGTERM) is not _leave:
         yield
         return
     _dropped.clear()
     _handle(_raise)
-    before, sys.unraisablehook = sys.unraisablehook, _raise_again
+    before, sys.unraisablehook = sys.unraisablehook, _keep
     try:
         yield
     finally:
         sys.unraisablehook = before
         _handle(_leave)
-        for again in _dropped:
-            again.cancel()
         if _dropped:
             raise KeyboardInterrupt
 
@@ -66,15 +60,12 @@ def _raise(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _raise_again(dropped: Any) -> None:
+def _keep(dropped: Any) -> None:
     """Python's hook for an exception that cannot reach its caller."""
-    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        _dropped.append(dropped.exc_type)
+    else:
         sys.__unraisablehook__(dropped)
-        return
-    again = threading.Timer(_AGAIN_AFTER_S, _thread.interrupt_main)
-    again.daemon = True
-    _dropped.append(again)
-    again.start()
 
 
 def _leave(_number: int, _frame: Any) -> None:
