@@ -16,6 +16,7 @@ def _handlers() -> Iterator[None]:
     """The process as `main` leaves it, and after the test as it was."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     interrupts.leave_at_once()
     yield
     for number, handler in before.items():
