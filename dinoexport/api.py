@@ -209,25 +209,16 @@ class Bundle:
         return self._opened
 
     def _open(self) -> tuple[Candidate, str]:
-        graphs = {self.folder / facts.file: facts.graph() for facts in self.manifest.graphs}
-        if self.manifest.engines and self._device != "cpu":
+        if runners.is_for_gpu(self.manifest) and self._device != "cpu":
             try:
-                engines = {self.folder / facts.file: facts for facts in self.manifest.engines}
-                candidate, device = runners.open_engines(self._model, engines, graphs, trusted=self._trusted)
-                return candidate, runners.engine_name(runners.engines_here(self.manifest.engines)[0], device)
-            except MissingRequirement:
-                if self._device == "gpu":
-                    raise
-        elif runners.runs_on_gpu(self.manifest) and self._device != "cpu":
-            try:
-                there = runners.open_graphs_on_gpu(graphs, self.manifest.precision)
-                name = runners.candidate_name(self.manifest.precision, there.way, {}, device=there.device)
-                return runners.driven(self._model, there.graphs), name
+                there = runners.open_on_gpu(self._model, self.folder, self.manifest, trusted=self._trusted)
+                return there.candidate, there.name
             except MissingRequirement:
                 if self._device == "gpu":
                     raise
         elif self._device == "gpu":
             raise UsageError(f"{self.folder} has no engine for a GPU.", next_step="Leave the device out.")
+        graphs = {self.folder / facts.file: facts.graph() for facts in self.manifest.graphs}
         way = replace(runners.way_of(self.manifest), threads=self._threads)
         opened = cpu.open_for_sizes(graphs, way, named=self._sizes)
         self._specialised = tuple(graph for graph in opened.values() if isinstance(graph, Specialised))

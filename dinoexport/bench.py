@@ -162,6 +162,8 @@ def _timed(
     ask_pytorch, why_not = _pytorch(folder, model, recipe, manifest, given, progress)
     neighbours, peak = timing.Neighbours(), peak_gflop_per_s()
     rows, notes = [], [why_not] if why_not else []
+    if runners.is_for_gpu(manifest):
+        notes.append("the bundle is for a GPU, but its graph was timed on this machine's CPU")
     if told := [f"{name}={os.environ[name]}" for name in BLAS_SETTINGS if name in os.environ]:
         notes.append(f"the peak was measured with {', '.join(told)} set: without it the machine may be faster")
     loads, forms = model.workloads, dict[str, Mapping[str, Runner]]()

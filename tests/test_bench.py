@@ -16,7 +16,7 @@ from dinoexport.bundle import Manifest
 from dinoexport.config import recipe
 from dinoexport.models.dinov2.model import Dinov2Model
 from dinoexport.pipeline import build as pipeline
-from dinoexport.runtime import cpu
+from dinoexport.runtime import cpu, runners
 from dinoexport.spec import Precision, Workload, silent
 from dinoexport.system import timing
 from tests.conftest import DATA
@@ -117,6 +117,13 @@ def test_what_takes_too_long_is_left_out_and_said(folder: Path, monkeypatch: pyt
 def test_noise_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.Neighbours, "share", lambda self: 0.4)
     assert any("other processes used 40%" in note for note in bench.bench(folder).notes)
+
+
+def test_a_gpu_s_bundle_timed_on_the_cpu_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "the bundle is for a GPU, but its graph was timed on this machine's CPU"
+    assert said not in bench.bench(folder).notes
+    monkeypatch.setattr(runners, "is_for_gpu", lambda manifest: True)
+    assert said in bench.bench(folder).notes
 
 
 def test_a_blas_that_was_told_what_to_do_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

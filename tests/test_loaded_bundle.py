@@ -36,15 +36,10 @@ class Opened:
         monkeypatch.setattr(api.family, "find", lambda _name: SimpleNamespace(model=lambda _recipe: self.model))
         monkeypatch.setattr(api.changes, "reading", nullcontext)
         monkeypatch.setattr(api.bundle, "check_same", lambda *_: None)
-        monkeypatch.setattr(runners, "open_engines", self.engines)
-        monkeypatch.setattr(runners, "engines_here", lambda engines: engines[::-1])
-        monkeypatch.setattr(runners, "engine_name", lambda facts, device: f"{facts.file} on {device}")
-        monkeypatch.setattr(runners, "open_graphs_on_gpu", self.graphs_on_gpu)
+        monkeypatch.setattr(runners, "open_on_gpu", self.on_gpu)
         monkeypatch.setattr(runners, "driven", lambda _model, _opened: self.candidate)
         monkeypatch.setattr(runners, "way_of", lambda _m: Way(runtime=Runtime.OPENVINO, precision=Precision.FP32))
-        monkeypatch.setattr(
-            runners, "candidate_name", lambda _p, way, _a, device="the CPU": f"{way.runtime} on {device}"
-        )
+        monkeypatch.setattr(runners, "candidate_name", lambda _p, way, _a: f"{way.runtime} on the CPU")
         monkeypatch.setattr(cpu, "open_for_sizes", self.on_cpu)
 
     def bundle(self, *, engines: int = 0, target: str = "cpu", graph: Graph = GRAPH, **settings: Any) -> api.Bundle:
@@ -63,16 +58,11 @@ class Opened:
     def prepare(self, name: str, settings: Any, encoded: list[bytes]) -> Any:
         return {"images": (name, settings.of, encoded)}
 
-    def engines(self, *_: Any, **__: Any) -> Any:
+    def on_gpu(self, _model: Any, _folder: Path, manifest: Any, *, trusted: bool) -> runners.OnGpu:
         if self.missing:
             raise MissingRequirement(self.missing, next_step="")
-        return self.candidate, "an L4"
-
-    def graphs_on_gpu(self, *_: Any) -> Any:
-        if self.missing:
-            raise MissingRequirement(self.missing, next_step="")
-        way = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32)
-        return SimpleNamespace(graphs={}, way=way, device="an L4")
+        what = "an engine" if manifest.engines else "the graph"
+        return runners.OnGpu(candidate=self.candidate, name=f"{what} on an L4", device="an L4")
 
     def on_cpu(self, _graphs: Any, way: Way, *, named: tuple[str, ...]) -> Any:
         self.way = (way.threads, named)
@@ -87,13 +77,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 @pytest.mark.parametrize(
     ("engines", "target", "device", "missing", "runs_on"),
     [
-        (2, "l4", None, "", "1.plan on an L4"),
-        (2, "l4", "gpu", "", "1.plan on an L4"),
+        (2, "l4", None, "", "an engine on an L4"),
+        (2, "l4", "gpu", "", "an engine on an L4"),
         (2, "l4", "cpu", "", "openvino on the CPU"),
         (2, "l4", None, "no GPU", "openvino on the CPU"),
         (2, "l4", "gpu", "no GPU", "no GPU"),
-        (0, "l4", None, "", "onnxruntime on an L4"),
-        (0, "l4", "gpu", "", "onnxruntime on an L4"),
+        (0, "l4", None, "", "the graph on an L4"),
+        (0, "l4", "gpu", "", "the graph on an L4"),
         (0, "l4", "cpu", "", "openvino on the CPU"),
         (0, "l4", None, "no GPU", "openvino on the CPU"),
         (0, "l4", "gpu", "no GPU", "no GPU"),

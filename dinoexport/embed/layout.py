@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass
 
 from dinoexport.bundle import Manifest
-from dinoexport.errors import MissingRequirement
-from dinoexport.runtime import cpu, engine_header
+from dinoexport.runtime import cpu, runners
 from dinoexport.system import hardware
 
 # Memory of a session: weights, buffers, the interpreter and its packages.
@@ -28,12 +27,12 @@ class Layout:
 def layout_of(manifest: Manifest, workers: int | None) -> Layout:
     """The number of workers on this machine, and the threads of each.
 
-    With engines that run here: a worker for each GPU, whose decoders share the processors. Without:
+    With something that runs on the GPUs here: a worker for each GPU, whose decoders share the processors. Without:
     processes of four threads at most: threads of one session wait for each other, processes do not.
     """
     cpus = cpu.usable_cpus()
-    gpus = hardware.gpus() if manifest.engines else ()
-    if gpus and _runs(manifest):
+    if runners.runs_on_gpu_here(manifest):
+        gpus = hardware.gpus()
         count = workers or len(gpus)
         environments = tuple({"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in gpus)
         decoders = max(1, cpus // count)
@@ -48,11 +47,3 @@ def layout_of(manifest: Manifest, workers: int | None) -> Layout:
     threads = max(1, cpus // count)
     why = f"{cpus} CPUs" + (f", memory for {by_memory}" if by_memory < max(2, cpus // 4) else "")
     return Layout(workers=count, threads=threads, decoders=threads, environments=({},), why=why)
-
-
-def _runs(manifest: Manifest) -> bool:
-    try:
-        engine_header.for_this_machine(manifest.engines, hardware.gpus())
-    except MissingRequirement:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Open a bundle for a worker: its engines or its graphs, with forms for named sizes; and prove it on one case."""
+"""Open a bundle for a worker, on its GPU or with forms of the graphs for named sizes; and prove it on one case."""
 
 from __future__ import annotations
 
@@ -31,18 +31,15 @@ def prove(candidate: Candidate, folder: Path, name: str) -> None:
 def opened(
     folder: Path, manifest: Manifest, model: Runnable, threads: int, forms: Sequence[str]
 ) -> tuple[Candidate, str]:
-    """The bundle's engines if this machine runs them, else its graphs with forms for these sizes; and their name."""
-    graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
-    if manifest.engines:
+    """What the bundle has for this machine's GPU, else its graphs with forms for these sizes; and its name."""
+    if runners.is_for_gpu(manifest):
         try:
-            engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(
-                model, engines, graphs, trusted=False
-            )  # no signature was asked for
+            there = runners.open_on_gpu(model, folder, manifest, trusted=False)  # no signature was asked for
         except MissingRequirement:
             pass
         else:
-            return candidate, runners.engine_name(runners.engines_here(manifest.engines)[0], device)
+            return there.candidate, there.name
+    graphs = {folder / graph.file: graph.graph() for graph in manifest.graphs}
     way = replace(runners.way_of(manifest), threads=threads)
     opened = _with_forms(graphs, way, forms) if forms else cpu.open_graphs(graphs, way)
     return runners.driven(model, opened), runners.candidate_name(manifest.precision, way, {})

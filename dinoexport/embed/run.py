@@ -24,6 +24,7 @@ from dinoexport.embed.plan import Done, Plan, Settings
 from dinoexport.embed.sources import open_source
 from dinoexport.errors import UsageError, ValidationFailed, require
 from dinoexport.family import FrontEnd, PreparesSizes, Servable
+from dinoexport.runtime import runners
 from dinoexport.runtime.sizes import dims_of, shapes_of
 from dinoexport.spec import Graph, Progress, silent
 from dinoexport.system import store
@@ -304,7 +305,7 @@ def _settings(
         end = model.front_ends(samples, progress=progress)[-1 if samples else 0]
         front_end, preparation = end.name, json.loads(json.dumps(dict(end.settings)))
     largest = next((dim.max for dim in graph.dims if dim.name == graph.inputs[0].shape[0]), 1)
-    batch = _BATCH_GPU if manifest.engines else _BATCH_CPU
+    batch = _BATCH_GPU if runners.is_for_gpu(manifest) else _BATCH_CPU
     if manifest.engines:
         name = graph.inputs[0].name
         largest = min(largest, *(max(s[name][2][0] for s in e.profiles.values()) for e in manifest.engines))
@@ -335,8 +336,8 @@ def _named_sizes(model: Servable, graph: Graph, size: str) -> FrontEnd:
 
 
 def _forms(manifest: Manifest, size: str, batch: int) -> tuple[str, ...]:
-    """The sizes of full batches; an engine has profiles instead."""
-    return () if manifest.engines else tuple(f"{batch}x{word}" for word in sorted(set(size.split(","))))
+    """The sizes of full batches; what runs on a GPU has no forms."""
+    return () if runners.is_for_gpu(manifest) else tuple(f"{batch}x{word}" for word in sorted(set(size.split(","))))
 
 
 def _absolute(images: str) -> str:

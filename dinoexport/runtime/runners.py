@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoexport.bundle import EngineFacts, Manifest
 from dinoexport.errors import MissingRequirement, UsageError, require
 from dinoexport.family import Runnable
-from dinoexport.runtime import Arithmetic, Opened, cpu, engine_header, ort, trt
+from dinoexport.runtime import Arithmetic, cpu, engine_header, ort, trt
 from dinoexport.runtime.table import TABLE
 from dinoexport.spec import Array, Arrays, Candidate, Graph, Precision, Profile, Runner, Runtime, Way
 from dinoexport.system import hardware
@@ -44,18 +44,42 @@ def candidate_name(precision: Precision, way: Way, arithmetic: Arithmetic, *, de
     return f"{cpu.title(way.runtime)} on {device}, {precision}{widened}{ran and f' ({ran})'}"
 
 
-def runs_on_gpu(manifest: Manifest) -> bool:
-    """Whether the bundle's graphs themselves are for a GPU: its target is one, and it has no engine."""
-    return manifest.target != "cpu" and not manifest.engines
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnGpu:
-    """A GPU's graphs, opened on a GPU of this machine, whose name is `device`."""
+    """What runs on a GPU of this machine, whose name is `device`, with its name as a candidate."""
 
-    graphs: Mapping[str, Opened]
-    way: Way
+    candidate: Candidate
+    name: str
     device: str
+
+
+def is_for_gpu(manifest: Manifest) -> bool:
+    """Whether the bundle has something for a GPU: engines, or graphs whose target is one."""
+    return bool(manifest.engines) or manifest.target != "cpu"
+
+
+def runs_on_gpu_here(manifest: Manifest) -> bool:
+    """Whether this machine has a GPU that can run the bundle's engines, or if it has none, its graphs."""
+    if not manifest.engines:
+        return is_for_gpu(manifest) and has_gpu_for_graphs()
+    try:
+        return bool(engine_header.for_this_machine(manifest.engines, hardware.gpus()))
+    except MissingRequirement:
+        return False
+
+
+def open_on_gpu(
+    model: Runnable, folder: Path, manifest: Manifest, *, trusted: bool, named_by: Arrays | None = None
+) -> OnGpu:
+    """The bundle's engines; if it has none, its graphs in ONNX Runtime.
+
+    trusted, named_by: as for `open_engines` and `open_graphs_on_gpu`, which say what they raise.
+    """
+    graphs = {folder / facts.file: facts.graph() for facts in manifest.graphs}
+    if not manifest.engines:
+        return open_graphs_on_gpu(model, graphs, manifest.precision, named_by=named_by)
+    engines = {folder / facts.file: facts for facts in manifest.engines}
+    return open_engines(model, engines, graphs, trusted=trusted)
 
 
 def has_gpu_for_graphs() -> bool:
@@ -63,17 +87,27 @@ def has_gpu_for_graphs() -> bool:
     return bool(hardware.gpus() and find_spec("onnxruntime") and ort.has_cuda())
 
 
-def open_graphs_on_gpu(graphs: Mapping[Path, Graph], precision: Precision) -> OnGpu:
+def open_graphs_on_gpu(
+    model: Runnable, graphs: Mapping[Path, Graph], precision: Precision, *, named_by: Arrays | None = None
+) -> OnGpu:
     """The graphs of a GPU's bundle in ONNX Runtime, on this machine's first GPU.
+
+    named_by: a case's inputs. They are run once, so that the name says the arithmetic that was really used.
 
     Raises MissingRequirement without a GPU, or if ONNX Runtime cannot use it.
     """
     gpus = hardware.gpus()
     if not gpus:
-        raise MissingRequirement("This machine has no GPU, or no driver for it.", next_step="Run it on the target.")
+        raise MissingRequirement(
+            "This machine has no GPU, or no driver for it.",
+            next_step="Run it on a machine with the target's GPU; `nvidia-smi` shows whether the driver is there.",
+        )
     require("gpu", "onnxruntime")
     opened = {graph.name: ort.open_graph(path, graph, cuda=True) for path, graph in graphs.items()}
-    return OnGpu(graphs=opened, way=Way(runtime=Runtime.ONNXRUNTIME, precision=precision), device=gpus[0].name)
+    ran = {} if named_by is None else cpu.arithmetic(model, opened, named_by)
+    way = Way(runtime=Runtime.ONNXRUNTIME, precision=precision)
+    name = candidate_name(precision, way, ran, device=gpus[0].name)
+    return OnGpu(candidate=driven(model, opened), name=name, device=gpus[0].name)
 
 
 def graph_way(precision: Precision) -> Way:
@@ -106,8 +140,8 @@ def way_of(manifest: Manifest, runtime: Runtime | None = None) -> Way:
 
 def open_engines(
     model: Runnable, engines: Mapping[Path, EngineFacts], graphs: Mapping[Path, Graph], *, trusted: bool
-) -> tuple[Candidate, str]:
-    """The engines as a function from a case's inputs to its outputs, and the GPU that runs them.
+) -> OnGpu:
+    """The engines as a function from a case's inputs to its outputs.
 
     Where there are several of a graph, for several cards, this machine's is opened.
     trusted: whether the author is known, so that code in an engine may run on this machine: a version-compatible plan
@@ -138,7 +172,9 @@ def open_engines(
         )
         for path, facts in engines.items()
     }
-    return driven(model, runners), devices[0]
+    first = next(iter(engines.values()))
+    name = f"{first.runtime} {first.runtime_version} on {devices[0]}, {first.precision}"
+    return OnGpu(candidate=driven(model, runners), name=name, device=devices[0])
 
 
 def engines_here(engines: tuple[EngineFacts, ...]) -> tuple[EngineFacts, ...]:
@@ -146,8 +182,3 @@ def engines_here(engines: tuple[EngineFacts, ...]) -> tuple[EngineFacts, ...]:
     if len({facts.graph for facts in engines}) == len(engines):
         return engines
     return engine_header.for_this_machine(engines, hardware.gpus())
-
-
-def engine_name(facts: EngineFacts, device: str) -> str:
-    """The name of an engine as a candidate."""
-    return f"{facts.runtime} {facts.runtime_version} on {device}, {facts.precision}"

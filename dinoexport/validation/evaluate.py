@@ -182,14 +182,12 @@ def judge_engines(
     """
     facts = tuple(engines.values())
     try:
-        candidate, device = runners.open_engines(model, engines, graphs, trusted=True)  # they were built here
+        opened = runners.open_engines(model, engines, graphs, trusted=True)  # they were built here
     except MissingRequirement as missing:
         return EngineVerdict(facts=facts, not_run=missing.message)
-    report = judged(
-        watch(candidate), reference, runners.engine_name(runners.engines_here(facts)[0], device), progress=progress
-    )
-    report = with_determinism(report, reference, candidate)
-    return EngineVerdict(facts=executed(facts, device, report), report=report)
+    report = judged(watch(opened.candidate), reference, opened.name, progress=progress)
+    report = with_determinism(report, reference, opened.candidate)
+    return EngineVerdict(facts=executed(facts, opened.device, report), report=report)
 
 
 def executed(facts: tuple[EngineFacts, ...], device: str, report: judge.Report) -> tuple[EngineFacts, ...]:

@@ -201,29 +201,19 @@ def _open(folder: Path, manifest: Manifest, model: Runnable, runtime: Runtime | 
     if runtime is not None and runtime not in has:
         raise UsageError(f"{folder} holds nothing for {runtime}.", next_step=f"It has: {', '.join(sorted(has))}.")
     graphs = {folder / g.file: g.graph() for g in manifest.graphs}
-    not_run = ""
-    if manifest.engines and runtime not in CPU_RUNTIMES:
+    not_run, sample = "", model.workloads[0].inputs
+    if runners.is_for_gpu(manifest) and runtime not in CPU_RUNTIMES:
         try:
-            engines = {folder / engine.file: engine for engine in manifest.engines}
-            candidate, device = runners.open_engines(model, engines, graphs, trusted=trusted)
-            name = runners.engine_name(runners.engines_here(manifest.engines)[0], device)
-            return _Opened(candidate=candidate, name=name, device=device)
+            there = runners.open_on_gpu(model, folder, manifest, trusted=trusted, named_by=sample)
+            device = there.device if manifest.engines else ""
+            return _Opened(candidate=there.candidate, name=there.name, device=device)
         except MissingRequirement as missing:
             if runtime is not None:
                 raise
             not_run = missing.message
-    if runners.runs_on_gpu(manifest) and runtime is None:
-        try:
-            there = runners.open_graphs_on_gpu(graphs, manifest.precision)
-        except MissingRequirement as missing:
-            not_run = missing.message
-        else:
-            ran = cpu.arithmetic(model, there.graphs, model.workloads[0].inputs)
-            name = runners.candidate_name(manifest.precision, there.way, ran, device=there.device)
-            return _Opened(candidate=runners.driven(model, there.graphs), name=name)
     way = runners.way_of(manifest, runtime)
     opened = cpu.open_graphs(graphs, way)
-    name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, model.workloads[0].inputs))
+    name = runners.candidate_name(manifest.precision, way, cpu.arithmetic(model, opened, sample))
     return _Opened(
         candidate=runners.driven(model, opened),
         name=name,

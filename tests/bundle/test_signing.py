@@ -16,7 +16,7 @@ from dinoexport import bundle
 from dinoexport.bundle import signing
 from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.pipeline import build as pipeline
-from dinoexport.validation import evaluate
+from dinoexport.runtime import runners
 from tests.bundle.test_bundle import manifest
 from tests.command_line import run
 from tests.conftest import DATA
@@ -283,8 +283,11 @@ def test_a_signed_manifest_changes_only_with_its_signature(
     signer = signing.open_signer(keys / "sign.pem", ask=never)
     signer.sign(folder)
     before = (folder / bundle.MANIFEST).read_bytes()
-    open_engines = lambda model, engines, graphs, **_: (evaluate.runners.open_candidate(model, graphs), A100.name)  # noqa: E731
-    monkeypatch.setattr(evaluate.runners, "open_engines", open_engines)
+
+    def open_engines(model: Any, _engines: Any, graphs: Any, **_: Any) -> runners.OnGpu:
+        return runners.OnGpu(candidate=runners.open_candidate(model, graphs), name="the engine", device=A100.name)
+
+    monkeypatch.setattr(runners, "open_engines", open_engines)
     shown = run("validate", folder, "--verify", keys / "sign.pub")
     assert shown.exit_code == 0 and "Not recorded, because the bundle is signed" in shown.stdout
     assert (folder / bundle.MANIFEST).read_bytes() == before

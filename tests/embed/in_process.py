@@ -82,8 +82,8 @@ def manifest(**changed: Any) -> Any:
         for name in ("report.json", "model.onnx.data", "model.onnx")
     )
     facts = {
-        "verdict": "passed", "engines": (), "files": files, "graphs": (SimpleNamespace(file="model.onnx"),),
-        "recipe": {"b": 1, "a": 2}, "variant": "tiny", "precision": "fp32",
+        "verdict": "passed", "target": "cpu", "engines": (), "graphs": (SimpleNamespace(file="model.onnx"),),
+        "files": files, "recipe": {"b": 1, "a": 2}, "variant": "tiny", "precision": "fp32",
     }  # fmt: skip
     return SimpleNamespace(**(facts | changed))
 

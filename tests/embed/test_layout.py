@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from dinoexport.embed import layout
-from dinoexport.errors import MissingRequirement
 
 MB = 1 << 20
 # Besides its weights, twice: what a session takes.
@@ -19,25 +18,21 @@ SESSION = 500 * MB
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def fake(*, cpus: int, free: int = 1 << 50, gpus: int = 0, runs: bool = True) -> None:
-        def chosen(*_: object) -> None:
-            if not runs:
-                raise MissingRequirement("no engine for this card")
-
         monkeypatch.setattr(layout.cpu, "usable_cpus", lambda: cpus)
         cards = tuple(SimpleNamespace(uuid=f"GPU-{i}") for i in range(gpus))
         monkeypatch.setattr(layout.hardware, "gpus", lambda: cards)
-        monkeypatch.setattr(layout.engine_header, "for_this_machine", chosen)
+        monkeypatch.setattr(layout.runners, "runs_on_gpu_here", lambda _manifest: runs and gpus > 0)
         pages = {"SC_AVPHYS_PAGES": free // 4096, "SC_PAGE_SIZE": 4096}
         monkeypatch.setattr(os, "sysconf", pages.__getitem__)
 
     return fake
 
 
-def manifest(*, engines: int = 0, weights: int = 100 * MB) -> Any:
+def manifest(*, weights: int = 100 * MB) -> Any:
     """A third of the weights in the graph; a file that is no graph does not count."""
     sizes = {"model.onnx": weights // 3, "model.onnx.data": weights - weights // 3, "model.plan": 1 << 40}
     files = [SimpleNamespace(name=name, size_bytes=size) for name, size in sizes.items()]
-    return SimpleNamespace(engines=[object()] * engines, files=files)
+    return SimpleNamespace(files=files)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +67,12 @@ def test_no_more_than_memory_holds(free: int, workers: int, why: str, machine: A
 @pytest.mark.parametrize(("asked", "workers", "decoders"), [(None, 2, 8), (1, 1, 16), (20, 20, 1)])
 def test_a_worker_for_each_gpu(asked: int | None, workers: int, decoders: int, machine: Any) -> None:
     machine(cpus=16, gpus=2)
-    found = layout.layout_of(manifest(engines=1), asked)
+    found = layout.layout_of(manifest(), asked)
     assert (found.workers, found.threads, found.decoders) == (workers, 1, decoders)
     assert found.environments == ({"CUDA_VISIBLE_DEVICES": "GPU-0"}, {"CUDA_VISIBLE_DEVICES": "GPU-1"})
     assert found.why == "2 GPUs, 16 CPUs that decode for them"
 
 
-@pytest.mark.parametrize(("engines", "runs", "gpus"), [(0, True, 2), (1, False, 2), (1, True, 0)])
-def test_gpus_without_an_engine_for_them_are_left_alone(engines: int, runs: bool, gpus: int, machine: Any) -> None:
-    machine(cpus=8, gpus=gpus, runs=runs)
-    assert layout.layout_of(manifest(engines=engines), None).why == "8 CPUs"
+def test_gpus_that_run_nothing_of_the_bundle_are_left_alone(machine: Any) -> None:
+    machine(cpus=8, gpus=2, runs=False)
+    assert layout.layout_of(manifest(), None).why == "8 CPUs"

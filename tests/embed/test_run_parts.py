@@ -218,11 +218,19 @@ SCALE = Tensor(name="scale", dtype="float32", shape=("batch", 2), meaning="of ea
 
 
 @pytest.mark.parametrize(
-    ("batch", "profiles", "chosen"),
-    [(200, (), 16), (7, (), 7), (200, ((32, 128),), 64), (200, ((32, 48), (20,)), 20), (9, ((32,),), 9)],
+    ("batch", "target", "profiles", "chosen"),
+    [
+        (200, "cpu", (), 16),
+        (7, "cpu", (), 7),
+        (200, "a100", (), 64),
+        (40, "a100", (), 40),
+        (200, "a100", ((32, 128),), 64),
+        (200, "cpu", ((32, 48), (20,)), 20),
+        (9, "a100", ((32,),), 9),
+    ],
 )
 def test_the_batch_is_what_graph_and_engines_take(
-    batch: int, profiles: tuple[tuple[int, ...], ...], chosen: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, target: str, profiles: tuple[tuple[int, ...], ...], chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sixteen on a CPU, 64 on a GPU, and never more than every engine's largest profile."""
     graph = of_graph(PIXELS, batch=batch)
@@ -233,7 +241,9 @@ def test_the_batch_is_what_graph_and_engines_take(
         for of_one in profiles
     )
     monkeypatch.setattr(run, "model_of", lambda _: model)
-    facts: Any = SimpleNamespace(engines=engines, files=(), graphs=(), recipe={}, variant="tiny", precision="fp32")
+    facts: Any = SimpleNamespace(
+        engines=engines, target=target, files=(), graphs=(), recipe={}, variant="tiny", precision="fp32"
+    )
     settings = run._settings(facts, "http://x", "default", None, "float32", False, (), lambda *_: None)
     assert settings.batch == chosen and settings.outputs == ("y",)
 
@@ -293,5 +303,7 @@ def test_a_graph_without_a_batch_takes_one(monkeypatch: pytest.MonkeyPatch) -> N
     end = SimpleNamespace(name="images", graph="model", settings={})
     model = SimpleNamespace(graphs=(of_graph(pixels),), front_ends=lambda *_, **__: (end,))
     monkeypatch.setattr(run, "model_of", lambda _: model)
-    facts: Any = SimpleNamespace(engines=(), files=(), graphs=(), recipe={}, variant="tiny", precision="fp32")
+    facts: Any = SimpleNamespace(
+        engines=(), target="cpu", files=(), graphs=(), recipe={}, variant="tiny", precision="fp32"
+    )
     assert run._settings(facts, "http://x", "default", None, "float32", False, (), lambda *_: None).batch == 1

@@ -15,6 +15,8 @@ import pytest
 
 import dinoexport
 from dinoexport.bundle import read_manifest
+from dinoexport.embed import opening
+from dinoexport.embed.embedder import model_of
 from dinoexport.errors import MissingRequirement
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline import preflight
@@ -206,3 +208,41 @@ def test_whether_graphs_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runners.has_gpu_for_graphs()
     monkeypatch.setattr(ort, "has_cuda", lambda: False)
     assert not runners.has_gpu_for_graphs()
+
+
+@pytest.mark.parametrize(
+    ("target", "engines", "card", "cuda", "for_gpu", "here"),
+    [
+        ("cpu", 0, True, True, False, False),
+        ("a100", 0, True, True, True, True),
+        ("a100", 0, True, False, True, False),
+        ("a100", 1, True, False, True, True),
+        ("cpu", 1, True, False, True, True),
+        ("a100", 1, False, True, True, False),
+    ],
+)
+def test_what_of_a_bundle_runs_on_this_gpu(
+    target: str, engines: int, card: bool, cuda: bool, for_gpu: bool, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """card: whether this machine has the card of the engines."""
+
+    def for_this_machine(engines: Any, _gpus: Any) -> Any:
+        if not card:
+            raise MissingRequirement("no engine for this card", next_step="")
+        return engines
+
+    monkeypatch.setattr(runners.engine_header, "for_this_machine", for_this_machine)
+    monkeypatch.setattr(runners, "has_gpu_for_graphs", lambda: cuda)
+    manifest: Any = types.SimpleNamespace(target=target, engines=("an engine",) * engines)
+    assert (runners.is_for_gpu(manifest), runners.runs_on_gpu_here(manifest)) == (for_gpu, here)
+
+
+def test_images_are_embedded_there(built: Path, opened_on_gpu: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(built)
+    model = model_of(manifest)
+    candidate, name = opening.opened(built, manifest, model, threads=1, forms=())
+    assert opened_on_gpu == [True] and A100.name in name
+    opening.prove(candidate, built, name)
+    monkeypatch.setattr(hardware, "gpus", lambda: ())
+    _, name = opening.opened(built, manifest, model, threads=1, forms=())
+    assert opened_on_gpu == [True, False] and "on the CPU" in name

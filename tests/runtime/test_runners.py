@@ -92,7 +92,7 @@ class Engines:
             shapes = {"x": ((1, 2), (3, 4), (5, 6))}
             return SimpleNamespace(
                 file=name, graph=graph, version_compatible=compatible, runtime=Runtime.TENSORRT, stripped=stripped,
-                profiles={"whole": shapes},
+                profiles={"whole": shapes}, runtime_version="11.0", precision=f"{name} fp16",
             )  # fmt: skip
 
         self.all = (
@@ -119,9 +119,9 @@ class Engines:
 def test_this_machines_engine_of_each_graph_is_opened(compatible: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = Engines(monkeypatch, compatible=compatible)
     files: Any = {Path(facts.file): facts for facts in engines.all}
-    candidate, device = runners.open_engines(MODEL, files, engines.graphs, trusted=compatible)
-    assert candidate({}) == {"driven": {"step": "mine opened", "prefill": "first opened"}, "with": {}}
-    assert device == "NVIDIA L4"
+    there = runners.open_engines(MODEL, files, engines.graphs, trusted=compatible)
+    assert there.candidate({}) == {"driven": {"step": "mine opened", "prefill": "first opened"}, "with": {}}
+    assert (there.device, there.name) == ("NVIDIA L4", "tensorrt 11.0 on NVIDIA L4, mine fp16")
     how = {"runtime": Runtime.TENSORRT, "host_code": compatible}
     assert engines.opened == [
         ("mine", "step", how | {"weights_from": Path("step.onnx")}), ("first", "prefill", how | {"weights_from": None})

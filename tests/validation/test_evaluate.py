@@ -199,11 +199,11 @@ def test_engines_that_ran_have_a_report_and_those_that_passed_a_device(
 
     def open_engines(_model: Any, engines: Any, _graphs: Any, *, trusted: bool) -> Any:
         trusts.append(trusted)
-        return (lambda _inputs: {"tokens": np.array([[3.0, 4.0 if passes else 40.0]])}), "A100"
+        answer = {"tokens": np.array([[3.0, 4.0 if passes else 40.0]])}
+        return runners.OnGpu(candidate=lambda _inputs: answer, name="here on A100", device="A100")
 
     monkeypatch.setattr(runners, "open_engines", open_engines)
     monkeypatch.setattr(runners, "engines_here", lambda facts: [f for f in facts if f.file == "here"])
-    monkeypatch.setattr(runners, "engine_name", lambda facts, device: f"{facts.file} on {device}")
     expectation = Expectation(case=case("one"), outputs={"tokens": np.array([[3.0, 4.0]])})
     reference = evaluate.Reference(
         name="r", limits=limits(relative_l2_max=0.1), expectations=(expectation,), refusals=()

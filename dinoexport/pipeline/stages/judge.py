@@ -15,7 +15,7 @@ from dinoexport.pipeline.request import BuildRequest
 from dinoexport.pipeline.versions import RUNTIMES, versions_of
 from dinoexport.pipeline.workspace import Stage, Workspace, key_of
 from dinoexport.report import html_report
-from dinoexport.runtime import cpu, runners
+from dinoexport.runtime import runners
 from dinoexport.spec import Candidate, Graph, Progress
 from dinoexport.validation import evaluate
 from dinoexport.validation.error_analysis import Growth
@@ -57,10 +57,9 @@ def _opened(
     engine itself is evaluated on the GPU.
     """
     if not request.chosen.on_cpu and request.engine is None and runners.has_gpu_for_graphs():
-        there = runners.open_graphs_on_gpu(graphs, request.precision)
-        ran = cpu.arithmetic(request.model, there.graphs, request.model.workloads[0].inputs)
-        name = runners.candidate_name(request.precision, there.way, ran, device=there.device)
-        return runners.driven(request.model, there.graphs), name, None
+        sample = request.model.workloads[0].inputs
+        there = runners.open_graphs_on_gpu(request.model, graphs, request.precision, named_by=sample)
+        return there.candidate, there.name, None
     way = facts.chosen if facts else runners.graph_way(request.precision)
     name = runners.candidate_name(request.precision, way, facts.arithmetic if facts else {})
     candidate = runners.open_candidate(request.model, graphs, way)
