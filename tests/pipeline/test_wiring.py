@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from dinoexport.bundle import BundleFile
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline.stages import engine
-from dinoexport.spec import Precision, Runtime, silent
+from dinoexport.spec import Graph, Precision, Runtime, silent
 from dinoexport.validation.evaluate import EngineVerdict
+
+# The functions themselves, which --quick replaces in their module: here no stage of theirs does anything.
+build, export_only = pipeline.build, pipeline.export_only
 
 
 class Recorded:
@@ -23,6 +27,7 @@ class Recorded:
         self.calls: dict[str, tuple[Any, ...]] = {}
         self.published: dict[str, Any] = {}
         self.signed: Any = None
+        self.forced: list[bool] = []
         self.passed, self.engines_passed, self.times_fp32 = True, True, None
         self.request = SimpleNamespace(
             out=Path("out"), model="model", recipe="recipe", weights="weights", auto=False, engine=None, **request
@@ -56,11 +61,13 @@ class Recorded:
         work = SimpleNamespace(publish=self._publish)
 
         @contextmanager
-        def workspace(*_: Any, **__: Any) -> Iterator[Any]:
+        def workspace(*_: Any, force: bool, **__: Any) -> Iterator[Any]:
+            self.forced.append(force)
             yield work
 
         @contextmanager
-        def tracing(request: Any, **_: Any) -> Iterator[Any]:
+        def tracing(request: Any, *, fresh: bool, **_: Any) -> Iterator[Any]:
+            self.forced.append(fresh)
             yield "traces"
 
         self.work = work
@@ -101,7 +108,7 @@ def on_cpu(precision: Precision = Precision.INT8) -> dict[str, Any]:
 def test_a_cpu_build_judges_and_publishes_the_form_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the fp32 graph beside it: the judged folder, the followed one and the published one are one."""
     seen = Recorded(monkeypatch, **on_cpu())
-    built = pipeline.build(seen.request)
+    built = build(seen.request)
     chosen = seen.integer
     assert seen.calls["forms_of"] == (seen.work, seen.request, seen.plain)
     assert seen.calls["choose_runtime"][1:3] == (
@@ -127,7 +134,7 @@ def test_a_form_that_misses_the_limits_is_followed_by_the_next_fastest(monkeypat
     monkeypatch.setattr(pipeline, "judge_graph", lambda _, folder, *__: answers[id(folder)])
     asked: list[Any] = []
     monkeypatch.setattr(pipeline, "choose_another", lambda *args: asked.append(args) or second)
-    pipeline.build(seen.request)
+    build(seen.request)
     assert asked == [
         (seen.request, {Runtime.ONNXRUNTIME: seen.plain, Runtime.OPENVINO: seen.integer}, seen.facts, missed.report)
     ]
@@ -137,7 +144,7 @@ def test_a_form_that_misses_the_limits_is_followed_by_the_next_fastest(monkeypat
 
 def test_weights_reference_and_graph_come_from_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Recorded(monkeypatch, **on_cpu())
-    pipeline.build(seen.request)
+    build(seen.request)
     assert seen.calls["open_weights"] == (seen.request, silent)
     assert seen.calls["export_graphs"] == (seen.work, seen.request, "checkpoint", "traces")
     assert seen.calls["compute_reference"] == (seen.work, seen.request, "checkpoint")
@@ -149,7 +156,7 @@ def test_an_engine_is_compiled_from_the_judged_graph_and_judged_by_the_same_refe
 ) -> None:
     seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
     seen.request.engine = "engine request"
-    pipeline.build(seen.request)
+    build(seen.request)
     assert "choose_runtime" not in seen.calls
     exported = seen.calls["compile_engines"]
     judged = seen.calls["judge_graph"]
@@ -184,7 +191,7 @@ def test_automatic_precision_goes_on_with_what_it_found(monkeypatch: pytest.Monk
     """After the search the graph is exported again, from the promoted model, and all that follows is about that one."""
     seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
     seen.request.auto = True
-    pipeline.build(seen.request)
+    build(seen.request)
     assert seen.calls["search_precision"] == (seen.work, seen.request, "checkpoint", seen.reference)
     assert seen.calls["export_graphs"] == (seen.work, seen.promoted, "checkpoint", "traces")
     assert seen.calls["forms_of"] == (seen.work, seen.promoted, seen.after_search)
@@ -196,7 +203,7 @@ def test_automatic_precision_goes_on_with_what_it_found(monkeypatch: pytest.Monk
 
 def test_the_report_is_drawn_from_this_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Recorded(monkeypatch, **on_cpu())
-    pipeline.build(seen.request, signer=SimpleNamespace(signature="signature"))
+    build(seen.request, signer=SimpleNamespace(signature="signature"))
     assert seen.signed == "signature"
     assert seen.calls["render_report"] == (
         seen.work, seen.request, seen.manifest, "stored reference", seen.judged, "growth",
@@ -220,7 +227,7 @@ def test_a_rejected_build_publishes_nothing_unless_asked(
         monkeypatch.setattr(pipeline, "judge_engines", lambda *_, **__: EngineVerdict(facts=(), report=failed))
     monkeypatch.setattr(pipeline.error_analysis, "causes", lambda report, growth: [f"caused by {growth}"])
     with pytest.raises(pipeline.Rejected) as caught:
-        pipeline.build(seen.request, keep_rejected=keep, signer=SimpleNamespace(signature="signature"))
+        build(seen.request, keep_rejected=keep, signer=SimpleNamespace(signature="signature"))
     assert bool(seen.published) == keep and seen.signed is None
     assert ("marked rejected" in str(caught.value)) == keep
     if keep:
@@ -234,7 +241,106 @@ def test_a_rejected_build_publishes_nothing_unless_asked(
 def test_an_export_writes_the_graphs_and_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Recorded(monkeypatch, **on_cpu(Precision.FP32))
     monkeypatch.setattr(pipeline, "require", lambda *_: None)
-    pipeline.export_only(seen.request)
+    export_only(seen.request)
     assert seen.calls["_manifest"][2:] == ({"export": seen.plain}, "unjudged")
     assert list(seen.published.values()) == [seen.plain, seen.bill]
     assert not {"compute_reference", "judge_graph", "choose_runtime"} & seen.calls.keys()
+
+
+@pytest.mark.parametrize("command", [build, export_only])
+@pytest.mark.parametrize("force", [False, True])
+def test_only_what_is_forced_is_made_again(command: Any, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither kept stages nor kept traces are used then; by default both are."""
+    seen = Recorded(monkeypatch, **on_cpu(Precision.FP32))
+    monkeypatch.setattr(pipeline, "require", lambda *_: None)
+    command(seen.request, **({"force": True} if force else {}))
+    assert seen.forced == [force, force]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_runtime_that_misses_the_limits_gives_way_to_the_next(left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose own form is judged and published; without another the build is rejected."""
+    seen = Recorded(monkeypatch, **on_cpu())
+    first, other = seen.facts, SimpleNamespace(chosen=SimpleNamespace(runtime=Runtime.ONNXRUNTIME), times_fp32=None)
+    missed = SimpleNamespace(report=SimpleNamespace(passed=False, rows=("row",), failures=(), to_json=dict), kept={})
+    asked: list[Any] = []
+
+    def judged(_request: Any, folder: Any, _reference: Any, facts: Any, _progress: Any) -> Any:
+        asked.append((folder, facts))
+        return missed if facts is first else seen.judged
+
+    monkeypatch.setattr(pipeline, "judge_graph", judged)
+    monkeypatch.setattr(pipeline, "choose_another", lambda *given: asked.append(given[2:]) or (other if left else None))
+    monkeypatch.setattr(pipeline.error_analysis, "causes", lambda *_: ["rounding"])
+    before = [(seen.integer.folder, first), (first, missed.report)]
+    if not left:
+        with pytest.raises(pipeline.Rejected, match=r"^Nothing was published: rounding\.$"):
+            build(seen.request)
+        assert asked == before and not seen.published
+        return
+    build(seen.request)
+    assert asked == [*before, (seen.plain.folder, other)]
+    assert seen.plain in seen.published.values() and seen.integer not in seen.published.values()
+
+
+def test_a_graph_that_no_runtime_was_chosen_for_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
+    seen.report.passed = False
+    monkeypatch.setattr(pipeline.error_analysis, "causes", lambda *_: ["rounding"])
+    with pytest.raises(pipeline.Rejected):
+        build(seen.request)
+    assert "choose_another" not in seen.calls and not seen.published
+
+
+def test_a_verdict_is_never_told_as_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the page and the bill made of it, though their files may be those of an earlier build."""
+    seen = Recorded(monkeypatch, chosen=SimpleNamespace(on_cpu=False), precision=Precision.FP16)
+    seen.request.engine = "engine request"
+    for stage in (seen.plain, seen.engine, seen.page, seen.bill, seen.verdict):
+        stage.reused = True
+    assert build(seen.request).reused == ("export", "engine")
+    seen = Recorded(monkeypatch, **on_cpu(Precision.FP32))
+    monkeypatch.setattr(pipeline, "require", lambda *_: None)
+    assert export_only(seen.request).reused == ()
+    seen = Recorded(monkeypatch, **on_cpu(Precision.FP32))
+    seen.plain.reused = True
+    assert export_only(seen.request).reused == ("export",)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_manifest_tells_what_was_made_of_what(searched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the report, and in it the search for a precision if there was one."""
+    monkeypatch.setattr(pipeline, "tried", lambda stage: {"fp32": ["norms"], "by": stage.name})
+    monkeypatch.setattr(pipeline, "versions_in", lambda _request: {"python": "3.11"})
+    monkeypatch.setattr(pipeline, "head_of", lambda *_: None)
+    request: Any = SimpleNamespace(
+        recipe=SimpleNamespace(name="tiny", family="toy", licence="none", model_dump=lambda mode: {"name": "tiny"}),
+        precision=Precision.FP16, chosen=SimpleNamespace(name="cpu"), prefix="backbone.",
+        settled=SimpleNamespace(assumed={"heads": "4"}, notes=("a note",)),
+        model=SimpleNamespace(graphs=(Graph(name="model", inputs=(), outputs=(), dims=()),), card={"use": "features"}),
+    )  # fmt: skip
+    stages = ["export", *(["precision"] if searched else [])]
+    made: Any = {}
+    for i, name in enumerate(stages):
+        file = BundleFile(name="model.onnx" if i == 0 else "tried", stage=name, sha256="1" * 64, size_bytes=1)
+        made[name] = SimpleNamespace(name=name, key=str(i) * 64, files=(file,))
+    report: Any = SimpleNamespace(to_json=lambda: {"rows": []})
+    checkpoint: Any = SimpleNamespace(source="synthetic:0", sha256="2" * 64)
+    found = pipeline._manifest(request, checkpoint, made, "unjudged", report).model_dump(mode="json")
+    expected = {
+        "variant": "tiny", "family": "toy", "precision": "fp16", "target": "cpu", "verdict": "unjudged",
+        "recipe": {"name": "tiny"}, "head": None, "engines": [], "cpu": None,
+        "checkpoint": {
+            "source": "synthetic:0", "sha256": "2" * 64, "licence": "none", "prefix": "backbone.",
+            "assumed": {"heads": "4"}, "notes": ["a note"],
+        },
+        "files": [
+            {"name": "model.onnx", "stage": "export", "sha256": "1" * 64, "size_bytes": 1},
+            {"name": "tried", "stage": "precision", "sha256": "1" * 64, "size_bytes": 1},
+        ][: len(stages)],
+        "stage_keys": {name: str(i) * 64 for i, name in enumerate(stages)},
+        "versions": {"python": "3.11"}, "card": {"use": "features"},
+        "report": {"rows": []} | ({"precision": {"fp32": ["norms"], "by": "precision"}} if searched else {}),
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert [graph["file"] for graph in found["graphs"]] == ["model.onnx"]
