@@ -182,12 +182,24 @@ def test_neighbours_vote_by_their_similarity() -> None:
     assert fitted.tensors["fitted.bank"].tolist() == bank.tolist()
     assert fitted.tensors["fitted.votes"].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
     assert fitted.facts == fitted.table == {"bank": 4, "neighbours": 2, "temperature": 0.07}
-    found = classifiers.probabilities("knn", fitted, np.array([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]], np.float32))
+    found = classifiers.probabilities("knn", fitted, np.array([[0.0, 2.0], [0.1, 0.0], [0.0, 0.0]], np.float32))
     near, far = 1.0 / 0.07, float(bank[2, 0]) / 0.07
     share = float(np.exp(near) / (np.exp(near) + np.exp(far)))
     assert found == pytest.approx(np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])) and share > 0.98
     with pytest.raises(UsageError, match="features are all zero"):
         classifiers.fit("knn", 0 * x, np.array([0, 1, 0, 1]), classes=2, balanced=False, seed=0)
+
+
+def test_one_thread_fits_and_large_logits_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in another order would give other bytes; exp(1000) is no float64."""
+    threads: list[int] = []
+    monkeypatch.setattr("threadpoolctl.threadpool_limits", lambda *, limits: threads.append(limits) or nullcontext())
+    classifiers.fit("knn", np.eye(2, dtype=np.float32), np.array([0, 1]), classes=2, balanced=False, seed=0)
+    assert threads == [1]
+    tensors = {"fitted.weight": np.array([[500.0], [499.0]], np.float32), "fitted.bias": np.zeros(2, np.float32)}
+    found = classifiers.probabilities("logreg", Fitted(tensors=tensors, facts={}), np.array([[2.0], [-2.0]]))
+    share = 1 / (1 + np.exp(-2.0))
+    np.testing.assert_allclose(found, [[share, 1 - share], [1 - share, share]], rtol=1e-12)
 
 
 def test_confusions_are_listed_worst_first_and_then_by_name() -> None:
@@ -199,7 +211,7 @@ def test_confusions_are_listed_worst_first_and_then_by_name() -> None:
             classifiers.judge(shares, labels, names, ("a", "b"))
 
 
-@pytest.mark.parametrize(("right", "of"), [(1, 3), (5, 10), (99, 100), (1, 1000)])
+@pytest.mark.parametrize(("right", "of"), [(1, 3), (5, 10), (99, 100), (1, 1000), (15, 16), (20, 21)])
 def test_wilsons_interval_ends_where_the_share_is_just_believed(right: int, of: int) -> None:
     """At both ends p the share is 1.96 standard deviations away, those of p: sqrt(p (1 - p) / n)."""
     low, high = classifiers.wilson(right, of)
@@ -376,6 +388,10 @@ def test_features_are_computed_once_for_each_image(monkeypatch: pytest.MonkeyPat
     assert len(stored.parent.name) == 32
     stored.write_bytes(b"damaged")
     assert found()["22"]["token as is"].tolist() == [98.0] * 3 and asked == ["b"]
+    manifest.files = (*manifest.files, SimpleNamespace(name="report.html", sha256="1"))
+    assert found() and asked == []
+    manifest.files = (SimpleNamespace(name="model.onnx", sha256="2"),)
+    assert found() and asked == ["a", "b"]
     wanted.append(image("d", digest="33"))
     model.cases_from = lambda *_, **__: ["d: unreadable"]
     with pytest.raises(UsageError, match=r"^d changed while it was read\.$"):
