@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from dinoexport import family
 from dinoexport.config.recipe import Range, Recipe
 from dinoexport.models.dinov2.heads import reference
-from dinoexport.models.dinov2.heads.graph import Pad
+from dinoexport.models.dinov2.heads.graph import FittedNeighbours, Pad, Segmentation
 from dinoexport.spec import Array, Precision, silent
 
 SEED = 11
@@ -57,27 +57,29 @@ def traced(model: Any, read: Any, inputs: Mapping[str, Array]) -> dict[str, Arra
             module = call.piece.module
             weights = {name: torch.from_numpy(np.ascontiguousarray(w.read())) for name, w in call.weights.items()}
             missing, unexpected = module.load_state_dict(weights, strict=False)
-            assert not unexpected and not {*missing} & dict(module.named_parameters()).keys()
+            parameters = dict(module.named_parameters())
+            assert not unexpected and not {*missing} & parameters.keys()
+            assert not any(weight.requires_grad for weight in parameters.values())
             found = module(*(values[name] for name in call.inputs))
             values |= zip(call.outputs, found if isinstance(found, tuple) else (found,), strict=True)
     return {tensor.name: values[tensor.name].numpy() for tensor in graph.outputs}
 
 
-def same(model: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The reference's answer, after every output of the graph was compared with it."""
+def same(model: Any, *inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The reference's answer to the first inputs, after every output of the graph was compared with it for all."""
     read = functools.cache(lambda name: model.synthetic(name, SEED))
-    (expected,) = model.reference(read, [inputs], precision=Precision.FP32, progress=silent)
-    for name, array in traced(model, read, inputs).items():
-        theirs = expected[name]
-        assert array.shape == theirs.shape and array.dtype == theirs.dtype, name
-        if name in ("labels", "class_index"):
-            decided = expected[f"{name}/lead"] > LIMIT
-            assert decided.mean() > 0.9 and np.array_equal(array[decided], theirs[decided]), name
-        else:
-            off = np.linalg.norm(array.astype(np.float64) - theirs) / np.linalg.norm(theirs)
-            assert off <= LIMIT and np.ptp(theirs) > 0, (name, off)
-    answer: dict[str, Array] = expected
-    return answer
+    answers: list[dict[str, Array]] = model.reference(read, inputs, precision=Precision.FP32, progress=silent)
+    for given, expected in zip(inputs, answers, strict=True):
+        for name, array in traced(model, read, given).items():
+            theirs = expected[name]
+            assert array.shape == theirs.shape and array.dtype == theirs.dtype, name
+            if name in ("labels", "class_index"):
+                decided = expected[f"{name}/lead"] > LIMIT
+                assert decided.mean() > 0.9 and np.array_equal(array[decided], theirs[decided]), name
+            else:
+                off = np.linalg.norm(array.astype(np.float64) - theirs) / np.linalg.norm(theirs)
+                assert off <= LIMIT and np.ptp(theirs) > 0, (name, off)
+    return answers[0]
 
 
 def pixels(height: int, width: int) -> dict[str, Array]:
@@ -93,6 +95,10 @@ def pixels(height: int, width: int) -> dict[str, Array]:
         ({"feed_forward": "swiglu", "register_count": 2}, (28, 42)),
         ({"interpolate_antialias": True, "interpolate_offset": 0.0}, (28, 14)),
         ({"interpolate_antialias": True, "interpolate_offset": 0.1, "register_count": 1}, (56, 28)),
+        # Offsets of two tenths, and of thirds and elevenths, which are no whole number of tenths.
+        ({"interpolate_offset": 0.2}, (28, 42)),
+        ({"interpolate_offset": 1 / 3}, (28, 42)),
+        ({"interpolate_offset": 1 / 11}, (28, 42)),
         ({"qkv_bias": False, "layer_scale": False, "activation": "gelu_tanh"}, (28, 28)),
         ({"activation": "relu", "layer_norm_eps": 1e-3}, (14, 28)),
     ],
@@ -131,6 +137,37 @@ def test_streams_between_the_blocks() -> None:
     np.testing.assert_allclose(found["class_token"], last[:, 0], rtol=1e-5, atol=1e-6)
 
 
+SHARED: dict[str, Any] = {
+    "dim": 2, "prefix_count": 1, "layers": 1, "after_norm": False, "pads": True, "from_bytes": False,
+}  # fmt: skip
+
+
+def test_neighbours_of_a_short_class_token() -> None:
+    """Its direction is (0.6, 0.8), so that the cosines differ by 0.2, and e to the 0.2 / T is 3."""
+    head = FittedNeighbours(bank=3, neighbours=2, temperature=0.2 / np.log(3), class_count=2, **SHARED)
+    bank, votes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).half(), torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    head.load_state_dict({"bank_ND": bank, "votes_NK": votes})
+    probabilities, best = head(torch.tensor([[[0.03, 0.04], [7, 7]]]))
+    np.testing.assert_allclose(probabilities.numpy(), [[0.25, 0.75]], rtol=1e-5)
+    assert best.tolist() == [1] and best.dtype == torch.int32
+
+
+def test_the_grid_of_a_trace_is_one_reshape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To (0, D, h, w), where 0 copies the batch."""
+    asked: list[Any] = []
+
+    def symbolic(operator: str, inputs: Any, *, dtype: torch.dtype, shape: Any, version: int) -> torch.Tensor:
+        asked.append((operator, inputs[0].tolist(), inputs[1].tolist(), inputs[1].dtype, dtype, shape, version))
+        return inputs[0]
+
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.onnx.ops, "symbolic", symbolic)
+    tokens = torch.arange(14.0).reshape(1, 7, 2)
+    Segmentation(class_count=1, width=2, **SHARED).patch_map(tokens, 2, 3)
+    rows = [[[2.0, 4, 6, 8, 10, 12], [3, 5, 7, 9, 11, 13]]]
+    assert asked == [("Reshape", rows, [0, 2, 2, 3], torch.int64, torch.float32, (1, 2, 2, 3), 20)]
+
+
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},
     "linear4": {},
@@ -151,9 +188,9 @@ def test_heads(kind: str) -> None:
     """A released head for pixels or patches of an image that is padded around; the others of whole patches."""
     strict = kind == "depth_anything"
     model = model_of({}, head={"kind": kind, **HEADS[kind]}, graph={"sizes": "strict"} if strict else {})
-    # The DPT head is 256 wide whatever the backbone, so it gets three patches only.
+    # The DPT head is 256 wide whatever the backbone, so it gets three patches only, and four for even sides.
     size = (11, 37) if kind == "nyu_dpt" else (25, 37) if model.head.pads else (28, 42)
-    found = same(model, pixels(*size))
+    found = same(model, pixels(*size), *([pixels(28, 28)] if kind == "nyu_dpt" else []))
     if "labels" in found:
         logits = F.interpolate(torch.from_numpy(found["patch_logits"]), size=size, mode="bilinear").numpy()
         best = np.sort(logits, axis=1)
