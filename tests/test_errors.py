@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import string
+import sys
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinoexport import errors
 from dinoexport.bundle import registry
-from dinoexport.errors import DinoexportError, UsageError, without_credentials
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, require, without_credentials
 from dinoexport.serving import address
 from dinoexport.spec import silent
 from dinoexport.system import store
@@ -38,6 +41,36 @@ def test_no_error_shows_a_password(scheme: str, secret: str, host: str) -> None:
 def test_no_error_shows_a_signed_query(secret: str) -> None:
     error = UsageError(f"'https://host/weights.pth?sig={secret}' is gone.", next_step="")
     assert error.message == "'https://host/weights.pth?...' is gone."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host/a is gone", "https://...@host/a is gone"),
+        ("user:pw@host:80 is gone", "...@host:80 is gone"),
+        ("https://host/a?sig=1 and s3://b/c?d", "https://host/a?... and s3://b/c?..."),
+    ],
+)
+def test_the_place_is_shown(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+
+
+def test_exit_codes() -> None:
+    """As docs/troubleshooting.md lists them."""
+    codes = {kind.__name__: kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
+    assert codes == {
+        "DinoexportError": 5, "ValidationFailed": 1, "UsageError": 2, "InputRefused": 2, "OutsideProfile": 2,
+        "WeightsError": 3, "MissingRequirement": 4, "BuildError": 5,
+    }  # fmt: skip
+
+
+def test_a_package_that_is_disabled_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import` fails where sys.modules holds something without a specification."""
+    monkeypatch.setitem(sys.modules, "disabled_package", ModuleType("disabled_package"))
+    require("export", "sys", "os")
+    with pytest.raises(MissingRequirement, match="disabled_package is not installed, and this step needs it") as caught:
+        require("export", "sys", "disabled_package")
+    assert caught.value.next_step == "pip install 'dinoexport[export]'"
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,62 @@ def test_progress_of_a_resumed_download(opened: list[Any], clock: list[float]) -
     assert [request[1] for request in opened] == [None, "bytes=7-"] and clock[1:] == pytest.approx([0.2])
 
 
+@pytest.mark.parametrize(("size", "announced"), [(None, 0), (30, 30)])
+def test_progress_of_a_file_whose_length_no_server_says(
+    size: int | None, announced: int, opened: list[Any], clock: list[float]
+) -> None:
+    """Of the recipe's number, if it has one, which also says that bytes are missing; and the range goes on there."""
+    file = FILE.changed(size_bytes=size)
+    opened += [(200, None, [(0.0, CONTENT[:7])]), (206, None, [(0.0, CONTENT[7:])])][: 2 if size else 1]
+    told: list[tuple[str, int, int]] = []
+    part = download.cached_path(file).with_suffix(".part")
+    part.parent.mkdir(parents=True)
+    ended = [download._go_on(file, part, lambda *words: told.append(words)) for _ in list(opened)]
+    assert ended == ([False, False] if size else [True])
+    assert [words[1:] for words in told] == ([(7, announced), (18, announced)] if size else [(7, 0)])
+
+
+class Endless(bytes):
+    """A piece that says of itself how long it is."""
+
+    said = 1
+
+    def __len__(self) -> int:
+        return self.said
+
+
+@pytest.mark.parametrize(("length", "refused"), [(2**38, False), (2**38 + 1, True)])
+def test_no_file_is_larger_than_256_gib(
+    length: int, refused: bool, monkeypatch: pytest.MonkeyPatch, opened: list[Any], tmp_path: Path
+) -> None:
+    """Where neither the recipe nor the server says how long it is."""
+    piece = Endless(b"x")
+    piece.said = length
+    monkeypatch.setattr(download, "_chunks", lambda _: [piece])
+    opened += [(200, None, [])]
+    part = tmp_path / "part"
+    if refused:
+        with pytest.raises(http.client.HTTPException, match=r"^more than the 274877906944 bytes it has$"):
+            download._go_on(FILE, part, silent)
+    else:
+        assert download._go_on(FILE, part, silent)
+    assert part.read_bytes() == (b"" if refused else b"x")
+
+
+def test_a_build_waits_six_hours_for_another_s_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def exclusive(lock: Path, *, doing: str, wait_s: float, progress: Any) -> Any:
+        asked.append((lock, doing, wait_s))
+        raise MissingRequirement("another has it")
+
+    monkeypatch.setattr(download.locks, "exclusive", exclusive)
+    with pytest.raises(MissingRequirement, match="another has it"):
+        download.fetch(FILE, progress=silent)
+    folder = download.cached_path(FILE).parent
+    assert asked == [(folder / ".lock", "downloading weights.pth", 21600.0)]
+
+
 def packaged(place: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> WeightFile:
     """A file of a package of version 1.5."""
 
