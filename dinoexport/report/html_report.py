@@ -99,9 +99,7 @@ def render(
     require("export", *PACKAGES)
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"figure": _figure, "data_uri": _data_uri}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(

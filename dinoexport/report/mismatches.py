@@ -59,9 +59,7 @@ def render(validated: Validated, found: Agreement | None, pictures: Mapping[str,
     """The page as HTML; `pictures` by the names of items."""
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["data_uri"] = _data_uri
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(

@@ -178,17 +178,34 @@ def test_sizes_that_vary_in_one_direction_are_not_drawn(dims: list[Dim]) -> None
     assert sizes_of(*dims) is None
 
 
-def test_the_two_widest_dimensions_are_drawn() -> None:
-    made = sizes_of(dim("batch", 1, 4), dim("height", 10, 1000), dim("width", 10, 100))
-    assert made is None, "no case has them"
+def sizes_of_batches(width_max: int) -> Any:
+    """Of batches of 1 to 4 images of 10 to 1000 rows and 10 or more columns; the second case is a mask of no batch."""
     graph = Graph(
         name="model",
-        inputs=(Tensor(name="pixels", dtype="float32", shape=("batch", "height", "width"), meaning=""),),
+        inputs=(
+            Tensor(name="pixels", dtype="float32", shape=("batch", "height", "width"), meaning=""),
+            Tensor(name="mask", dtype="float32", shape=("height", "width"), meaning=""),
+            Tensor(name="rows", dtype="float32", shape=("height",), meaning=""),
+        ),
         outputs=(),
-        dims=(dim("batch", 1, 4), dim("height", 10, 1000), dim("width", 10, 100)),
+        dims=(dim("batch", 1, 4), dim("height", 10, 1000), dim("width", 10, width_max)),
     )
-    case = Case(name="one", why="", inputs={"pixels": np.zeros((2, 10, 100))})
-    reference: Any = SimpleNamespace(expectations=[Expectation(case=case, outputs={})])
-    made = html_report._sizes([graph], reference)
+    cases = [
+        Case(name="one", why="", inputs={"pixels": np.zeros((2, 10, 100))}),
+        Case(name="mask", why="", inputs={"mask": np.zeros((1000, 10))}),
+        Case(name="rows", why="", inputs={"rows": np.zeros(10)}),
+    ]
+    reference: Any = SimpleNamespace(expectations=[Expectation(case=case, outputs={}) for case in cases])
+    return html_report._sizes([graph], reference)
+
+
+def test_the_two_widest_dimensions_are_drawn() -> None:
+    """For the cases that have both; a dimension that begins at 1 is as wide as its greatest size."""
+    made = sizes_of(dim("batch", 1, 4), dim("height", 10, 1000), dim("width", 10, 100))
+    assert made is None, "no case has them"
+    made = sizes_of_batches(100)
     assert made is not None and (made.x, made.y) == ("width", "height")
-    assert made.points == [(100.0, 0.0, "one: height 10, width 100")]
+    assert made.points == [(0.0, 100.0, "mask: height 1000, width 10"), (100.0, 0.0, "one: height 10, width 100")]
+    made = sizes_of_batches(30)
+    assert made is not None and (made.x, made.y) == ("height", "batch")
+    assert made.points == [(0.0, 50.0, "one: batch 2, height 10")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,9 @@ def test_a_page_has_what_there_is_and_no_more() -> None:
     )  # fmt: skip
     for words in ("one file was skipped", "1 checks of 1 cases", "2 checks of 1 cases"):
         assert (words in full, words in plain) == ("1 checks" not in words, "1 checks" in words), words
+    largest = "fp16 range The largest magnitude"
+    assert largest in full and "1,000 of 65,504 fp16's maximum ok" in unescape(full) and largest not in plain
+    assert full.count("class_token") == plain.count("class_token"), "a row of the range is in its own table alone"
     figures = Row(
         case="one", why="", output="depth", shape=(1,), distance=None, bounds=rows[0].bounds,
         figures={"within_1.25": 0.987, "mean_iou": 0.876},
@@ -145,12 +149,12 @@ def test_synthetic_weights_are_said() -> None:
 
 def test_an_engine_is_a_fact() -> None:
     engine = SimpleNamespace(
-        file="a.plan", runtime="tensorrt", runtime_version="10.1", size_bytes=12_345_678, executed="never"
+        file="a.plan", runtime="tensorrt", runtime_version="10.1", size_bytes=123_456_789_012, executed="never"
     )
     of: Any = SimpleNamespace(
         head=None, report={}, checkpoint=manifest().checkpoint, precision="fp16", engines=(engine,)
     )  # fmt: skip
-    assert html_report._facts(of)["engine a.plan"] == "tensorrt 10.1, 12.3 MB; compiled; executed: never"
+    assert html_report._facts(of)["engine a.plan"] == "tensorrt 10.1, 123456.8 MB; compiled; executed: never"
 
 
 def test_limits_of_zero_and_bars_of_equal_length() -> None:
@@ -159,6 +163,8 @@ def test_limits_of_zero_and_bars_of_equal_length() -> None:
     assert html_report._closest(report(small)) == (small, small.bounds[1])
     bars = html_report._growth_bars(growth((0.5, 0.5), (5.0, 0.05)))
     assert [(bar.length, bar.mark) for bar in bars] == [(62.95, 62.95), (100.0, 25.9)]
+    near = html_report._growth_bars(growth((2e-3, 5e-3)))
+    assert [(bar.length, bar.mark) for bar in near] == [(43.07, 100.0)], "2 of 5, between 1 and 5"
     equal = html_report._growth_bars(growth((100.0, 100.0)))
     assert [(bar.length, bar.mark) for bar in equal] == [(0.0, 0.0)]
 
