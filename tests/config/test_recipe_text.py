@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from dinoexport.config import recipe as recipes
 from dinoexport.errors import UsageError
+from dinoexport.spec import Dim
 
 
 @pytest.mark.parametrize("name", recipes.variants())
@@ -45,3 +47,34 @@ def test_a_head_of_its_own_is_the_only_one_unless_there_are_several() -> None:
     with pytest.raises(UsageError, match="vits14 has its own head, mine, and takes no other"):
         own.with_head("other")
     assert own.changed(head={}).with_head("other").head == {"kind": "other"}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_recipe_is_no_longer_than_256_kib(more: int, tmp_path: Path) -> None:
+    text = recipes.to_toml(recipes.load("vits14"))
+    path = tmp_path / "own.toml"
+    path.write_text(text + "#" * (262_144 - len(text) + more))
+    if more:
+        with pytest.raises(UsageError, match=r"own\.toml.*262,?144"):
+            recipes.load(str(path))
+    else:
+        assert recipes.load(str(path)) == recipes.load("vits14")
+
+
+def test_what_is_read_stays_as_it_is() -> None:
+    batch = recipes.Range(min=1, opt=2, max=9)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(batch, "max", 8)  # noqa: B010
+    assert batch.dim("batch") == Dim(name="batch", min=1, opt=2, max=9, multiple_of=1, step=1)
+    assert batch.dim("batch", multiple_of=2, step=3) == Dim(
+        name="batch", min=1, opt=2, max=9, multiple_of=2, step=3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head", "of_heads", "judge"),
+    [({}, "heads", "own"), ({"kind": "x"}, "heads", "heads"), ({"kind": "x"}, None, "own"), ({}, None, "own")],
+)
+def test_a_published_head_has_a_validation_of_its_own(head: dict[str, str], of_heads: str | None, judge: str) -> None:
+    recipe = recipes.load("vits14").changed(validation="own", head=head, head_validation=of_heads)
+    assert recipe.judged_by == judge

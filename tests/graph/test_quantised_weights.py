@@ -81,10 +81,24 @@ def test_no_grid_that_is_tried_loses_less(seed: int) -> None:
     assert len(set(np.argmin(errors, axis=0).ravel())) > len(FITTED) / 2, "none is there in vain"
 
 
+def test_each_share_is_for_blocks_whose_grid_it_fits() -> None:
+    """Whole numbers from -7 to 7, or 0 to 15, and what lies beyond the ends of so large a share of the range."""
+    random = torch.Generator().manual_seed(0)
+    blocks = torch.randint(-7, 8, (1, 512, len(SHRINKS)), generator=random).double()
+    blocks[0, 0] = 7 / torch.tensor(SHRINKS)
+    assert np.allclose(symmetric(blocks, 4)[1], 1)
+    blocks = torch.randint(0, 16, (1, 4096, len(FITTED)), generator=random).double()
+    beyond = 7.5 / torch.tensor(FITTED) - 7.5
+    blocks[0, 0], blocks[0, 1] = -beyond, 15 + beyond
+    codes, scale, _ = with_offset(blocks)
+    assert np.allclose(scale, 1, atol=2e-3) and np.array_equal(codes[0, 2:], blocks[0, 2:] - 8)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rows", [32, 4])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_no_scale_that_is_tried_loses_less(bits: int, seed: int) -> None:
-    blocks = torch.randn(20, 32, 6, generator=torch.Generator().manual_seed(seed)).double()
+def test_no_scale_that_is_tried_loses_less(bits: int, rows: int, seed: int) -> None:
+    blocks = torch.randn(20, rows, 6, generator=torch.Generator().manual_seed(seed)).double()
     values, high = blocks.numpy(), 2 ** (bits - 1) - 1
     whole = np.abs(values).max(axis=1, keepdims=True) / high
     errors = [
@@ -210,6 +224,18 @@ def test_a_weight_is_quantised_in_parts(numbers: int, parts: list[int], monkeypa
     made = quantised(values, 8)
     assert np.array_equal(made.codes.numpy(), whole) and seen == parts
     assert made.scales.numpy().shape == (5, 3)
+
+
+def test_a_part_has_a_million_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def zeros(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+        seen.append(tuple(blocks.shape))
+        return blocks.to(torch.int8), blocks[:, 0], torch.zeros(0)
+
+    monkeypatch.setattr(quantised_weights, "symmetric", zeros)
+    assert quantised(np.zeros((33 * 32, 1024), np.float32), 8).scales.numpy().shape == (33, 1024)
+    assert seen == [(32, 32, 1024), (1, 32, 1024)]
 
 
 def test_numbers_that_are_none_are_named() -> None:
