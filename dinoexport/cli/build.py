@@ -33,7 +33,6 @@ Variant = Annotated[
     typer.Argument(
         metavar="[VARIANT|RECIPE.toml]",
         help="A shipped variant, or the path of your own recipe. Default: derived from --weights and files beside it.",
-        show_default=False,
     ),
 ]
 Prefix = Annotated[

@@ -162,12 +162,12 @@ def _of_onnx(path: Path) -> dict[str, Any]:
     except DecodeError as error:
         raise UsageError(f"{path} is not a readable ONNX file: {error}.", next_step="Check the path.") from None
     graph = model.graph
-    weights = {id(t): math.prod(t.dims) for t in graph.initializer}
+    weights = [math.prod(t.dims) for t in graph.initializer]
     facts = {
         "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
         "nodes": f"{len(graph.node)}: "
         + ", ".join(f"{op} {n}" for op, n in Counter(n.op_type for n in graph.node).most_common()),
-        "weights": f"{sum(weights.values()):,} in {len(weights)} tensors",
+        "weights": f"{sum(weights):,} in {len(weights)} tensors",
         "external data": ", ".join(
             sorted({e.value for t in graph.initializer for e in t.external_data if e.key == "location"})
         )

@@ -14,7 +14,7 @@ from dinoexport.system.untrusted import Unreadable
 
 RETIRED = "retired"
 # A configuration takes 20 kB, most of it the recipe.
-_CONFIG_MAX_BYTES = 1 << 20
+CONFIG_MAX_BYTES = 1 << 20
 _VERSIONS = re.compile(r"^    versions: \[(\d{1,9})\]", re.MULTILINE)
 _VERSION_FOLDER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 
@@ -77,7 +77,7 @@ def _config(folder: Path) -> str | None:
     if not is_folder(folder):
         return None
     try:
-        return untrusted.read_text(folder / CONFIG, max_bytes=_CONFIG_MAX_BYTES, links=False)
+        return untrusted.read_text(folder / CONFIG, max_bytes=CONFIG_MAX_BYTES, links=False)
     except Unreadable:
         return None
 

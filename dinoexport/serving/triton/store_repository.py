@@ -17,15 +17,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dinoexport import bundle
-from dinoexport.errors import BuildError
-from dinoexport.serving.triton import model_repository, releases, served_models
+from dinoexport.errors import BuildError, UsageError
+from dinoexport.serving.triton import model_repository, releases, repository_state, served_models
 from dinoexport.serving.triton.model_files import CONFIG
 from dinoexport.serving.triton.model_repository import Deployed
 from dinoexport.serving.triton.releases import Releases
@@ -34,7 +34,6 @@ from dinoexport.system import changes
 from dinoexport.system.store import RemotePlace
 
 _RECORD = releases.record_name("")
-_CONFIG_MAX_BYTES = 1 << 20
 # How often a deployer starts again because another one was faster.
 _ATTEMPTS = 20
 # Names that may become a path in the mirror. Anybody can choose names in a store.
@@ -57,7 +56,8 @@ def deploy(folder: Path, url: str, *, name: str | None = None, progress: Progres
     for _ in range(_ATTEMPTS):
         with TemporaryDirectory(prefix="dinoexport-") as scratch:
             mirror = _Mirror(place, Path(scratch), known_as, taken)
-            deployed = model_repository.deploy(folder, mirror.folder, name=name, progress=progress, **how)
+            with mirror.named():
+                deployed = model_repository.deploy(folder, mirror.folder, name=name, progress=progress, **how)
             try:
                 mirror.send(deployed, progress)
             except _VersionTaken as version:
@@ -76,7 +76,8 @@ def rollback(url: str, name: str) -> Deployed:
         mirror = _Mirror(place, Path(scratch), name, set())
         if mirror.is_new:
             raise releases.unknown(name, mirror.others, url)
-        deployed = model_repository.rollback(mirror.folder, name)
+        with mirror.named():
+            deployed = model_repository.rollback(mirror.folder, name)
         mirror.send(deployed, silent)
     changes.note_done(f"{url} serves {deployed.name} version {deployed.version}.")
     return replace(deployed, repository=url)
@@ -90,6 +91,7 @@ class _Mirror:
 
         others: what else was deployed there, by its records.
         """
+        scratch = scratch.resolve()  # as it stands in errors
         self._place, self.folder, self._kept = place, scratch / "models", scratch / "before"
         self.folder.mkdir()
         self._kept.mkdir()
@@ -112,7 +114,7 @@ class _Mirror:
             content = b""
             if path.rpartition("/")[2] == CONFIG:
                 with suppress(ValueError, FileNotFoundError):
-                    content = place.read(path, max_bytes=_CONFIG_MAX_BYTES)
+                    content = place.read(path, max_bytes=repository_state.CONFIG_MAX_BYTES)
                 if not content:
                     continue
             self._add(path, content)
@@ -124,6 +126,17 @@ class _Mirror:
     def is_new(self) -> bool:
         """Whether the name was never served."""
         return not self._tag
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors name the store, not this folder, which is gone when they are read."""
+        try:
+            yield
+        except UsageError as error:
+            if str(self.folder) not in error.message:
+                raise
+            message = error.message.replace(str(self.folder), str(self._place))
+            raise UsageError(message, next_step=error.next_step) from None
 
     def _finish_others(self, name: str) -> None:
         """Adds the configuration of models whose first deployment, by another process, is not complete."""
@@ -207,8 +220,8 @@ def _settle(place: RemotePlace, name: str) -> None:
         for model in release.models if release else ():
             assert release is not None
             with suppress(FileNotFoundError, ValueError):
-                wanted = place.read(f"{model}/{release.version}/{CONFIG}", max_bytes=_CONFIG_MAX_BYTES)
-                there, _ = place.read_tagged(f"{model}/{CONFIG}", max_bytes=_CONFIG_MAX_BYTES)
+                wanted = place.read(f"{model}/{release.version}/{CONFIG}", max_bytes=repository_state.CONFIG_MAX_BYTES)
+                there, _ = place.read_tagged(f"{model}/{CONFIG}", max_bytes=repository_state.CONFIG_MAX_BYTES)
                 if there != wanted:
                     place.write(f"{model}/{CONFIG}", wanted)
 

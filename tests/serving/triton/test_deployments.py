@@ -11,55 +11,14 @@ from typing import Any
 
 import pytest
 
-from dinoexport import bundle, family
-from dinoexport.bundle import BundleFile, reference_file
 from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.runtime import cpu
-from dinoexport.serving.triton import batching, model_repository, repository_state, served_models
+from dinoexport.serving.triton import model_repository, repository_state, served_models
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import TensorRTPlan
 from dinoexport.spec import Precision, Runtime, Way
-from tests.serving.triton.test_made_models import FINISHING, GRAPH, PLAIN, manifest, reference
-
-CONTENT = {name: name.encode() for name in ("model.onnx", "model.onnx.data", "reference.npz", "report.html")}
-
-
-class Given:
-    """What the next deployment is of; a test changes it."""
-
-    def __init__(self) -> None:
-        self.ends: tuple[Any, ...] = ()
-        self.head: Any = None
-        self.verdict = "passed"
-        self.changes: dict[str, Any] = {}
-
-    def manifest(self) -> Any:
-        files = tuple(
-            BundleFile(name=name, stage="export", sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
-            for name, raw in CONTENT.items()
-        )
-        return manifest(files=files, verdict=self.verdict, to_bytes=lambda: b"manifest", **self.changes)
-
-    def model(self) -> Any:
-        return SimpleNamespace(
-            text=None, graphs=(GRAPH,), head_facts=self.head, front_ends=lambda *_, **__: self.ends
-        )  # fmt: skip
-
-
-@pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Given:
-    made = Given()
-    (tmp_path / "bundle").mkdir()
-    for name, raw in CONTENT.items():
-        (tmp_path / "bundle" / name).write_bytes(raw)
-    monkeypatch.setattr(bundle, "read_manifest", lambda _: made.manifest())
-    monkeypatch.setattr(bundle, "check_graphs", lambda *_: None)
-    monkeypatch.setattr(reference_file, "read", lambda _: reference(9, 3))
-    monkeypatch.setattr(model_repository, "parse", lambda _kind, recipe, **_: recipe)
-    monkeypatch.setattr(family, "find", lambda _: SimpleNamespace(model=lambda _recipe: made.model()))
-    monkeypatch.setattr(cpu, "open_graphs", lambda *_: {"model": None})
-    monkeypatch.setattr(batching, "measure", lambda *_, **__: {1: 10.0})
-    return made
+from tests.serving.triton.conftest import CONTENT, Given
+from tests.serving.triton.test_made_models import FINISHING, PLAIN, reference
 
 
 def deployed(tmp_path: Path, **options: Any) -> model_repository.Deployed:
