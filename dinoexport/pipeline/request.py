@@ -65,7 +65,7 @@ class BuildRequest:
     cpu_runtimes: tuple[Runtime, ...]
     prefix: str | None
     settled: Settled
-    auto: bool = False
+    auto: bool
 
     @property
     def precision(self) -> Precision:

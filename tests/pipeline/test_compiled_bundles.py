@@ -80,8 +80,9 @@ def names(folder: Path) -> set[str]:
 
 def test_bundles_of_two_cards_are_one(tmp_path: Path) -> None:
     """Each engine has its cards in its name; of versions that differ the first's count."""
-    written(tmp_path / "a", engine("8.0"), target="a100", versions={"torch": "1", "numpy": "1"})
-    written(tmp_path / "b", engine("8.6", "8.9"), target="l4", versions={"torch": "2", "cuda": "2"})
+    of_first, of_second = {"torch": "1", "numpy": "1"}, {"torch": "2", "cuda": "2"}
+    written(tmp_path / "a", engine("8.0"), target="a100", versions=of_first, card={"purpose": "first"})
+    written(tmp_path / "b", engine("8.6", "8.9"), target="l4", versions=of_second, card={"purpose": "second"})
     made = compile_bundle.merge(tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
     engines = {"model.sm80.plan", "model.sm80.plan.log", "model.sm86_sm89.plan", "model.sm86_sm89.plan.log"}
     assert names(tmp_path / "out") == {"manifest.json", "model.onnx", "reference.npz"} | engines
@@ -91,10 +92,21 @@ def test_bundles_of_two_cards_are_one(tmp_path: Path) -> None:
     assert found == made.manifest and made.folder == tmp_path / "out" and made.reused is False
     assert (found.target, found.versions) == ("a100 + l4", {"torch": "1", "numpy": "1", "cuda": "2"})
     assert [each.file for each in found.engines] == ["model.sm80.plan", "model.sm86_sm89.plan"]
-    assert made.engines == evaluate.NO_ENGINE
+    assert made.engines == evaluate.NO_ENGINE and found.card == {"purpose": "first"}
     assert made.notes == ("sbom.cdx.json was left out: cyclonedx-python-lib, which writes it, is not installed here.",)
     again = compile_bundle._for_cards(found.engines[0])
     assert again == found.engines[0], "one that is named so keeps its name"
+
+
+def test_what_is_merged_again_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "a", engine("8.0"))
+    written(tmp_path / "b", engine("8.6"))
+    before = compile_bundle.merge(tmp_path / "a", tmp_path / "b", out=tmp_path / "out").manifest
+    copy, copied = compile_bundle.files.copy, []
+    monkeypatch.setattr(compile_bundle.files, "copy", lambda *a, **more: copied.append(a[0].name) or copy(*a, **more))
+    again = compile_bundle.merge(tmp_path / "a", tmp_path / "b", out=tmp_path / "out").manifest
+    assert again == before.changed(created=again.created) and copied
+    assert not {"model.onnx", "reference.npz"} & set(copied)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +198,22 @@ def test_engines_are_added_where_they_passed_or_could_not_run(
     if elsewhere:
         assert bundle.verify(tmp_path / "in") == before
     assert compiled["memory"] == [], "only onnx can tell"
+
+
+def test_engines_of_the_same_key_are_compiled_again_only_when_forced(compiled: dict[str, Any], tmp_path: Path) -> None:
+    written(tmp_path / "in")
+    assert [compile_bundle.compile_bundle(tmp_path / "in", **more).reused for more in ({}, {}, {"force": True})] == [
+        False, True, False,
+    ]  # fmt: skip
+
+
+def test_the_stages_of_a_bundle_that_stays_are_not_copied(tmp_path: Path) -> None:
+    manifest = written(tmp_path / "in")
+    work: Any = SimpleNamespace(out=tmp_path / "in")
+    assert compile_bundle._kept(work, tmp_path / "in", manifest) == {
+        name: Stage(name=name, key=key_of(stage=name), folder=tmp_path / "in", files=(file_,), reused=True)
+        for name, file_ in zip(("export", "reference"), manifest.files, strict=True)
+    }
 
 
 def test_engines_that_are_wrong_change_nothing(compiled: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from itertools import combinations
 from math import ceil, log2
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from typer.testing import CliRunner
 
 from dinoexport import bundle, cli
 from dinoexport.bundle.reference_file import Reference
-from dinoexport.errors import UsageError
+from dinoexport.errors import UsageError, ValidationFailed
 from dinoexport.models.dinov2 import fold
 from dinoexport.pipeline import build as pipeline
 from dinoexport.pipeline import mixed_precision
-from dinoexport.spec import Precision
+from dinoexport.spec import Case, Expectation, Precision
 from dinoexport.validation import validate_bundle
+from dinoexport.validation.answers import Bound
+from dinoexport.validation.error_analysis import RANGE
+from dinoexport.validation.judge import Report, Row
 from tests.conftest import DATA
 
 TINY = str(DATA / "tiny_swiglu_reg.toml")
@@ -39,7 +43,7 @@ def test_smallest_set(sufficient: set[frozenset[str]]) -> None:
         return any(enough <= set(parts) for enough in sufficient)
 
     found = mixed_precision.smallest(PARTS, holds)
-    assert any(enough <= set(found) for enough in sufficient)
+    assert any(enough <= set(found) for enough in sufficient) and () not in asked, "that none suffice is known"
     for size in range(len(found)):
         assert not any(any(e <= set(some) for e in sufficient) for some in combinations(found, size))
     needed = len(found)
@@ -182,6 +186,65 @@ def test_a_model_that_overflows_before_its_head_is_repaired(repaired: Path, tmp_
     assert {name.split("_")[0] for name in half} >= {"blocks.0.qkv", "blocks.2.qkv"}
     assert not [name for name in half if name.startswith(("head.", "blocks.1."))]
     assert validate_bundle.validate(tmp_path / "bundle").report.passed
+
+
+def row(case: str, *bounds: tuple[float, float], output: str = "y", problem: str = "") -> Row:
+    made = tuple(
+        Bound(figure=f"figure {i}", value=value, limit=limit, reason="a test", holds=value <= limit)
+        for i, (value, limit) in enumerate(bounds)
+    )
+    return Row(case=case, why="", output=output, shape=(), distance=None, bounds=made, problem=problem)
+
+
+def test_a_trial_fails_by_the_first_figure_of_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What overflows comes before what is merely inexact; nothing stays of the graphs that were tried."""
+    rows = (
+        row("right", (0.1, 1.0)), row("both", (0.5, 1.0), (2.0, 1.0), (3.0, 1.0)), row("both", (4.0, 1.0), output="z"),
+        row("no answer", problem="it raised"), row("over", (2.0, 1.0)),
+        row("over", output=RANGE, problem="the sum overflows"),
+        row("late", (0.5, 1.0)), row("late", (7.0, 1.0), output="z"),
+    )  # fmt: skip
+    written: list[Any] = []
+    given = Report(candidate="a form", reference="r", rows=rows)
+    monkeypatch.setattr(
+        mixed_precision, "export", lambda graph, calls, place, **_: written.append((graph.name, calls, place))
+    )
+    monkeypatch.setattr(mixed_precision.runners, "open_candidate", lambda _form, graphs: sorted(graphs))
+    monkeypatch.setattr(
+        mixed_precision.evaluate, "judged",
+        lambda opened, reference, name: written.append(([path.name for path in opened], reference.refusals)) or given,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        mixed_precision.evaluate, "with_ranges", lambda report, _form, _graphs, cases: written.append(cases) or report
+    )
+    case = Case(name="right", why="", inputs={})
+    limits: Any = None
+    reference = Reference(
+        name="r", limits=limits, expectations=(Expectation(case=case, outputs={}),), refusals=(case,), kinds={}
+    )
+    form: Any = SimpleNamespace(graphs=(SimpleNamespace(name="model"),), calls=lambda graph, read: (graph.name, read))
+    checkpoint: Any = SimpleNamespace(read="read")
+    assert mixed_precision._problems(form, checkpoint, reference, tmp_path, {}) == {
+        "both": "both/y: figure 1 2, limit 1", "no answer": "no answer/y: it raised",
+        "over": "the sum overflows on over", "late": "late/z: figure 0 7, limit 1",
+    }  # fmt: skip
+    (name, calls, place), *others = written
+    assert (name, calls) == ("model", ("model", "read")) and place.parent == tmp_path and not place.exists()
+    assert others == [(["model.onnx"], ()), [case]]
+
+
+def test_weights_that_a_precision_cannot_hold_fail_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_: Any, **__: Any) -> None:
+        raise ValidationFailed("blocks.1 overflows", next_step="x")
+
+    monkeypatch.setattr(mixed_precision, "export", export)
+    form: Any = SimpleNamespace(graphs=("model",), calls=lambda *_: ())
+    cases = [Expectation(case=Case(name=name, why="", inputs={}), outputs={}) for name in "ab"]
+    reference: Any = SimpleNamespace(expectations=cases)
+    checkpoint: Any = SimpleNamespace(read=None)
+    assert mixed_precision._problems(form, checkpoint, reference, tmp_path, {}) == dict.fromkeys(
+        "ab", "blocks.1 overflows"
+    )
 
 
 def test_parts_in_a_recipe_are_checked(tmp_path: Path) -> None:

@@ -98,3 +98,28 @@ def test_a_plan_in_words(
         "runtime": "tensorrt" if engine else "onnxruntime or openvino",
         "disk": f"about {'1.60' if engine else '0.80'} GB; 12.3 GB are free", **carried.facts(800_000_000, memory),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "gpu", "checked"),
+    [
+        (None, SimpleNamespace(memory_bytes=81, name="A100"), []), (40, None, (30 * GB, "the smallest a100")),
+        (40, SimpleNamespace(memory_bytes=80, name="A100"), (60, "A100")),
+    ],
+)  # fmt: skip
+def test_an_engine_must_fit_the_card_or_the_smallest_one(
+    memory_gb: int | None, gpu: Any, checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each graph with its own profiles, in three quarters of a memory that the CPU shares."""
+    asked: list[Any] = []
+    monkeypatch.setattr(preflight.builder, "check_memory", lambda *given, **how: asked.append((*given, how)))
+    target = SimpleNamespace(name="a100", memory_gb=memory_gb, memory_for_engine=lambda size: size * 3 // 4)
+    graphs = tuple(SimpleNamespace(name=name) for name in ("first", "second"))
+    profiles = {"first": "profiles of the first", "second": "profiles of the second"}
+    request: Any = SimpleNamespace(target=target, gpu=gpu, graphs=graphs, profiles=profiles, choices="choices")
+    preflight.memory(request, Path("made"))
+    assert asked == [
+        (Path(f"made/{graph.name}.onnx"), graph, profiles[graph.name],
+         {"memory_bytes": checked[0], "where": checked[1], "choices": "choices"})
+        for graph in (graphs if checked else ())
+    ]  # fmt: skip

@@ -72,3 +72,52 @@ def test_kernels_are_measured_on_the_first_gpu(
     of_model.graphs = (graph(True, "float32"),)
     with pytest.raises(UsageError, match="no kernel for attention over a cache in fp32"):
         request.engine_request(recipe, of_model, chosen, gpus)
+
+
+@pytest.mark.parametrize(("recipe", "beside"), [(TINY, DATA), ("vits14", None), (None, None)])
+def test_limits_beside_a_users_own_recipe_count(
+    recipe: str | None, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are looked for nowhere else, such as in the folder in which the command runs."""
+    asked: list[Any] = []
+    real_settle, real_limits = request.settle, request.load_validation
+
+    def settled(loaded: Any, *given: Any, **more: Any) -> Any:
+        return real_settle(loaded or request.load("vits14"), *given, **more)
+
+    def limits(name: str, *, beside: Any) -> Any:
+        asked.append(beside)
+        return real_limits(name, beside=beside)
+
+    monkeypatch.setattr(request, "settle", settled)
+    monkeypatch.setattr(request, "load_validation", limits)
+    request.build_request(recipe, target="cpu")
+    assert asked == [beside]
+
+
+@pytest.mark.parametrize(("runtime", "form"), [(Runtime.TENSORRT, {"form": "of an engine"}), (Runtime.ONNXRUNTIME, {})])
+def test_an_engine_gets_a_graph_in_its_own_form(runtime: Runtime, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the family has one; the graph that a CPU runs stays as the recipe says."""
+    changed: list[Any] = []
+
+    class Recipe(SimpleNamespace):
+        def changed(self, **changes: Any) -> Recipe:
+            changed.append(changes)
+            return Recipe(**vars(self) | changes)
+
+    recipe = Recipe(engine={}, family="toy", graph={}, judged_by="toy", title="toy", sizes=())
+    chosen = SimpleNamespace(
+        runtime=runtime, precision=Precision.FP32, traced=Precision.FP32, target=SimpleNamespace(name="a100")
+    )
+    made = SimpleNamespace(graphs=(), engine_form=lambda: {"form": "of an engine"})
+    monkeypatch.setattr(request, "HasEngineForm", SimpleNamespace)
+    monkeypatch.setattr(request, "settle", lambda *_, **__: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr(request, "parse", lambda _kind, content, where: content)
+    monkeypatch.setattr(request.targets, "choose", lambda *_, **__: chosen)
+    monkeypatch.setattr(request.family, "find", lambda _name: SimpleNamespace(model=lambda _recipe: made))
+    monkeypatch.setattr(request, "load_validation", lambda *_, **__: ("limits", Path()))
+    monkeypatch.setattr(request, "engine_request", lambda *given: given[0].graph)
+    for name in ("cases_of", "limits_for"):
+        monkeypatch.setattr(request.evaluate, name, lambda *_: ())
+    found: Any = request.build_request(None, weights="my.gguf")
+    assert found.engine == found.recipe.graph == form

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -290,3 +293,26 @@ def test_no_link_is_followed_to_what_is_believed(linked: str, place: Path) -> No
     else:
         with pytest.raises(UsageError, match="exists and is not a bundle"):
             build(out, make)
+
+
+def test_only_finished_stages_are_cleared_away(tmp_path: Path) -> None:
+    """Neither what is being published nor the records of the change are stages."""
+    for name in ("export-1", "page-2", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "journal").write_text("record")
+    change: Any = SimpleNamespace(folder=tmp_path, new=tmp_path / "new")
+    work = Workspace(change=change, force=False, progress=silent)
+    assert sorted(path.name for path in work._stage_folders()) == ["export-1", "page-2"]
+
+
+def test_half_a_stage_that_cannot_be_removed_stops_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in nobody's way: the next build of the stage begins by removing it."""
+    removed: list[tuple[str, bool]] = []
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        removed.append((path.name, ignore_errors))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with workspace(place / "out", force=False, progress=silent) as work:
+        (work.folder / "export.partial").mkdir()
+    assert ("export.partial", True) in removed
