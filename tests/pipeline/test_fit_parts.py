@@ -190,6 +190,14 @@ def test_neighbours_vote_by_their_similarity() -> None:
         classifiers.fit("knn", 0 * x, np.array([0, 1, 0, 1]), classes=2, balanced=False, seed=0)
 
 
+@pytest.mark.parametrize(("smallest", "neighbours"), [(1, 1), (19, 19), (20, 20), (21, 20), (30, 20)])
+def test_twenty_neighbours_vote_or_as_many_as_the_smallest_class_has(smallest: int, neighbours: int) -> None:
+    labels = np.repeat([0, 1], [40, smallest])
+    features = np.ones((len(labels), 2), np.float32)
+    fitted = classifiers.fit("knn", features, labels, classes=2, balanced=False, seed=0)
+    assert fitted.table["neighbours"] == neighbours
+
+
 def test_one_thread_fits_and_large_logits_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in another order would give other bytes; exp(1000) is no float64."""
     threads: list[int] = []
