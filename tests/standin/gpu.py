@@ -164,6 +164,7 @@ class Device:
         return (Error.cudaSuccess,)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Error, Any]:
+        assert flags == 0, "a launch frees, uploads and orders nothing"
         if not self.instantiates:
             return Error.cudaErrorMemoryAllocation, None
         self.graphs += 1
