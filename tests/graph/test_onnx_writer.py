@@ -38,6 +38,15 @@ def test_pieces_are_traced_once_while_the_caller_goes_on() -> None:
     assert len({*threads, threading.main_thread()}) == 2
 
 
+def test_modules_are_imported_before_the_first_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(onnx_writer, "import_module", done.append)
+    trace: Any = lambda piece: done.append(piece.name)  # noqa: E731
+    with onnx_writer.tracing(lambda: calls("stem"), trace=trace, ahead=("torch", "onnxscript")) as traced:
+        traced()
+    assert done == ["torch", "onnxscript", "stem"]
+
+
 def test_what_is_not_begun_by_the_end_is_left_out() -> None:
     """As where the stage was made earlier: nobody waits for a trace that nobody wants."""
     begun, held = threading.Event(), threading.Event()

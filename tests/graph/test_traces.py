@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import io
@@ -115,6 +116,33 @@ def test_the_code_that_a_trace_depends_on_is_in_the_key(package: Path, file: str
     before = key_of(piece_of(package))
     (package / file).write_text((package / file).read_text() + "CHANGED = 1\n")
     assert (key_of(piece_of(package)) != before) == (file in ("graph.py", "numbers.py"))
+
+
+def test_the_order_of_arguments_does_not_matter(package: Path) -> None:
+    arguments = piece_of(package).arguments
+    other = dict(reversed(arguments.items()))
+    assert list(other) != list(arguments) and key_of(piece_of(package, arguments=other)) == key_of(piece_of(package))
+
+
+def test_any_release_of_a_python_traces_alike() -> None:
+    _forget()
+    assert traces._versions()["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def test_what_follows_a_docstring_is_code() -> None:
+    codes = [traces._code(ast.parse(text)) for text in ('"""a"""\nx = 1', '"""b"""\nx = 1', "x = 1", '"""a"""\nx = 2')]
+    assert codes[0] == codes[1] == codes[2] != codes[3]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_kept_trace_has_at_most_four_mebibytes(more: int) -> None:
+    """With 82 bytes before its content."""
+    content = bytes(2**22 - 82 + more)
+    traces._keep("0" * 64, content)
+    path = traces._place("0" * 64)
+    assert path.stat().st_size == 2**22 + more
+    assert traces._cached("0" * 64) == (None if more else content)
+    path.unlink()
 
 
 def test_words_may_change(package: Path) -> None:

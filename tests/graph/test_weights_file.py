@@ -23,7 +23,7 @@ def constant(name: str, size_bytes: int) -> Constant:
 
 def test_each_tensor_lies_where_the_graph_says(tmp_path: Path) -> None:
     """Behind each other without a gap, in their order; small ones are in the graph itself."""
-    sizes = (weights_file.INLINE_BYTES, weights_file.INLINE_BYTES + 1, 5000, 1, 70_000)
+    sizes = (256, 257, 5000, 1, 70_000)
     held = [constant("x" * (i + 1), size) for i, size in enumerate(sizes)]
     graph, path = GraphProto(), tmp_path / "m.onnx.data"
     told: list[tuple[str, int, int]] = []
@@ -33,7 +33,7 @@ def test_each_tensor_lies_where_the_graph_says(tmp_path: Path) -> None:
     offset = 0
     for tensor, made in zip(held, graph.initializer, strict=True):
         assert (made.name, list(made.dims), made.data_type) == (tensor.name, list(tensor.shape), TensorProto.UINT8)
-        if tensor.nbytes <= weights_file.INLINE_BYTES:
+        if tensor.nbytes <= 256:
             assert made.raw_data == tensor.content and not made.external_data
             continue
         entries = {entry.key: entry.value for entry in made.external_data}
@@ -69,6 +69,30 @@ def test_after_an_error_nothing_more_is_begun(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         weights_file.write(GraphProto(), held, tmp_path / "data", progress=silent)
     assert "0" in begun and len(begun) < 50, "two are written at once, in either order"
+
+
+def test_two_are_written_at_once_within_320_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counted(weights_file._Budget):
+        def __init__(self, size: int) -> None:
+            asked.append(size)
+            super().__init__(size)
+
+    now, most, lock = [0], [0], threading.Lock()
+
+    class Met(Failing):
+        def tofile(self, file: Any) -> None:
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            super().tofile(file)
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(weights_file, "_Budget", Counted)
+    weights_file.write(GraphProto(), [Met(str(i), [], fails=False) for i in range(6)], tmp_path / "d", progress=silent)
+    assert asked == [335_544_320] and most == [2]
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(50, 2), (51, 1), (33, 3), (101, 1), (100, 1), (0, 9)])
