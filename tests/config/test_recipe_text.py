@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from dinoexport.config import recipe as recipes
 from dinoexport.errors import UsageError
+from dinoexport.models.dinov2.config import Architecture, GraphChoices
 from dinoexport.spec import Dim
 
 
@@ -78,3 +80,24 @@ def test_what_is_read_stays_as_it_is() -> None:
 def test_a_published_head_has_a_validation_of_its_own(head: dict[str, str], of_heads: str | None, judge: str) -> None:
     recipe = recipes.load("vits14").changed(validation="own", head=head, head_validation=of_heads)
     assert recipe.judged_by == judge
+
+
+@pytest.mark.parametrize(("offset", "taken"), [(1 / 1000, True), (1 / 1001, False), (999 / 1000, True)])
+def test_an_offset_is_a_fraction_of_at_most_a_thousand_parts(offset: float, taken: bool) -> None:
+    model = recipes.load("vits14").model | {"interpolate_offset": offset}
+    if taken:
+        assert float(Architecture.model_validate(model).offset) == offset
+    else:
+        with pytest.raises(ValidationError, match=r"needs a fraction of at most 1000 parts, as 0\.1, has 0\.000999"):
+            Architecture.model_validate(model)
+
+
+@pytest.mark.parametrize("interface", ["transformers", "dinov2"])
+@pytest.mark.parametrize("choice", [{}, {"input": "images"}, {"blocks": (1,)}, {"last_blocks": 2}])
+def test_transformers_interface_has_one_form(interface: str, choice: dict[str, Any]) -> None:
+    graph = {"interface": interface, **choice}
+    if interface == "transformers" and choice:
+        with pytest.raises(ValidationError, match="interface transformers takes normalised pixels and gives only the"):
+            GraphChoices.model_validate(graph)
+    else:
+        assert GraphChoices.model_validate(graph).interface == interface

@@ -112,6 +112,12 @@ def scaled(times: float) -> dict[str, Any]:
         ({"size": {"height": 224, "width": 280}, "do_center_crop": False}, {"resize": (224, 280), "crop": (224, 280)}),
         ({"crop_size": {"height": 224, "width": 280}}, {"crop": (224, 280)}),
         ({"size": 256, "crop_size": 224}, {"resize": 256, "crop": 224}),
+        # One number is of all three channels. A factor of 1 / 510 doubles what is taken off and divided by.
+        ({"image_mean": 0.25, "image_std": 2}, {"mean": (0.25,) * 3, "std": (2.0,) * 3}),
+        (
+            {"image_mean": [0.5, 0.25], "image_std": [1.0, 2.0], "rescale_factor": 1 / 510},
+            {"mean": (1.0, 0.5), "std": (2.0, 4.0)},
+        ),
         ({"size": {"height": 224}, "crop_size": {"width": 3}}, {"resize": None, "crop": None}),
         ({"size": {"shortest_edge": 256, "height": 1, "width": 2}}, {"resize": 256}),
         ({"size": None, "crop_size": None}, {"resize": None, "crop": None}),
@@ -155,7 +161,8 @@ def test_a_configuration_of_timm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "heads"), [("small", 6), ("base", 12), ("large", 16), ("giant", 24), ("so150m", None), ("tiny", None)]
+    ("size", "heads"),
+    [("small", 6), ("base", 12), ("large", 16), ("giant", 24), ("so150m", None), ("tiny", None)],
 )
 def test_heads_by_timms_names(size: str, heads: int | None, tmp_path: Path) -> None:
     own = TIMM | {"architecture": f"vit_{size}_patch16_224"}

@@ -195,3 +195,8 @@ def test_an_empty_table_of_positions_says_nothing(rows: int, tmp_path: Path) -> 
     made = described.recipe_from(beside(tmp_path), shapes_of() | {"pos_embed": (1, rows, 128)})
     assert made is not None and made.profile["height"] == Range(min=14, opt=14, max=1022)
     assert "position_side" not in made.model
+
+
+def test_a_table_of_one_patch_is_a_square(tmp_path: Path) -> None:
+    found = described.described(recipe_of(), beside(tmp_path), shapes_of() | {"pos_embed": (1, 2, 128)})
+    assert {fact.key: fact.value for fact in found.facts}["model.position_side"] == 1

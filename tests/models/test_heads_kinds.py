@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dinoexport.models.dinov2 import published
 from dinoexport.models.dinov2.config import Architecture
 from dinoexport.models.dinov2.heads import signature
 from dinoexport.models.dinov2.heads.kinds import KINDS, Head, HeadTable
@@ -184,3 +185,28 @@ def test_what_is_read_before_the_final_norm_and_what_is_padded() -> None:
     assert {of.table.kind for of in heads if not of.after_norm} == depth
     assert {of.table.kind for of in heads if of.pads} == depth | labels
     assert {of.table.kind for of in heads if not of.own_file} == {"depth_anything"}
+
+
+def test_tensors_of_depth_anything() -> None:
+    """Of 64 channels, to maps of 4, 6, 8 and 10, joined at 8; without a bias where upstream has none."""
+    maps = (4, 6, 8, 10)
+    biased: dict[str, tuple[int, ...]] = {
+        **{f"projects.{i}": (width, 64, 1, 1) for i, width in enumerate(maps)},
+        "resize_layers.0": (4, 4, 4, 4), "resize_layers.1": (6, 6, 2, 2), "resize_layers.3": (10, 10, 3, 3),
+        **{f"scratch.refinenet{i}.out_conv": (8, 8, 1, 1) for i in (1, 2, 3, 4)},
+        **{
+            f"scratch.refinenet{i}.resConfUnit{unit}.conv{conv}": (8, 8, 3, 3)
+            for i in (1, 2, 3, 4) for unit in (1, 2) for conv in (1, 2)
+        },
+        "scratch.output_conv1": (4, 8, 3, 3), "scratch.output_conv2.0": (32, 4, 3, 3),
+        "scratch.output_conv2.2": (1, 32, 1, 1),
+    }  # fmt: skip
+    wanted = {f"depth_head.{name}.weight": shape for name, shape in biased.items()}
+    # The kernel of a transposed convolution has its inputs first; here both are as many.
+    wanted |= {f"depth_head.{name}.bias": shape[:1] for name, shape in biased.items()}
+    wanted |= {f"depth_head.scratch.layer{i + 1}_rn.weight": (8, width, 3, 3) for i, width in enumerate(maps)}
+    assert head("depth_anything", **DEPTH_ANYTHING).tensors == wanted
+
+
+def test_widths_of_a_released_dpt_head() -> None:
+    assert [published.dpt_widths(dim) for dim in (384, 1536)] == [(48, 96, 192, 384), (192, 384, 768, 1536)]

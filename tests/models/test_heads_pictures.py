@@ -147,3 +147,9 @@ def test_bars_of_the_five_best_classes(shares: Sequence[float], height: int, lin
     assert ours == Picture(
         title="ours", caption="the most probable classes", data=theirs.data, media_type="image/svg+xml"
     )
+
+
+@pytest.mark.parametrize(("width", "shown"), [(448, 448), (449, 448), (897, 448), (100, 100)])
+def test_no_side_of_a_picture_is_longer_than_448_pixels(width: int, shown: int) -> None:
+    (picture,) = row_of(head("nyu_linear"), {"depth": np.ones((4, width), np.float32)})
+    assert drawn(picture).shape[1] == shown

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,3 +248,41 @@ def test_upstreams_layers_are_kept_from_xformers(repository: Path) -> None:
 def test_the_family_does_not_load_the_hub_by_itself() -> None:
     code = "import dinoexport.models.dinov2, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Listening(torch.nn.Module):
+    """In place of upstream's model: block i of an image gives i times its sum, one row for each 14 x 14 patch."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.norm = torch.neg
+        self.own = {name: torch.zeros(1).expand(shape) for name, shape in arch.tensors.items()}
+        self.asked: list[Any] = []
+
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return self.own
+
+    def load_state_dict(self, state: Any, strict: bool = True) -> None:  # type: ignore[override]
+        self.asked.append((set(state), strict, self.training))
+
+    def _get_intermediate_layers_not_chunked(self, pixels: torch.Tensor, wanted: list[int]) -> list[torch.Tensor]:
+        self.asked.append((tuple(pixels.shape), self.training))
+        return [i * pixels.sum() for i in wanted]
+
+
+def test_what_is_asked_of_upstreams_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the mask token is loaded; images are cropped right and below; each block is asked for once."""
+    arch = Architecture.model_validate(small().model)
+    model = Listening(arch)
+    monkeypatch.setattr(hub, "_load_model", lambda variant: model)
+    read: list[str] = []
+    told: list[Any] = []
+    answers = hub.tokens_of(
+        "small", arch, lambda name: read.append(name) or noise(2), [np.ones((1, 3, 30, 59), np.float32)] * 2, [2, 1, 2],  # type: ignore[func-returns-value]
+        lambda *words: told.append(words),
+    )  # fmt: skip
+    tensors = set(arch.tensors) - {"mask_token"}
+    assert set(read) == tensors and model.asked == [(tensors, False, True), *[((1, 3, 28, 56), False)] * 2]
+    pixels = 3 * 28 * 56
+    assert answers == [{1: -pixels, 2: -2 * pixels}] * 2
+    assert told == [("PyTorch, upstream's code", 1, 2), ("PyTorch, upstream's code", 2, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,11 @@ def test_prompts_up_to_the_context(steps: int, first: int) -> None:
     driving.check(ARCH, cases.inputs_of(cases.batch_of([[319]])))
     with pytest.raises(InputRefused, match="Token id 320 is outside the vocabulary of 320"):
         driving.check(ARCH, cases.inputs_of(cases.batch_of([[320]])))
+
+
+def test_a_file_of_token_ids_has_at_most_16_mib(tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    path.touch()
+    os.truncate(path, 2**24 + 1)
+    with pytest.raises(UsageError, match="16,777,217 bytes or more, and no such file has more than 16,777,216"):
+        read(tmp_path, file="ids.json")

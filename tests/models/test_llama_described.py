@@ -83,7 +83,7 @@ def test_a_made_recipe_takes_every_length_up_to_the_context(
     recipe = settled(edited("hf", max_position_embeddings=context)).recipe
     ranges = {name: (size.min, size.opt, size.max) for name, size in recipe.profile.items()}
     assert ranges == {
-        "batch": (1, 1, 4), "length": (1, 1, min(context, described._LENGTH_MAX)), "past": (0, likely, context - 1),
+        "batch": (1, 1, 4), "length": (1, 1, min(context, 2048)), "past": (0, likely, context - 1),
     }  # fmt: skip
 
 
@@ -302,9 +302,16 @@ def test_hints_of_a_gguf_file(content: dict[str, Any], hints: dict[str, Any], mo
 
 
 def test_what_a_silent_file_means_is_an_assumption(edited: Callable[..., Path]) -> None:
-    found = settled(edited("hf", rope_theta=None, rms_norm_eps=None))
-    assert {key: found.recipe.model[key] for key in ("rope_theta", "norm_eps")} == {"rope_theta": 1e4, "norm_eps": 1e-6}
-    assert set(found.assumed) == {"model.rope_theta", "model.norm_eps"}
+    found = settled(edited("hf", rope_theta=None, rms_norm_eps=None, max_position_embeddings=None))
+    assumed = {"rope_theta": 1e4, "norm_eps": 1e-6, "context": 2048}
+    assert {key: found.recipe.model[key] for key in assumed} == assumed
+    assert set(found.assumed) == {f"model.{key}" for key in assumed}
+
+
+@pytest.mark.parametrize(("theta", "context"), [(1e6, 16384), (999_999.0, 2048)])
+def test_a_base_of_a_million_is_code_llama_s(theta: float, context: int, edited: Callable[..., Path]) -> None:
+    """Which was trained on 16384 tokens; params.json says no context."""
+    assert settled(edited("meta", rope_theta=theta)).recipe.model["context"] == context
 
 
 def test_a_missing_shard_stops_it(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from dinoexport import family
 from dinoexport.config.recipe import Recipe
 from dinoexport.errors import UsageError
+from dinoexport.models.llama import companions
 from dinoexport.models.llama.config import Architecture, GraphChoices
 from dinoexport.models.llama.graph_weights import GraphWeights
 from dinoexport.spec import Array, Precision
@@ -157,3 +159,51 @@ def test_recipes_that_are_taken(changes: dict[str, Any]) -> None:
     narrow = "precision" in changes
     assert model.engine_form().get("body") == ("fp16" if narrow else None)
     assert model.promoted(())["body"] == "fp32"
+
+
+def test_sizes_that_follow_from_the_others() -> None:
+    assert (ARCH.head_dim, ARCH.kv_dim, ARCH.cache_values_a_token, ARCH.output_name) == (16, 32, 128, "output.weight")
+
+
+def test_a_product_that_there_is_not() -> None:
+    with pytest.raises(ValidationError) as refused:
+        GraphChoices(int8=("v", "upp", "none"))
+    assert "int8: there is no product 'upp'. Did you mean 'up'?" in str(refused.value)
+
+
+def test_the_configuration_beside_a_graph() -> None:
+    """By which Hugging Face's tools load it."""
+    (item,) = companions.files(ARCH).items()
+    assert item == (
+        "config.json",
+        b"""{
+ "architectures": [
+  "LlamaForCausalLM"
+ ],
+ "model_type": "llama",
+ "hidden_act": "silu",
+ "hidden_size": 64,
+ "intermediate_size": 96,
+ "num_hidden_layers": 2,
+ "num_attention_heads": 4,
+ "num_key_value_heads": 2,
+ "vocab_size": 10,
+ "max_position_embeddings": 99,
+ "rms_norm_eps": 1e-05,
+ "rope_theta": 10000.0,
+ "tie_word_embeddings": false,
+ "use_cache": true
+}
+""",
+    )
+
+
+def test_axes_of_meta_s_files() -> None:
+    """Along which each tensor is split; norms are whole in every file."""
+    axes = {name: family.find("llama").split_axis(name) for name in ARCH.tensors}  # type: ignore[attr-defined]
+    block = {
+        "attention.wq": 0, "attention.wk": 0, "attention.wv": 0, "attention.wo": 1, "feed_forward.w1": 0,
+        "feed_forward.w2": 1, "feed_forward.w3": 0, "attention_norm": None, "ffn_norm": None,
+    }  # fmt: skip
+    wanted = {f"layers.{i}.{part}.weight": axis for i in range(2) for part, axis in block.items()}
+    assert axes == wanted | {"tok_embeddings.weight": 1, "norm.weight": None, "output.weight": 0}

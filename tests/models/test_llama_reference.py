@@ -13,6 +13,7 @@ from dinoexport.models.llama import oracle, reference, synthetic
 from dinoexport.models.llama.cases import batch_of, inputs_of
 from dinoexport.models.llama.config import Architecture
 from dinoexport.spec import Array, Precision, silent
+from tests.models.test_llama import model_of
 
 # Heads of four numbers, whose two pairs turn by 1 and by 100 ** -0.5 = 0.1 a position.
 ARCH = Architecture(
@@ -150,6 +151,15 @@ class Toy:
         return found
 
 
+def test_streams_are_given_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "logits_of", Toy())
+    model = model_of("tiny", layers=1)
+    asked = {"inputs": [inputs_of(batch_of([[4]]))], "precision": Precision.FP32, "progress": silent}
+    (plain_answer,) = model.reference(pytest.fail, **asked)
+    (inside,) = model.reference(pytest.fail, **asked, inside=True)
+    assert set(plain_answer) == {"logits"} and set(inside) == {"logits", *model.probes["model"]}
+
+
 def test_the_outputs_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case's prompts are asked together, the id 0 is a token, and only cases with steps are continued."""
     toy, steps_told = Toy(), list[Any]()
@@ -195,6 +205,19 @@ def test_the_tensors_of_a_small_model_are_read_once(room: int, reads: int, monke
 
     load = oracle._loader(ARCH, read, torch.bfloat16)
     assert load("norm.weight").dtype == load("norm.weight").dtype == torch.bfloat16 and len(seen) == reads
+
+
+@pytest.mark.parametrize(("layers", "reads"), [(26, 1), (27, 2)])
+def test_a_small_model_has_at_most_two_to_the_28_numbers(layers: int, reads: int) -> None:
+    """Blocks of ten million numbers, and some beside them."""
+    arch = Architecture(
+        dim=1000, layers=layers, heads=1, kv_heads=1, hidden_dim=1999, vocabulary=4000, norm_eps=0.5, rope_theta=10,
+        context=9,
+    )  # fmt: skip
+    assert (sum(map(np.prod, arch.tensors.values())) <= 2**28) == (reads == 1)
+    seen: list[str] = []
+    load = oracle._loader(arch, lambda name: seen.append(name) or np.ones(2), torch.float32)  # type: ignore[func-returns-value]
+    assert load("norm.weight").shape == load("norm.weight").shape and len(seen) == reads
 
 
 def test_as_many_positions_as_prompts() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinoexport.errors import UsageError, WeightsError
+from dinoexport.family import Rollout
 from dinoexport.models.llama import gguf_tokenizer
 from dinoexport.models.llama.prompts import LlamaPrompts
 from dinoexport.models.llama.text import LlamaText, TextTable
@@ -120,3 +123,22 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+def test_a_case_with_steps_generates_text() -> None:
+    """After its prompts without their padding; the id 0 is a token."""
+    role = LlamaText(table=TextTable())
+    tokens = np.array([[-1, 0, 5], [7, 1, 0]])
+    assert role.rollout({"tokens": tokens}) is None
+    assert role.rollout({"tokens": tokens, "steps": np.array([0])}) is None
+    wanted = Rollout(prompts=((0, 5), (7, 1, 0)), tokens="rollout", logits="rollout_logits")
+    assert all(role.rollout({"tokens": tokens, "steps": np.array([steps])}) == wanted for steps in (1, 2))
+
+
+def test_a_tokenizer_of_more_than_64_mib_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.touch()
+    os.truncate(path, 2**26 + 1)
+    for read in (lambda: LlamaText(table=TextTable()).tokenizer(tmp_path), lambda: tokenizer.load(path)):
+        with pytest.raises(UsageError, match="67,108,865 bytes or more, and no such file has more than 67,108,864"):
+            read()

@@ -98,3 +98,9 @@ def test_the_photograph(value: float) -> None:
         title="Photograph", caption="20 x 30 pixels, as the model sees it", data=stored.getvalue(),
         media_type="image/jpeg",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "shown"), [(448, 448), (449, 448)])
+def test_a_photograph_is_at_most_448_pixels_wide(width: int, shown: int) -> None:
+    picture = pictures.photograph(np.zeros((3, 20, width), np.float32), PLAIN)
+    assert Image.open(BytesIO(picture.data)).width == shown

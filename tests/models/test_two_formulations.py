@@ -191,6 +191,7 @@ def test_heads(kind: str) -> None:
     # The DPT head is 256 wide whatever the backbone, so it gets three patches only, and four for even sides.
     size = (11, 37) if kind == "nyu_dpt" else (25, 37) if model.head.pads else (28, 42)
     found = same(model, pixels(*size), *([pixels(28, 28)] if kind == "nyu_dpt" else []))
+    assert not {"stem_tokens", "blocks.0_tokens"} & found.keys(), "streams are given where they are asked for only"
     if "labels" in found:
         logits = F.interpolate(torch.from_numpy(found["patch_logits"]), size=size, mode="bilinear").numpy()
         best = np.sort(logits, axis=1)

@@ -157,3 +157,27 @@ def test_closing_fails_what_is_left(words) -> None:
         assert isinstance(end, QueueFull) or end.reason == "length"
     with pytest.raises(QueueFull, match="unloaded"):
         service.submit(task(words, "x"), Reader())
+
+
+def test_sixteen_requests_wait_unless_told_otherwise(words) -> None:
+    service, run = slow_service(words, slots=1)
+    readers = [Reader() for _ in range(17)]
+    for reader in readers:
+        service.submit(task(words, "x", Sampling(max_tokens=1)), reader)
+    with pytest.raises(QueueFull, match="16 requests wait, as many as may"):
+        service.submit(task(words, "x"), Reader())
+    run.may.release(1000)
+    for reader in readers:
+        reader.end.get(timeout=20)
+    service.close()
+
+
+def test_closing_waits_ten_seconds(words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer, as a call of the model may."""
+    service = Service(words, tiny.decoder())
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "dinoexport-text")
+    waited, join = [], thread.join
+    monkeypatch.setattr(thread, "join", lambda timeout=None: waited.append(timeout) or join(timeout))
+    service.close()
+    service.close(timeout_s=0.5)
+    assert waited == [10.0, 0.5]

@@ -90,6 +90,54 @@ def test_the_most_entries_and_the_deepest_dict(
             formats.opened((path,))
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_checkpoint_has_at_most_200_000_entries(more: int) -> None:
+    content = {"of": 0, "a": dict.fromkeys(range(200_000 + more))}
+    if more:
+        with pytest.raises(ValueError, match="dicts more than 8 deep or of more than 200000 entries"):
+            formats._tensors(content, float)
+    else:
+        assert formats._tensors(content, int) == {"of": 0}
+
+
+def test_a_file_is_mapped_again_after_16_mib() -> None:
+    """Whose last tensor may go beyond them."""
+    mapped: list[str] = []
+    sizes = {"a": 2**22, "b": 1, "c": 1}
+
+    def mapping() -> Callable[[str], Array]:
+        mapped.append("again")
+        return lambda name: mapped.append(name) or np.empty(sizes[name], np.float32)  # type: ignore[func-returns-value]
+
+    read = formats._reader(Path("w"), mapping, formats._widened)
+    for name in "abc":
+        read(name)
+    assert mapped == ["again", "a", "b", "again", "c"]
+
+
+def test_an_index_has_at_most_64_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+        asked.append((path.name, max_bytes))
+        return b'{"weight_map": {"a": "m.bin", "b": "n.bin"}}'
+
+    (tmp_path / "m.index.json").touch()
+    monkeypatch.setattr(unusable.untrusted, "read_bytes", read_bytes)
+    with pytest.raises(WeightsError, match=r"lacks n\.bin of its checkpoint"):
+        unusable.check_parts(tmp_path, [tmp_path / "m.bin"])
+    assert asked == [("m.index.json", 67_108_864)]
+
+
+def test_a_pickle_has_at_most_64_mib(tmp_path: Path) -> None:
+    """As its zip says, before a byte of it is unpacked."""
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", bytes(2**26 + 1))
+    with pytest.raises(WeightsError, match="it is larger than any real one"):
+        formats.opened((path,))
+
+
 def test_a_file_is_mapped_again_after_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 bytes each: the fourth is the first to find more than 16 bytes read, and so on."""
     monkeypatch.setattr(formats, "_MAPPED_BYTES_MAX", 16)

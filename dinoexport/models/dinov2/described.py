@@ -19,7 +19,7 @@ from dinoexport.weights.config_file import name_of
 
 _HEAD_WIDTH = 64  # of every published DINOv2
 _RGB = 3
-_PROFILE_PATCHES = {"min": 1, "max": 73}  # 14 to 1022 pixels for patches of 14
+_PROFILE_PATCHES_MAX = 73  # 1022 pixels for patches of 14
 # Derived from the weights when a recipe is made; if there is a recipe, the loader compares tensor by tensor.
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "register_count", "feed_forward")
 
@@ -115,8 +115,8 @@ def recipe_from(weights: Path, found: Shapes) -> Recipe | None:
             next_step="Write a recipe: docs/add-a-variant.md.",
         )
     patch, side = seen["patch_size"], seen.get("position_side", 1)
-    native = min(side, _PROFILE_PATCHES["max"]) * patch
-    pixels = {"min": patch, "opt": native, "max": _PROFILE_PATCHES["max"] * patch}
+    native = min(side, _PROFILE_PATCHES_MAX) * patch
+    pixels = {"min": patch, "opt": native, "max": _PROFILE_PATCHES_MAX * patch}
     table = {
         "name": name_of(weights),
         "family": "dinov2",
