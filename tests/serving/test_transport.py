@@ -83,6 +83,8 @@ def test_a_time_that_nobody_can_wait(url: str, timeout_s: float) -> None:
     with pytest.raises(UsageError) as refused:
         connection.connect(url, timeout_s=timeout_s)
     assert refused.value.message == f"{timeout_s} s is not a valid timeout."
+    for possible in (0.5, threading.TIMEOUT_MAX / 2):
+        connection.connect(url, timeout_s=possible)
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc", "https", "grpcs"])

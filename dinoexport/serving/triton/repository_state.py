@@ -38,12 +38,12 @@ def _unrecorded(repository: Path, name: str) -> Releases:
     If several are served at once, it is unknown which was last, so none counts as served.
     """
     standing = deployed_as(repository, name)
-    served = {_served_version(path) for path in standing} - {None}
+    served = {version for path in standing if (version := _served_version(path)) is not None}
     found = sorted({version for path in standing for version in versions_of(path)})
     made = tuple(
         Release(version=v, models=tuple(path.name for path in standing if v in versions_of(path))) for v in found
     )
-    now = max(filter(None, served), default=0) if len(served) == 1 else 0
+    now = served.pop() if len(served) == 1 else 0
     return Releases(name=name, releases=made, served=tuple(v for v in found if v <= now))
 
 

@@ -319,7 +319,7 @@ def _front_end_models(graph_model: str, served: Served, end: FrontEnd, version: 
         settings=dict(end.settings),
         answers=GraphFacts.of(answering, served.graph.file) if end.answers else None,
     )
-    encoded = Tensor(name=ENCODED, dtype="bytes", shape=(graph.inputs[0].shape[0], 1), meaning=end.meaning)
+    encoded = Tensor(name=ENCODED, dtype="bytes", shape=("batch", 1), meaning=end.meaning)
 
     def model(
         name: str, role: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], last: Entry, code: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from datetime import UTC, datetime
@@ -16,9 +17,10 @@ from dinoexport.runtime import cpu
 from dinoexport.serving.triton import model_repository, repository_state, served_models
 from dinoexport.serving.triton.releases import Release, Releases
 from dinoexport.serving.triton.served_models import TensorRTPlan
-from dinoexport.spec import Precision, Runtime, Way
+from dinoexport.spec import Dim, Graph, Precision, Runtime, Tensor, Way
+from dinoexport.system.untrusted import Unreadable
 from tests.serving.triton.conftest import CONTENT, Given
-from tests.serving.triton.test_made_models import FINISHING, PLAIN, reference
+from tests.serving.triton.test_made_models import FINISHING, PLAIN, engine, manifest, reference
 
 
 def deployed(tmp_path: Path, **options: Any) -> model_repository.Deployed:
@@ -226,6 +228,7 @@ def plan(version: str = "10.1.0", **changed: Any) -> TensorRTPlan:
     ("plans", "triton", "words"),
     [
         ([plan()], None, ""), ([], "99.99", ""), ([plan()], "99.99=10.1.0", ""), ([plan()], "99.99=10.1.0.9", ""),
+        ([plan("10.1.0.9")], "99.99=10.1.0", ""),
         ([plan("9.9.9", version_compatible=True)], "99.99=10.1.0", ""),
         ([plan(), plan("10.1.1", file="b.plan")], "99.99=10.1.0", "b.plan was built by TensorRT 10.1.1; Triton 99.99"),
         ([plan("10.2.0")], "99.99=10.1.0", "a.plan was built by TensorRT 10.2.0"),
@@ -254,6 +257,48 @@ def test_plans_are_served_where_there_are_any(backend: Any, plans: list[TensorRT
         model_repository._chosen_for_text("onnxruntime")
 
 
+def test_plans_are_not_looked_at_where_onnx_runtime_serves(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the graph is, which a TensorRT plan's server never reads."""
+    given.changes = {"engines": (engine(stripped=True),)}
+    with pytest.raises(UsageError, match=r"^model\.plan holds no weights"):
+        deployed(tmp_path)
+    read: list[Any] = []
+    monkeypatch.setattr(model_repository.model_files, "check_readable", lambda *asked: read.append(asked[2]))
+    assert deployed(tmp_path, backend="onnxruntime", triton="26.08").version == 1
+    assert deployed(tmp_path, backend="python", triton="26.08").version == 2
+    assert read == ["26.08", None]
+
+
+def test_the_plans_of_a_bundle() -> None:
+    """The first card of a plan is the one it was built for; plans of TensorRT for RTX are not Triton's."""
+    both: Any = manifest(engines=(engine(), engine(Runtime.TENSORRT_RTX)))
+    (found,) = served_models.plans_of(both)
+    assert found == plan("10.1", file="model.plan", version_compatible=True, profiles=((2, 4),))
+
+
+def test_sizes_are_for_graphs_of_images_in_the_python_backend() -> None:
+    """They come after the recipe's own."""
+    sides = (Dim(name="height", min=1, opt=4, max=8), Dim(name="width", min=1, opt=4, max=8))
+    tensor = Tensor(name="pixels", dtype="float32", shape=("batch", 3, "height", "width"), meaning="")
+    graph = Graph(
+        name="model", inputs=(tensor,), outputs=(), dims=(Dim(name="batch", min=1, opt=1, max=2), *sides)
+    )  # fmt: skip
+    decoder = dataclasses.replace(graph, outputs=(tensor,), carried={"pixels": "pixels"})
+    of: Any = manifest(recipe={"sizes": ["2x2"], "a": 1}, changed=lambda *, recipe: recipe)
+
+    def recipe(*sizes: str, graphs: Any = (graph, decoder)) -> Any:
+        return model_repository._with_sizes(of, SimpleNamespace(graphs=graphs), "python", sizes)  # type: ignore[arg-type]
+
+    assert recipe("4x8", "2x4x8") == {"sizes": ["2x2", "4x8", "2x4x8"], "a": 1}
+    assert recipe() is of
+    with pytest.raises(UsageError, match="9"):
+        recipe("4x9")
+    with pytest.raises(UsageError, match=r"^A text model's sizes change with every token\.$"):
+        recipe("4x8", graphs=(decoder,))
+
+
 # The record of releases
 
 
@@ -278,6 +323,58 @@ def test_a_release_that_is_not_whole_is_passed_over() -> None:
         Releases(name="tiny").rolled_back()
     assert refused.value.next_step == "Versions there are: none."
     assert Releases.from_bytes(known.to_bytes(), name="tiny") == known
+
+
+def test_a_record_is_read_by_people_too() -> None:
+    assert (
+        Releases(name="tiny").with_deployed(release(1)).to_bytes().decode()
+        == """{
+ "schema_version": 1,
+ "name": "tiny",
+ "releases": [
+  {
+   "version": 1,
+   "models": [
+    "tiny"
+   ],
+   "bundle": null,
+   "deployed": "2025-01-01T00:00:00Z"
+  }
+ ],
+ "served": [
+  1
+ ]
+}
+"""
+    )
+
+
+@pytest.mark.parametrize("kind", ["short", "longest", "too long", "a link"])
+def test_what_is_read_of_a_repository_that_anybody_can_write_to(kind: str, tmp_path: Path) -> None:
+    """A record and a configuration are files of a mebibyte at most; a folder without a readable one is not ours."""
+    model_folder(tmp_path, "tiny", 1, served=1)
+    known = Releases(name="tiny").with_deployed(release(1))
+    record, config = tmp_path / "tiny.releases.json", tmp_path / "tiny" / "1" / "config.pbtxt"
+    record.write_bytes(known.to_bytes())
+    for path in (record, config):
+        if kind == "a link":
+            path.rename(tmp_path / path.name)
+            if path == config:
+                path.symlink_to(tmp_path / path.name)
+            else:
+                (tmp_path / path.name).rename(tmp_path / "elsewhere")
+                path.symlink_to(tmp_path / "elsewhere")
+        elif kind != "short":
+            more = 1024 * 1024 - path.stat().st_size + (kind == "too long")
+            path.write_bytes(path.read_bytes() + b" " * more)
+    whole = repository_state.config_of(tmp_path, "tiny", 1, known)
+    if kind in ("short", "longest"):
+        assert repository_state.read_releases(tmp_path, "tiny") == known and whole is not None
+        assert repository_state.config_of(tmp_path, "tiny", 1, Releases(name="tiny_own")) is None
+    else:
+        assert whole is None
+        with pytest.raises(Unreadable):
+            repository_state.read_releases(tmp_path, "tiny")
 
 
 @pytest.mark.parametrize(
