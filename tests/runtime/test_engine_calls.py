@@ -223,12 +223,12 @@ def test_host_code_runs_only_where_it_is_allowed(tmp_path: Path, device: Device)
 def test_a_stripped_plan_gets_the_weights_of_its_onnx(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened(tmp_path)
+    opened(tmp_path).close()
     refitted: dict[str, Any] = {
         "runtime": Runtime.TENSORRT, "profiles": profiles(whole={}), "weights_from": tmp_path / "model.onnx"
     }  # fmt: skip
     answered(trt.open_engine(tmp_path / "model.plan", GRAPH, **refitted), x(1, 5))
-    assert device.calls[0] == "refitted from model.onnx"
+    assert device.calls[:2] == ["destroy", "refitted from model.onnx"]
     words = r"^The weights in model\.onnx do not fit the plan\.$"
     device.failing = "refit_cuda_engine"
     with pytest.raises(BuildError, match=words):
