@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from dinoexport import bundle
 from dinoexport.bundle import BundleFile, CheckpointFacts, GraphFacts, Manifest
+from dinoexport.bundle import manifest as bundle_manifest
 from dinoexport.config.recipe import load
-from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
+from dinoexport.errors import DinoexportError, MissingRequirement, UsageError, ValidationFailed
 from dinoexport.spec import Dim, Graph, Precision, Tensor
 
 GRAPH = Graph(
@@ -374,6 +375,45 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UsageError, match="is not a bundle"):
             bundle.verify(place)
+
+
+def test_what_older_bundles_do_not_say_is_left_out_where_it_is_empty() -> None:
+    """And nothing else is: an empty licence stands."""
+    plain = {"source": "", "sha256": sha256(b"weights"), "licence": ""}
+    assert CheckpointFacts(**plain).model_dump() == plain
+    more = {"prefix": "backbone.", "assumed": {"heads": "6"}, "notes": ("one",)}
+    assert CheckpointFacts(**plain, **more).model_dump() == plain | more
+
+
+def test_how_long_the_chosen_way_took() -> None:
+    ways = [{"runtime": runtime, "precision": "fp32"} for runtime in ("openvino", "onnxruntime")]
+    timed = [
+        {"way": way, "median_ms": median, "best_ms": 3.0, "cpu_ms": 7.0, "spread": 0.1, "samples": 9}
+        for way, median in zip(ways, (4.0, 5.0), strict=True)
+    ]
+    facts = {"machine": "x", "usable_cpus": 2, "load": "y", "runtime_version": "1", "arithmetic": {}}
+    facts |= {"times_fp32": None, "others_share": 0.0}
+    for way, median in zip(ways, (4.0, 5.0), strict=True):
+        assert bundle.CpuFacts.model_validate({**facts, "chosen": way, "measured": timed}).measured_ms == median
+    assert bundle.CpuFacts.model_validate({**facts, "chosen": ways[0], "measured": []}).measured_ms is None
+
+
+def test_a_manifest_has_no_number_that_json_has_not() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        bundle_manifest._canonical({"row": float("nan")})
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_manifest(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bundle.read_manifest(small)
+    assert bundle_manifest.rewrite_manifest(small, before.changed(target="other"))
+    assert bundle.read_manifest(small).target == "other"
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise MissingRequirement("read-only", next_step="x")
+
+    monkeypatch.setattr(bundle_manifest, "rewrite", refusing)
+    assert not bundle_manifest.rewrite_manifest(small, before)
+    assert bundle.read_manifest(small).target == "other"
 
 
 def test_a_way_that_leaves_the_rest_to_the_runtime_is_as_in_older_bundles() -> None:

@@ -63,6 +63,7 @@ def test_how_much_values_grow() -> None:
     assert grown(("Concat", ["x", "x", "x"], ["a"]), ("Split", ["a"], ["b", "c"]), ("Split", ["b"], ["d", "e"])) == {
         "a": 3, "b": 1.5, "c": 1.5, "d": 1, "e": 1,
     }  # fmt: skip
+    assert grown(("Concat", ["x", "x", "x"], ["a"]), ("Split", ["a"], ["b"])) == {"a": 3, "b": 3}
     assert grown(("Concat", ["x", "x"], ["a"]), ("MatMul", ["a", "x"], ["b"])) == {"a": 2}
     assert grown(("Constant", [], ["a"])) == {"a": 1} and grown(("Split", ["x"], ["a"])) == {"a": 1}
     assert grown(("Tile", ["x", "sizes"], ["a"]), sizes=(2, 3, 0, -2)) == {"a": 12}

@@ -34,6 +34,7 @@ class Registry:
         self.layers: dict[str, bytes] = {}
         self.artifact = b""
         self.pushed: dict[str, Any] = {}
+        self.plain: list[bool] = []
         self.auth = SimpleNamespace(load_configs=lambda _container: None)
 
     def hold(self, contents: dict[str, bytes]) -> None:
@@ -76,7 +77,7 @@ def answer(content: bytes) -> Any:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     made = Registry()
-    monkeypatch.setattr(artifacts, "_registry", lambda plain_http: made)
+    monkeypatch.setattr(artifacts, "_registry", lambda plain_http: made.plain.append(plain_http) or made)
     return made
 
 
@@ -112,6 +113,14 @@ def test_pushed_and_pulled(signed: bool, small: Path, registry: Registry, tmp_pa
         assert contents(out) == contents(small) and [path.name for path in out.parent.glob(".*")] == []
         pulls = [words for words in told if words[0].startswith("pulling")]
         assert pulls == [(f"pulling {name}", 0, (small / name).stat().st_size) for name in NAMES[:3]]
+
+
+def test_nothing_is_sent_or_taken_in_the_clear_unless_asked(small: Path, registry: Registry, tmp_path: Path) -> None:
+    artifacts.push(small, REFERENCE)
+    artifacts.pull(REFERENCE, tmp_path / "one")
+    artifacts.push(small, REFERENCE, plain_http=True)
+    artifacts.pull(REFERENCE, tmp_path / "two", plain_http=True)
+    assert registry.plain == [False, False, True, True]
 
 
 def test_what_cannot_be_pushed(small: Path, registry: Registry, tmp_path: Path) -> None:
@@ -181,3 +190,79 @@ def test_an_error_is_one_sentence_without_the_answer(error: Exception, problem: 
     with pytest.raises(MissingRequirement) as caught, artifacts._errors("host/x:v1"):
         raise error
     assert caught.value.message == f"host/x:v1: {problem}" and caught.value.next_step.startswith(next_step)
+
+
+# The client itself
+
+
+class Answers:
+    """A session that gives these answers in turn: a status and headers, or an error."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.asked = list(answers), []
+        self.headers: dict[str, str] = {}
+
+    def request(self, _method: str, _url: str, *, headers: Any, verify: Any, **_: Any) -> Any:
+        self.asked.append((dict(headers), verify))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        status, of_answer = answer
+        return SimpleNamespace(status_code=status, headers=of_answer)
+
+
+@pytest.mark.parametrize(("plain_http", "prefix"), [(False, "https"), (True, "http")])
+def test_a_client_checks_certificates_and_tells_nothing(plain_http: bool, prefix: str) -> None:
+    """What a registry answers may repeat credentials, so that not even a critical message is shown."""
+    import logging
+
+    from oras.logger import logger
+
+    made = artifacts._registry(plain_http)
+    assert (made.prefix, made.auth.prefix) == (prefix, prefix)
+    assert made._tls_verify is made.auth._tls_verify is True and made.auth.session is made.session
+    assert not logger.logger.isEnabledFor(logging.CRITICAL)
+
+
+@pytest.mark.parametrize(("failures", "waits", "fails"), [(0, [], False), (2, [3, 5], False), (3, [3, 5], True)])
+def test_a_request_is_tried_three_times(
+    failures: int, waits: list[int], fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    made = artifacts._registry(False)
+    made.session = Answers(*[requests.ConnectionError("broken")] * failures, (200, {}))
+    if fails:
+        with pytest.raises(requests.ConnectionError):
+            made.do_request("https://host/v2/")
+    else:
+        assert made.do_request("https://host/v2/").status_code == 200
+    assert waited == waits and len(made.session.asked) == min(failures, 2) + 1
+
+
+@pytest.mark.parametrize("known", ["bmFtZTpwYXNz", ""])
+def test_a_registry_with_passwords_gets_the_known_one(known: str) -> None:
+    """And keeps it for all that follows; without one the request is refused as it was."""
+    made = artifacts._registry(False)
+    made.session = made.auth.session = Answers()
+    made.auth._basic_auth = known
+    asking = SimpleNamespace(headers={"Www-Authenticate": 'Basic realm="here"'})
+    headers, again = made.auth.authenticate_request(asking, {"Accept": "x"})
+    ours = {"Authorization": f"Basic {known}"} if known else {}
+    assert (headers, again) == ({"Accept": "x"} | ours, bool(known)) and made.session.headers == ours
+
+
+@pytest.mark.parametrize("refresh", [None, False, True])
+def test_a_registry_with_tokens_is_asked_by_oras(refresh: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is known is kept, unless the registry has just refused it."""
+    from oras.auth import TokenAuth
+
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        TokenAuth, "authenticate_request", lambda _self, *given: asked.append(given) or ({"token": "x"}, True)
+    )
+    made = artifacts._registry(False)
+    asking = SimpleNamespace(headers={"Www-Authenticate": 'Bearer realm="there"'})
+    more = {} if refresh is None else {"refresh": refresh}
+    assert made.auth.authenticate_request(asking, {}, **more) == ({"token": "x"}, True)
+    assert asked == [(asking, {}, bool(refresh))]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,42 @@ def test_openssf_own_tool_takes_it(signed: Path, keys: Path) -> None:
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
     fingerprint = signing.verify(signed, keys / "sign.pub").fingerprint
     assert fingerprint == signing.signed_by(signed) != signing.open_signer(keys / "other.pem", ask=never).fingerprint
+
+
+def test_what_a_signature_states(signed: Path) -> None:
+    """The files by their SHA-256, and that none of them is a link."""
+    statement = json.loads(b64decode(json.loads((signed / bundle.SIGNATURE).read_text())["dsseEnvelope"]["payload"]))
+    stated = statement["predicate"]["serialization"]
+    assert stated == {
+        "method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [bundle.SIGNATURE],
+    }  # fmt: skip
+    resources = {resource["name"]: resource["digest"] for resource in statement["predicate"]["resources"]}
+    assert resources == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in signed.iterdir()
+        if path.name != bundle.SIGNATURE
+    }
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_only_files_of_the_listed_size_are_hashed(fits: bool, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest has no listed size, but a largest one."""
+    (small / "model.onnx.data").write_bytes(b"longer than the manifest says")
+    size = (small / bundle.MANIFEST).stat().st_size
+    found = signing._hashes_of(small)
+    monkeypatch.setattr(bundle, "MANIFEST_MAX_BYTES", size if fits else size - 1)
+    assert signing._hashes_of(small) == (found if fits else found | {bundle.MANIFEST: "0" * 64})
+    assert found == {
+        path.name: "0" * 64 if path.name == "model.onnx.data" else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in small.iterdir()
+    }
+
+
+def test_a_file_that_is_now_a_link_is_not_hashed(small: Path) -> None:
+    (small / "model.onnx").rename(small.parent / "copy")
+    (small / "model.onnx").symlink_to(small.parent / "copy")
+    with pytest.raises(ValidationFailed, match="it is a link"):
+        signing._hashes_of(small)
 
 
 def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> None:
