@@ -2,12 +2,110 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from dinoexport import cli
+from dinoexport.cli.streams import OutputLost, guarded
+
+LOST = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Raw(io.RawIOBase):
+    """A file of its own; each write fails with `error` where there is one."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self.written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        if self.error is not None:
+            raise self.error
+        self.written += bytes(piece)
+        return len(piece)
+
+
+class Streams:
+    """Standard output and error of a test, with a buffer of text as Python's own have."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, encoding: str = "utf-8") -> None:
+        self.out, self.err = Raw(), Raw()
+        for name, raw in (("stdout", self.out), ("stderr", self.err)):
+            made = io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, line_buffering=False)
+            monkeypatch.setattr(sys, name, made)
+
+
+def test_output_is_buffered_and_messages_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are the caller's own again afterwards, whole and open. What they cannot show is shown by its code."""
+    made = Streams(monkeypatch, encoding="ascii")
+    before = sys.stdout, sys.stderr
+    with guarded():
+        assert sys.stdout is not before[0] and sys.stderr is not before[1]
+        assert (sys.stdout.write(""), sys.stdout.write("é\n"), sys.stderr.write("ü\n")) == (0, 2, 2)
+        assert (made.out.written, made.err.written) == (b"", b"\\xfc\n")
+    assert (sys.stdout, sys.stderr) == before and made.out.written == b"\\xe9\n"
+    before[0].buffer.write(b"still open")
+    before[0].buffer.flush()
+    assert made.out.written == b"\\xe9\nstill open"
+
+
+def test_a_stream_that_is_no_file_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, memory = Streams(monkeypatch), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", memory)
+    with guarded():
+        assert sys.stderr is memory
+        sys.stdout.write("x")
+    assert made.out.written == b"x" and sys.stderr is memory
+
+
+def test_lost_output_is_an_error_and_lost_messages_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loss is told again, though the next write would go to the null device."""
+    made = Streams(monkeypatch)
+    made.out.error = made.err.error = LOST
+    with guarded():
+        assert sys.stderr.write("message\n") == 8
+        assert sys.stderr.write("another\n") == 8
+        sys.stderr.flush()
+        sys.stdout.write("result")
+        with pytest.raises(OutputLost) as lost:
+            sys.stdout.flush()
+        assert lost.value.message == "The output cannot be written: No space left on device."
+        assert not lost.value.reader_left
+        assert sys.stdout.write("") == 0
+        with pytest.raises(OutputLost):
+            sys.stdout.write("more")
+
+
+def test_the_command_line_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only bench leaves PyTorch's threads as its users have them; the collector walks what is loaded seldom."""
+    set_to: list[Any] = []
+    monkeypatch.setattr("dinoexport.cli.interrupts.leave_at_once", lambda: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(gc, "set_threshold", lambda *levels: set_to.append(levels))
+    monkeypatch.setattr(gc, "freeze", lambda: set_to.append("frozen"))
+    for words, policy in ((["list"], "PASSIVE"), (["bench"], None), (["list", "bench"], "PASSIVE"), ([], "PASSIVE")):
+        monkeypatch.setattr(sys, "argv", ["dinoexport", *words])
+        monkeypatch.setattr(cli, "app", lambda: set_to.append(os.environ.get("OMP_WAIT_POLICY")))
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        assert set_to == [(100_000, 50, 100), policy, "frozen"]
+        set_to.clear()
+    assert warnings.formatwarning("a\x1b[2J", UserWarning, "file", 1) == "UserWarning: a\\x1b[2J\n"
+
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
