@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from dinoexport.bundle import BundleFile, HeadManifest
 from dinoexport.errors import UsageError
@@ -111,3 +113,26 @@ def test_outputs_and_times_of_each_case(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_cannot_be_compared_is_refused(first: Any, second: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"^{words}"):
         bundle_diff._compared(side(None, **first), side(None, folder="second", **second), lambda *_: None)
+
+
+def test_operations_that_differ_are_counted(tmp_path: Path) -> None:
+    """Over all graphs of a bundle, by their nodes alone: the weights' file is not opened."""
+    weight = numpy_helper.from_array(np.ones(3, np.float32), "w")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="not here")
+
+    def side(name: str, *graphs: str) -> Any:
+        (tmp_path / name).mkdir()
+        files = []
+        for i, kinds in enumerate(graphs):
+            nodes = [helper.make_node(kind, ["x", "w"], ["y"]) for kind in kinds.split()]
+            onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], [weight])), tmp_path / name / f"{i}.onnx")
+            files.append(SimpleNamespace(file=f"{i}.onnx"))
+        return SimpleNamespace(folder=tmp_path / name, manifest=SimpleNamespace(graphs=files))
+
+    first, second = side("a", "Add Mul Add", "Mul"), side("b", "Add Sub Add", "Mul")
+    assert bundle_diff._operations(first, second) == [
+        {"operation": "Mul", "first": 2, "second": 1}, {"operation": "Sub", "first": 0, "second": 1},
+        {"operation": "all", "first": 4, "second": 4},
+    ]  # fmt: skip

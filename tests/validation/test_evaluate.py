@@ -326,3 +326,28 @@ def test_what_engines_showed_is_recorded_where_it_can_be(
     found = validate_bundle.validate(Path("bundle"), **({} if record else {"record": False}))
     assert (found.recorded, found.not_recorded) == (recorded, told)
     assert written == ([(Path("bundle"), "before", "after")] if record else [])
+
+
+def test_pytorch_answers_every_case_or_none() -> None:
+    """An answer that is missing may not shift the others to other cases."""
+
+    class Short(Oracle):
+        def reference(self, read: Any, inputs: Any, *, precision: Precision, progress: Any) -> Any:
+            return super().reference(read, inputs, precision=precision, progress=progress)[:-1]
+
+    with pytest.raises(ValueError, match="zip"):
+        computed(Short(EXACT, LOSSY), limits(), case("one"), case("three"))
+
+
+def test_values_that_overflow_are_looked_for_where_an_answer_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        evaluate.error_analysis, "range_rows",
+        lambda model, graphs, cases, *, progress: asked.append((model, graphs, cases)) or ("an added row",),
+    )  # fmt: skip
+    cases = (case("one"), case("wrong size", expect_refusal=True), case("three"))
+    before: Any = judge.Report(candidate="ours", reference="theirs", rows=("a row",))
+    graphs: Any = {"model.onnx": "graph"}
+    model: Any = "model"
+    found: Any = evaluate.with_ranges(before, model, graphs, cases)
+    assert asked == [("model", graphs, [cases[0], cases[2]])] and found.rows == ("a row", "an added row")

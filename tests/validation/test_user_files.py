@@ -14,7 +14,7 @@ import pytest
 from dinoexport.bundle.reference_file import Reference
 from dinoexport.cli import formatting
 from dinoexport.config.limits import Limits, load_validation
-from dinoexport.errors import BuildError, OutsideProfile
+from dinoexport.errors import BuildError, OutsideProfile, UsageError
 from dinoexport.spec import Arrays, Case, Expectation, Precision
 from dinoexport.system.cache import cache_folder
 from dinoexport.validation import judge, user_files
@@ -325,3 +325,48 @@ def test_a_second_view_without_an_output_of_pytorch_is_an_error() -> None:
             Numbers(), numbered(3), answer, LIMITS, ask=run.ask, exact=lambda views: [answer(views[0])],
             judged=run.judged, names=("ours", "exact"), identity=(), at_once=3,
         )  # fmt: skip
+
+
+# Which files
+
+
+class Folder:
+    """A family that finds cases, or a line for each file that is none."""
+
+    def __init__(self, *found: Any) -> None:
+        self.found = found
+        self.asked: list[Any] = []
+
+    def cases_from(self, folder: Path, *, progress: Any, only: Any) -> Iterator[Any]:
+        self.asked.append((folder, only))
+        yield from self.found
+
+
+def test_files_that_cannot_be_used_are_told_and_the_others_come(tmp_path: Path) -> None:
+    """The first is looked for at once, the others as they are asked for."""
+    one, two = numbered(2)
+    folder, skipped = Folder("a.txt: no image", one, "b.txt: no image", two), []
+    cases = user_files.readable(folder, tmp_path, skipped, lambda *_: None)
+    assert skipped == ["a.txt: no image"] and list(cases) == [one, two]
+    assert skipped == ["a.txt: no image", "b.txt: no image"] and folder.asked == [(tmp_path, None)]
+
+
+def test_a_folder_without_a_usable_file_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        user_files.readable(Folder("a.txt: no image", "b: empty"), tmp_path, [], lambda *_: None)
+    assert refused.value.message == f"{tmp_path} holds no image that can be read.\n  a.txt: no image\n  b: empty"
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "none", tmp_path / "file"):
+        unasked = Folder(*numbered(1))
+        with pytest.raises(UsageError, match=f"^There is no folder {place}"):
+            user_files.readable(unasked, place, [], lambda *_: None)
+        assert not unasked.asked
+
+
+def test_a_verdict_in_json_has_what_was_said_and_measured() -> None:
+    report = judge.Report(candidate="ours", reference="exact", rows=())
+    measured = user_files.Agreement(measures=(), said=("too few",))
+    assert Aggregate(report=report, agreement=measured, said=("12 of 30",)).to_json() == {
+        "said": ["12 of 30"], "agreement": {"measures": [], "said": ["too few"]},
+    }  # fmt: skip
+    assert Aggregate(report=report, agreement=None, said=()).to_json() == {"said": [], "agreement": None}
