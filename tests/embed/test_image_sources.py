@@ -237,3 +237,29 @@ def test_the_only_column_of_bytes_need_not_be_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), tmp_path / "b.parquet")
     with pytest.raises(UsageError, match="0 could: none is binary"):
         open_source(str(tmp_path / "b.parquet"))
+
+
+def test_a_row_is_as_large_as_the_mean_of_its_group(tmp_path: Path) -> None:
+    """The footer has no lengths of single rows."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"raw": [b"x" * 100, b"y" * 300, b"z" * 1000]}), path, row_group_size=2)
+    metadata = pq.ParquetFile(path).metadata
+    sizes = [metadata.row_group(i).total_byte_size for i in (0, 1)]
+    assert [item.size_bytes for item in open_source(str(path)).items()] == [sizes[0] // 2, sizes[0] // 2, sizes[1]]
+    assert sizes[0] > 400 and sizes[1] > 1000
+
+
+def test_only_bytes_named_so_make_a_column_of_images(tmp_path: Path) -> None:
+    """Of columns with parts, as data sets of Hugging Face have them."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    for name, column in (("a", {"bytes": b"x", "path": "y"}), ("b", {"bytes": 5}), ("c", {"data": b"x"})):
+        pq.write_table(pa.table({"image": [column]}), tmp_path / f"{name}.parquet")
+    assert read(open_source(str(tmp_path / "a.parquet")), "a.parquet#0") == {"a.parquet#0": b"x"}
+    for name in "bc":
+        with pytest.raises(UsageError, match="0 could: none is binary"):
+            open_source(str(tmp_path / f"{name}.parquet"))

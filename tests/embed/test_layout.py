@@ -64,6 +64,14 @@ def test_no_more_than_memory_holds(free: int, workers: int, why: str, machine: A
     assert (found.workers, found.threads, found.why) == (workers, 16 // workers, why)
 
 
+@pytest.mark.parametrize(("sessions", "why"), [(2, "8 CPUs"), (1, "8 CPUs, memory for 1")])
+def test_memory_is_told_where_it_is_the_limit(sessions: int, why: str, machine: Any) -> None:
+    """Eight processors are two workers anyway."""
+    machine(cpus=8, free=sessions * (200 * MB + SESSION))
+    found = layout.layout_of(manifest(), None)
+    assert (found.workers, found.why) == (sessions, why)
+
+
 @pytest.mark.parametrize(("asked", "workers", "decoders"), [(None, 2, 8), (1, 1, 16), (20, 20, 1)])
 def test_a_worker_for_each_gpu(asked: int | None, workers: int, decoders: int, machine: Any) -> None:
     machine(cpus=16, gpus=2)

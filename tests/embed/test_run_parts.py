@@ -307,3 +307,23 @@ def test_a_graph_without_a_batch_takes_one(monkeypatch: pytest.MonkeyPatch) -> N
         engines=(), target="cpu", files=(), graphs=(), recipe={}, variant="tiny", precision="fp32"
     )
     assert run._settings(facts, "http://x", "default", None, "float32", False, (), lambda *_: None).batch == 1
+
+
+@pytest.mark.parametrize(("batch", "ahead"), [(1, 3), (2, 6), (5, 15)])
+def test_three_batches_are_decoded_ahead(batch: int, ahead: int) -> None:
+    """While one runs; in the order of their names, however many threads decode."""
+    taken: list[str] = []
+
+    def readers(names: list[str]) -> Iterator[Any]:
+        for name in names:
+            taken.append(name)
+            yield name, None
+
+    asked: Any = SimpleNamespace(
+        _source=SimpleNamespace(readers=readers), _settings=SimpleNamespace(batch=batch), _decoders=2,
+        _prepared=SimpleNamespace(of=lambda name, _read: embedder.PreparedImage(row=embedder.ImageRow(name=name))),
+    )  # fmt: skip
+    names = [str(i) for i in range(40)]
+    items = embedder.Embedder._items(asked, names, {}, None)
+    assert next(items).row.name == "0" and len(taken) == ahead + 1
+    assert [item.row.name for item in items] == names[1:]

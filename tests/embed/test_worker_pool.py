@@ -175,6 +175,19 @@ def test_workers_that_die_before_they_are_ready(monkeypatch: pytest.MonkeyPatch)
     assert len(finished) == 1 and len(late.processes) == 4
 
 
+def test_a_worker_that_was_ready_is_not_counted_among_those_that_never_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies of its shard, and five others that never start are the end, as if it had not been."""
+
+    def dies(number: int, order: dict[str, Any], say: Callable[..., None]) -> None:
+        workers.readies = False
+        raise Died(-signal.SIGSEGV)
+
+    workers = Workers(dies)
+    with pytest.raises(BuildError, match=r"A worker died of SIGKILL before its first shard"):
+        run(workers, monkeypatch, *tasks(1), count=1)
+    assert len(workers.processes) == 1 + local.DEATHS_MAX + 1
+
+
 def test_an_error_of_a_worker_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(number: int, order: dict[str, Any], say: Callable[..., None]) -> None:
         say(error={"kind": "UsageError", "message": "m", "next_step": "n"})
