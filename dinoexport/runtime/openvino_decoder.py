@@ -180,7 +180,7 @@ class OpenVinoDecoder:
         for name, state in self._states.items():
             if arrays[name].size:
                 state.state = openvino.Tensor(arrays[name])
-        defaults = {t.name: _filled(t) for t in self._graph.inputs if t.default is not None and t.name not in arrays}
+        defaults = {tensor.name: _filled(tensor) for tensor in self._graph.inputs if tensor.default is not None}
         inputs = {name: array for name, array in arrays.items() if name not in self._graph.carried}
         answers = {decoding.LOGITS: self._infer(defaults | inputs)}
         types = {tensor.name: tensor.dtype for tensor in self._graph.inputs}
