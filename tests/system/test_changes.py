@@ -289,14 +289,26 @@ def test_the_record_tells_what_was_exchanged_by_the_folders_number(
 
 
 def test_a_record_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = written(tmp_path / "place", OLD)
-    size_bytes = interrupted_after_one_step(place, monkeypatch).stat().st_size
-    monkeypatch.setattr(changes, "_RECORD_BYTES_MAX", size_bytes - 1)
+    """Of sixteen mebibytes; white space at its end changes nothing."""
+    place, most = written(tmp_path / "place", OLD), 16 * 1024 * 1024
+    record = interrupted_after_one_step(place, monkeypatch)
+    record.write_bytes(record.read_bytes().ljust(most + 1))
     with pytest.raises(UsageError, match="not a regular file of a sensible size"):
         changes.settle(place)
-    monkeypatch.setattr(changes, "_RECORD_BYTES_MAX", size_bytes)
+    os.truncate(record, most)
     changes.settle(place)
     assert files_in(place)["a"] == "new a" and "gone" not in files_in(place)
+
+
+def test_a_place_may_be_a_link_to_a_folder_and_not_to_nothing(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("place")
+    with pytest.raises(UsageError, match=r"link is a link to nothing\.$"), changes.changing(link, doing="it"):
+        pass
+    written(tmp_path / "place", OLD)
+    with changes.changing(link, doing="it") as change:
+        assert change.place == tmp_path.resolve() / "place"
+    assert link.is_symlink()
 
 
 @pytest.mark.parametrize(("taken_s", "wait_s"), [(0.0, 600.0), (10.0, 590.0), (599.5, 0.5), (700.0, 0.0)])

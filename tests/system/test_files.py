@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,52 @@ def test_only_a_file_of_ours_is_written_over(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "page", "theirs"]
 
 
-def test_a_long_name_leaves_room_for_that_of_the_unfinished_file(tmp_path: Path) -> None:
+def test_a_long_name_leaves_room_for_that_of_the_unfinished_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which nobody else may read until it is complete."""
+    made, masks, mkstemp, umask = [], [], tempfile.mkstemp, os.umask
+
+    def noted(*, prefix: str, suffix: str, dir: Path) -> Any:  # noqa: A002 (the name that it has)
+        made.append((prefix, suffix, dir))
+        return mkstemp(prefix=prefix, suffix=suffix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkstemp", noted)
+    monkeypatch.setattr(os, "umask", lambda mask: masks.append(mask) or umask(mask))
     files.write_output(tmp_path / ("n" * 250), b"by us", ours=b"by us")
     assert (tmp_path / ("n" * 250)).read_bytes() == b"by us"
+    assert made == [(f".{'n' * 100}.", ".partial", tmp_path)] and masks[0] == 0o077
+
+
+def test_a_file_that_becomes_a_link_while_it_is_checked_is_not_followed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("source")
+    monkeypatch.setattr(os, "lstat", lambda _path: source.stat())
+    with pytest.raises(untrusted.Unreadable, match="it is a link"):
+        files.check_output(tmp_path / "link", ours=CONTENT[:9])
+
+
+def test_a_hash_is_of_the_file_behind_a_link_unless_links_are_refused(source: Path, tmp_path: Path) -> None:
+    """What was read of how much is told after each piece."""
+    (tmp_path / "link").symlink_to("source")
+    steps: list[Any] = []
+    assert files.sha256(tmp_path / "link", progress=lambda *step: steps.append(step)) == SHA256
+    assert steps == [("hashing link", 5120, 5120)]
+    with pytest.raises(untrusted.Unreadable, match="a link"):
+        files.sha256(tmp_path / "link", links=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"), [(OSError(5, "Input/output error"), "Input/output error"), (OSError("in words"), "in words")]
+)
+def test_a_disk_that_fails_while_it_is_hashed_is_one_error(
+    error: OSError, why: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(files, "sha256_of", fails)
+    with pytest.raises(untrusted.Unreadable) as refused:
+        files.sha256(source)
+    assert refused.value.problem == why

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,16 @@ def _handlers() -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.unraisablehook = hook
+
+
+def test_without_work_the_process_ends_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one line of visible characters, whatever a file was called."""
+    done: list[Any] = []
+    monkeypatch.setattr(interrupts, "last_words", lambda: "a\x1f b\x1b[2J ~ü\udc80")
+    monkeypatch.setattr(os, "write", lambda *what: done.append(what))
+    monkeypatch.setattr(os, "_exit", done.append)
+    signal.raise_signal(signal.SIGTERM)
+    assert done == [(2, b"\na? b?[2J ~\xc3\xbc\\udc80\n"), 130]
 
 
 class Drops:

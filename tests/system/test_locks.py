@@ -50,6 +50,16 @@ def test_a_lock_is_waited_for_so_long_and_no_longer(
     assert pauses == [0.25] * told
 
 
+def test_a_lock_is_tried_twenty_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is made where there is none."""
+    pauses: list[float] = []
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    place = tmp_path / "deep" / "er"
+    with of_a_file(place), pytest.raises(BuildError), of_a_file(place, wait_s=0.125):
+        pass
+    assert pauses == [0.05] * 3
+
+
 def test_a_file_is_not_waited_for_unless_somebody_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks.time, "sleep", lambda _s: pytest.fail("it waits"))
     with of_a_file(tmp_path), pytest.raises(BuildError), of_a_file(tmp_path):

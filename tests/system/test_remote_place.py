@@ -110,6 +110,7 @@ def test_no_more_is_written_than_was_declared(store: Store, tmp_path: Path) -> N
     [
         ("https://host", "405 Method Not Allowed", "this web server does not list its files"),
         ("https://host", "the status was 501", "this web server does not list its files"),
+        ("s3://bucket", "HTTP status server error (503 Service Unavailable)", "the store answers 503"),
         ("https://host", "500 Internal Server Error", "the store cannot be reached or broke off"),
         ("s3://bucket", "400 Bad Request", "the store cannot be reached or broke off"),
     ],

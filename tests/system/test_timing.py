@@ -119,6 +119,8 @@ def test_one_candidate_needs_no_pauses_and_goes_on_until_more_than_the_budget_is
     clock = Clock(monkeypatch)
     found = timing.in_turn({"a": clock.taking("a", 0.5, 0.5)}, rounds=9, budget_s=2.0)
     assert len(found["a"].samples_ms) == 5 and clock.pauses == []
+    timing.in_turn({"a": clock.taking("a", 1.0, 1.0), "b": clock.taking("b", 1.0, 1.0)}, rounds=2, budget_s=99)
+    assert clock.pauses == [0.15] * 4, "and two do"
 
 
 class Machine:
