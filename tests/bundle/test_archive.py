@@ -115,3 +115,21 @@ def test_the_most_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         else:
             with pytest.raises(ValueError, match="too many entries"):
                 archive.read(tmp_path / "a.npz")
+
+
+def test_the_longest_header_and_the_largest_archive(tmp_path: Path) -> None:
+    """16 KiB: one of a plain array has 128 bytes. And 4 GiB, of which nothing is read."""
+    header = PLAIN % 2
+    for length, taken in ((1 << 14, True), ((1 << 14) + 1, False)):
+        padded = header[:-1].ljust(length - 1) + "\n"
+        (tmp_path / "a.npz").write_bytes(zipped(npy(padded, bytes(8))))
+        if taken:
+            assert archive.read(tmp_path / "a.npz")["a"].tolist() == [0, 0]
+        else:
+            with pytest.raises(ValueError, match="Header info length"):
+                archive.read(tmp_path / "a.npz")
+    for size, problem in ((1 << 32, "not a zip file"), ((1 << 32) + 1, "no such file has more than 4,294,967,296")):
+        os.truncate(tmp_path / "a.npz", 0)
+        os.truncate(tmp_path / "a.npz", size)
+        with pytest.raises((zipfile.BadZipFile, DinoexportError), match=problem):
+            archive.read(tmp_path / "a.npz")

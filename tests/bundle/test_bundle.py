@@ -231,6 +231,10 @@ def test_a_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # takes no room on the disk, and would take all of the memory
     with pytest.raises(ValidationFailed, match="1,099,511,627,776 bytes or more"):
         bundle.read_manifest(tmp_path)
+    for size, problem in ((16 << 20, "is not readable: Expecting value"), ((16 << 20) + 1, "than 16,777,216")):
+        os.truncate(tmp_path / bundle.MANIFEST, size)
+        with pytest.raises(ValidationFailed, match=problem):
+            bundle.read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x", "/abs", "a/b", ".hidden", "", "..", "a\\b", "x\n", "a b", "é", "x" * 129])

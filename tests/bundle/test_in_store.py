@@ -153,6 +153,15 @@ def test_a_copy_is_taken_once(small: Path, place: type[Place]) -> None:
     assert in_store.local_copy(str(small)) == small
 
 
+@pytest.mark.parametrize(("size", "taken"), [(4 << 20, True), ((4 << 20) + 1, False)])
+def test_what_is_too_large_for_a_signature_is_not_copied(
+    size: int, taken: bool, small: Path, place: type[Place]
+) -> None:
+    place.held |= contents(small) | {bundle.SIGNATURE: bytes(size)}
+    copy = in_store.local_copy(URL)
+    assert (copy / bundle.SIGNATURE).exists() == taken and bundle.verify(copy).verdict == "passed"
+
+
 def test_what_was_recorded_in_a_copy_is_undone(small: Path, place: type[Place]) -> None:
     place.held |= contents(small)
     copy = in_store.local_copy(URL)

@@ -69,8 +69,9 @@ class Registry:
 
 
 def answer(content: bytes) -> Any:
-    """In pieces of three bytes."""
-    pieces = [content[at : at + 3] for at in range(0, len(content), 3)]
+    """In pieces of three bytes; a large one in two."""
+    step = 3 if len(content) < 1 << 20 else len(content) - 1
+    pieces = [content[at : at + step] for at in range(0, len(content), step)]
     return SimpleNamespace(raise_for_status=lambda: None, iter_content=lambda _size: iter(pieces))
 
 
@@ -162,6 +163,23 @@ def test_an_answer_that_is_not_the_bundle(small: Path, registry: Registry, tmp_p
     out.mkdir()
     with pytest.raises(UsageError, match="is there already"):
         artifacts.pull(REFERENCE, out)
+
+
+@pytest.mark.parametrize(("more", "taken"), [(0, True), (1, False)])
+def test_the_largest_signature_and_artifact(
+    more: int, taken: bool, small: Path, registry: Registry, tmp_path: Path
+) -> None:
+    """Four mebibytes each, of which no manifest could know."""
+    registry.hold(contents(small) | {bundle.SIGNATURE: bytes((4 << 20) + more)})
+    if taken:
+        artifacts.pull(REFERENCE, tmp_path / "out")
+        assert (tmp_path / "out" / bundle.SIGNATURE).stat().st_size == 4 << 20
+    else:
+        with pytest.raises(ValidationFailed, match=r"model\.sig is larger than 4194304 bytes"):
+            artifacts.pull(REFERENCE, tmp_path / "out")
+    registry.artifact = bytes((4 << 20) + more)
+    with pytest.raises(ValidationFailed, match="is not a bundle" if taken else "artifact is larger than 4194304 bytes"):
+        artifacts.pull(REFERENCE, tmp_path / "other")
 
 
 def of_status(code: int | None) -> requests.HTTPError:

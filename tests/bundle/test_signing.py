@@ -110,6 +110,14 @@ def test_a_file_that_is_now_a_link_is_not_hashed(small: Path) -> None:
         signing._hashes_of(small)
 
 
+def test_the_largest_file_that_may_be_a_signature(small: Path) -> None:
+    """A mebibyte; a real one has 3 kB."""
+    for size, problem in ((1 << 20, "JSONDecodeError"), ((1 << 20) + 1, "no such file has more than 1,048,576")):
+        (small / bundle.SIGNATURE).write_bytes(bytes(size))
+        with pytest.raises(ValidationFailed, match=f"is not readable: .*{problem}"):
+            signing.signed_by(small)
+
+
 def test_an_encrypted_key_asks_for_its_passphrase(small: Path, keys: Path) -> None:
     signing.open_signer(keys / "locked.pem", ask=lambda: "open sesame").sign(small)
     signing.verify(small, keys / "locked.pub")

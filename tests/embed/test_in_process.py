@@ -416,6 +416,24 @@ def test_a_vector_of_another_length_is_wrong(embedded: Any, model: Model, tmp_pa
     assert found.report is not None and not found.passed
 
 
+def test_rows_are_embedded_again_with_every_processor(
+    embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime chooses its threads, and as many decode as there are processors."""
+    embedded()
+    jobs: list[embedder.Job] = []
+
+    def recorded(job: embedder.Job) -> embedder.Embedder:
+        jobs.append(job)
+        return embedder.Embedder(job)
+
+    monkeypatch.setattr(verify, "Embedder", recorded)
+    monkeypatch.setattr(verify.cpu, "usable_cpus", lambda: 3)
+    place, images, out = tmp_path / "bundle", str(tmp_path / "photos"), str(tmp_path / "out")
+    assert verify.verify(place, images, out).passed
+    assert jobs == [embedder.Job(bundle=str(place), out=out, images=images, threads=0, decoders=3)]
+
+
 def test_a_sample_of_nothing_proves_nothing(embedded: Any, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
