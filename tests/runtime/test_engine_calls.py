@@ -56,6 +56,7 @@ def stand_in(version: str, patch: pytest.MonkeyPatch) -> Device:
     patch.setitem(sys.modules, name, face.tensorrt(version, made))
     for name, module in made.modules().items():
         patch.setitem(sys.modules, name, module)
+    patch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     patch.setattr(trt, "require", lambda *_: None)
     patch.setattr(gpu, "session_of", lambda _: Session())
     return made

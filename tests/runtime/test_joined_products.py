@@ -141,15 +141,70 @@ def test_products_of_other_inputs_stay() -> None:
     assert joined(made) == {"DequantizeLinear": 2, "MatMul": 2}
 
 
-def test_products_too_large_to_copy_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes of all that would be copied: two times 16 x 6 numbers of four bits."""
-    for most, split in ((96, True), (95, False)):
+@pytest.mark.parametrize("offsets", [False, True])
+def test_what_reads_one_product_may_come_before_the_next_product(offsets: bool) -> None:
+    made = Made()
+    made.product("a", 6, offsets=offsets)
+    made.nodes.append(helper.make_node("Add", ["a", "a"], ["twice"]))
+    made.product("b", 6, offsets=offsets)
+    made.outputs.append("twice")
+    assert joined(made)["Split"] == 1
+
+
+def test_what_reads_the_second_product_may_come_before_the_first_has_its_offsets() -> None:
+    made = Made()
+    made.product("a", 6, offsets=True)
+    first_sum = made.nodes.pop()
+    made.product("b", 6, offsets=True)
+    made.nodes += [helper.make_node("Add", ["b", "b"], ["twice"]), first_sum]
+    made.outputs.append("twice")
+    assert joined(made)["Split"] == 1
+
+
+def test_products_that_are_added_to_each_other_have_no_offsets() -> None:
+    made = Made()
+    made.product("a", 6)
+    made.product("b", 6)
+    made.nodes.append(helper.make_node("Add", ["a", "b"], ["y"]))
+    made.outputs = ["y"]
+    assert joined(made) == {"Add": 1, "DequantizeLinear": 1, "MatMul": 1, "Split": 1}
+
+
+def test_one_weight_may_be_used_twice() -> None:
+    made = Made()
+    made.product("a", 6)
+    made.nodes.append(helper.make_node("MatMul", ["x", "a/wide"], ["b"]))
+    made.outputs.append("b")
+    assert joined(made) == {"DequantizeLinear": 1, "MatMul": 1, "Split": 1}
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(4, 96), (8, 192)])
+def test_products_too_large_to_copy_stay(monkeypatch: pytest.MonkeyPatch, bits: int, stored: int) -> None:
+    """Bytes of all that would be copied: two times 16 x 6 numbers."""
+    for most, split in ((stored, True), (stored - 1, False)):
         monkeypatch.setattr(ort_joined_products, "_LARGEST_COPY_BYTES", most)
         made = Made()
-        made.product("a", 6)
-        made.product("b", 6)
-        made.product("alone", ROWS, bits=8)  # of no group
+        made.product("a", 6, bits=bits)
+        made.product("b", 6, bits=bits)
+        made.product("alone", ROWS, bits=12 - bits)  # of no group
         assert ("Split" in joined(made)) == split
+
+
+@pytest.mark.parametrize(("columns", "split"), [(1 << 14, True), ((1 << 14) + 2, False)])
+def test_a_quarter_of_a_gibibyte_is_copied_and_no_more(columns: int, split: bool) -> None:
+    """Two weights of 2**14 rows in four bits, whose numbers are not there."""
+    nodes, constants = [], []
+    for name, wide in (("a", 1 << 14), ("b", columns)):
+        sizes = {f"{name}/codes": (1 << 14, wide), f"{name}/scales": (1 << 11, wide)}
+        constants += [TensorProto(name=part, data_type=TensorProto.INT4, dims=dims) for part, dims in sizes.items()]
+        nodes += [
+            helper.make_node("DequantizeLinear", list(sizes), [f"{name}/wide"], axis=0, block_size=BLOCK),
+            helper.make_node("MatMul", ["x", f"{name}/wide"], [name]),
+        ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "ab"]
+    model = helper.make_model(helper.make_graph(nodes, "made", [], outputs, constants))
+    ort_joined_products.join_products(model, Path())
+    assert ("Split" in [node.op_type for node in model.graph.node]) == split
 
 
 def test_weights_in_a_file_beside_the_graph(tmp_path: Path) -> None:
