@@ -134,8 +134,7 @@ def merge(
     manifests = [bundle.verify(folder, progress=progress) for folder in (first, second)]
     _check_mergeable((first, second), manifests)
     with _held(first, out), _held(second, out), workspace(out, force=False, progress=progress) as work:
-        kept = _kept(work, first, manifests[0])
-        kept.pop(_ENGINE, None)
+        kept = _kept(work, first, manifests[0], without=(_BILL, _ENGINE))
         sources = list(zip((first, second), manifests, strict=True))
         renamed = [_for_cards(engine) for manifest in manifests for engine in manifest.engines]
         _check_distinct(renamed)
@@ -230,11 +229,13 @@ def _graph_stages(manifest: Manifest) -> tuple[str, ...]:
     return tuple(dict.fromkeys(file.stage for file in manifest.files if file.name in graphs))
 
 
-def _kept(work: Workspace, folder: Path, manifest: Manifest) -> dict[str, Stage]:
+def _kept(
+    work: Workspace, folder: Path, manifest: Manifest, *, without: tuple[str, ...] = (_BILL,)
+) -> dict[str, Stage]:
     """The bundle's stages unchanged: in their folder, or copied if the bundle goes to another folder."""
     kept: dict[str, Stage] = {}
     for name, key in manifest.stage_keys.items():
-        if name == _BILL:
+        if name in without:
             continue
         made = tuple(file for file in manifest.files if file.stage == name)
         if files.same_place(folder, work.out):
