@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +40,23 @@ def test_bytes_are_those_of_the_whole(shape: tuple[int, ...], dtype: ir.DataType
         assert (tmp_path / "data").read_bytes() == b"before" + expected.tobytes()
         assert tensor.tobytes() == expected.tobytes() and tensor.nbytes == expected.nbytes
         assert tuple(tensor.shape) == way.shape
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        (np.zeros(262_144, np.float32), [262_144]),
+        (np.zeros((3, 100_000), np.float32), [262_144, 37_856]),
+        (np.zeros((40, 300), np.float32).T, [128 * 40, 128 * 40, 44 * 40]),
+    ],
+    ids=["a block", "more than a block", "transposed"],
+)
+def test_few_numbers_are_held_as_another_copy(values: Array, numbers: list[int]) -> None:
+    """A quarter of a million at a time, and 128 rows of a matrix that is transposed."""
+    written: list[int] = []
+    file: Any = SimpleNamespace(write=lambda content: written.append(len(content)))
+    streamed(values, ir.DataType.FLOAT16).tofile(file)
+    assert written == [2 * count for count in numbers]
 
 
 def test_what_does_not_fit_is_named_wherever_it_lies(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def reshaped(before: list[Any], after: list[Any] | None, operator: str = "Reshap
         (["batch", "h", "w", 8], ["batch", "n", 8], [0, -1, 8]),
         ([2, "tokens", 8], ["m", 8], [-1, 8]),
         (["batch"], ["batch", 1], [0, 1]),
+        (["tokens"], ["batch", "tokens"], None),
+        (["batch"], ["batch", "n"], [0, -1]),  # there is nothing in its place
         (["batch", "h", "w"], ["m", "n"], None),  # two that ONNX would have to find
         (["batch", 6], [1, 6], None),  # constant already
         (["batch", 6], None, None),  # no shape is known

@@ -213,6 +213,7 @@ UPSTREAMS = {
         ({"interpolate_offset": None, "interpolate_antialias": None},
          {"interpolate_offset": 0.1, "interpolate_antialias": False}),
         ({"arch": "vit_giant2"}, {"num_heads": 24}),
+        ({"arch": "vit_so150m"}, {"num_heads": 13}),
         ({"arch": "vit_tiny"}, {"num_heads": None}),
         ({"arch": None}, {"num_heads": None}),
         ({"ffn_layer": "mlp"}, {"feed_forward": "mlp"}),

@@ -236,7 +236,10 @@ def test_a_head_of_the_size_that_it_has_anyway(
     folders: dict[str, Path], edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the width is not given; a GGUF's heads may not say how many numbers are turned."""
-    assert beside.facts(edited("hf", head_dim=16, hidden_size=None))
+    for hidden_size in (96, None):
+        folder = edited("hf", head_dim=16, hidden_size=hidden_size)
+        assert beside.facts(folder)
+        shutil.rmtree(folder)
     content = gguf_file.metadata(folders["gguf"])
     monkeypatch.setattr(gguf_file, "metadata", lambda _path: content)
     for turned in (16, None):
