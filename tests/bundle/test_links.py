@@ -12,6 +12,7 @@ import pytest
 
 from dinoexport import bundle
 from dinoexport.bundle import archive, onnx_file, signing
+from dinoexport.bundle.manifest import unreadable
 from dinoexport.errors import DinoexportError, UsageError, ValidationFailed
 from dinoexport.system.untrusted import Unreadable
 from tests.bundle.test_onnx_file import model
@@ -54,6 +55,19 @@ def test_a_manifest_and_a_file_of_a_bundle(small: Path) -> None:
     to_a_copy(small / bundle.MANIFEST)
     with pytest.raises(ValidationFailed, match=rf"{bundle.MANIFEST} in .* is a link"):
         bundle.read_manifest(small)
+
+
+def test_a_file_that_became_a_link_after_it_failed_is_no_regular_file(small: Path) -> None:
+    path = small / "model.onnx"
+    error = Unreadable(path, "Input/output error")
+    assert unreadable(small, path.name, error).message == (
+        "The bundle is damaged: model.onnx cannot be read: Input/output error."
+    )
+    for change in (to_a_copy, Path.unlink):
+        change(path)
+        assert unreadable(small, path.name, error).message == (
+            "The bundle is damaged: model.onnx is missing or not a regular file."
+        )
 
 
 def naming(hint: Any) -> str:

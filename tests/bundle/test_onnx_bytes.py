@@ -184,10 +184,12 @@ def test_int64_values_are_read(values: list[int]) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("numbers", [[], [0], [127, 128, 300], [-1], [2**63 - 1, -(2**63), 5]])
 def test_lists_of_numbers(numbers: list[int], packed: bool) -> None:
-    tensor = TensorProto(dims=numbers).SerializeToString()
-    if not packed and numbers:
-        coded = [TensorProto(dims=[number]).SerializeToString() for number in numbers]
-        tensor = b"".join(b"\x08" + part.removeprefix(b"\x08")[0 if part[0] == 8 else 2 :] for part in coded)
+    """A field for each, as onnx writes them, or all in one field, which protobuf reads too."""
+    each = [TensorProto(dims=[number]).SerializeToString() for number in numbers]
+    assert all(field[0] == 0x08 for field in each)
+    values = b"".join(field[1:] for field in each)
+    tensor = b"\x0a" + bytes([len(values)]) + values if packed else b"".join(each)
+    assert list(TensorProto.FromString(tensor).dims) == numbers
     found = onnx_file._grouped(memoryview(tensor))
     assert [number for value in found.get(1, ()) for number in onnx_file._integers(value)] == numbers
 
