@@ -177,8 +177,34 @@ def size_of(source: Path | bytes, *, named: str = "") -> tuple[int, int]:
     """(height, width) of an image, in a file or encoded, as `load` would give it, from its header alone."""
     opened = source if isinstance(source, Path) else io.BytesIO(source)
     with _opened(opened, named=named or str(source)) as image:
-        turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        turned = _exif(image).get(_ORIENTATION) in _QUARTER_TURNS
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """The EXIF of an image that is not decoded; the pixels of a PNG are decoded only if EXIF comes after them."""
+    from PIL import Image
+
+    if image.format != "PNG":
+        return image.getexif()
+    if _says_more_after_pixels(image.fp):  # type: ignore[attr-defined]
+        image.load()
+    return Image.Image.getexif(image)  # a PNG's own decodes the pixels whenever there is no EXIF before them
+
+
+def _says_more_after_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF, or a text from which Pillow takes an orientation, after its pixels."""
+    before = file.tell()
+    file.seek(8)
+    found = pixels = False
+    while not found and len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        start = file.read(min(length, 32))
+        pixels = pixels or kind == b"IDAT"
+        found = pixels and (kind == b"eXIf" or start.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")))
+        file.seek(length - len(start) + 4, os.SEEK_CUR)
+    file.seek(before)
+    return found
 
 
 @contextmanager
@@ -256,8 +282,7 @@ def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     wide = np.asarray(image)
     narrow = np.empty(wide.shape, np.uint8)
     for top in range(0, len(wide), _ROWS_AT_ONCE):  # 63 Mpx in float64 at once, twice, would be 1 GB
-        rows = wide[top : top + _ROWS_AT_ONCE].astype(np.float64)
-        narrow[top : top + _ROWS_AT_ONCE] = np.clip(rows / 257, 0, 255).round()
+        narrow[top : top + _ROWS_AT_ONCE] = (wide[top : top + _ROWS_AT_ONCE] / 257).round()
     return Image.fromarray(narrow)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from pydantic import ValidationError
 from dinoexport import images
 from dinoexport.errors import InputRefused, UsageError
 from dinoexport.images import ImageError, Preprocessing
-from tests.pictures import ORIENTATION, noise, png_header, refused, saved
+from tests.pictures import ORIENTATION, chunk, noise, png_header, refused, saved
 
 
 def png(image: Image.Image, **options: Any) -> bytes:
     stored = io.BytesIO()
     image.save(stored, options.pop("form", "PNG"), **options)
     return stored.getvalue()
+
+
+XMP = chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>')
 
 
 # Sizes
@@ -78,6 +82,46 @@ def test_the_size_is_that_of_the_upright_picture(orientation: int | None, turned
     assert images.size_of(encoded, named="x") == ((24, 16) if turned else (16, 24))
     decoded = images.decode(encoded, named="x")
     assert (decoded.height, decoded.width) == images.size_of(encoded, named="x")
+
+
+def test_the_size_of_a_png_needs_no_pixels(tmp_path: Path) -> None:
+    """Here nearly all of them are missing. A comment after them, as ImageMagick writes it, says nothing of them."""
+    cut = png_header(30, 20)
+    comment = chunk(b"tEXt", b"date:create\0" + b"2" * 40)
+    (tmp_path / "x.png").write_bytes(cut)
+    assert images.size_of(cut, named="x") == images.size_of(tmp_path / "x.png") == (20, 30)
+    assert images.size_of(cut[:-12] + comment + cut[-12:]) == (20, 30)
+    assert images.size_of(cut[:33] + XMP + cut[33:]) == (30, 20)
+    assert "truncated" in refused(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the pixels", "after the pixels"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda exif: chunk(b"eXIf", exif),
+        lambda exif: chunk(b"tEXt", b"Raw profile type exif\0\nexif\n   %d\n" % len(exif) + exif.hex().encode()),
+        lambda _: XMP,
+    ],
+    ids=["EXIF", "EXIF in a text", "XMP"],
+)
+def test_a_png_may_say_its_orientation_after_the_pixels(said: Any, first: bool) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    plain = png(noise(24, 16))
+    place = plain.index(b"IDAT") - 4 if first else len(plain) - 12
+    encoded = plain[:place] + said(exif.tobytes().removeprefix(b"Exif\0\0")) + plain[place:]
+    decoded = images.decode(encoded, named="x")
+    assert images.size_of(encoded, named="x") == (decoded.height, decoded.width) == (24, 16)
+
+
+def test_what_has_no_size_is_named_as_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"text")
+    words = "not a readable image (none of JPEG, PNG, WEBP, BMP, TIFF)."
+    for given, named, shown in ((tmp_path / "x.png", "", str(tmp_path / "x.png")), (b"text", "image 3", "image 3")):
+        with pytest.raises(ImageError) as told:
+            images.size_of(given, named=named)
+        assert told.value.message == f"{shown}: {words}"
 
 
 # Preparation
@@ -176,10 +220,15 @@ def test_base64_is_recognised(form: str, prefix: bytes) -> None:
         assert spoken(prefix + encoded) == "image 3: it is base64; send the bytes of the image file."
 
 
+def test_the_first_64_bytes_show_base64() -> None:
+    for encoded in (base64.b64encode(png(noise(24, 18)))[:64] + b"!" * 9, b"/9j/"):
+        assert spoken(encoded) == "image 3: it is base64; send the bytes of the image file."
+
+
 @pytest.mark.parametrize(
     "given",
     [b"", b"A photograph", base64.b64encode(b"text that is none" * 9), b"!" + base64.b64encode(png(noise(9, 9))),
-     b"data:text/plain;base64," + base64.b64encode(png(noise(9, 9))), b"AAA", b"GIF89a" * 20],
+     b"data:text/plain;base64," + base64.b64encode(png(noise(9, 9))), b"AAA", b"A===", b"GIF89a" * 20],
 )  # fmt: skip
 def test_what_is_neither_an_image_nor_base64(given: bytes) -> None:
     assert spoken(given) == "image 3: not a readable image (none of JPEG, PNG, WEBP, BMP, TIFF)."
@@ -205,7 +254,18 @@ def test_an_open_image_is_encoded_without_loss(mode: str) -> None:
     with Image.open(io.BytesIO(encoded)) as stored:
         kept = mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         assert stored.format == "PNG" and stored.mode in ((mode, "I") if kept else ("RGB",))
-    assert len(encoded) > image.width * image.height // 8, "uncompressed: it is decoded at once"
+
+
+def test_an_open_image_is_encoded_without_compression() -> None:
+    """It is decoded at once."""
+    assert len(images.encoded(Image.new("RGB", (100, 100)))) > 3 * 100 * 100
+
+
+@pytest.mark.parametrize("has", ["save", "mode"])
+def test_what_only_saves_or_has_a_mode_is_no_image(has: str) -> None:
+    with pytest.raises(InputRefused) as told:
+        images.encoded(SimpleNamespace(**{has: "RGB"}))
+    assert told.value.message == "A SimpleNamespace is not an image."
 
 
 def test_files_and_bytes_are_given_as_they_are(tmp_path: Path) -> None:
