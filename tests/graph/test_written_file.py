@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_the_whole_file(tmp_path: Path) -> None:
     assert all(np.array_equal(arrays[f"part{i}.w"], MATRICES[i]) for i in range(2))
     dims = [[dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in graph.input]
     assert dims == [["batch", 64], [1]] and [entry.name for entry in graph.output] == ["y"]
+
+
+@pytest.mark.parametrize("changes", [{"inputs": ("x", "scale", "x", "x")}, {"outputs": ("middle", "more")}])
+def test_a_call_names_as_many_values_as_its_piece_has(changes: dict[str, Any], tmp_path: Path) -> None:
+    first, second = calls()
+    wrong = [replace(first, **changes), second]
+    with pytest.raises(ValueError, match=r"^zip\(\) argument"):
+        onnx_writer.export(GRAPH, wrong, tmp_path, metadata={}, traces={"piece": trace()}, trace=pytest.fail)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

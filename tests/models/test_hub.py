@@ -270,6 +270,15 @@ class Listening(torch.nn.Module):
         return [i * pixels.sum() for i in wanted]
 
 
+def test_upstreams_code_gives_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = Architecture.model_validate(small().model)
+    model = Listening(arch)
+    monkeypatch.setattr(model, "_get_intermediate_layers_not_chunked", lambda pixels, wanted: [pixels])
+    monkeypatch.setattr(hub, "_load_model", lambda variant: model)
+    with pytest.raises(ValueError, match="zip"):
+        hub.tokens_of("small", arch, lambda name: noise(2), [np.ones((1, 3, 28, 28), np.float32)], [1, 2], silent)
+
+
 def test_what_is_asked_of_upstreams_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the mask token is loaded; images are cropped right and below; each block is asked for once."""
     arch = Architecture.model_validate(small().model)

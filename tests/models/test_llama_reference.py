@@ -220,13 +220,18 @@ def test_a_small_model_has_at_most_two_to_the_28_numbers(layers: int, reads: int
     assert load("norm.weight").shape == load("norm.weight").shape and len(seen) == reads
 
 
-def test_as_many_positions_as_prompts() -> None:
+@pytest.mark.parametrize(("positions", "keep"), [([0], [1, 1]), ([0, 0], [1])])
+def test_as_many_positions_and_rows_as_prompts(
+    positions: list[int], keep: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_block", lambda arch, weights, stream, turns: stream)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: x)
     with pytest.raises(ValueError, match="zip"):
         reference.logits_of(
             ARCH,
-            lambda _: torch.ones(20, 8),
-            [torch.tensor([1])],
-            first_positions=[],
-            keep=[1],
+            lambda name: torch.ones(20, 8) if name == "tok_embeddings.weight" else torch.ones(8),
+            [torch.tensor([1]), torch.tensor([2])],
+            first_positions=positions,
+            keep=keep,
             block_done=lambda done: silent("", done, done),
         )

@@ -209,6 +209,13 @@ def test_memory_for_a_cache_in_words(
     assert refused.value.next_step == next_step
 
 
+def test_memory_is_said_in_thousand_millions(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SteppedDecoder(begin_steps=pytest.fail, vocabulary=9, context=100, token_bytes=10**17)
+    monkeypatch.setattr("dinoexport.system.memory.available_bytes", lambda: 10**18)
+    with pytest.raises(InputRefused, match=r" takes 2300000000\.00 GB; 1000000000\.00 GB of memory are free\.$"):
+        generation.task_of_ids(decoder, [1, 2, 3], frozenset(), Sampling(max_tokens=20), continuing=True)
+
+
 def test_ids_and_room_at_their_limits() -> None:
     """One token of room is enough; ids are from 0 up to the vocabulary."""
     decoder = tiny.decoder()
