@@ -144,7 +144,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Any:
         why = "" if pytorch else "no PyTorch"
         monkeypatch.setattr(bench, "_pytorch", lambda *_: ((lambda _workload: None) if pytorch else None, why))
         manifest: Any = SimpleNamespace(
-            verdict=verdict, recipe={}, family="f", graphs=(), engines=(), cpu=None, precision=Precision.FP32
+            verdict=verdict,
+            recipe={},
+            family="f",
+            target="cpu",
+            graphs=(),
+            engines=(),
+            cpu=None,
+            precision=Precision.FP32,
         )
         monkeypatch.setattr(bench, "_way", lambda _manifest: Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32))
         told: list[tuple[str, int, int]] = []
