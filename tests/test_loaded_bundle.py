@@ -150,6 +150,18 @@ def test_one_image_is_a_batch_of_its_own(opened: Opened) -> None:
     assert opened.calls == [{"images": ("plain", "plain", [b"0"])}]
 
 
+def test_a_verdict_on_a_gpu_needs_the_gpu(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And any other none."""
+    validated: Any = SimpleNamespace(manifest=None, report=SimpleNamespace(passed=True))
+    monkeypatch.setattr("dinoexport.validation.validate_bundle.validate", lambda *_, **__: validated)
+    opened.missing = "no GPU here"
+    with pytest.raises(MissingRequirement, match="no GPU here"):
+        opened.bundle(engines=1, target="l4", device="gpu").validate()
+    for device in (None, "cpu"):
+        loaded = opened.bundle(engines=1, target="l4", device=device)
+        assert loaded.validate() is validated and opened.way is None, "nothing was opened for it"
+
+
 @pytest.mark.parametrize(
     ("engines", "device", "runtime"),
     [

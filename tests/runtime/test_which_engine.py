@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dinoexport.errors import MissingRequirement
+from dinoexport.errors import BuildError, MissingRequirement
 from dinoexport.runtime import engine_header
 from dinoexport.runtime.table import RuntimeFacts
 from dinoexport.spec import Runtime
@@ -106,3 +107,43 @@ def test_of_several_cards_engines_each_graphs_first_that_runs_is_taken() -> None
     assert caught.value.next_step == "Build a bundle for this GPU."
     with pytest.raises(MissingRequirement, match=r"^step-8.6.plan was not run: no GPU here\.$"):
         engine_header.for_this_machine(wanted[:2], [])
+
+
+def rtx(*, size_bytes: int = 80, mask: int = 0b100101, weight_bytes: int = 7) -> bytes:
+    """The beginning of a TensorRT-RTX engine: its size at 16, version at 24, targets at 32, weights at 56."""
+    start = b"vtrt" + bytes(12) + size_bytes.to_bytes(8, "little") + bytes((1, 7, 0, 23)) + bytes(4)
+    return start + mask.to_bytes(4, "little") + bytes(20) + weight_bytes.to_bytes(8, "little") + bytes(16)
+
+
+def test_the_header_of_an_rtx_engine_says_its_size_cards_and_weights(tmp_path: Path) -> None:
+    path = tmp_path / "model.rtx"
+    for mask, cards in ((0b100101, ("7.5", "8.6", "12.1")), (0b010, ("8.0",)), (0xFFFFFFC0, ())):
+        path.write_bytes(rtx(mask=mask, weight_bytes=(1 << 40) + 7))
+        assert engine_header.read_header(path) == engine_header.Header(
+            runtime=Runtime.TENSORRT_RTX,
+            version="1.7.0.23",
+            size_bytes=80,
+            compute_capabilities=cards,
+            weight_bytes=(1 << 40) + 7,
+        )
+    for size in (79, 81, 1 << 40):
+        path.write_bytes(rtx(size_bytes=size))
+        with pytest.raises(BuildError) as caught:
+            engine_header.read_header(path)
+        assert caught.value.message == f"model.rtx is cut short: it declares {size} bytes and has 80."
+
+
+def test_the_header_of_a_classic_plan_says_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "model.plan"
+    plan = b"ftrt" + bytes(20) + bytes((11, 4, 0, 106)) + bytes(36)
+    path.write_bytes(plan)
+    assert engine_header.read_header(path) == engine_header.Header(runtime=Runtime.TENSORRT, version="11.4.0.106")
+    for content, words in (
+        (plan[:63], "is not a TensorRT engine."),
+        (b"xtrt" + plan[4:], "is not a TensorRT engine."),
+        (plan[:7] + b"\1" + plan[8:], "has a plan format that is not known here."),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(BuildError) as caught:
+            engine_header.read_header(path)
+        assert caught.value.message == f"model.plan {words}"
