@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dinoexport.bundle import signing
-from dinoexport.cli import build, embed, engines, inspect, terminal
+from dinoexport.cli import build, embed, engines, inspect, serve, terminal
 from dinoexport.embed import run as embedding
 from dinoexport.embed import verify as verifying
 from dinoexport.embed.run import Embedded
@@ -22,6 +22,8 @@ from dinoexport.pipeline import compile_bundle
 from dinoexport.pipeline.fit import flow
 from dinoexport.pipeline.fit.classifiers import HeldOutScores
 from dinoexport.report import mismatches
+from dinoexport.serving import check as checking
+from dinoexport.serving.check import Checked
 from dinoexport.spec import Precision, Runtime, Way
 from dinoexport.validation import validate_bundle
 from dinoexport.validation.determinism import Determinism
@@ -318,6 +320,38 @@ def test_embed_verify(report: Report | None, monkeypatch: pytest.MonkeyPatch) ->
     else:
         told = json.loads(as_json.stdout)
         assert told["exit_code"] == 1 and {key: told[key] for key in facts} == facts and "report" not in told
+
+
+# check
+
+
+@pytest.mark.parametrize("report", [PASSED, FAILED])
+def test_check(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def check(*places: Any, **how: Any) -> Checked:
+        asked.append((places, how["model"], how["quick"], how["timeout_s"], how["headers"], how["ca"]))
+        return Checked(model="tiny", report=report, latency_ms={"one": 12.34})
+
+    monkeypatch.setattr(serve, "folder_of", Path)
+    monkeypatch.setattr(checking, "check", check)
+    command = ("check", "http://host", "B")
+    shown, as_json = run(*command), run(*command, "--quick", "--model", "tiny", "--timeout-s", "3", "--json")
+    facts = {"model": "tiny", "latency_ms": {"one": 12.34}, "report": report.to_json()}
+    assert asked == [
+        (("http://host", Path("B")), None, False, 60.0, None, None),
+        (("http://host", Path("B")), "tiny", True, 3.0, None, None),
+    ]
+    if report is PASSED:
+        assert json.loads(as_json.stdout) == facts and as_json.stderr == ""
+        assert shown.stdout.startswith("PASSED: ONNX, against PyTorch") and "12.3" in shown.stdout
+        return
+    assert (shown.exit_code, as_json.exit_code) == (1, 1)
+    told = "error: tiny at http://host:8000 does not give PyTorch's outputs.\n  next: "
+    for table, error in ((shown.stdout, shown.stderr), (as_json.stderr, as_json.stderr)):
+        assert table.startswith("FAILED: ONNX, against PyTorch") and told in error and "12.3" not in table
+    found = json.loads(as_json.stdout)
+    assert found["exit_code"] == 1 and {key: found[key] for key in facts} == facts
 
 
 # compile and merge, fit

@@ -95,7 +95,12 @@ def test_the_command_line_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr(gc, "set_threshold", lambda *levels: set_to.append(levels))
     monkeypatch.setattr(gc, "freeze", lambda: set_to.append("frozen"))
-    for words, policy in ((["list"], "PASSIVE"), (["bench"], None), (["list", "bench"], "PASSIVE"), ([], "PASSIVE")):
+    for words, policy in (
+        (["list"], "PASSIVE"),
+        (["bench", "B"], None),
+        (["list", "bench"], "PASSIVE"),
+        ([], "PASSIVE"),
+    ):
         monkeypatch.setattr(sys, "argv", ["dinoexport", *words])
         monkeypatch.setattr(cli, "app", lambda: set_to.append(os.environ.get("OMP_WAIT_POLICY")))
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)

@@ -44,7 +44,9 @@ def test_sizes_are_powers_of_two_and_the_largest(
     assert machine.told == [(done, 3 * len(sizes)) for done in range(1, 3 * len(sizes) + 1)]
 
 
-@pytest.mark.parametrize(("seconds", "sizes"), [(5.0, [1]), (2.5, [1, 2]), (0.8, [1, 2, 4]), (0.16, [1, 2, 4, 8, 16])])
+@pytest.mark.parametrize(
+    ("seconds", "sizes"), [(2.75, [1]), (5.0, [1]), (2.5, [1, 2]), (0.8, [1, 2, 4]), (0.16, [1, 2, 4, 8, 16])]
+)
 def test_no_larger_sizes_after_five_seconds(seconds: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size takes its time twice in the first round: 2 x 15 items at 0.16 s are 4.8 s."""
     machine = Machine(monkeypatch, seconds=seconds)
