@@ -20,7 +20,7 @@ from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
 
 if TYPE_CHECKING:
-    from dinoexport.runtime.decoding import Decoder
+    pass
 
 # ONNX Runtime's names of the types that are multiplied -> their usual names. The first one that an input of a product
 # has decides, because a quantised product has float scales in addition to its bytes.
@@ -76,14 +76,13 @@ def open_graph(
         from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
 
         if shared := with_shared_cache(path, graph):
-            session = _session(path, model=shared, threads=threads, spinning_us=_SPINNING_US)
+            session = _session(path, model=shared.model, threads=threads, spinning_us=_SPINNING_US)
+            tables = shared.tables and _session(path, model=shared.tables, threads=1)
 
-            def begin() -> Decoder:
-                return OrtDecoder(session, graph)
+            def begin() -> OrtDecoder:
+                return OrtDecoder(session, graph, tables)
 
-            return Opened(
-                run=lambda arrays: OrtDecoder(session, graph).whole(arrays), arithmetic=arithmetic, begin=begin
-            )
+            return Opened(run=lambda arrays: begin().whole(arrays), arithmetic=arithmetic, begin=begin)
     session = _session(path, threads=threads, cuda=cuda, sizes={} if shapes is None else _sizes(graph, shapes))
     return Opened(run=_runner(session, graph, [tensor.name for tensor in graph.outputs]), arithmetic=arithmetic)
 

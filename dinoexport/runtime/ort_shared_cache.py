@@ -44,7 +44,7 @@ def share_cache(model: Any, graph: Graph) -> bool:
             unseen = helper.make_node("Constant", [], ["unseen"], value_float=_LOWEST)
             nodes += [seen, unseen, helper.make_node("Where", [mask, "seen", "unseen"], [_BIAS])]
     del model.graph.node[:]
-    model.graph.node.extend(_read(nodes, {tensor.name for tensor in model.graph.output}))
+    model.graph.node.extend(needed(nodes, {tensor.name for tensor in model.graph.output}))
     for tensor in (*model.graph.input, *model.graph.output):
         if tensor.name in graph.carried or tensor.name in graph.carried.values():
             tensor.type.tensor_type.shape.dim[2].dim_param = _ROOM
@@ -54,7 +54,7 @@ def share_cache(model: Any, graph: Graph) -> bool:
     return True
 
 
-def _read(nodes: Sequence[Any], names: set[str]) -> list[Any]:
+def needed(nodes: Sequence[Any], names: set[str]) -> list[Any]:
     """Those of the nodes, in their order, on which the values `names` depend; their inputs are added to `names`."""
     kept = []
     for node in reversed(nodes):

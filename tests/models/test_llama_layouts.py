@@ -134,21 +134,52 @@ def test_products_with_weights_of_different_bits_are_not_joined(int4_traces: Tra
     tokens = cases.synthetic.prompt(model.arch.vocabulary, 40, SEED)[None]
     in_file, joined = answers_in_fp32(tmp_path / "model.onnx", graph, tokens)
     assert distance(joined, in_file).relative_l2 <= 1e-5
-    operators = operators_of(with_shared_cache(tmp_path / "model.onnx", graph))
+    shared = with_shared_cache(tmp_path / "model.onnx", graph)
+    assert shared is not None
+    operators = operators_of(shared.model)
     assert operators["DequantizeLinear"] == 5 * model.arch.layers + 1
     assert operators["SkipSimplifiedLayerNormalization"] == 2 * model.arch.layers - 1
 
 
+@pytest.mark.parametrize("precision", [Precision.INT4, Precision.FP32])
+def test_attention_rotates_heads_of_sixteen(precision: Precision, tmp_path: Path) -> None:
+    """Unequal prompts, a step and more tokens. In int4 it takes queries, keys and values as one product has them."""
+    model = model_of("tiny", precision=precision, layers=2)
+    model = family.find("llama").model(model.recipe.changed(graph={"int8": []}))
+    (graph,) = model.graphs
+    export(graph, model.calls(graph, lambda name: model.synthetic(name, SEED)), tmp_path, metadata={}, traces={})
+    shared = with_shared_cache(tmp_path / "model.onnx", graph)
+    assert shared is not None and shared.tables is not None
+    operators = operators_of(shared.model)
+    assert operators["RotaryEmbedding"] == 0 and operators["GroupQueryAttention"] == model.arch.layers
+    assert operators["Split"] == (model.arch.layers if precision is Precision.INT4 else 0), "of gate and up"
+    ids, mask = decoding.padded([cases.synthetic.prompt(320, n, SEED, n) for n in (40, 4, 33)])
+    in_file, opened = decoders_in_fp32(tmp_path / "model.onnx", graph)
+    for began, upto in ((0, 30), (30, 31), (31, 40)):
+        given = ids[:, began:upto], mask[:, :upto]
+        ours, theirs = (each.rows(*given, keep=0, first_position=5000) for each in (opened, in_file))
+        wanted = mask[:, began:upto] == 1
+        assert np.allclose(ours[wanted], theirs[wanted], atol=1e-5), upto
+
+
 def answers_in_fp32(path: Path, graph: Any, tokens: Any) -> Iterator[Any]:
-    """Logits of the file, and of what is made of it when it is opened; optimised, both would round activations."""
+    """Logits of the decoders in fp32, of which the second one has fewer products."""
     shared = with_shared_cache(path, graph)
-    assert operators_of(shared)["MatMul"] < operators_of(path.read_bytes())["MatMul"]
+    assert shared is not None
+    assert operators_of(shared.model)["MatMul"] < operators_of(path.read_bytes())["MatMul"]
+    for decoder in decoders_in_fp32(path, graph):
+        yield decoder.rows(tokens, np.ones(tokens.shape, np.int64), keep=tokens.shape[1])
+
+
+def decoders_in_fp32(path: Path, graph: Any) -> tuple[decoding.Decoder, decoding.Decoder]:
+    """The file, and what is made of it when it is opened; optimised, both would round activations of few bits."""
+    shared = with_shared_cache(path, graph)
+    assert shared is not None
     in_file = decoding.ArrayDecoder(
         ort._runner(ort._session(path, optimised=False), graph, [tensor.name for tensor in graph.outputs]), graph
     )
-    opened = OrtDecoder(ort._session(path, model=shared, optimised=False), graph)
-    for decoder in (in_file, opened):
-        yield decoder.rows(tokens, np.ones(tokens.shape, np.int64), keep=tokens.shape[1])
+    tables = shared.tables and ort._session(path, model=shared.tables)
+    return in_file, OrtDecoder(ort._session(path, model=shared.model, optimised=False), graph, tables)
 
 
 def operators_of(model: Any) -> Counter[str]:

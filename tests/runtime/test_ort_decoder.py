@@ -55,16 +55,33 @@ class Session:
         assert last.dtype == total.dtype == np.int32 and total.shape == (1,)
         assert last.tolist() == [total[0] - 1] * len(new) and mask.shape == (len(new), total[0])
         keep, first = given["logits_to_keep"], given["first_position"]
-        self.calls.append((new.tolist(), int(total[0]), keep.tolist(), first.tolist()))
+        self.calls.append((new.tolist(), int(total[0]) - 1, keep.tolist(), first.tolist()))
         if 13 in new:
             raise RuntimeError("no such token")
         past = total[0] - new.shape[1]
-        assert len(new) == 1 or new.shape[1] == 1 or not past, "several tokens added to several pasts"
+        assert past and not mask[:, 0].any(), "no call is taken for a prompt: the first entry is unseen"
+        assert len(new) == 1 or new.shape[1] == 1, "several tokens added to several pasts"
         for name, (present, factor) in CACHE.items():
             assert binding.outputs[present] is given[name], "the cache stays where it is"
+            assert not given[name][:, :, 0].any()
             given[name][:, :, past : total[0]] = entries(new, factor)
-        found = toy_decoder.logits(given["past_k"][:, :, : total[0]], mask, new.shape[1], int(keep[0]), int(first[0]))
+        if "cos_cache" in given:
+            rows, more = given["cos_cache"][:, 0], given["sin_cache"][:, 0]
+            assert not first[0] and len(rows) == given["past_k"].shape[2] and (more == rows + 0.5).all()
+            assert (np.diff(rows) == 1).all()
+            first = rows[:1]
+        seen = given["past_k"][:, :, 1 : total[0]]
+        found = toy_decoder.logits(seen, mask[:, 1:], new.shape[1], int(keep[0]), int(first[0]))
         binding.outputs["logits"][...] = found
+
+
+class Tables:
+    """A session that computes tables of rotations: here positions, and halves after them."""
+
+    def run(self, names: None, given: dict[str, Any]) -> list[Any]:
+        (positions_N1,) = given.values()
+        assert list(given) == ["positions"] and positions_N1.dtype == np.float32
+        return [positions_N1 + np.zeros(3, np.float32), positions_N1 + np.full(3, 0.5, np.float32)]
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +90,10 @@ def _values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "onnxruntime", lambda: SimpleNamespace(OrtValue=values))
 
 
-def decoders() -> tuple[OrtDecoder, decoding.ArrayDecoder, Session]:
+def decoders(tables: Tables | None = None) -> tuple[OrtDecoder, decoding.ArrayDecoder, Session]:
     """The decoder, one that is given its cache with every call, and the session."""
     session = Session()
-    return OrtDecoder(session, GRAPH), decoding.ArrayDecoder(toy_decoder.run, GRAPH), session
+    return OrtDecoder(session, GRAPH, tables), decoding.ArrayDecoder(toy_decoder.run, GRAPH), session
 
 
 def test_each_call_adds_to_the_cache() -> None:
@@ -93,12 +110,37 @@ def test_each_call_adds_to_the_cache() -> None:
         assert cache["past_k"][:, 1, :, 2].tolist() == [[1, 2, 3, 7], [4, 5, 6, 8]]
         assert cache["past_v"][:, 0, :, 0].tolist() == [[10, 20, 30, 70], [40, 50, 60, 80]]
     assert session.calls == [
-        ([[1, 2, 3], [4, 5, 6]], 3, [2], [7]),
+        ([[1, 2, 3]], 3, [2], [7]), ([[4, 5, 6]], 3, [2], [7]),
         ([[7], [8]], 4, [1], [0]),
     ]  # fmt: skip
 
 
-def test_several_tokens_of_several_sequences_with_a_past_are_added_one_by_one() -> None:
+def test_tables_of_rotations_begin_with_the_first_position() -> None:
+    """Those of each sequence of a prompt too; the graph counts from there, and larger buffers get larger tables."""
+    ours, plain, session = decoders(Tables())
+    for decoder in (ours, plain):
+        decoder.rows(ids((1, 2), (3, 4)), ids((0, 1), (1, 1)), first_position=20000)
+        found = decoder.rows(ids((5,), (6,)), ids((0, 1, 1), (1, 1, 1)), first_position=20000)
+        assert found.tolist() == [[[7, 2, 20000]], [[13, 2, 20000]]]
+        moved = decoder.rows(ids((5,), (6,)), ids((0, 1, 1, 1), (1, 1, 1, 1)), first_position=7)
+        assert moved.tolist() == [[[12, 3, 7]], [[19, 3, 7]]]
+        more = decoder.rows(np.ones((2, 256), np.int64), ones(2, 260), first_position=7)
+        assert more.tolist() == [[[269, 259, 7]], [[275, 259, 7]]]
+    assert [binding.inputs["past_k"].shape for binding in session.bindings] == [
+        (2, 2, 259, 3), (1, 2, 259, 3), (1, 2, 259, 3), (2, 2, 259, 3), (2, 2, 517, 3), (1, 2, 517, 3), (1, 2, 517, 3)
+    ]  # fmt: skip
+    assert {call[3][0] for call in session.calls} == {0}
+
+
+def test_a_caller_s_arrays_are_not_written() -> None:
+    ours, _, _ = decoders()
+    first, mask = ids((3,)), ones(1, 1)
+    ours.step(first, mask)
+    ours.step(ids((4,)), ones(1, 2))
+    assert (first.tolist(), mask.tolist()) == ([[3]], [[1]])
+
+
+def test_several_tokens_of_several_sequences_are_added_one_sequence_at_a_time() -> None:
     ours, plain, session = decoders()
     for decoder in (ours, plain):
         decoder.rows(ids((1,), (2,)), ones(2, 1), keep=0, first_position=3)
@@ -108,8 +150,8 @@ def test_several_tokens_of_several_sequences_with_a_past_are_added_one_by_one() 
         assert every.tolist() == [[[14, 4, 0], [15, 5, 0]], [[25, 4, 0], [27, 5, 0]]]
     assert session.calls == [
         ([[1], [2]], 1, [0], [3]),
-        ([[3], [6]], 2, [1], [3]), ([[4], [7]], 3, [1], [3]), ([[5], [8]], 4, [1], [3]),
-        ([[1], [2]], 5, [1], [0]), ([[1], [2]], 6, [1], [0]),
+        ([[3, 4, 5]], 4, [2], [3]), ([[6, 7, 8]], 4, [2], [3]),
+        ([[1, 1]], 6, [0], [0]), ([[2, 2]], 6, [0], [0]),
     ]  # fmt: skip
 
 
@@ -126,9 +168,9 @@ def test_buffers_stay_until_they_are_full() -> None:
     ours.step(ids((1,)), ones(1, 1))
     ours.step(np.ones((1, 256), np.int64), ones(1, 257))
     (binding,) = session.bindings
-    assert binding.inputs["past_k"].shape == (1, 2, 257, 3)
+    assert binding.inputs["past_k"].shape == (1, 2, 258, 3)
     ours.step(ids((5,)), ones(1, 258))
-    assert [made.inputs["past_k"].shape[2] for made in session.bindings] == [257, 514]
+    assert [made.inputs["past_k"].shape[2] for made in session.bindings] == [258, 515]
     assert ours.carried()["past_v"][0, 1, :, 1].tolist() == [10] * 257 + [50]
 
 

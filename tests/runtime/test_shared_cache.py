@@ -193,7 +193,7 @@ def test_a_file_is_read_without_its_weights(tmp_path: Path) -> None:
         (tmp_path / "weights").unlink()
     shared = ort_decoder.with_shared_cache(path, GRAPH)
     assert shared is not None
-    model = onnx.load_from_string(shared)
+    model = onnx.load_from_string(shared.model)
     norm = "normed, , , sum = com.microsoft SkipSimplifiedLayerNormalization hidden answer ones epsilon=1e-05"
     assert written(model) == [*AFTERWARDS[:-3], norm, AFTERWARDS[-1]]
     assert ort_decoder.with_shared_cache(other, GRAPH) is None
