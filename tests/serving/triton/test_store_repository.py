@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dinoexport.errors import BuildError, UsageError
-from dinoexport.serving.triton import store_repository
+from dinoexport.serving.triton import model_repository, store_repository
 from dinoexport.serving.triton.model_repository import Deployed
 from dinoexport.system import changes
 from dinoexport.system.store import RemotePlace
@@ -143,17 +143,24 @@ def test_a_version_belongs_to_one_deployer(store: Store, monkeypatch: pytest.Mon
     assert store.deploy().previous == 3, "the record names what the list lacks"
 
 
-def test_twenty_versions_are_tried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deployment_is_tried_twenty_times(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prepared each time is made up: a version that somebody else has."""
+
+    def prepare(_folder: Path, repository: Path, **_: Any) -> Deployed:
+        (repository / "tiny" / "1").mkdir(parents=True, exist_ok=True)
+        (repository / "tiny" / "1" / "config.pbtxt").write_bytes(OURS)
+        return Deployed(repository=repository, name="tiny", version=1, previous=None, models=("tiny",))
+
     def taken(_place: Any, _source: Path, name: str, *, new: bool = False) -> None:
-        store.place.write(name, OURS)
         store.sent.append((str(new), name))
         raise FileExistsError
 
+    monkeypatch.setattr(model_repository, "deploy", prepare)
     monkeypatch.setattr(RemotePlace, "upload", taken)
     with pytest.raises(BuildError) as refused:
         store.deploy()
     assert refused.value.message == f"Others keep changing {URL}."
-    assert store.sent == [("True", f"tiny/{version}/config.pbtxt") for version in range(1, 21)]
+    assert store.sent == [("True", "tiny/1/config.pbtxt")] * 20
 
 
 @pytest.mark.parametrize("late", [True, False])
