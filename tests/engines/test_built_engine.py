@@ -210,3 +210,16 @@ def test_with_weight_streaming_twice_the_largest_weight_is_on_the_device(
         "Profile whole needs about 3.3 GB on the device (1.3 GB beside the weights); a card has 2.3 GB."
     )
     assert caught.value.next_step == "batch up to 250000001 would fit: give that as the profile's max."
+
+
+def test_fused_kernels_are_named_in_the_code_before_the_weights(tmp_path: Path) -> None:
+    """A stripped engine ends with its code."""
+    code = (
+        b'..[ONNX Layer: attention.0]" gemm [ONNX Layer: attention.1]" fmha_batch [ONNX Layer: attention.2]" fmha_batch'
+    )
+    weights = b'[ONNX Layer: weights]" fmha_batch'
+    path = tmp_path / "model.rtx"
+    for more in (b"", weights):
+        path.write_bytes(code + more)
+        header = replace(RTX, size_bytes=len(code + more), weight_bytes=len(more))
+        assert builder._fused_layers(path, header, ()) == {"attention.1", "attention.2"}

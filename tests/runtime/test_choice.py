@@ -328,6 +328,30 @@ def test_all_cpus_and_half_of_them_are_tried(cpus: int, threads: list[int], monk
     assert {way.runtime for way in found} == {Runtime.ONNXRUNTIME}
 
 
+def test_each_way_says_what_is_computed_beside_narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whether a graph carries state, which it does not unless that is said."""
+    rests = {False: Precision.BF16, True: Precision.FP32}
+    asked: list[Precision] = []
+
+    def rest(precision: Precision, carried: bool) -> Precision:
+        asked.append(precision)
+        return rests[carried]
+
+    facts = replace(autotune.TABLE[Runtime.OPENVINO], computes=lambda _precision: True, rest=rest)
+    monkeypatch.setattr(autotune, "TABLE", {Runtime.OPENVINO: facts})
+    monkeypatch.setattr(autotune.table, "installed", tuple)
+    monkeypatch.setitem(autotune.RUNTIMES, Precision.INT8, (Runtime.OPENVINO,))
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: 1)
+    for settings, expected in (
+        ({}, Precision.BF16),
+        ({"carried": False}, Precision.BF16),
+        ({"carried": True}, Precision.FP32),
+    ):
+        way = Way(runtime=Runtime.OPENVINO, precision=Precision.INT8, threads=1, rest=expected)
+        assert autotune.ways(Precision.INT8, (Runtime.OPENVINO,), **settings) == (way,)
+    assert asked == [Precision.INT8] * 3
+
+
 def test_a_precision_that_no_runtime_here_has_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = replace(autotune.TABLE[Runtime.OPENVINO], computes=lambda _precision: False)
     monkeypatch.setattr(autotune, "TABLE", {**autotune.TABLE, Runtime.OPENVINO: facts})

@@ -130,9 +130,84 @@ def test_this_machines_engine_of_each_graph_is_opened(compatible: bool, monkeypa
     assert runners.engines_here(engines.all[::2]) == engines.all[::2]
 
 
+def test_one_engine_runs_on_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(monkeypatch, compatible=False)
+    there = runners.open_engines(MODEL, {Path("first"): engines.all[2]}, engines.graphs, trusted=False)
+    assert (there.device, there.name) == ("NVIDIA L4", "tensorrt 11.0 on NVIDIA L4, first fp16")
+
+
 def test_a_plan_that_holds_code_of_an_unknown_author_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = Engines(monkeypatch, compatible=True)
     files: Any = {Path(facts.file): facts for facts in engines.all}
     with pytest.raises(MissingRequirement, match=r"^mine was not run: it is version-compatible, so it holds code"):
         runners.open_engines(MODEL, files, engines.graphs, trusted=False)
     assert not engines.opened
+
+
+@pytest.mark.parametrize(
+    ("engines", "target", "for_gpu"), [(0, "cpu", False), (1, "cpu", True), (0, "l4", True), (1, "l4", True)]
+)
+def test_a_bundle_is_for_a_gpu_by_its_engines_or_its_target(
+    engines: int, target: str, for_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest: Any = SimpleNamespace(engines=("an engine",) * engines, target=target)
+    assert runners.is_for_gpu(manifest) is for_gpu
+    monkeypatch.setattr(runners.engine_header, "for_this_machine", lambda engines, _gpus: engines)
+    for has in (True, False):
+        monkeypatch.setattr(runners, "has_gpu_for_graphs", lambda has=has: has)
+        assert runners.runs_on_gpu_here(manifest) is (bool(engines) or (for_gpu and has))
+
+    def none(*_: Any) -> Any:
+        raise MissingRequirement("another card", next_step="")
+
+    monkeypatch.setattr(runners.engine_header, "for_this_machine", none)
+    assert not runners.runs_on_gpu_here(manifest)
+
+
+@pytest.mark.parametrize("without", ["", "a GPU", "the package", "its provider"])
+def test_graphs_run_on_a_gpu_with_an_onnx_runtime_for_it(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: () if without == "a GPU" else ("an L4",))
+    monkeypatch.setattr(runners, "find_spec", lambda name: None if without == "the package" else name)
+    monkeypatch.setattr(runners.ort, "has_cuda", lambda: without != "its provider")
+    assert runners.has_gpu_for_graphs() is (not without)
+
+
+def test_graphs_of_a_gpu_are_opened_on_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name says the arithmetic only if inputs are there to see it by."""
+    asked: list[Any] = []
+
+    def open_graph(path: Path, graph: Any, **settings: Any) -> str:
+        asked.append((path, settings))
+        return f"{graph.name} opened"
+
+    def arithmetic(_model: Any, opened: Any, inputs: Any) -> Any:
+        return {"f16": len(opened) + len(inputs)}
+
+    monkeypatch.setattr(runners, "require", lambda *_: None)
+    monkeypatch.setattr(runners.ort, "open_graph", open_graph)
+    monkeypatch.setattr(cpu, "arithmetic", arithmetic)
+    facts = tuple(
+        SimpleNamespace(file=f"{name}.onnx", graph=lambda name=name: SimpleNamespace(name=name)) for name in "ab"
+    )
+    manifest: Any = SimpleNamespace(engines=(), graphs=facts, precision=Precision.FP16)
+    with pytest.raises(MissingRequirement, match=r"^This machine has no GPU, or no driver for it\.$"):
+        runners.open_on_gpu(MODEL, Path("bundle"), manifest, trusted=False)
+    gpus = (SimpleNamespace(name="NVIDIA L4"), SimpleNamespace(name="NVIDIA A100"))
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+    name = "ONNX Runtime 1.2 on NVIDIA L4, fp16"
+    for inputs, ran in ((None, ""), ({"x": 1}, " (3 products in f16)")):
+        there = runners.open_on_gpu(MODEL, Path("bundle"), manifest, trusted=False, named_by=inputs)  # type: ignore[arg-type]
+        assert (there.name, there.device) == (name + ran, "NVIDIA L4")
+        assert there.candidate({}) == {"driven": {"a": "a opened", "b": "b opened"}, "with": {}}
+    assert asked == [(Path(f"bundle/{name}.onnx"), {"cuda": True}) for name in "abab"]
+
+
+def test_a_bundles_engines_are_opened_where_it_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(runners, "open_engines", lambda *words, **settings: opened.append((words, settings)))
+    engine, of_graph = SimpleNamespace(file="model.plan"), SimpleNamespace(file="model.onnx", graph=lambda: "its graph")
+    manifest: Any = SimpleNamespace(engines=(engine,), graphs=(of_graph,), precision=Precision.FP16)
+    runners.open_on_gpu(MODEL, Path("bundle"), manifest, trusted=True)
+    ((words, settings),) = opened
+    assert words == (MODEL, {Path("bundle/model.plan"): engine}, {Path("bundle/model.onnx"): "its graph"})
+    assert settings == {"trusted": True}

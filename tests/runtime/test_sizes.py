@@ -5,6 +5,7 @@ The runtimes' own forms are held against the general ones in `test_forms_of_both
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_a_client_of_ever_new_sizes_takes_no_memory(monkeypatch: pytest.MonkeyPa
         run(of(1, 3, 8, width))
         assert len(run._asked) <= 5
     assert not run.forms
+
+
+def test_4096_sizes_are_counted_at_once() -> None:
+    """The one that comes after them is counted again from the beginning."""
+    run = Runtimes().open(Budget(most=1, memory_bytes=1 << 40, often=2))
+    shapes = list(itertools.product(range(1, 17), [3], range(1, 17), range(1, 17)))
+    for shape in [*shapes, shapes[0]]:
+        run({"pixels": np.broadcast_to(np.float32(0), shape)})
+    run.settle()
+    assert not run.forms, "the first size was forgotten when the 4097th request came"
 
 
 def test_what_the_caller_changes_meanwhile_does_not_matter() -> None:
