@@ -47,10 +47,12 @@ def file(folder: Path, name: str, stage: str) -> BundleFile:
     return BundleFile(name=name, stage=stage, sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
 
 
-def written(folder: Path, *engines: EngineFacts, graph: bytes = b"graph", **changed: Any) -> Manifest:
+def written(
+    folder: Path, *engines: EngineFacts, graph: bytes = b"graph", answers: bytes = b"reference", **changed: Any
+) -> Manifest:
     """A bundle in `folder` that passed, with the bytes of each engine named after its cards."""
     folder.mkdir()
-    contents = {"model.onnx": ("export", graph), "reference.npz": ("reference", b"reference")}
+    contents = {"model.onnx": ("export", graph), "reference.npz": ("reference", answers)}
     for each in engines:
         raw = " ".join(each.compute_capabilities).encode()
         contents |= {each.file: ("engine", raw), each.log: ("engine", b"log of " + raw)}
@@ -82,12 +84,14 @@ def test_bundles_of_two_cards_are_one(tmp_path: Path) -> None:
     """Each engine has its cards in its name; of versions that differ the first's count."""
     of_first, of_second = {"torch": "1", "numpy": "1"}, {"torch": "2", "cuda": "2"}
     written(tmp_path / "a", engine("8.0"), target="a100", versions=of_first, card={"purpose": "first"})
-    written(tmp_path / "b", engine("8.6", "8.9"), target="l4", versions=of_second, card={"purpose": "second"})
+    second = {"versions": of_second, "card": {"purpose": "second"}}
+    written(tmp_path / "b", engine("8.6", "8.9"), target="l4", answers=b"others", **second)
     made = compile_bundle.merge(tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
     engines = {"model.sm80.plan", "model.sm80.plan.log", "model.sm86_sm89.plan", "model.sm86_sm89.plan.log"}
     assert names(tmp_path / "out") == {"manifest.json", "model.onnx", "reference.npz"} | engines
     assert (tmp_path / "out" / "model.sm86_sm89.plan").read_bytes() == b"8.6 8.9"
     assert (tmp_path / "out" / "model.sm80.plan.log").read_bytes() == b"log of 8.0"
+    assert (tmp_path / "out" / "reference.npz").read_bytes() == b"reference", "the first's"
     found = bundle.verify(tmp_path / "out")
     assert found == made.manifest and made.folder == tmp_path / "out" and made.reused is False
     assert (found.target, found.versions) == ("a100 + l4", {"torch": "1", "numpy": "1", "cuda": "2"})
