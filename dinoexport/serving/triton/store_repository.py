@@ -56,7 +56,7 @@ def deploy(folder: Path, url: str, *, name: str | None = None, progress: Progres
     for _ in range(_ATTEMPTS):
         with TemporaryDirectory(prefix="dinoexport-") as scratch:
             mirror = _Mirror(place, Path(scratch), known_as, taken)
-            with mirror.named():
+            with mirror.drafting():
                 deployed = model_repository.deploy(folder, mirror.folder, name=name, progress=progress, **how)
             try:
                 mirror.send(deployed, progress)
@@ -76,7 +76,7 @@ def rollback(url: str, name: str) -> Deployed:
         mirror = _Mirror(place, Path(scratch), name, set())
         if mirror.is_new:
             raise releases.unknown(name, mirror.others, url)
-        with mirror.named():
+        with mirror.drafting():
             deployed = model_repository.rollback(mirror.folder, name)
         mirror.send(deployed, silent)
     changes.note_done(f"{url} serves {deployed.name} version {deployed.version}.")
@@ -128,10 +128,11 @@ class _Mirror:
         return not self._tag
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors name the store, not this folder, which is gone when they are read."""
+    def drafting(self) -> Iterator[None]:
+        """Errors name the store, not this folder, which is gone when they are read; nothing is done yet."""
         try:
-            yield
+            with changes.of_a_draft():
+                yield
         except UsageError as error:
             if str(self.folder) not in error.message:
                 raise

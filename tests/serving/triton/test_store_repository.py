@@ -68,6 +68,7 @@ def of(version: int) -> list[str]:
 
 def test_files_are_sent_first_then_the_record_and_the_configuration_last(store: Store) -> None:
     shown: list[tuple[str, int, int]] = []
+    before = changes.done()
     first = store.deploy(progress=lambda *step: shown.append(step))
     assert (first.repository, first.name, first.version, first.previous) == (URL, "tiny", 1, None)
     uploads = [("upload", name) for name in of(1)]
@@ -76,7 +77,7 @@ def test_files_are_sent_first_then_the_record_and_the_configuration_last(store: 
     assert [step for step in shown if step[0].startswith("sending")] == [
         (f"sending to {URL}", number, 5) for number in range(1, 6)
     ]
-    assert changes.done()[-1] == f"{URL} serves tiny version 1."
+    assert changes.done() == (*before, f"{URL} serves tiny version 1.")
     store.sent.clear()
     second = store.deploy()
     assert (second.version, second.previous) == (2, 1) and store.served() == ([1, 2], "2")
@@ -86,7 +87,7 @@ def test_files_are_sent_first_then_the_record_and_the_configuration_last(store: 
     assert store.place.read("tiny/2/model.onnx/model.onnx") == CONTENT["model.onnx"]
     back = store_repository.rollback(URL, "tiny")
     assert (back.repository, back.version, back.previous) == (URL, 1, 2) and store.served() == ([1], "1")
-    assert changes.done()[-1] == f"{URL} serves tiny version 1."
+    assert changes.done()[len(before) :] == tuple(f"{URL} serves tiny version {version}." for version in (1, 2, 1))
     with pytest.raises(UsageError, match="tiny has no version before 1"):
         store_repository.rollback(URL, "tiny")
 
@@ -233,10 +234,12 @@ def test_what_a_dead_deployer_left_is_finished(store: Store, given: Given, monke
         raise CutOff
 
     given.ends = (PLAIN,)
+    before = changes.done()
     with monkeypatch.context() as patch:
         interrupted(patch, "write", "tiny/config.pbtxt", die)
         with pytest.raises(CutOff):
             store.deploy()
+    assert changes.done() == before, "its last words do not say that the store serves it"
     assert "tiny/config.pbtxt" not in store.names() and "tiny.releases.json" in store.names()
     store.place.write("tiny_own/1/config.pbtxt", b"# dinoexport deployed this as tiny_own\n")
     found = store.deploy()
