@@ -195,10 +195,11 @@ def test_a_request_has_eight_mebibytes_at_most() -> None:
 
 
 def test_who_leaves_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "_LOOK_S", 1e-3)
+    looks, wait = [], asyncio.wait  # it is looked for twice a second
+    monkeypatch.setattr(asyncio, "wait", lambda them, timeout=None: looks.append(timeout) or wait(them, timeout=1e-3))
     for stream in (False, True):
-        body = {"prompt": "p", "stream": stream}
-        assert asked(Waiting(), "/v1/completions", body, leaves=True)[::2] == (499, "{}")
+        given = {"prompt": "p", "stream": stream}
+        assert asked(Waiting(), "/v1/completions", given, leaves=True)[::2] == (499, "{}") and looks[0] == 0.5
 
 
 def test_the_source_is_closed_with_the_server() -> None:
