@@ -164,9 +164,10 @@ def test_a_decoder_spins_for_a_while_and_keeps_its_cache_in_place(
 ) -> None:
     """Except where its attention has another form, and on a GPU."""
     asked: list[Path] = []
-    found: list[bytes | None] = [b"shared", None, b"shared"]
+    graphs = ort_decoder.DecoderGraphs(model=b"shared", tables=None)
+    found = [graphs, None, replace(graphs, tables=b"tables")]
 
-    def with_shared_cache(path: Path, graph: Graph) -> bytes | None:
+    def with_shared_cache(path: Path, graph: Graph) -> ort_decoder.DecoderGraphs | None:
         asked.append(path)
         return found[len(asked) - 1]
 
@@ -176,7 +177,7 @@ def test_a_decoder_spins_for_a_while_and_keeps_its_cache_in_place(
     package.available, package.loads = [CUDA, CPU], [CUDA, CPU]
     assert ort.open_graph(FILE, toy_decoder.GRAPH, cuda=True).begin is None
     monkeypatch.setattr(ort, "_SPINNING_US", 1)
-    ort.open_graph(FILE, toy_decoder.GRAPH)
+    ort.open_graph(FILE, toy_decoder.GRAPH, threads=2)
     assert asked == [FILE] * 3
     beside = {"session.model_external_initializers_file_folder_path": "folder"}
     in_place = PLAIN | {"source": b"shared"}
@@ -190,7 +191,8 @@ def test_a_decoder_spins_for_a_while_and_keeps_its_cache_in_place(
         in_place | {"entries": spinning("50"), "intra_op_num_threads": 2},
         PLAIN | {"intra_op_num_threads": 2},
         PLAIN | {"providers": providers},
-        in_place | {"entries": spinning("1")},
+        in_place | {"entries": spinning("1"), "intra_op_num_threads": 2},
+        PLAIN | {"source": b"tables", "entries": ENTRIES | beside, "intra_op_num_threads": 1},
     ]
 
 
