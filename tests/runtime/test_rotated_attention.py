@@ -104,6 +104,8 @@ def test_tables_are_the_graph_s_own_cosines_and_sines() -> None:
         angles = (positions_N1 * np.array(FREQUENCIES, np.float32)).astype(np.float64)
         assert np.allclose(cosines, np.cos(angles), atol=1e-6) and np.allclose(sines, np.sin(angles), atol=1e-6)
         assert tables.opset_import[0].version == 23 and tables.ir_version == 10
+        (rows,) = tables.graph.input
+        assert [d.dim_param or d.dim_value for d in rows.type.tensor_type.shape.dim] == ["rows", 1]
 
 
 def changed(before: str, after: str) -> str:
