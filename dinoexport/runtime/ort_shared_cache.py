@@ -14,6 +14,7 @@ from dinoexport.spec import Graph
 
 LAST_TOKEN, ALL_TOKENS = "seqlens_k", "total_sequence_length"  # the names in onnxruntime-genai's graphs
 _BIAS, _ROOM, _LOWEST = "attention_bias", "room", -3.4e38
+_WIDTH_MULTIPLE = 8  # of the heads that the operator takes
 
 
 def share_cache(model: Any, graph: Graph) -> bool:
@@ -28,7 +29,8 @@ def share_cache(model: Any, graph: Graph) -> bool:
     attentions = [node for node in model.graph.node if node.op_type == "Attention"]
     masks = {node.input[3] for node in attentions if len(node.input) > 3}
     grouped = [edit.grouped(node) for node in attentions]
-    if len(masks) != 1 or not all(grouped):
+    widths = [tensor.shape[-1] for tensor in graph.inputs if tensor.name in graph.carried]
+    if len(masks) != 1 or not all(grouped) or any(int(width) % _WIDTH_MULTIPLE for width in widths):
         return False
     (mask,) = masks
     instead = {nodes[-1].output[0]: nodes for nodes in grouped}

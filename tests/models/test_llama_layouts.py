@@ -19,9 +19,9 @@ from dinoexport import family
 from dinoexport.errors import WeightsError
 from dinoexport.graph.onnx_writer import Traces, export
 from dinoexport.models.llama import cases
-from dinoexport.runtime import decoding, ort
+from dinoexport.runtime import cpu, decoding, ort
 from dinoexport.runtime.ort_decoder import OrtDecoder, with_shared_cache
-from dinoexport.spec import Precision, silent
+from dinoexport.spec import Precision, Runtime, Way, silent
 from dinoexport.validation.metrics import distance
 from dinoexport.weights.checkpoint import open_checkpoint
 from tests import llama_files
@@ -160,6 +160,20 @@ def test_attention_rotates_heads_of_sixteen(precision: Precision, tmp_path: Path
         ours, theirs = (each.rows(*given, keep=0, first_position=5000) for each in (opened, in_file))
         wanted = mask[:, began:upto] == 1
         assert np.allclose(ours[wanted], theirs[wanted], atol=1e-5), upto
+
+
+def test_heads_that_the_operator_refuses_are_run_as_they_are(tmp_path: Path) -> None:
+    """ONNX Runtime's own attention takes heads whose width is a multiple of eight; these are twelve wide."""
+    model = model_of("tiny", dim=48, layers=1)
+    (graph,) = model.graphs
+    read = lambda name: model.synthetic(name, SEED)  # noqa: E731
+    export(graph, model.calls(graph, read), tmp_path, metadata={}, traces={})
+    way = Way(runtime=Runtime.ONNXRUNTIME, precision=Precision.FP32, threads=1)
+    decoder = cpu.open_decoder(tmp_path / "model.onnx", graph, way)
+    inputs = cases.inputs_of(cases.synthetic.prompt(320, 9, SEED)[None], keep=4)
+    (reference,) = model.reference(read, [inputs], precision=Precision.FP32, progress=silent)
+    found = decoder.rows(inputs["tokens"], np.ones((1, 9), np.int64), keep=4)
+    assert distance(found, reference["logits"]).relative_l2 <= 1e-5
 
 
 def answers_in_fp32(path: Path, graph: Any, tokens: Any) -> Iterator[Any]:

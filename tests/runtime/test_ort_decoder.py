@@ -127,7 +127,7 @@ def test_tables_of_rotations_begin_with_the_first_position() -> None:
         more = decoder.rows(np.ones((2, 256), np.int64), ones(2, 260), first_position=7)
         assert more.tolist() == [[[269, 259, 7]], [[275, 259, 7]]]
     assert [binding.inputs["past_k"].shape for binding in session.bindings] == [
-        (2, 2, 259, 3), (1, 2, 259, 3), (1, 2, 259, 3), (2, 2, 259, 3), (2, 2, 517, 3), (1, 2, 517, 3), (1, 2, 517, 3)
+        (2, 2, 259, 8), (1, 2, 259, 8), (1, 2, 259, 8), (2, 2, 259, 8), (2, 2, 517, 8), (1, 2, 517, 8), (1, 2, 517, 8)
     ]  # fmt: skip
     assert [call[3] for call in session.calls] == [[0]] * len(session.calls)
 
@@ -168,7 +168,7 @@ def test_buffers_stay_until_they_are_full() -> None:
     ours.step(ids((1,)), ones(1, 1))
     ours.step(np.ones((1, 256), np.int64), ones(1, 257))
     (binding,) = session.bindings
-    assert binding.inputs["past_k"].shape == (1, 2, 258, 3)
+    assert binding.inputs["past_k"].shape == (1, 2, 258, 8)
     ours.step(ids((5,)), ones(1, 258))
     assert [made.inputs["past_k"].shape[2] for made in session.bindings] == [258, 515]
     assert ours.carried()["past_v"][0, 1, :, 1].tolist() == [10] * 257 + [50]

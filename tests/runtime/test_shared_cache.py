@@ -115,15 +115,15 @@ def test_attention_becomes_one_operator_with_the_cache_in_place() -> None:
         "attention_mask": ["batch", "total"],
         "logits_to_keep": [1],
         "first_position": [1],
-        "past_k": ["batch", 2, "room", 3],
-        "past_v": ["batch", 2, "room", 3],
+        "past_k": ["batch", 2, "room", 8],
+        "past_v": ["batch", 2, "room", 8],
         "seqlens_k": ["batch"],
         "total_sequence_length": [1],
     }
     assert shapes(model.graph.output) == {
         "logits": ["batch", "kept", 3],
-        "present_k": ["batch", 2, "room", 3],
-        "present_v": ["batch", 2, "room", 3],
+        "present_k": ["batch", 2, "room", 8],
+        "present_v": ["batch", 2, "room", 8],
     }
     assert [tensor.type.tensor_type.elem_type for tensor in model.graph.input[-2:]] == [TensorProto.INT32] * 2
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23), ("com.microsoft", 1)]
@@ -172,6 +172,18 @@ def test_attention_of_another_form_stays_as_it_is(text: str) -> None:
     before = model.SerializeToString()
     assert ort_shared_cache.share_cache(model, GRAPH) is False
     assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(("width", "taken"), [(8, True), (64, True), (4, False), (12, False), (20, False)])
+def test_heads_whose_width_the_operator_refuses_stay(width: int, taken: bool) -> None:
+    inputs = tuple(
+        replace(tensor, shape=(*tensor.shape[:3], width)) if tensor.name in GRAPH.carried else tensor
+        for tensor in GRAPH.inputs
+    )
+    model = made()
+    before = model.SerializeToString()
+    assert ort_shared_cache.share_cache(model, replace(GRAPH, inputs=inputs)) is taken
+    assert (model.SerializeToString() == before) is not taken
 
 
 def test_another_rotation_another_carried_value_and_heads_of_any_number_stay() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dinoexport.spec import Dim, Graph, Tensor
 
-HEADS, WIDTH = 2, 3
+HEADS, WIDTH = 2, 8
 GRAPH = Graph(
     name="model",
     inputs=(
