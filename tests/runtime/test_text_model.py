@@ -103,7 +103,7 @@ def test_a_bundle_is_opened_by_its_graph_and_its_tokenizer(monkeypatch: pytest.M
     decoder: Any = opened.decoder
     assert (opened.tokenizer, opened.prompts) == ("its tokenizer", bundle.prompts)  # type: ignore[comparison-overlap]
     # A token has two tensors of 2 heads x 3 numbers of four bytes.
-    assert (decoder.vocabulary, decoder.context, decoder.token_bytes, decoder.chunk) == (3, 600, 48, 128)
+    assert (decoder.vocabulary, decoder.context, decoder.token_bytes, decoder.chunk) == (3, 600, 128, 128)
     assert isinstance(decoder.begin_steps(), decoding.ArrayDecoder)
     assert bundle.noted == {
         "graphs": (Path("folder"), bundle.manifest),
