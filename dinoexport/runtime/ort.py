@@ -13,14 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dinoexport.errors import BuildError, MissingRequirement, require
 from dinoexport.runtime import Arithmetic, Opened, check_inputs, telemetry
 from dinoexport.spec import Array, Arrays, Graph, Runner
-
-if TYPE_CHECKING:
-    pass
 
 # ONNX Runtime's names of the types that are multiplied -> their usual names. The first one that an input of a product
 # has decides, because a quantised product has float scales in addition to its bytes.

@@ -68,6 +68,7 @@ class OrtDecoder:
         self._vocabulary, self._dtype = int(logits.shape[-1]), logits.dtype
         self._bound: _Bound | None = None
         self._buffers: dict[str, Array] = {}
+        self._rotations: dict[str, Array] = {}  # the tables, for all entries of the buffers
         self._first_position = 0
         self.past_tokens = 0
         self.inside: dict[str, Array] = {}
@@ -154,22 +155,21 @@ class OrtDecoder:
                 self._buffers[name] = buffer
         if self._bound is None or first_position != self._first_position:
             self._first_position = first_position
+            if self._tables:
+                room = next(iter(self._buffers.values())).shape[2]
+                positions_N1 = np.arange(first_position, first_position + room, dtype=np.float32)[:, None]
+                tables = self._tables.run(None, {POSITIONS: positions_N1})
+                self._rotations = dict(zip((COSINES, SINES), tables, strict=True))
             self._bound = self._bind(self._buffers)
         return self._bound
 
     def _bind(self, buffers: Arrays) -> _Bound:
-        """The buffers, bound as input and output, and the tables of positions for all of their tokens."""
-        import numpy as np
-
+        """The buffers, bound as input and output, and the tables of positions."""
         bound = _Bound(self._session)
         for name, buffer in buffers.items():
             bound.share(name, self._graph.carried[name], buffer)
-        if self._tables:
-            room = next(iter(buffers.values())).shape[2]
-            positions_N1 = np.arange(self._first_position, self._first_position + room, dtype=np.float32)[:, None]
-            tables = self._tables.run(None, {POSITIONS: positions_N1})
-            for name, table in zip((COSINES, SINES), tables, strict=True):
-                bound.give(name, table)
+        for name, table in self._rotations.items():
+            bound.lend(name, table)
         return bound
 
     def reset(self) -> None:
@@ -208,8 +208,12 @@ class _Bound:
             old[...] = array
             return
         self._arrays[name] = np.array(array, order="C")
+        self.lend(name, self._arrays[name])
+
+    def lend(self, name: str, array: Array) -> None:
+        """The array as an input: the session reads its memory, which its owner keeps."""
         # Bound as a value: for an input with a default the binding knows no type for an array.
-        self.binding.bind_ortvalue_input(name, self._value(self._arrays[name]))
+        self.binding.bind_ortvalue_input(name, self._value(array))
 
     def take(self, name: str, array: Array) -> None:
         """The array as an output: the session writes into its memory."""

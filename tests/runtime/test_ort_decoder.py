@@ -78,8 +78,12 @@ class Session:
 class Tables:
     """A session that computes tables of rotations: here positions, and halves after them."""
 
+    def __init__(self) -> None:
+        self.asked = 0
+
     def run(self, names: None, given: dict[str, Any]) -> list[Any]:
         (positions_N1,) = given.values()
+        self.asked += 1
         assert list(given) == ["positions"] and positions_N1.dtype == np.float32
         return [positions_N1 + np.zeros(3, np.float32), positions_N1 + np.full(3, 0.5, np.float32)]
 
@@ -117,7 +121,8 @@ def test_each_call_adds_to_the_cache() -> None:
 
 def test_tables_of_rotations_begin_with_the_first_position() -> None:
     """Those of each sequence of a prompt too; the graph counts from there, and larger buffers get larger tables."""
-    ours, plain, session = decoders(Tables())
+    tables = Tables()
+    ours, plain, session = decoders(tables)
     for decoder in (ours, plain):
         decoder.rows(ids((1, 2), (3, 4)), ids((0, 1), (1, 1)), first_position=20000)
         found = decoder.rows(ids((5,), (6,)), ids((0, 1, 1), (1, 1, 1)), first_position=20000)
